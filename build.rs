@@ -1,0 +1,21 @@
+//! Compiles `proto/` without `protoc`, and keeps the descriptors for gRPC reflection and for `ctl --json`.
+
+use std::env;
+use std::error::Error;
+use std::fs;
+use std::path::PathBuf;
+
+const FILES: [&str; 3] = ["mpim/presence.proto", "mpim/gateway.proto", "mpim/admin.proto"];
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let mut compiler = protox::Compiler::new(["proto"])?;
+    compiler.include_imports(true).include_source_info(true).open_files(FILES)?;
+    let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
+    fs::write(descriptors, compiler.encode_file_descriptor_set())?;
+    tonic_prost_build::configure()
+        .generate_default_stubs(true)
+        .bytes(".")
+        .compile_fds(compiler.file_descriptor_set())?;
+    println!("cargo::rerun-if-changed=proto");
+    Ok(())
+}
