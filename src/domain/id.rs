@@ -1,0 +1,153 @@
+//! Identifiers, parsed once at the edge. Behind it no string is checked again.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Longest device id, connection id and message id.
+pub const MAX_NAME_BYTES: usize = 128;
+/// Longest gateway address.
+pub const MAX_ADDR_BYTES: usize = 255;
+
+/// Why a text is no identifier. Reads after the name of the field: "must be ...".
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct InvalidId(String);
+
+/// A user, as the account service numbers them: above 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct UserId(i64);
+
+impl UserId {
+    pub fn parse(raw: i64) -> Result<Self, InvalidId> {
+        if raw > 0 { Ok(Self(raw)) } else { Err(InvalidId(format!("must be above 0, is {raw}"))) }
+    }
+
+    pub fn get(self) -> i64 {
+        self.0
+    }
+
+    /// The same number on every node and in every build: it decides lanes and shards.
+    pub fn hash(self) -> u64 {
+        xxhash_rust::xxh3::xxh3_64(&self.0.to_le_bytes())
+    }
+}
+
+impl fmt::Display for UserId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+fn parse_ascii(raw: &str, min: usize, max: usize) -> Result<Arc<str>, InvalidId> {
+    if raw.len() < min || raw.len() > max {
+        return Err(InvalidId(format!("must be {min} to {max} bytes, is {}", raw.len())));
+    }
+    if !raw.bytes().all(|byte| byte.is_ascii_graphic()) {
+        return Err(InvalidId("must be printable ASCII without spaces".to_owned()));
+    }
+    Ok(raw.into())
+}
+
+macro_rules! ascii_id {
+    ($(#[$doc:meta])* $name:ident, $min:expr, $max:expr) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+        pub struct $name(Arc<str>);
+
+        impl $name {
+            pub fn parse(raw: &str) -> Result<Self, InvalidId> {
+                parse_ascii(raw, $min, $max).map(Self)
+            }
+
+            pub fn as_str(&self) -> &str {
+                &self.0
+            }
+
+            pub fn is_empty(&self) -> bool {
+                self.0.is_empty()
+            }
+
+            /// The shared text, to bind to a statement without a copy.
+            pub fn shared(&self) -> Arc<str> {
+                self.0.clone()
+            }
+        }
+
+        impl fmt::Display for $name {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(&self.0)
+            }
+        }
+    };
+}
+
+ascii_id!(
+    /// Where a gateway is reached, `host:port` by custom: 1 to 255 bytes of printable ASCII without spaces.
+    GatewayAddr, 1, MAX_ADDR_BYTES
+);
+ascii_id!(
+    /// One login of a user; empty is the user's one unnamed device.
+    DeviceId, 0, MAX_NAME_BYTES
+);
+ascii_id!(
+    /// The gateway's name for one client connection; empty says nothing and equals nothing.
+    ConnId, 0, MAX_NAME_BYTES
+);
+
+/// The number of a user's newest change. Grows with every committed change and never repeats, not even after the user was
+/// erased and made again, or the database was set back: it is the larger of the former version + 1 and the database's clock
+/// in microseconds. Below 2^53, so scripts and browsers read it exactly. 0: no such user.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Version(pub u64);
+
+impl Version {
+    pub const NONE: Version = Version(0);
+
+    /// The version after this one, at `clock` or later.
+    pub fn next(self, clock: Version) -> Version {
+        Version((self.0 + 1).max(clock.0))
+    }
+}
+
+/// One life of a gateway, unique over all gateways, issued by SQL and never reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch(pub u64);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(raw: &str, want: Result<(), &str>) {
+        let got = DeviceId::parse(raw).map(|_| ()).map_err(|error| error.to_string());
+        assert_eq!(got, want.map_err(str::to_owned), "device id {raw:?}");
+    }
+
+    #[test]
+    fn identifiers_are_short_printable_ascii() {
+        check("", Ok(()));
+        check("007", Ok(()));
+        check(&"x".repeat(128), Ok(()));
+        check(&"x".repeat(129), Err("must be 0 to 128 bytes, is 129"));
+        check("my phone", Err("must be printable ASCII without spaces"));
+        check("tab\t", Err("must be printable ASCII without spaces"));
+        check("é", Err("must be printable ASCII without spaces"));
+        assert!(GatewayAddr::parse("").is_err());
+        assert!(GatewayAddr::parse(&"g".repeat(256)).is_err());
+    }
+
+    #[test]
+    fn users_are_numbered_from_one() {
+        assert!(UserId::parse(1).is_ok());
+        for raw in [0, -1, i64::MIN] {
+            assert!(UserId::parse(raw).is_err(), "{raw}");
+        }
+    }
+
+    #[test]
+    fn a_version_follows_the_clock_but_never_stands_still() {
+        assert_eq!(Version(5).next(Version(100)), Version(100));
+        assert_eq!(Version(100).next(Version(100)), Version(101));
+        assert_eq!(Version(100).next(Version(7)), Version(101));
+    }
+}

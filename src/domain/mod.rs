@@ -1,0 +1,8 @@
+//! The rules of presence, pure: no IO, no clock, no wire types. They take the time as an argument and fail with values.
+
+pub mod gateway;
+pub mod id;
+pub mod policy;
+pub mod status;
+pub mod time;
+pub mod user;

@@ -1,0 +1,299 @@
+//! A user's record and the one function that changes it.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeKind;
+use crate::domain::gateway::LifeTable;
+use crate::domain::gateway::Liveness;
+use crate::domain::id::ConnId;
+use crate::domain::id::DeviceId;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::domain::id::Version;
+use crate::domain::policy::DevicePolicy;
+use crate::domain::policy::Reason;
+use crate::domain::policy::Refusal;
+use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
+
+/// What kind of device it is, as its gateway says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Platform {
+    #[default]
+    Unspecified,
+    Ios,
+    Android,
+    Windows,
+    Macos,
+    Linux,
+    Web,
+    Tablet,
+    Other,
+}
+
+impl Platform {
+    /// Whether the limit per platform counts it.
+    pub fn is_counted(self) -> bool {
+        self != Platform::Unspecified
+    }
+}
+
+/// Binds a device to a life of a gateway.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Route {
+    pub device: DeviceId,
+    pub platform: Platform,
+    pub epoch: Epoch,
+    pub conn: ConnId,
+    /// When the client connected, as far as its gateway told: orders connections of one device.
+    pub connected_at: Timestamp,
+    pub client_ip: Option<IpAddr>,
+    pub client_port: u16,
+    /// The version of the bind that made this route: names it among all routes the user ever had.
+    pub bound_version: Version,
+    pub bound_at: Timestamp,
+    /// Only on unmanaged lives: when the route ends unless it is bound again.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// All that is known of a user. Without routes and with version 0: no such user.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct UserRecord {
+    pub version: Version,
+    pub status: Status,
+    pub last_seen: Timestamp,
+    pub routes: Vec<Route>,
+}
+
+/// A gateway says that a device has connected to it.
+#[derive(Clone, Debug)]
+pub struct Bind {
+    pub gateway: GatewayAddr,
+    /// The life the gateway says it lives. None: whatever life it has now.
+    pub epoch: Option<Epoch>,
+    pub device: DeviceId,
+    pub platform: Platform,
+    pub conn: ConnId,
+    pub client_ip: Option<IpAddr>,
+    pub client_port: u16,
+    /// How long before the call the client connected. None: just now.
+    pub connected_ago: Option<Duration>,
+}
+
+/// A gateway says that a device has gone. Every given field has to fit, or nothing happens.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Unbind {
+    /// Exactly the bind that answered with this version.
+    Exact { bound_version: Version, conn: Option<ConnId>, epoch: Option<Epoch> },
+    /// The device's route, if it is on this gateway.
+    Device { device: DeviceId, gateway: GatewayAddr, conn: Option<ConnId>, epoch: Option<Epoch> },
+}
+
+/// One change asked of a user.
+#[derive(Debug)]
+pub enum Event<'a> {
+    /// `life` is the one the bind's gateway lives now; `waited` is how long the event waited before it came here.
+    Bind { bind: &'a Bind, life: &'a Life, waited: Duration },
+    Unbind(&'a Unbind),
+    /// Remove the routes that are not live.
+    Sweep,
+}
+
+/// What the rules look at besides the record. All of it is read inside the transaction that holds the user's lock.
+pub struct Context<'a> {
+    pub policy: &'a DevicePolicy,
+    pub lives: &'a LifeTable,
+    pub now: Timestamp,
+    /// The database's clock as a version.
+    pub clock: Version,
+    pub route_ttl: Duration,
+    pub heartbeat_interval: Duration,
+}
+
+/// What came of an event.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    Bound { bound_version: Version, version: Version, epoch: Epoch, kicked: Vec<(Route, Reason)> },
+    Refused(Refusal),
+    /// The life the gateway claims is over, or never was.
+    Fenced,
+    Unbound { version: Version },
+    /// There was nothing to unbind: the reason, to be read by a person.
+    NotBound { version: Version, why: &'static str },
+    Swept { routes: usize },
+}
+
+/// The outcome, and the record to store if it differs from the one before.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Applied {
+    pub outcome: Outcome,
+    pub next: Option<UserRecord>,
+}
+
+impl Applied {
+    fn unchanged(outcome: Outcome) -> Self {
+        Self { outcome, next: None }
+    }
+}
+
+impl Route {
+    /// Whether the route leads to a device now. A life nobody has heard of is believed.
+    pub fn liveness(&self, lives: &LifeTable, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
+        if self.expires_at.is_some_and(|end| end <= now) {
+            return Liveness::Over;
+        }
+        lives.get(self.epoch).map_or(Liveness::OnTime, |life| life.liveness(now, heartbeat_interval))
+    }
+}
+
+impl UserRecord {
+    /// Applies `event` and says what came of it. Repeating an event that was applied changes nothing; a change always
+    /// carries a higher version.
+    pub fn apply(&self, event: &Event<'_>, context: &Context<'_>) -> Applied {
+        match event {
+            Event::Bind { bind, life, waited } => self.bind(bind, life, *waited, context),
+            Event::Unbind(unbind) => self.unbind(unbind, context),
+            Event::Sweep => self.sweep(context),
+        }
+    }
+
+    fn bind(&self, bind: &Bind, life: &Life, waited: Duration, context: &Context<'_>) -> Applied {
+        let holder = self.routes.iter().find(|route| route.device == bind.device && context.is_live(route));
+        if let Some(holder) = holder {
+            if holder.epoch == life.epoch && holder.conn == bind.conn && !bind.conn.is_empty() {
+                return self.renew(holder, life, context);
+            }
+        }
+        let version = self.version.next(context.clock);
+        let connected_at = match bind.connected_ago {
+            Some(ago) => context.now.minus(ago + waited),
+            // "Just now" is never older than what came before, whatever the database's clock did meanwhile.
+            None => self.live(context).map(|route| route.connected_at).fold(context.now, Timestamp::max),
+        };
+        if holder.is_some_and(|holder| connected_at < holder.connected_at) {
+            return Applied::unchanged(Outcome::Refused(Refusal::Older));
+        }
+        let new = Route {
+            device: bind.device.clone(),
+            platform: bind.platform,
+            epoch: life.epoch,
+            conn: bind.conn.clone(),
+            connected_at,
+            client_ip: bind.client_ip,
+            client_port: bind.client_port,
+            bound_version: version,
+            bound_at: context.now,
+            expires_at: context.expiry(life),
+        };
+        self.seat(new, holder, version, context)
+    }
+
+    /// Gives `new` its place: dead routes go, the holder of the device goes, and the policy makes room.
+    fn seat(&self, new: Route, holder: Option<&Route>, version: Version, context: &Context<'_>) -> Applied {
+        let others: Vec<Route> = self.live(context).filter(|route| route.device != new.device).cloned().collect();
+        let leaving = match context.policy.make_room(&new, &others, |route| context.liveness(route)) {
+            Ok(leaving) => leaving,
+            Err(refusal) => return Applied::unchanged(Outcome::Refused(refusal)),
+        };
+        let mut kicked: Vec<(Route, Reason)> = holder.map(|holder| (holder.clone(), Reason::Replaced)).into_iter().collect();
+        let mut routes = Vec::with_capacity(others.len() + 1 - leaving.len());
+        for (i, route) in others.into_iter().enumerate() {
+            match leaving.iter().find(|(leaver, _)| *leaver == i) {
+                Some((_, reason)) => kicked.push((route, *reason)),
+                None => routes.push(route),
+            }
+        }
+        let epoch = new.epoch;
+        routes.push(new);
+        let next = UserRecord { version, status: self.status, last_seen: context.now, routes };
+        Applied { outcome: Outcome::Bound { bound_version: version, version, epoch, kicked }, next: Some(next) }
+    }
+
+    /// The same bind again: nothing changes but the time to live of a route on an unmanaged life.
+    fn renew(&self, holder: &Route, life: &Life, context: &Context<'_>) -> Applied {
+        let (bound_version, epoch) = (holder.bound_version, holder.epoch);
+        let outcome = Outcome::Bound { bound_version, version: self.version, epoch, kicked: Vec::new() };
+        let expires_at = context.expiry(life);
+        if expires_at == holder.expires_at {
+            return Applied::unchanged(outcome);
+        }
+        let mut next = self.clone();
+        for route in next.routes.iter_mut().filter(|route| route.bound_version == bound_version) {
+            route.expires_at = expires_at;
+        }
+        Applied { outcome, next: Some(next) }
+    }
+
+    fn unbind(&self, unbind: &Unbind, context: &Context<'_>) -> Applied {
+        let found = match unbind {
+            Unbind::Exact { bound_version, .. } => self.routes.iter().find(|route| route.bound_version == *bound_version),
+            Unbind::Device { device, .. } => self.routes.iter().find(|route| route.device == *device),
+        };
+        let route = match found {
+            Some(route) => route,
+            None => return self.not_bound("no such route: it was unbound, replaced or never bound"),
+        };
+        let (conn, epoch) = match unbind {
+            Unbind::Exact { conn, epoch, .. } | Unbind::Device { conn, epoch, .. } => (conn, epoch),
+        };
+        if conn.as_ref().is_some_and(|conn| *conn != route.conn) {
+            return self.not_bound("another connection holds the device");
+        }
+        if epoch.is_some_and(|epoch| epoch != route.epoch) {
+            return self.not_bound("another life of the gateway holds the device");
+        }
+        if let Unbind::Device { gateway, .. } = unbind {
+            let here = context.lives.get(route.epoch).is_some_and(|life| life.gateway == *gateway);
+            if !here {
+                return self.not_bound("the device is on another gateway");
+            }
+        }
+        let gone = route.bound_version;
+        let version = self.version.next(context.clock);
+        let routes = self.routes.iter().filter(|route| route.bound_version != gone).cloned().collect();
+        let next = UserRecord { version, status: self.status, last_seen: context.now, routes };
+        Applied { outcome: Outcome::Unbound { version }, next: Some(next) }
+    }
+
+    fn not_bound(&self, why: &'static str) -> Applied {
+        Applied::unchanged(Outcome::NotBound { version: self.version, why })
+    }
+
+    fn sweep(&self, context: &Context<'_>) -> Applied {
+        let routes: Vec<Route> = self.live(context).cloned().collect();
+        let swept = self.routes.len() - routes.len();
+        if swept == 0 {
+            return Applied::unchanged(Outcome::Swept { routes: 0 });
+        }
+        let version = self.version.next(context.clock);
+        // The user was last seen when the route was still good, not when somebody tidied up.
+        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| route.expires_at);
+        let last_seen = ends.max().unwrap_or_default().max(self.last_seen);
+        let next = UserRecord { version, status: self.status, last_seen, routes };
+        Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
+    }
+
+    fn live<'a>(&'a self, context: &'a Context<'_>) -> impl Iterator<Item = &'a Route> {
+        self.routes.iter().filter(|route| context.is_live(route))
+    }
+}
+
+impl Context<'_> {
+    fn liveness(&self, route: &Route) -> Liveness {
+        route.liveness(self.lives, self.now, self.heartbeat_interval)
+    }
+
+    fn is_live(&self, route: &Route) -> bool {
+        self.liveness(route) != Liveness::Over
+    }
+
+    fn expiry(&self, life: &Life) -> Option<Timestamp> {
+        (life.kind == LifeKind::Unmanaged).then(|| self.now.plus(self.route_ttl))
+    }
+}
+
+#[cfg(test)]
+#[path = "user_tests.rs"]
+mod tests;

@@ -1,0 +1,302 @@
+//! L1: the records of hot users, and what is under way for users right now.
+//!
+//! The rule is that no reader of this node is ever answered with a version older than one it acknowledged or answered
+//! before. Values race: a load may have read before a change and end after it; an entry may have been evicted in between. So
+//! the cache compares knowledge. L1 (evictable) holds records only; `under_way` (never evicts) holds, per user, the number of
+//! loads and writes in progress and a floor: nothing older is answered or cached while anything is in progress.
+//!
+//! | event | what happens, under the user's shard lock |
+//! |---|---|
+//! | a write begins, before the row is locked | writes += 1; when it is acknowledged, writes -= 1 |
+//! | COMMIT of version v returned | floor, lag = max(.., v); L1: put v if v >= floor, else drop anything older |
+//! | L2 confirmed v | lag = 0 if v >= lag |
+//! | hint of v | L1: drop if older than v; if something is under way, floor = max(floor, v) |
+//! | a load begins | loads += 1; an answer of L2 below the floor is a miss |
+//! | a load ends with v | below the floor: once more, past L2; else into L1, floor = max(.., v), answer v |
+//! | loads = writes = lag = 0 | the entry goes |
+//!
+//! A hit in L1 touches none of this.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use xxhash_rust::xxh3::Xxh3Default;
+
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::user::UserRecord;
+
+/// Shards of the map of what is under way. Power of two.
+const SHARDS: usize = 64;
+
+/// A record and how good the knowledge is.
+#[derive(Debug)]
+pub struct Entry {
+    pub record: UserRecord,
+    /// The record was complete at this instant, or later.
+    pub as_of: Instant,
+    /// The trust number at the start of its load.
+    trust: u64,
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct UnderWay {
+    loads: u32,
+    writes: u32,
+    floor: Version,
+    /// The newest version that the shared cache is not known to hold; 0: none.
+    lag: Version,
+}
+
+/// What a load is allowed to do with what it read.
+#[derive(Debug)]
+pub enum Loaded {
+    /// Answer this. It may be newer than what was read.
+    Answer(Arc<Entry>),
+    /// What was read is outdated: read once more, from SQL.
+    Again(LoadTicket),
+}
+
+/// A load in progress. Ends by [`Cache::end_load`] or [`Cache::abandon_load`].
+#[derive(Debug)]
+#[must_use]
+pub struct LoadTicket {
+    user: UserId,
+    /// What was known for sure before the load read anything.
+    floor_before: Version,
+    trust: u64,
+    began: Instant,
+}
+
+impl LoadTicket {
+    pub fn user(&self) -> UserId {
+        self.user
+    }
+
+    /// Whether the shared cache's answer may be used; below the floor it is a miss.
+    pub fn accepts(&self, version: Version) -> bool {
+        version >= self.floor_before
+    }
+}
+
+type L1 = moka::sync::Cache<UserId, Arc<Entry>, std::hash::BuildHasherDefault<Xxh3Default>>;
+
+pub struct Cache {
+    l1: L1,
+    shards: Vec<Mutex<HashMap<UserId, UnderWay>>>,
+    /// Entries whose load began under a smaller number are not used.
+    trust: AtomicU64,
+    offers_rejected: AtomicU64,
+    went_back: AtomicU64,
+}
+
+impl Cache {
+    /// Holds up to `capacity` users.
+    pub fn new(capacity: u64) -> Arc<Self> {
+        let l1 = L1::builder().max_capacity(capacity).build_with_hasher(std::hash::BuildHasherDefault::default());
+        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
+        Arc::new(Self { l1, shards, trust: AtomicU64::new(0), offers_rejected: AtomicU64::new(0), went_back: AtomicU64::new(0) })
+    }
+
+    /// The user's entry in L1, if it is trusted. The caller decides whether it is fresh enough.
+    pub fn get(&self, user: UserId) -> Option<Arc<Entry>> {
+        self.l1.get(&user).filter(|entry| entry.trust == self.trust.load(Ordering::Acquire))
+    }
+
+    /// From now on nothing is used whose load began before this call.
+    pub fn distrust(&self) {
+        self.trust.fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// Entries in L1, about.
+    pub fn len(&self) -> u64 {
+        self.l1.entry_count()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Users with something under way.
+    pub fn under_way(&self) -> usize {
+        self.shards.iter().map(|shard| lock(shard).len()).sum()
+    }
+
+    /// How often an outdated record was kept out.
+    pub fn offers_rejected(&self) -> u64 {
+        self.offers_rejected.load(Ordering::Relaxed)
+    }
+
+    /// How often SQL was seen to hold less than it had acknowledged.
+    pub fn went_back(&self) -> u64 {
+        self.went_back.load(Ordering::Relaxed)
+    }
+
+    /// Does the housekeeping that L1 otherwise leaves to its readers.
+    pub fn tidy(&self) {
+        self.l1.run_pending_tasks();
+    }
+
+    /// To be called before the user's row is locked, until the change is acknowledged or known to have failed.
+    pub fn begin_write(self: &Arc<Self>, user: UserId) -> WriteGuard {
+        self.shard(user).entry(user).or_default().writes += 1;
+        WriteGuard { cache: self.clone(), user }
+    }
+
+    /// To be called first thing after COMMIT, in the order of the commits. `complete_at`: an instant before COMMIT was sent.
+    /// `lagging`: the shared cache does not have it yet.
+    pub fn committed(&self, user: UserId, record: UserRecord, complete_at: Instant, lagging: bool) {
+        let version = record.version;
+        let trust = self.trust.load(Ordering::Acquire);
+        let mut shard = self.shard(user);
+        let under_way = shard.entry(user).or_default();
+        under_way.floor = under_way.floor.max(version);
+        if lagging {
+            under_way.lag = under_way.lag.max(version);
+        }
+        if version >= under_way.floor {
+            self.l1.insert(user, Arc::new(Entry { record, as_of: complete_at, trust }));
+        } else {
+            self.drop_older(user, under_way.floor);
+        }
+        tidy_up(&mut shard, user);
+    }
+
+    /// The shared cache holds `version` or a newer one.
+    pub fn confirmed(&self, user: UserId, version: Version) {
+        let mut shard = self.shard(user);
+        if let Some(under_way) = shard.get_mut(&user) {
+            if version >= under_way.lag {
+                under_way.lag = Version::NONE;
+            }
+            tidy_up(&mut shard, user);
+        }
+    }
+
+    /// Another node says that `version` is committed.
+    pub fn hint(&self, user: UserId, version: Version) {
+        let mut shard = self.shard(user);
+        self.drop_older(user, version);
+        if let Some(under_way) = shard.get_mut(&user) {
+            under_way.floor = under_way.floor.max(version);
+        }
+    }
+
+    /// A change of `user` may have been committed or not: what L1 holds may be outdated.
+    pub fn forget(&self, user: UserId) {
+        let _shard = self.shard(user);
+        self.l1.invalidate(&user);
+    }
+
+    /// To be called before anything is read.
+    pub fn begin_load(&self, user: UserId) -> LoadTicket {
+        let began = Instant::now();
+        let trust = self.trust.load(Ordering::Acquire);
+        let mut shard = self.shard(user);
+        let under_way = shard.entry(user).or_default();
+        under_way.loads += 1;
+        if let Some(entry) = self.l1.get(&user).filter(|entry| entry.trust == trust) {
+            under_way.floor = under_way.floor.max(entry.record.version);
+        }
+        LoadTicket { user, floor_before: under_way.floor, trust, began }
+    }
+
+    /// A load read `record`. SQL below a floor that was known before the load began proves that the database went back in
+    /// time: it is believed, and the caller learns of it by [`Cache::went_back`].
+    pub fn end_load(&self, mut ticket: LoadTicket, record: UserRecord, from_sql: bool) -> Loaded {
+        let (user, version) = (ticket.user, record.version);
+        let mut shard = self.shard(user);
+        let under_way = shard.entry(user).or_default();
+        if from_sql && version < ticket.floor_before && ticket.trust == self.trust.load(Ordering::Acquire) {
+            self.went_back.fetch_add(1, Ordering::Relaxed);
+            self.distrust();
+            *under_way = UnderWay { floor: version, lag: Version::NONE, ..*under_way };
+            ticket.trust = self.trust.load(Ordering::Acquire);
+            self.l1.invalidate(&user);
+        }
+        if version < under_way.floor {
+            self.offers_rejected.fetch_add(1, Ordering::Relaxed);
+            ticket.floor_before = under_way.floor;
+            ticket.began = Instant::now();
+            ticket.trust = self.trust.load(Ordering::Acquire);
+            return Loaded::Again(ticket);
+        }
+        under_way.floor = version;
+        under_way.loads = under_way.loads.saturating_sub(1);
+        let entry = self.keep_newest(user, Entry { record, as_of: ticket.began, trust: ticket.trust });
+        tidy_up(&mut shard, user);
+        Loaded::Answer(entry)
+    }
+
+    /// A load failed.
+    pub fn abandon_load(&self, ticket: LoadTicket) {
+        let mut shard = self.shard(ticket.user);
+        if let Some(under_way) = shard.get_mut(&ticket.user) {
+            under_way.loads = under_way.loads.saturating_sub(1);
+            tidy_up(&mut shard, ticket.user);
+        }
+    }
+
+    /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge.
+    fn keep_newest(&self, user: UserId, offered: Entry) -> Arc<Entry> {
+        let rank = |entry: &Entry| (entry.trust, entry.record.version, entry.as_of);
+        match self.l1.get(&user) {
+            Some(known) if rank(&known) > rank(&offered) => known,
+            _ => {
+                let offered = Arc::new(offered);
+                self.l1.insert(user, offered.clone());
+                offered
+            }
+        }
+    }
+
+    fn drop_older(&self, user: UserId, version: Version) {
+        if self.l1.get(&user).is_some_and(|entry| entry.record.version < version) {
+            self.offers_rejected.fetch_add(1, Ordering::Relaxed);
+            self.l1.invalidate(&user);
+        }
+    }
+
+    fn shard(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, UnderWay>> {
+        let number = usize::try_from(user.hash() >> 32).unwrap_or(0) % SHARDS;
+        lock(&self.shards[number])
+    }
+}
+
+/// A change of a user in progress.
+#[must_use]
+pub struct WriteGuard {
+    cache: Arc<Cache>,
+    user: UserId,
+}
+
+impl Drop for WriteGuard {
+    fn drop(&mut self) {
+        let mut shard = self.cache.shard(self.user);
+        if let Some(under_way) = shard.get_mut(&self.user) {
+            under_way.writes = under_way.writes.saturating_sub(1);
+            tidy_up(&mut shard, self.user);
+        }
+    }
+}
+
+fn tidy_up(shard: &mut HashMap<UserId, UnderWay>, user: UserId) {
+    if shard.get(&user).is_some_and(|it| it.loads == 0 && it.writes == 0 && it.lag == Version::NONE) {
+        shard.remove(&user);
+    }
+}
+
+/// No code panics while it holds a shard, and each change of a shard is whole, so a poisoned lock is as good as any.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+#[path = "cache_tests.rs"]
+mod tests;

@@ -1,0 +1,248 @@
+//! The read path: this node's memory, then SQL. Every answer says where it came from and how far it can be behind.
+
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+
+use crate::clock::AtomicInstant;
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeTable;
+use crate::domain::gateway::Liveness;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
+use crate::domain::user::Route;
+use crate::engine::cache::Cache;
+use crate::engine::cache::Entry;
+use crate::engine::lives::Lives;
+use crate::engine::lives::SUSPECT_AFTER;
+use crate::engine::loader::Loader;
+use crate::error::Error;
+use crate::metrics::Metrics;
+
+/// How long "no such user" is remembered: long enough to stop a storm, short enough not to hide a first log-in elsewhere.
+const ABSENT_TTL: Duration = Duration::from_secs(1);
+/// How old an entry may be while changes made by other nodes are not announced to this one.
+const UNANNOUNCED_LIMIT: Duration = Duration::from_secs(1);
+/// How long a reader who could be given an old answer waits for the database before it is given that.
+const STALE_PATIENCE: Duration = Duration::from_millis(300);
+/// After a reader's patience ran out, others do not wait at all for this long, unless the database answers.
+const SLOW_MEMORY: Duration = Duration::from_secs(2);
+
+/// What this node hears of changes made by others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hearing {
+    /// There are no others.
+    Alone,
+    /// There may be others, and no bus: entries are limited to a second.
+    Deaf,
+}
+
+/// Which tier an answer came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Source {
+    Local,
+    Durable,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub hearing: Hearing,
+    pub l1_ttl: Duration,
+    pub heartbeat_interval: Duration,
+    /// The longest a reader waits.
+    pub patience: Duration,
+}
+
+pub struct Directory {
+    cache: Arc<Cache>,
+    lives: Arc<Lives>,
+    loader: Arc<Loader>,
+    metrics: Arc<Metrics>,
+    settings: Settings,
+    database_slow: AtomicInstant,
+}
+
+/// Where a user is, as far as this node can tell.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    entry: Arc<Entry>,
+    table: Arc<LifeTable>,
+    now: Timestamp,
+    heartbeat_interval: Duration,
+    all_suspect: bool,
+    pub source: Source,
+    /// How far this answer can be behind.
+    pub age: Duration,
+}
+
+/// A route that leads to a device now.
+pub struct LiveRoute<'a> {
+    pub route: &'a Route,
+    pub life: &'a Life,
+    /// Not confirmed lately: still worth trying.
+    pub suspect: bool,
+}
+
+impl Answer {
+    pub fn live_routes(&self) -> impl Iterator<Item = LiveRoute<'_>> {
+        self.entry.record.routes.iter().filter_map(|route| {
+            let life = self.table.get(route.epoch)?;
+            let liveness = route.liveness(&self.table, self.now, self.heartbeat_interval);
+            let suspect = self.all_suspect || liveness == Liveness::Late;
+            (liveness != Liveness::Over).then_some(LiveRoute { route, life, suspect })
+        })
+    }
+
+    /// The live route that was bound last.
+    pub fn newest(&self) -> Option<LiveRoute<'_>> {
+        self.live_routes().max_by_key(|live| live.route.bound_version)
+    }
+
+    pub fn status(&self) -> Status {
+        self.entry.record.status.shown(self.live_routes().next().is_some())
+    }
+
+    pub fn version(&self) -> Version {
+        self.entry.record.version
+    }
+
+    pub fn last_seen(&self) -> Timestamp {
+        self.entry.record.last_seen
+    }
+}
+
+impl Directory {
+    pub fn new(cache: Arc<Cache>, lives: Arc<Lives>, loader: Arc<Loader>, metrics: Arc<Metrics>, settings: Settings) -> Self {
+        Self { cache, lives, loader, metrics, settings, database_slow: AtomicInstant::never() }
+    }
+
+    /// Where `user` is. `bound`: how far the answer may be behind; zero: SQL is read.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read and nothing good enough is known.
+    pub async fn get(&self, user: UserId, bound: Option<Duration>) -> Result<Answer, Error> {
+        if let Some(answer) = self.in_memory(user, bound, Instant::now()) {
+            self.metrics.l1_hits.inc();
+            return Ok(answer);
+        }
+        self.metrics.l1_misses.inc();
+        let load = self.loader.request(&[user], is_zero(bound)).map(Vec::into_iter);
+        match load {
+            Ok(mut load) => self.finish(user, bound, load.next(), Instant::now()).await,
+            Err(overloaded) => self.outdated(user, bound).ok_or(overloaded),
+        }
+    }
+
+    /// As [`Directory::get`] for each of `users`, in their order. A user who cannot be looked up costs the others nothing.
+    pub async fn get_many(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
+        let now = Instant::now();
+        let mut answers: Vec<Option<Result<Answer, Error>>> =
+            users.iter().map(|user| self.in_memory(*user, bound, now).map(Ok)).collect();
+        let missing: Vec<usize> = (0..users.len()).filter(|i| answers[*i].is_none()).collect();
+        self.metrics.l1_hits.inc_by(count(users.len() - missing.len()));
+        self.metrics.l1_misses.inc_by(count(missing.len()));
+        let ids: Vec<UserId> = missing.iter().map(|i| users[*i]).collect();
+        match self.loader.request(&ids, is_zero(bound)) {
+            Ok(loads) => {
+                for (i, load) in missing.into_iter().zip(loads) {
+                    answers[i] = Some(self.finish(users[i], bound, Some(load), now).await);
+                }
+            }
+            Err(overloaded) => {
+                for i in missing {
+                    answers[i] = Some(self.outdated(users[i], bound).ok_or_else(|| overloaded.clone()));
+                }
+            }
+        }
+        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(no_answer()))).collect()
+    }
+
+    /// An answer from this node's memory, if it is good enough.
+    fn in_memory(&self, user: UserId, bound: Option<Duration>, now: Instant) -> Option<Answer> {
+        if is_zero(bound) {
+            return None;
+        }
+        let entry = self.cache.get(user)?;
+        let since = now.saturating_duration_since(entry.as_of);
+        if since > self.limit(&entry) {
+            return None;
+        }
+        let age = match self.settings.hearing {
+            Hearing::Alone => Duration::ZERO,
+            Hearing::Deaf => since.max(self.lives.age(now)),
+        };
+        let table = self.lives.table();
+        let outlived = |route: &Route| {
+            let renewed = route.expires_at.is_some_and(|end| end <= self.lives.clock.at(now) && end > self.lives.clock.at(entry.as_of));
+            renewed || table.get(route.epoch).is_none()
+        };
+        if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {
+            return None;
+        }
+        Some(self.answer(entry, table, Source::Local, age, now))
+    }
+
+    fn limit(&self, entry: &Entry) -> Duration {
+        let limit = match self.settings.hearing {
+            Hearing::Alone => self.settings.l1_ttl,
+            Hearing::Deaf => self.settings.l1_ttl.min(UNANNOUNCED_LIMIT),
+        };
+        if entry.record.version == Version::NONE { limit.min(ABSENT_TTL) } else { limit }
+    }
+
+    async fn finish(&self, user: UserId, bound: Option<Duration>, load: Option<Load>, asked: Instant) -> Result<Answer, Error> {
+        let load = load.ok_or_else(no_answer)?;
+        let patience = match self.outdated(user, bound) {
+            None => self.settings.patience,
+            Some(_) if self.database_slow.age(Instant::now()) < SLOW_MEMORY => Duration::ZERO,
+            Some(_) => STALE_PATIENCE,
+        };
+        match timeout(patience.saturating_sub(asked.elapsed()), load).await {
+            Ok(Ok(Ok(entry))) => Ok(self.answer(entry, self.lives.table(), Source::Durable, Duration::ZERO, Instant::now())),
+            Ok(Ok(Err(error))) => self.outdated(user, bound).ok_or(error),
+            Ok(Err(_)) => self.outdated(user, bound).ok_or_else(no_answer),
+            Err(_) => {
+                self.database_slow.set(Instant::now());
+                self.outdated(user, bound).ok_or_else(no_answer)
+            }
+        }
+    }
+
+    /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
+    fn outdated(&self, user: UserId, bound: Option<Duration>) -> Option<Answer> {
+        let now = Instant::now();
+        let entry = self.cache.get(user).filter(|_| !is_zero(bound))?;
+        let age = now.saturating_duration_since(entry.as_of).max(self.lives.age(now));
+        if bound.is_some_and(|bound| age > bound) {
+            return None;
+        }
+        let mut answer = self.answer(entry, self.lives.table(), Source::Local, age, now);
+        answer.all_suspect = true;
+        Some(answer)
+    }
+
+    fn answer(&self, entry: Arc<Entry>, table: Arc<LifeTable>, source: Source, age: Duration, now: Instant) -> Answer {
+        let all_suspect = source == Source::Local && self.lives.age(now) > SUSPECT_AFTER;
+        let heartbeat_interval = self.settings.heartbeat_interval;
+        Answer { entry, table, now: self.lives.clock.at(now), heartbeat_interval, all_suspect, source, age }
+    }
+}
+
+type Load = oneshot::Receiver<Result<Arc<Entry>, Error>>;
+
+fn is_zero(bound: Option<Duration>) -> bool {
+    bound == Some(Duration::ZERO)
+}
+
+fn no_answer() -> Error {
+    Error::unavailable("the database did not answer in time")
+}
+
+fn count(n: usize) -> u64 {
+    u64::try_from(n).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,560 @@
+//! One lane: takes all that is queued as one batch, commits it as one transaction, answers, and takes what has queued up
+//! meanwhile. There is no timer: under load batches grow by themselves.
+//!
+//! A lane is a task that nobody cancels, and it owns its connection: a transaction dropped half way by a cancelled caller
+//! would lose writes of others. Rules that each prevent a known outage:
+//!
+//! * An event that is too old, or whose caller has gone, is dropped: when it is taken, again after the row locks were
+//!   obtained, and once more before COMMIT. A database that stood still must not apply old log-ins when it comes back.
+//! * Lost before COMMIT was sent: run again. Lost after: nobody knows, so it is never run again; its callers are told to
+//!   repeat (a repeat is harmless) and its users leave L1.
+//! * Somebody else holds a user's row, perhaps a node that stands still: that user's events are parked, all others go on.
+//! * A deadlock: halved and run again, at most five times. Any other error: halved until the one bad event fails alone.
+
+use std::collections::BTreeMap;
+use std::collections::HashMap;
+use std::collections::HashSet;
+use std::collections::VecDeque;
+use std::panic::AssertUnwindSafe;
+use std::panic::catch_unwind;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use tokio::time::sleep_until;
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+use tracing::info;
+use tracing::warn;
+
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeTable;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::domain::id::UserId;
+use crate::domain::user::Applied;
+use crate::domain::user::Bind;
+use crate::domain::user::Context;
+use crate::domain::user::Event;
+use crate::domain::user::Outcome;
+use crate::domain::user::UserRecord;
+use crate::engine::lanes::Change;
+use crate::engine::lanes::Pending;
+use crate::engine::lanes::Tools;
+use crate::error::Error;
+use crate::store::codec::KickedRoute;
+use crate::store::codec::OutboxBody;
+use crate::store::codec::reason_to_i32;
+use crate::store::connection::Connection;
+use crate::store::connection::Engine;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::outbox::OutboxId;
+use crate::store::users::DatabaseClock;
+use crate::store::users::UserChange;
+
+/// Events of one transaction. The largest event is below 1 KiB, so a batch is below 1 MiB.
+const MAX_BATCH: usize = 1024;
+/// What callers leave of a batch to the background, if it has something to do.
+const BACKGROUND_SHARE: usize = MAX_BATCH / 8;
+/// How often a part of a batch is tried against deadlocks and locks of others.
+const MAX_TRIES: u32 = 5;
+/// How often the lane looks whether parked users are free.
+const PARKED_INTERVAL: Duration = Duration::from_millis(100);
+/// Between attempts to reach the database.
+const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
+/// An idle lane asks for a sign of life, well within the session's wait_timeout of 10 s.
+const PING_INTERVAL: Duration = Duration::from_secs(3);
+/// After this much idleness the lane deletes its last outbox row itself.
+const OUTBOX_IDLE: Duration = Duration::from_millis(500);
+
+/// Why a part of a batch was not committed.
+enum Failure {
+    /// Nothing was committed.
+    Sql(SqlError),
+    /// COMMIT was sent and not answered.
+    Uncertain(SqlError),
+    /// These gateways have no life yet.
+    NoLife(Vec<GatewayAddr>),
+    /// An event grew too old while the transaction was open.
+    TooLate,
+}
+
+impl From<SqlError> for Failure {
+    fn from(error: SqlError) -> Self {
+        Self::Sql(error)
+    }
+}
+
+/// Events that are tried together.
+struct Part {
+    events: Vec<Pending>,
+    tries: u32,
+}
+
+/// What a committed transaction has done.
+struct Committed {
+    /// One for each event; None: it was dropped.
+    outcomes: Vec<Option<Result<Outcome, Error>>>,
+    records: Vec<(UserId, UserRecord)>,
+    /// An instant before COMMIT was sent.
+    complete_at: Instant,
+    outbox: Option<OutboxId>,
+}
+
+pub(super) struct Lane {
+    tools: Arc<Tools>,
+    callers: mpsc::Receiver<Pending>,
+    background: mpsc::Receiver<Pending>,
+    /// Events of users whose rows somebody else holds, in their order.
+    parked: Vec<Pending>,
+    connection: Option<Connection>,
+    /// Outbox rows with nothing left to show, deleted with the next batch.
+    shown: Vec<OutboxId>,
+    unreachable_since: Option<Instant>,
+}
+
+impl Lane {
+    pub fn new(tools: Arc<Tools>, callers: mpsc::Receiver<Pending>, background: mpsc::Receiver<Pending>) -> Self {
+        Self { tools, callers, background, parked: Vec::new(), connection: None, shown: Vec::new(), unreachable_since: None }
+    }
+
+    pub async fn run(mut self, shutdown: CancellationToken) {
+        let _stop_node_on_panic = shutdown.clone().drop_guard();
+        let mut idle_since = Instant::now();
+        while let Some(first) = self.wait(idle_since, &shutdown).await {
+            if let Wake::Event(first) = first {
+                let batch = self.fill(first);
+                self.settle(batch).await;
+                idle_since = Instant::now();
+            }
+            self.release_parked().await;
+        }
+        self.delete_shown().await;
+    }
+
+    /// Waits for the next event, and does what an idle lane has to do. None: the lane is closed and empty.
+    async fn wait(&mut self, idle_since: Instant, shutdown: &CancellationToken) -> Option<Wake> {
+        if !self.shown.is_empty() && idle_since.elapsed() >= OUTBOX_IDLE {
+            self.delete_shown().await;
+        }
+        let pause = match (self.parked.is_empty(), self.shown.is_empty()) {
+            (false, _) => PARKED_INTERVAL,
+            (_, false) => OUTBOX_IDLE,
+            _ => PING_INTERVAL,
+        };
+        let closed = self.callers.is_closed();
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled(), if !closed => {
+                self.callers.close();
+                self.background.close();
+                Some(Wake::Nothing)
+            }
+            Some(event) = self.callers.recv() => Some(Wake::Event(event)),
+            Some(event) = self.background.recv() => Some(Wake::Event(event)),
+            () = sleep_until((Instant::now() + pause).into()), if !closed || !self.parked.is_empty() => {
+                self.keep_connection().await;
+                Some(Wake::Nothing)
+            }
+            else => None,
+        }
+    }
+
+    /// All that is queued, up to the limit: callers first, but not all of it while the background has something to do.
+    fn fill(&mut self, first: Pending) -> Vec<Pending> {
+        let mut batch = vec![first];
+        let take = |queue: &mut mpsc::Receiver<Pending>, batch: &mut Vec<Pending>, limit: usize| {
+            while batch.len() < limit {
+                let Ok(event) = queue.try_recv() else { break };
+                batch.push(event);
+            }
+        };
+        take(&mut self.callers, &mut batch, MAX_BATCH - BACKGROUND_SHARE);
+        take(&mut self.background, &mut batch, MAX_BATCH);
+        take(&mut self.callers, &mut batch, MAX_BATCH);
+        let parked: HashSet<UserId> = self.parked.iter().map(|event| event.user).collect();
+        let (behind, mut batch): (Vec<_>, Vec<_>) = batch.into_iter().partition(|event| parked.contains(&event.user));
+        self.parked.extend(behind);
+        for event in &mut batch {
+            event.under_way = Some(self.tools.cache.begin_write(event.user));
+        }
+        batch
+    }
+
+    /// Brings a batch to an end, one way or another, event by event if need be.
+    async fn settle(&mut self, batch: Vec<Pending>) {
+        self.tools.metrics.lane_batch_events.observe(batch.len() as f64);
+        let mut parts = VecDeque::from([Part { events: batch, tries: 0 }]);
+        while let Some(mut part) = parts.pop_front() {
+            part.events = self.wanted(part.events);
+            if part.events.is_empty() {
+                continue;
+            }
+            match self.attempt(&part.events).await {
+                Ok(committed) => self.acknowledge(part.events, committed),
+                Err(failure) => self.recover(part, failure, &mut parts).await,
+            }
+        }
+    }
+
+    /// Drops the events nobody waits for any more.
+    fn wanted(&self, events: Vec<Pending>) -> Vec<Pending> {
+        let max_age = self.tools.settings.max_event_age;
+        let (wanted, dropped): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.is_wanted(max_age));
+        for event in dropped {
+            event.answer(Err(Error::unavailable("the change waited for too long and was not made")));
+        }
+        wanted
+    }
+
+    async fn attempt(&mut self, events: &[Pending]) -> Result<Committed, Failure> {
+        let mut connection = self.connected().await?;
+        let began = Instant::now();
+        let result = self.transact(&mut connection, events).await;
+        let usable = match &result {
+            Ok(_) => {
+                self.tools.metrics.lane_commit_seconds.observe(began.elapsed().as_secs_f64());
+                true
+            }
+            Err(Failure::Uncertain(_) | Failure::Sql(SqlError::Lost(_))) => false,
+            Err(_) => connection.rollback().await.is_ok(),
+        };
+        self.connection = usable.then_some(connection);
+        result
+    }
+
+    /// The transaction. On any error but an uncertain COMMIT nothing has happened.
+    async fn transact(&mut self, connection: &mut Connection, events: &[Pending]) -> Result<Committed, Failure> {
+        let mut users: Vec<UserId> = events.iter().map(|event| event.user).collect();
+        users.sort_unstable();
+        users.dedup();
+        connection.begin().await?;
+        connection.lock_users(&users).await?;
+        let loaded = connection.load_users(&users).await?;
+        let current = self.read_lives(connection, events, &loaded.records).await?;
+        let mut work = Work { current, before: &loaded.records, after: HashMap::new(), kicks: Vec::new() };
+        let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
+        if work.after.is_empty() {
+            connection.rollback().await?;
+            return Ok(Committed { outcomes, records: Vec::new(), complete_at: Instant::now(), outbox: None });
+        }
+        let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
+        let outbox = self.write(connection, &loaded.records, &after, work.kicks).await?;
+        let max_age = self.tools.settings.max_event_age;
+        let late = |(event, outcome): (&Pending, &Option<_>)| outcome.is_some() && event.received.elapsed() >= max_age;
+        if events.iter().zip(&outcomes).any(late) {
+            return Err(Failure::TooLate);
+        }
+        let complete_at = Instant::now();
+        match connection.commit().await {
+            Ok(()) => Ok(Committed { outcomes, records: after.into_iter().collect(), complete_at, outbox: Some(outbox) }),
+            Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
+            Err(error) => Err(Failure::Uncertain(error)),
+        }
+    }
+
+    /// Reads, without locking, the lives that the events and the routes name, and returns the gateways' current ones. A bind's
+    /// epoch is decided by this, inside the transaction; memory may be behind.
+    async fn read_lives(
+        &self,
+        connection: &mut Connection,
+        events: &[Pending],
+        records: &HashMap<UserId, UserRecord>,
+    ) -> Result<HashMap<GatewayAddr, Arc<Life>>, Failure> {
+        let binds = || events.iter().filter_map(|event| if let Change::Bind(bind) = &event.change { Some(bind) } else { None });
+        let table = self.tools.lives.table();
+        let unknown = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).filter(|e| table.get(*e).is_none());
+        let mut epochs: Vec<Epoch> = binds().filter_map(|bind| bind.epoch).chain(unknown).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        self.tools.lives.learn(&connection.lives_by_epoch(&epochs).await?);
+
+        let mut gateways: Vec<GatewayAddr> = binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
+        gateways.sort_unstable();
+        gateways.dedup();
+        let lives = connection.current_lives(&gateways).await?;
+        self.tools.lives.learn(&lives);
+        let current: HashMap<_, _> = lives.into_iter().map(|life| (life.gateway.clone(), life)).collect();
+        let missing: Vec<_> = gateways.into_iter().filter(|gateway| !current.contains_key(gateway)).collect();
+        if missing.is_empty() { Ok(current) } else { Err(Failure::NoLife(missing)) }
+    }
+
+    /// Applies one event to what the events before it have left. A panic in the rules costs its own event and no other.
+    fn apply(&self, event: &Pending, clock: DatabaseClock, work: &mut Work<'_>) -> Option<Result<Outcome, Error>> {
+        if !event.is_wanted(self.tools.settings.max_event_age) {
+            return None;
+        }
+        let table = self.tools.lives.table();
+        let settings = &self.tools.settings;
+        let context = Context {
+            policy: &settings.policy,
+            lives: &table,
+            now: clock.now(),
+            clock: clock.version(),
+            route_ttl: settings.route_ttl,
+            heartbeat_interval: settings.heartbeat_interval,
+        };
+        let record = work.record(event.user);
+        let applied = match &event.change {
+            Change::Bind(bind) => match work.life_of(bind, &table) {
+                Some(life) => {
+                    let waited = event.received.elapsed();
+                    catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Bind { bind, life: &life, waited }, &context)))
+                }
+                None => Ok(Applied { outcome: Outcome::Fenced, next: None }),
+            },
+            Change::Unbind(unbind) => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Unbind(unbind), &context))),
+            Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
+        };
+        Some(match applied {
+            Ok(applied) => Ok(work.keep(event.user, applied)),
+            Err(_) => {
+                error!(user.id = %event.user, "the rules panicked on a change of this user; the change was dropped");
+                Err(Error::Internal { what: "this change cannot be made" })
+            }
+        })
+    }
+
+    async fn write(
+        &mut self,
+        connection: &mut Connection,
+        before: &HashMap<UserId, UserRecord>,
+        after: &BTreeMap<UserId, UserRecord>,
+        kicks: Vec<KickedRoute>,
+    ) -> Result<OutboxId, SqlError> {
+        let absent = UserRecord::default();
+        let change = |(user, after)| UserChange { user: *user, before: before.get(user).unwrap_or(&absent), after };
+        let changes: Vec<UserChange<'_>> = after.iter().map(change).collect();
+        connection.write_users(&changes).await?;
+        connection.delete_outbox(&self.shown).await?;
+        let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks };
+        for change in &changes {
+            body.changed(change.user, change.after.version);
+        }
+        connection.add_outbox(&self.tools.node_id, &body).await
+    }
+
+    /// Shows the change to this node's readers, then tells the callers.
+    fn acknowledge(&mut self, events: Vec<Pending>, committed: Committed) {
+        if committed.outbox.is_some() {
+            self.shown = committed.outbox.into_iter().collect();
+        }
+        for (user, record) in committed.records {
+            self.tools.cache.committed(user, record, committed.complete_at, false);
+        }
+        for (event, outcome) in events.into_iter().zip(committed.outcomes) {
+            if let Some(outcome) = outcome {
+                event.answer(outcome);
+            }
+        }
+    }
+
+    async fn recover(&mut self, mut part: Part, failure: Failure, parts: &mut VecDeque<Part>) {
+        let metrics = self.tools.metrics.clone();
+        part.tries += 1;
+        match failure {
+            Failure::TooLate => parts.push_front(part),
+            Failure::Sql(SqlError::Lost(error)) => {
+                metrics.lane_retry("lost");
+                self.note_unreachable(&error);
+                if part.tries > 1 {
+                    sleep(RECONNECT_INTERVAL).await;
+                }
+                parts.push_front(part);
+            }
+            Failure::Uncertain(error) => {
+                metrics.lane_retry("uncertain");
+                warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
+                part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
+                refuse(part, "the database did not confirm the change");
+            }
+            Failure::Sql(_) | Failure::NoLife(_) if part.tries > MAX_TRIES => refuse(part, "too many changes of the same users at once"),
+            Failure::NoLife(gateways) => {
+                self.begin_lives(&gateways).await;
+                parts.push_front(part);
+            }
+            Failure::Sql(SqlError::Locked) => {
+                metrics.lane_retry("locked");
+                self.park(part, parts).await;
+            }
+            Failure::Sql(SqlError::Deadlock) => {
+                metrics.lane_retry("deadlock");
+                sleep(jitter(part.tries)).await;
+                halve(part, parts);
+            }
+            Failure::Sql(SqlError::Failed(error)) if part.events.len() == 1 => {
+                let user = part.events[0].user;
+                error!(user.id = %user, %error, "a change of this user cannot be stored");
+                metrics.store_error("statement");
+                part.events.into_iter().for_each(|event| event.answer(Err(Error::Internal { what: "this change cannot be stored" })));
+            }
+            Failure::Sql(SqlError::Failed(_)) => {
+                metrics.lane_retry("failed");
+                part.tries -= 1; // each halving is a step towards the one bad event
+                halve(part, parts);
+            }
+        }
+    }
+
+    /// Gateways that nobody has registered begin a life with their first bind.
+    async fn begin_lives(&mut self, gateways: &[GatewayAddr]) {
+        for gateway in gateways {
+            let Ok(mut connection) = self.connected().await else { return };
+            match connection.begin_unmanaged_life(gateway).await {
+                Ok(()) => {
+                    info!(gateway.addr = %gateway, "gateway {gateway} binds without being registered: its routes end by themselves");
+                    self.connection = Some(connection);
+                }
+                Err(SqlError::Lost(error)) => self.note_unreachable(&error),
+                Err(_) => self.connection = connection.rollback().await.is_ok().then_some(connection),
+            }
+        }
+    }
+
+    /// Sets the events of locked users aside and runs the others again.
+    async fn park(&mut self, part: Part, parts: &mut VecDeque<Part>) {
+        let locked = self.locked(&part.events).await;
+        let (parked, events): (Vec<_>, Vec<_>) = part.events.into_iter().partition(|event| locked.contains(&event.user));
+        self.parked.extend(parked);
+        parts.push_front(Part { events, tries: part.tries });
+    }
+
+    /// Puts parked events back to work once nobody holds their users.
+    async fn release_parked(&mut self) {
+        if self.parked.is_empty() {
+            return;
+        }
+        let parked = std::mem::take(&mut self.parked);
+        let parked = self.wanted(parked);
+        let locked = self.locked(&parked).await;
+        let (still, mut free): (Vec<_>, Vec<_>) = parked.into_iter().partition(|event| locked.contains(&event.user));
+        self.parked = still;
+        for event in free.iter_mut().filter(|event| event.under_way.is_none()) {
+            event.under_way = Some(self.tools.cache.begin_write(event.user));
+        }
+        while !free.is_empty() {
+            let rest = free.split_off(free.len().min(MAX_BATCH));
+            self.settle(free).await;
+            free = rest;
+        }
+    }
+
+    async fn locked(&mut self, events: &[Pending]) -> HashSet<UserId> {
+        let mut users: Vec<UserId> = events.iter().map(|event| event.user).collect();
+        users.sort_unstable();
+        users.dedup();
+        let Ok(mut connection) = self.connected().await else { return HashSet::new() };
+        match connection.locked_users(&users).await {
+            Ok(locked) => {
+                self.connection = Some(connection);
+                locked.into_iter().collect()
+            }
+            Err(error) => {
+                warn!(%error, "cannot tell which users are locked");
+                HashSet::new()
+            }
+        }
+    }
+
+    async fn connected(&mut self) -> Result<Connection, SqlError> {
+        let connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.tools.database.connect(Purpose::Lane).await?,
+        };
+        if let Some(since) = self.unreachable_since.take() {
+            info!(duration_ms = since.elapsed().as_millis() as u64, "a lane reaches the database again");
+        }
+        Ok(connection)
+    }
+
+    fn note_unreachable(&mut self, error: &str) {
+        self.tools.metrics.store_error("lane");
+        if self.unreachable_since.is_none() {
+            self.unreachable_since = Some(Instant::now());
+            warn!(%error, "a lane lost the database; changes wait, or are refused");
+        }
+    }
+
+    /// Keeps the server from ending an idle session, and has one ready for the next event.
+    async fn keep_connection(&mut self) {
+        if !self.parked.is_empty() || self.tools.database.engine == Engine::Sqlite && self.connection.is_some() {
+            return;
+        }
+        if let Ok(mut connection) = self.connected().await {
+            if connection.ping().await.is_ok() {
+                self.connection = Some(connection);
+            }
+        }
+    }
+
+    async fn delete_shown(&mut self) {
+        let shown = std::mem::take(&mut self.shown);
+        let Ok(mut connection) = self.connected().await else { return };
+        if connection.delete_outbox(&shown).await.is_ok() {
+            self.connection = Some(connection);
+        }
+    }
+}
+
+enum Wake {
+    Event(Pending),
+    Nothing,
+}
+
+/// What a batch has done so far, in memory.
+struct Work<'a> {
+    current: HashMap<GatewayAddr, Arc<Life>>,
+    before: &'a HashMap<UserId, UserRecord>,
+    after: HashMap<UserId, UserRecord>,
+    kicks: Vec<KickedRoute>,
+}
+
+impl Work<'_> {
+    fn record(&self, user: UserId) -> UserRecord {
+        self.after.get(&user).or_else(|| self.before.get(&user)).cloned().unwrap_or_default()
+    }
+
+    /// The life a bind belongs to. None: the one it claims is over, or another gateway's.
+    fn life_of(&self, bind: &Bind, table: &LifeTable) -> Option<Arc<Life>> {
+        match bind.epoch {
+            None => self.current.get(&bind.gateway).cloned(),
+            Some(epoch) => table.get(epoch).filter(|life| life.alive && life.gateway == bind.gateway).cloned(),
+        }
+    }
+
+    fn keep(&mut self, user: UserId, applied: Applied) -> Outcome {
+        if let Outcome::Bound { kicked, .. } = &applied.outcome {
+            self.kicks.extend(kicked.iter().map(|(route, reason)| KickedRoute {
+                user_id: user.get(),
+                device_id: route.device.to_string(),
+                epoch: route.epoch.0,
+                bound_version: route.bound_version.0,
+                reason: reason_to_i32(*reason),
+            }));
+        }
+        if let Some(next) = applied.next {
+            self.after.insert(user, next);
+        }
+        applied.outcome
+    }
+}
+
+fn halve(part: Part, parts: &mut VecDeque<Part>) {
+    let Part { mut events, tries } = part;
+    let second = events.split_off(events.len().div_ceil(2));
+    parts.push_front(Part { events: second, tries });
+    parts.push_front(Part { events, tries });
+}
+
+fn refuse(part: Part, what: &'static str) {
+    part.events.into_iter().for_each(|event| event.answer(Err(Error::unavailable(what))));
+}
+
+/// A few milliseconds, more with each try, different for each lane.
+fn jitter(tries: u32) -> Duration {
+    let random = uuid::Uuid::new_v4().as_u128() % 8;
+    Duration::from_millis(u64::from(tries) * (1 + random as u64))
+}

@@ -1,0 +1,233 @@
+//! The one write path. Every change of a user is an event in the lane that the user's number decides, so changes of one user
+//! are made in order and many users share a commit.
+//!
+//! Queues are bounded. A full one turns the caller away at once, with the time after which to come again. Batch calls hold
+//! at most half of a queue between them and take their share 256 events at a time, so that single calls always find room.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio::time::timeout_at;
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::id::UserId;
+use crate::domain::policy::DevicePolicy;
+use crate::domain::user::Bind;
+use crate::domain::user::Outcome;
+use crate::domain::user::Unbind;
+use crate::engine::cache::Cache;
+use crate::engine::cache::WriteGuard;
+use crate::engine::lane::Lane;
+use crate::engine::lives::Lives;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::store::database::Database;
+
+/// Events a batch call puts into a lane at a time.
+const BATCH_SHARE: usize = 256;
+/// Background events that may wait in a lane.
+const BACKGROUND_QUEUE: usize = 1024;
+
+/// A change asked of a user.
+#[derive(Debug)]
+pub enum Change {
+    Bind(Bind),
+    Unbind(Unbind),
+    /// Remove the routes that are not live.
+    Sweep,
+}
+
+/// What the lanes work by.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    pub lanes: usize,
+    /// Events that may wait in a lane.
+    pub queue: usize,
+    /// Older events are dropped: their callers were told to repeat them, and may have done so elsewhere.
+    pub max_event_age: Duration,
+    pub policy: DevicePolicy,
+    pub route_ttl: Duration,
+    pub heartbeat_interval: Duration,
+}
+
+/// What the lanes work with.
+pub struct Tools {
+    pub node_id: String,
+    pub database: Arc<Database>,
+    pub cache: Arc<Cache>,
+    pub lives: Arc<Lives>,
+    pub metrics: Arc<Metrics>,
+    pub settings: Settings,
+}
+
+/// An event on its way. Dropping it unanswered tells its caller that the outcome is unknown.
+pub(super) struct Pending {
+    pub user: UserId,
+    pub change: Change,
+    pub received: Instant,
+    pub answer: oneshot::Sender<Result<Outcome, Error>>,
+    /// Since the lane took the event: nothing older than what it commits may be answered.
+    pub under_way: Option<WriteGuard>,
+    _share: Option<OwnedSemaphorePermit>,
+}
+
+struct Entrance {
+    callers: mpsc::Sender<Pending>,
+    background: mpsc::Sender<Pending>,
+    /// What batch calls may hold of the queue.
+    batch_share: Arc<Semaphore>,
+}
+
+pub struct Lanes {
+    entrances: Vec<Entrance>,
+    metrics: Arc<Metrics>,
+    max_event_age: Duration,
+}
+
+impl Lanes {
+    /// Starts the lanes. At `shutdown` they take no more events, finish what they have, and end.
+    pub fn start(tools: &Arc<Tools>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) -> Arc<Self> {
+        let settings = tools.settings;
+        let mut entrances = Vec::new();
+        for _ in 0..settings.lanes {
+            let (callers, from_callers) = mpsc::channel(settings.queue);
+            let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
+            tasks.spawn(Lane::new(tools.clone(), from_callers, from_background).run(shutdown.clone()));
+            entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
+        }
+        Arc::new(Self { entrances, metrics: tools.metrics.clone(), max_event_age: settings.max_event_age })
+    }
+
+    /// Makes one change. When this returns an outcome, the change is durable.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`]: nothing was done. [`Error::Unavailable`]: it may or may not have been done; repeating it is
+    /// harmless. [`Error::Internal`]: this change cannot be stored.
+    pub async fn submit(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
+        let received = Instant::now();
+        let (pending, answer) = Pending::new(user, change, received, None);
+        self.enter(self.lane_of(user), pending)?;
+        self.outcome(answer, received).await
+    }
+
+    /// Makes many changes; each has its own outcome. In the order given, per user.
+    pub async fn submit_many(self: &Arc<Self>, changes: Vec<(UserId, Change)>) -> Vec<Result<Outcome, Error>> {
+        let received = Instant::now();
+        let mut outcomes: Vec<_> = changes.iter().map(|_| Err(Error::unavailable("the lane was busy for too long"))).collect();
+        let mut by_lane: HashMap<usize, Vec<(usize, UserId, Change)>> = HashMap::new();
+        for (i, (user, change)) in changes.into_iter().enumerate() {
+            by_lane.entry(self.lane_of(user)).or_default().push((i, user, change));
+        }
+        let mut lanes = JoinSet::new();
+        for (lane, changes) in by_lane {
+            lanes.spawn(self.clone().submit_to(lane, changes, received));
+        }
+        while let Some(done) = lanes.join_next().await {
+            for (i, outcome) in done.into_iter().flatten() {
+                outcomes[i] = outcome;
+            }
+        }
+        outcomes
+    }
+
+    /// Makes one change when there is nothing more urgent.
+    pub async fn submit_in_background(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
+        let received = Instant::now();
+        let (pending, answer) = Pending::new(user, change, received, None);
+        let entrance = &self.entrances[self.lane_of(user)];
+        entrance.background.send(pending).await.map_err(|_| stopping())?;
+        self.outcome(answer, received).await
+    }
+
+    /// Events that wait.
+    pub fn depth(&self) -> usize {
+        self.entrances.iter().map(|entrance| entrance.callers.max_capacity() - entrance.callers.capacity()).sum()
+    }
+
+    async fn submit_to(
+        self: Arc<Self>,
+        lane: usize,
+        changes: Vec<(usize, UserId, Change)>,
+        received: Instant,
+    ) -> Vec<(usize, Result<Outcome, Error>)> {
+        let mut waiting = Vec::with_capacity(changes.len());
+        let mut outcomes = Vec::with_capacity(changes.len());
+        let mut changes = changes.into_iter();
+        loop {
+            let share: Vec<_> = changes.by_ref().take(BATCH_SHARE).collect();
+            let Some(mut permits) = self.share(lane, share.len(), received).await else { break };
+            for (i, user, change) in share {
+                let (pending, answer) = Pending::new(user, change, received, permits.split(1));
+                match self.enter(lane, pending) {
+                    Ok(()) => waiting.push((i, answer)),
+                    Err(error) => outcomes.push((i, Err(error))),
+                }
+            }
+        }
+        for (i, answer) in waiting {
+            outcomes.push((i, self.outcome(answer, received).await));
+        }
+        outcomes
+    }
+
+    /// None: nothing is left to ask for, or the time is up.
+    async fn share(&self, lane: usize, events: usize, received: Instant) -> Option<OwnedSemaphorePermit> {
+        let events = u32::try_from(events).ok().filter(|events| *events > 0)?;
+        let permits = self.entrances[lane].batch_share.clone().acquire_many_owned(events);
+        timeout_at((received + self.max_event_age).into(), permits).await.ok()?.ok()
+    }
+
+    fn enter(&self, lane: usize, pending: Pending) -> Result<(), Error> {
+        self.entrances[lane].callers.try_send(pending).map_err(|error| match error {
+            TrySendError::Full(_) => {
+                self.metrics.shed("changes");
+                Error::overloaded("too many changes wait to be stored")
+            }
+            TrySendError::Closed(_) => stopping(),
+        })
+    }
+
+    async fn outcome(&self, answer: oneshot::Receiver<Result<Outcome, Error>>, received: Instant) -> Result<Outcome, Error> {
+        match timeout_at((received + self.max_event_age).into(), answer).await {
+            Ok(Ok(outcome)) => outcome,
+            Ok(Err(_)) | Err(_) => Err(Error::unavailable("the database did not confirm the change in time")),
+        }
+    }
+
+    fn lane_of(&self, user: UserId) -> usize {
+        usize::try_from(user.hash() % self.entrances.len() as u64).unwrap_or(0)
+    }
+}
+
+impl Pending {
+    fn new(
+        user: UserId,
+        change: Change,
+        received: Instant,
+        share: Option<OwnedSemaphorePermit>,
+    ) -> (Self, oneshot::Receiver<Result<Outcome, Error>>) {
+        let (answer, outcome) = oneshot::channel();
+        (Self { user, change, received, answer, under_way: None, _share: share }, outcome)
+    }
+
+    /// Whether somebody still waits for it. If not, its caller has been told to repeat it, and it must not be applied late.
+    pub fn is_wanted(&self, max_age: Duration) -> bool {
+        !self.answer.is_closed() && self.received.elapsed() < max_age
+    }
+
+    pub fn answer(self, outcome: Result<Outcome, Error>) {
+        let _ = self.answer.send(outcome); // a caller that has gone needs no answer
+    }
+}
+
+fn stopping() -> Error {
+    Error::unavailable("this node is stopping")
+}

@@ -1,0 +1,235 @@
+//! Loading users from SQL: the only way past the cache.
+//!
+//! Whoever misses names the user and waits; workers with a connection each take all that is asked for, up to one statement's
+//! worth, and read it at once. So there is one load per user at a time, misses of different callers share statements, and
+//! the number of statements in flight is bounded. Loads are tasks of their own: a caller that gives up cancels nothing.
+//! Full: the caller is told to come again.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+
+use tokio::sync::Notify;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tracing::error;
+
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::engine::cache::Cache;
+use crate::engine::cache::Entry;
+use crate::engine::cache::LoadTicket;
+use crate::engine::cache::Loaded;
+use crate::engine::lives::Lives;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+
+/// Users read by one statement.
+const MAX_USERS_PER_LOAD: usize = 512;
+/// Users waiting to be loaded. Ten of the largest batches.
+const MAX_WAITING: usize = 100_000;
+
+type Answer = Result<Arc<Entry>, Error>;
+
+#[derive(Default)]
+struct Flight {
+    /// Answered by the load in progress. None: no load is in progress.
+    running: Option<Vec<oneshot::Sender<Answer>>>,
+    /// Answered by the next load.
+    waiting: Vec<oneshot::Sender<Answer>>,
+}
+
+#[derive(Default)]
+struct Queue {
+    flights: HashMap<UserId, Flight>,
+    order: VecDeque<UserId>,
+}
+
+pub struct Loader {
+    queue: Mutex<Queue>,
+    wake: Notify,
+    database: Arc<Database>,
+    cache: Arc<Cache>,
+    lives: Arc<Lives>,
+    metrics: Arc<Metrics>,
+}
+
+impl Loader {
+    pub fn new(database: Arc<Database>, cache: Arc<Cache>, lives: Arc<Lives>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { queue: Mutex::default(), wake: Notify::new(), database, cache, lives, metrics })
+    }
+
+    /// Asks for `users`. `fresh`: only a load that begins after this call will do; otherwise one in progress is joined.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`] if too many users wait already; then none of these does.
+    pub fn request(&self, users: &[UserId], fresh: bool) -> Result<Vec<oneshot::Receiver<Answer>>, Error> {
+        let mut queue = self.queue();
+        if queue.order.len() + users.len() > MAX_WAITING {
+            self.metrics.shed("loads");
+            return Err(Error::overloaded("too many users wait to be read from the database"));
+        }
+        let answers = users.iter().map(|user| queue.join(*user, fresh)).collect();
+        drop(queue);
+        self.wake.notify_one();
+        Ok(answers)
+    }
+
+    /// Serves requests over one connection until `shutdown`.
+    pub async fn work(self: Arc<Self>, shutdown: CancellationToken) {
+        let _stop_node_on_panic = shutdown.clone().drop_guard();
+        let mut connection = None;
+        while let Some(users) = shutdown.run_until_cancelled(self.take()).await {
+            let mut unanswered = users.clone();
+            if let Err(error) = self.load(&mut connection, &mut unanswered).await {
+                connection = None;
+                self.metrics.store_error("load");
+                if let SqlError::Failed(_) = error {
+                    error!(%error, "users cannot be loaded");
+                }
+                let told = Error::unavailable("the database does not answer");
+                self.queue().answer(unanswered.into_iter().map(|user| (user, Err(told.clone()))));
+            }
+            self.wake.notify_one();
+        }
+    }
+
+    async fn take(&self) -> Vec<UserId> {
+        loop {
+            let users = self.queue().take();
+            if !users.is_empty() {
+                self.wake.notify_one(); // there may be more than one worker's worth
+                return users;
+            }
+            self.wake.notified().await;
+        }
+    }
+
+    /// Reads `users` and answers those who wait. Leaves in `users` whom it could not answer.
+    async fn load(&self, connection: &mut Option<Connection>, users: &mut Vec<UserId>) -> Result<(), SqlError> {
+        let mut tickets: Vec<LoadTicket> = users.iter().map(|user| self.cache.begin_load(*user)).collect();
+        while !tickets.is_empty() {
+            let (records, lives) = match self.read(connection, users).await {
+                Ok(read) => read,
+                Err(error) => {
+                    tickets.into_iter().for_each(|ticket| self.cache.abandon_load(ticket));
+                    return Err(error);
+                }
+            };
+            self.lives.learn(&lives);
+            let (went_back, mut records) = (self.cache.went_back(), records);
+            let mut answers = Vec::with_capacity(tickets.len());
+            let mut again = Vec::new();
+            for ticket in tickets {
+                let user = ticket.user();
+                let record = records.remove(&user).unwrap_or_default();
+                match self.cache.end_load(ticket, record, true) {
+                    Loaded::Answer(entry) => answers.push((user, Ok(entry))),
+                    Loaded::Again(ticket) => again.push(ticket),
+                }
+            }
+            self.queue().answer(answers.into_iter());
+            users.clear();
+            users.extend(again.iter().map(LoadTicket::user));
+            tickets = again;
+            if self.cache.went_back() > went_back {
+                self.raise_generation(connection).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn raise_generation(&self, connection: &mut Option<Connection>) -> Result<(), SqlError> {
+        error!("the database holds less than it had acknowledged: it was set back; every cache starts anew");
+        if let Some(connection) = connection {
+            let seen = connection.read_cluster().await?.generation;
+            connection.raise_generation(seen).await?;
+        }
+        Ok(())
+    }
+
+    /// Reads on the connection kept from before if it still works, else on a new one.
+    async fn read(&self, connection: &mut Option<Connection>, users: &[UserId]) -> Result<Read, SqlError> {
+        if let Some(kept) = connection {
+            match self.read_on(kept, users).await {
+                Err(SqlError::Lost(_)) => *connection = None,
+                done => return done,
+            }
+        }
+        let mut fresh = self.database.connect(Purpose::General).await?;
+        let read = self.read_on(&mut fresh, users).await;
+        *connection = Some(fresh);
+        read
+    }
+
+    /// Reads the users, and then the lives their routes name, so that the answer is as fresh as the record.
+    async fn read_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<Read, SqlError> {
+        let records = connection.load_users(users).await?.records;
+        let mut epochs: Vec<Epoch> = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        let lives = connection.lives_by_epoch(&epochs).await?;
+        Ok((records, lives))
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+type Read = (HashMap<UserId, crate::domain::user::UserRecord>, Vec<Arc<crate::domain::gateway::Life>>);
+
+impl Queue {
+    fn join(&mut self, user: UserId, fresh: bool) -> oneshot::Receiver<Answer> {
+        let (sender, receiver) = oneshot::channel();
+        let flight = self.flights.entry(user).or_default();
+        match &mut flight.running {
+            Some(running) if !fresh => running.push(sender),
+            running => {
+                if flight.waiting.is_empty() && running.is_none() {
+                    self.order.push_back(user);
+                }
+                flight.waiting.push(sender);
+            }
+        }
+        receiver
+    }
+
+    /// The users of the next load. Those whose callers have all gone are left out.
+    fn take(&mut self) -> Vec<UserId> {
+        let mut users = Vec::new();
+        while users.len() < MAX_USERS_PER_LOAD {
+            let Some(user) = self.order.pop_front() else { break };
+            let Some(flight) = self.flights.get_mut(&user) else { continue };
+            flight.waiting.retain(|waiting| !waiting.is_closed());
+            if flight.waiting.is_empty() {
+                self.flights.remove(&user);
+                continue;
+            }
+            flight.running = Some(std::mem::take(&mut flight.waiting));
+            users.push(user);
+        }
+        users
+    }
+
+    fn answer(&mut self, answers: impl Iterator<Item = (UserId, Answer)>) {
+        for (user, answer) in answers {
+            let Some(flight) = self.flights.get_mut(&user) else { continue };
+            for caller in flight.running.take().into_iter().flatten() {
+                let _ = caller.send(answer.clone()); // a caller that has gone needs no answer
+            }
+            if flight.waiting.is_empty() {
+                self.flights.remove(&user);
+            } else {
+                self.order.push_back(user);
+            }
+        }
+    }
+}

@@ -1,0 +1,33 @@
+//! What a caller is told when a call was not carried out: by what the caller should do next.
+
+use std::time::Duration;
+
+/// The call changed nothing that its caller could rely on.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Error {
+    /// Mend the request.
+    #[error("{field}: {reason}")]
+    Invalid { field: &'static str, reason: String },
+    /// Wait, then repeat: more work than this node takes at once.
+    #[error("overloaded: {what}; repeat after {} ms", retry_after.as_millis())]
+    Overloaded { what: &'static str, retry_after: Duration },
+    /// Repeat, here or on another node. A bind may or may not have taken effect; repeating it is harmless.
+    #[error("{what}; repeat it, here or on another node")]
+    Unavailable { what: &'static str, retry_after: Duration },
+    /// This one thing cannot be done. Repeating will not help; the log says more.
+    #[error("{what}; the daemon's log has the cause")]
+    Internal { what: &'static str },
+}
+
+/// After which time a caller that was turned away should come again.
+pub const RETRY_AFTER: Duration = Duration::from_millis(200);
+
+impl Error {
+    pub fn unavailable(what: &'static str) -> Self {
+        Self::Unavailable { what, retry_after: RETRY_AFTER }
+    }
+
+    pub fn overloaded(what: &'static str) -> Self {
+        Self::Overloaded { what, retry_after: RETRY_AFTER }
+    }
+}

@@ -1,0 +1,186 @@
+//! One connection to the database, with a deadline on every statement.
+//!
+//! A statement that is not answered in time leaves the connection in an unknown state: it is [`SqlError::Lost`], and whoever
+//! owns the connection drops it. Dropping a statement half way and using the connection again would lose writes.
+
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use sqlx::ConnectOptions;
+use sqlx::Executor;
+use sqlx::Row;
+use sqlx::any::AnyConnectOptions;
+use sqlx::any::AnyConnection;
+use sqlx::any::AnyRow;
+use sqlx::mysql::MySqlDatabaseError;
+use tokio::time::timeout;
+
+/// Which SQL is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// MySQL or MariaDB: any number of nodes.
+    MySql,
+    /// A file of this node's own.
+    Sqlite,
+}
+
+/// What went wrong, by what it means for the connection and the transaction on it.
+#[derive(Debug, thiserror::Error)]
+pub enum SqlError {
+    /// The connection is of no use any more. Whether the last statement was carried out is unknown.
+    #[error("connection lost: {0}")]
+    Lost(String),
+    /// The database chose this transaction as a victim. It is rolled back; run it again.
+    #[error("deadlock")]
+    Deadlock,
+    /// Somebody else holds a row. The transaction stays open; roll it back.
+    #[error("a row is locked")]
+    Locked,
+    /// The statement itself failed. Trying again will not help.
+    #[error("statement failed: {0}")]
+    Failed(#[source] sqlx::Error),
+}
+
+/// Numbers of MySQL and MariaDB.
+const ER_LOCK_WAIT_TIMEOUT: u16 = 1205;
+const ER_LOCK_DEADLOCK: u16 = 1213;
+/// The row changed since this transaction's snapshot (MariaDB): the same as a deadlock.
+const ER_CHECKREAD: u16 = 1020;
+/// Errors after which the session is of no use: the server ends, is read-only after a fail-over, or has closed it.
+const SESSION_OVER: [u16; 8] = [1053, 1290, 1836, 1927, 2006, 2013, 1317, 4031];
+
+impl From<sqlx::Error> for SqlError {
+    fn from(error: sqlx::Error) -> Self {
+        let sqlx::Error::Database(database) = &error else {
+            return match error {
+                sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::ColumnNotFound(_) => Self::Failed(error),
+                other => Self::Lost(other.to_string()),
+            };
+        };
+        match database.try_downcast_ref::<MySqlDatabaseError>().map(MySqlDatabaseError::number) {
+            Some(ER_LOCK_WAIT_TIMEOUT) => Self::Locked,
+            Some(ER_LOCK_DEADLOCK | ER_CHECKREAD) => Self::Deadlock,
+            Some(number) if SESSION_OVER.contains(&number) => Self::Lost(error.to_string()),
+            _ => Self::Failed(error),
+        }
+    }
+}
+
+/// What a connection is for: decides how its session is set up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Single statements that only read, or small changes of their own.
+    General,
+    /// The transactions of a lane.
+    Lane,
+}
+
+/// Ends a lane's transaction on the server if its node stands still: its row locks must not outlive it by much.
+const LANE_SESSION_LIMIT: &str = "SET SESSION wait_timeout = 10, innodb_lock_wait_timeout = 1";
+const READ_COMMITTED: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
+const SQLITE_SESSION: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000";
+/// Prepared statements kept per connection: each kind of statement times its chunk sizes.
+const STATEMENTS_KEPT: usize = 256;
+
+/// A connection with one owner.
+pub struct Connection {
+    inner: AnyConnection,
+    engine: Engine,
+    deadline: Duration,
+}
+
+/// A statement with its arguments.
+pub type Statement = sqlx::query::Query<'static, sqlx::Any, sqlx::any::AnyArguments>;
+
+/// `sql` has to come from this crate's own text, never from outside.
+pub fn statement(sql: impl Into<String>) -> Statement {
+    sqlx::query(AssertSqlSafe(sql.into()))
+}
+
+impl Connection {
+    /// Connects and sets the session up, all within `deadline`, which then holds for every statement.
+    pub async fn open(url: &str, engine: Engine, purpose: Purpose, deadline: Duration) -> Result<Self, SqlError> {
+        let connecting = async {
+            let url = with_statement_cache(url, engine);
+            let options = url.parse::<AnyConnectOptions>()?.disable_statement_logging();
+            let inner = options.connect().await?;
+            Ok::<_, SqlError>(Self { inner, engine, deadline })
+        };
+        let mut connection = timeout(deadline, connecting).await.map_err(|_| no_answer(deadline))??;
+        connection.set_up(purpose).await?;
+        Ok(connection)
+    }
+
+    async fn set_up(&mut self, purpose: Purpose) -> Result<(), SqlError> {
+        if self.engine == Engine::Sqlite {
+            return self.run(SQLITE_SESSION).await;
+        }
+        self.run(READ_COMMITTED).await?;
+        if purpose == Purpose::Lane {
+            self.run(LANE_SESSION_LIMIT).await?;
+        }
+        let rows = self.fetch(statement("SHOW SESSION VARIABLES LIKE '%isolation'")).await?;
+        let isolation: String = rows.first().map_or(Ok(String::new()), |row| row.try_get(1))?;
+        match isolation.as_str() {
+            "READ-COMMITTED" => Ok(()),
+            other => Err(SqlError::Lost(format!("the server set the isolation level to {other:?}, not READ-COMMITTED"))),
+        }
+    }
+
+    pub fn engine(&self) -> Engine {
+        self.engine
+    }
+
+    /// Runs text without arguments or rows.
+    pub async fn run(&mut self, sql: &'static str) -> Result<(), SqlError> {
+        timeout(self.deadline, self.inner.execute(sqlx::raw_sql(sql))).await.map_err(|_| no_answer(self.deadline))??;
+        Ok(())
+    }
+
+    /// Runs a statement and says how many rows it found (MySQL: also those it left as they were).
+    pub async fn execute(&mut self, statement: Statement) -> Result<u64, SqlError> {
+        let done = timeout(self.deadline, statement.execute(&mut self.inner)).await.map_err(|_| no_answer(self.deadline))??;
+        Ok(done.rows_affected())
+    }
+
+    pub async fn fetch(&mut self, statement: Statement) -> Result<Vec<AnyRow>, SqlError> {
+        Ok(timeout(self.deadline, statement.fetch_all(&mut self.inner)).await.map_err(|_| no_answer(self.deadline))??)
+    }
+
+    /// Begins a transaction that writes. SQLite: takes the write lock now, not half way.
+    pub async fn begin(&mut self) -> Result<(), SqlError> {
+        self.run(if self.engine == Engine::Sqlite { "BEGIN IMMEDIATE" } else { "BEGIN" }).await
+    }
+
+    /// After [`SqlError::Lost`] it is unknown whether the transaction was committed.
+    pub async fn commit(&mut self) -> Result<(), SqlError> {
+        self.run("COMMIT").await
+    }
+
+    pub async fn rollback(&mut self) -> Result<(), SqlError> {
+        self.run("ROLLBACK").await
+    }
+
+    /// Asks for a sign of life, so that the server does not end an idle session.
+    pub async fn ping(&mut self) -> Result<(), SqlError> {
+        self.run("SELECT 1").await
+    }
+
+    pub(super) fn raw(&mut self) -> &mut AnyConnection {
+        &mut self.inner
+    }
+}
+
+fn no_answer(deadline: Duration) -> SqlError {
+    SqlError::Lost(format!("no answer within {deadline:?}"))
+}
+
+fn with_statement_cache(url: &str, engine: Engine) -> String {
+    match engine {
+        Engine::Sqlite => url.to_owned(),
+        Engine::MySql => {
+            let separator = if url.contains('?') { '&' } else { '?' };
+            format!("{url}{separator}statement-cache-capacity={STATEMENTS_KEPT}")
+        }
+    }
+}

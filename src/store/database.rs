@@ -1,0 +1,157 @@
+//! The database as a whole: reaching it, laying its tables, and what its durability rests on.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::fs::TryLockError;
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use sqlx::Row;
+use sqlx::SqlSafeStr;
+use sqlx::migrate::Migration;
+use sqlx::migrate::MigrationType;
+use sqlx::migrate::Migrator;
+
+use crate::config;
+use crate::store::connection::Connection;
+use crate::store::connection::Engine;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::connection::statement;
+
+const INIT: &str = include_str!("../../migrations/0001_init.sql");
+
+/// Where to connect, and the facts about the database that hold for the life of this process.
+pub struct Database {
+    pub engine: Engine,
+    /// Made with the tables: tells one store from another that uses the same Redis.
+    pub store_id: String,
+    url: String,
+    deadline: Duration,
+    /// Holds the SQLite file for this process alone.
+    _lock: Option<File>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    #[error("another process uses {0}: one SQLite file serves one node; several nodes need store.url = mysql://...")]
+    InUse(String),
+    #[error("cannot lock {path}: {cause}")]
+    Lock { path: String, cause: std::io::Error },
+    #[error("cannot lay the tables: {0}")]
+    Migrate(#[from] sqlx::migrate::MigrateError),
+    #[error(transparent)]
+    Sql(#[from] SqlError),
+}
+
+impl Database {
+    /// Connects once, lays the tables if they are not there, and reads the store's id. Any number of nodes may do so at once.
+    pub async fn open(store: &config::Store) -> Result<Self, OpenError> {
+        sqlx::any::install_default_drivers();
+        let engine = if store.url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
+        let (url, lock) = match engine {
+            Engine::MySql => (store.url.clone(), None),
+            Engine::Sqlite => (creating(&store.url), lock_file(&store.url)?),
+        };
+        let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
+        migrator().run(connection.raw()).await?;
+        let store_id = store_id(&mut connection).await?;
+        Ok(Self { engine, store_id, url, deadline: store.timeout, _lock: lock })
+    }
+
+    pub async fn connect(&self, purpose: Purpose) -> Result<Connection, SqlError> {
+        Connection::open(&self.url, self.engine, purpose, self.deadline).await
+    }
+
+    /// What "durable" rests on, and whether it is weaker than a commit that survives a power cut.
+    pub async fn durability(&self, connection: &mut Connection) -> Result<Durability, SqlError> {
+        if self.engine == Engine::Sqlite {
+            return Ok(Durability { rests_on: "SQLite, WAL, synchronous = FULL".to_owned(), weaknesses: Vec::new() });
+        }
+        const SQL: &str = "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
+            ('version', 'innodb_flush_log_at_trx_commit', 'sync_binlog', 'log_bin', 'binlog_format')";
+        let mut settings = Vec::new();
+        for row in connection.fetch(statement(SQL)).await? {
+            settings.push((row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?));
+        }
+        Ok(Durability::of_mysql(&settings))
+    }
+}
+
+/// What an acknowledged bind rests on.
+#[derive(Debug, PartialEq)]
+pub struct Durability {
+    pub rests_on: String,
+    /// Each a sentence about what an acknowledged bind does not survive.
+    pub weaknesses: Vec<&'static str>,
+}
+
+impl Durability {
+    fn of_mysql(settings: &[(String, String)]) -> Self {
+        let value = |name: &str| settings.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value);
+        let mut weaknesses = Vec::new();
+        if value("innodb_flush_log_at_trx_commit") != "1" {
+            weaknesses.push("innodb_flush_log_at_trx_commit is not 1: a power cut loses the last second of acknowledged binds");
+        }
+        if value("log_bin") == "ON" && value("sync_binlog") != "1" {
+            weaknesses.push("sync_binlog is not 1: a replica may miss acknowledged binds after a power cut");
+        }
+        if value("log_bin") == "ON" && value("binlog_format") == "STATEMENT" {
+            weaknesses.push("binlog_format is STATEMENT: READ COMMITTED needs ROW, writes will fail");
+        }
+        let rests_on: Vec<String> = settings.iter().map(|(key, value)| format!("{key} = {value}")).collect();
+        Self { rests_on: rests_on.join(", "), weaknesses }
+    }
+}
+
+fn migrator() -> Migrator {
+    let init = Migration::new(1, Cow::Borrowed("init"), MigrationType::Simple, AssertSqlSafe(INIT.to_owned()).into_sql_str(), false);
+    Migrator::with_migrations(vec![init])
+}
+
+/// The store's id: whoever comes first makes it.
+async fn store_id(connection: &mut Connection) -> Result<String, SqlError> {
+    let sql = match connection.engine() {
+        Engine::MySql => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON DUPLICATE KEY UPDATE id = id",
+        Engine::Sqlite => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON CONFLICT DO NOTHING",
+    };
+    connection.execute(statement(sql).bind(uuid::Uuid::new_v4().to_string())).await?;
+    let rows = connection.fetch(statement("SELECT store_id FROM cluster WHERE id = 1")).await?;
+    let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
+    Ok(row.try_get(0)?)
+}
+
+fn creating(url: &str) -> String {
+    if url.contains("mode=") { url.to_owned() } else { format!("{url}{}mode=rwc", if url.contains('?') { '&' } else { '?' }) }
+}
+
+fn lock_file(url: &str) -> Result<Option<File>, OpenError> {
+    let path = url.trim_start_matches("sqlite:").trim_start_matches("//");
+    let path = path.split('?').next().unwrap_or(path);
+    if path.is_empty() || path.starts_with(':') {
+        return Ok(None);
+    }
+    let name = format!("{path}.lock");
+    let file = File::create(&name).map_err(|cause| OpenError::Lock { path: name.clone(), cause })?;
+    match file.try_lock() {
+        Ok(()) => Ok(Some(file)),
+        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path.to_owned())),
+        Err(TryLockError::Error(cause)) => Err(OpenError::Lock { path: name, cause }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_weaker_than_a_commit_are_named() {
+        let settings = |flush: &str, binlog: &str| {
+            [("innodb_flush_log_at_trx_commit", flush), ("log_bin", binlog), ("sync_binlog", "0"), ("binlog_format", "ROW")]
+                .map(|(key, value)| (key.to_owned(), value.to_owned()))
+        };
+        assert_eq!(Durability::of_mysql(&settings("1", "OFF")).weaknesses.len(), 0);
+        assert_eq!(Durability::of_mysql(&settings("2", "OFF")).weaknesses.len(), 1);
+        assert_eq!(Durability::of_mysql(&settings("2", "ON")).weaknesses.len(), 2);
+    }
+}

@@ -1,0 +1,114 @@
+//! Lives of gateways and the row all nodes agree on.
+
+use std::sync::Arc;
+
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeKind;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::domain::time::Timestamp;
+use crate::store::codec;
+use crate::store::connection::Connection;
+use crate::store::connection::Engine;
+use crate::store::connection::SqlError;
+use crate::store::connection::statement;
+use crate::store::statement::chunks;
+use crate::store::statement::repeated;
+use crate::store::users::DatabaseClock;
+use crate::store::users::clock_micros;
+use crate::store::users::corrupt;
+use crate::store::users::signed;
+use crate::store::users::unsigned;
+
+/// What every node looks at once a second.
+#[derive(Clone, Copy, Debug)]
+pub struct ClusterRow {
+    pub clock: DatabaseClock,
+    /// Raised whenever caches may hold what the database does not know.
+    pub generation: u64,
+}
+
+const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until FROM lives WHERE ";
+
+impl Connection {
+    pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
+        let sql = format!("SELECT {}, generation FROM cluster WHERE id = 1", clock_micros(self.engine()));
+        let rows = self.fetch(statement(sql)).await?;
+        let row = rows.first().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
+        Ok(ClusterRow { clock: DatabaseClock::from_micros(row.try_get(0)?), generation: unsigned(row.try_get(1)?) })
+    }
+
+    /// Raises the generation, unless another node did so meanwhile.
+    pub async fn raise_generation(&mut self, seen: u64) -> Result<(), SqlError> {
+        const SQL: &str = "UPDATE cluster SET generation = generation + 1 WHERE id = 1 AND generation = ?";
+        self.execute(statement(SQL).bind(signed(seen))).await.map(|_| ())
+    }
+
+    /// All lives that a route may still name: the living, and the dead whose routes are not swept yet.
+    pub async fn read_lives(&mut self) -> Result<Vec<Arc<Life>>, SqlError> {
+        let rows = self.fetch(statement(format!("{COLUMNS}alive = 1 OR swept_at = 0"))).await?;
+        rows.iter().map(read_life).collect()
+    }
+
+    pub async fn lives_by_epoch(&mut self, epochs: &[Epoch]) -> Result<Vec<Arc<Life>>, SqlError> {
+        let mut lives = Vec::new();
+        for (chunk, fill) in chunks(epochs) {
+            let mut select = statement(repeated(&format!("{COLUMNS}epoch IN ("), "?", chunk.len() + fill, ")"));
+            for epoch in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
+                select = select.bind(signed(epoch.0));
+            }
+            for row in self.fetch(select).await? {
+                lives.push(read_life(&row)?);
+            }
+        }
+        Ok(lives)
+    }
+
+    /// The lives that `gateways` live now. A gateway without one is left out.
+    pub async fn current_lives(&mut self, gateways: &[GatewayAddr]) -> Result<Vec<Arc<Life>>, SqlError> {
+        let mut lives = Vec::new();
+        for (chunk, fill) in chunks(gateways) {
+            let head = format!("{COLUMNS}alive = 1 AND gateway_addr IN (");
+            let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
+            for gateway in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
+                select = select.bind(gateway.shared());
+            }
+            for row in self.fetch(select).await? {
+                lives.push(read_life(&row)?);
+            }
+        }
+        Ok(lives)
+    }
+
+    /// Begins an unmanaged life of `gateway`, unless it has a life by now. A transaction of its own: the lock on the one row
+    /// that issues epochs must not be held for the length of a batch.
+    pub async fn begin_unmanaged_life(&mut self, gateway: &GatewayAddr) -> Result<(), SqlError> {
+        let greatest = match self.engine() {
+            Engine::MySql => "GREATEST",
+            Engine::Sqlite => "MAX",
+        };
+        let clock = clock_micros(self.engine());
+        self.begin().await?;
+        let issue = format!("UPDATE cluster SET next_epoch = {greatest}(next_epoch + 1, {clock}) WHERE id = 1");
+        self.execute(statement(issue)).await?;
+        const INSERT: &str = "INSERT INTO lives (epoch, gateway_addr, kind, alive) \
+            SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
+            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1)";
+        let kind = codec::kind_to_i32(LifeKind::Unmanaged);
+        self.execute(statement(INSERT).bind(gateway.shared()).bind(kind).bind(gateway.shared())).await?;
+        self.commit().await
+    }
+}
+
+fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
+    Ok(Arc::new(Life {
+        epoch: Epoch(unsigned(row.try_get(0)?)),
+        gateway: GatewayAddr::parse(row.try_get(1)?).map_err(|error| corrupt("gateway_addr", error))?,
+        kind: codec::kind_from_i32(row.try_get(2)?).ok_or_else(|| corrupt("kind", "is none we know"))?,
+        alive: row.try_get::<i32, _>(3)? == 1,
+        lease_until: Timestamp(row.try_get(4)?),
+    }))
+}

@@ -1,0 +1,66 @@
+//! Statements over many rows. A prepared statement has a fixed number of rows, so rows go in chunks of a few sizes; the last
+//! chunk is filled up by repeating its last row, which must not matter to the statement.
+
+/// Rows of one statement: keeps an `IN` list below the size at which MariaDB turns it into a join.
+pub const MAX_CHUNK: usize = 512;
+/// Below this a chunk is filled up, above it is split: repeated rows cost less than round trips, up to a point.
+const FILLED_UP: usize = 32;
+
+/// Cuts `rows` into chunks whose sizes are powers of two, with the rows to repeat at the end of the last one.
+pub fn chunks<T>(mut rows: &[T]) -> impl Iterator<Item = (&[T], usize)> {
+    std::iter::from_fn(move || {
+        if rows.is_empty() {
+            return None;
+        }
+        let size = if rows.len() < FILLED_UP { rows.len().next_power_of_two() } else { prev_power_of_two(rows.len()) };
+        let size = size.min(MAX_CHUNK);
+        let (chunk, rest) = rows.split_at(size.min(rows.len()));
+        rows = rest;
+        Some((chunk, size - chunk.len()))
+    })
+}
+
+fn prev_power_of_two(n: usize) -> usize {
+    1 << n.ilog2()
+}
+
+/// `head`, then `row` as often as said, separated by commas, then `tail`.
+pub fn repeated(head: &str, row: &str, times: usize, tail: &str) -> String {
+    let mut sql = String::with_capacity(head.len() + times * (row.len() + 1) + tail.len());
+    sql.push_str(head);
+    for i in 0..times {
+        if i > 0 {
+            sql.push(',');
+        }
+        sql.push_str(row);
+    }
+    sql.push_str(tail);
+    sql
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(rows: usize, want: &[(usize, usize)]) {
+        let rows: Vec<usize> = (0..rows).collect();
+        let got: Vec<(usize, usize)> = chunks(&rows).map(|(chunk, fill)| (chunk.len(), fill)).collect();
+        assert_eq!(got, want);
+        assert_eq!(chunks(&rows).flat_map(|(chunk, _)| chunk.to_vec()).collect::<Vec<_>>(), rows, "every row once, in order");
+    }
+
+    #[test]
+    fn chunks_have_few_sizes() {
+        check(0, &[]);
+        check(1, &[(1, 0)]);
+        check(3, &[(3, 1)]);
+        check(300, &[(256, 0), (32, 0), (12, 4)]);
+        check(1024, &[(512, 0), (512, 0)]);
+    }
+
+    #[test]
+    fn a_statement_repeats_its_row() {
+        assert_eq!(repeated("IN (", "?", 3, ")"), "IN (?,?,?)");
+    }
+}

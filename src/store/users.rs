@@ -1,0 +1,308 @@
+//! Users and their routes: the statements of a lane's transaction, and loading.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use crate::domain::id::ConnId;
+use crate::domain::id::DeviceId;
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::time::Timestamp;
+use crate::domain::user::Route;
+use crate::domain::user::UserRecord;
+use crate::store::codec;
+use crate::store::connection::Connection;
+use crate::store::connection::Engine;
+use crate::store::connection::SqlError;
+use crate::store::connection::Statement;
+use crate::store::connection::statement;
+use crate::store::statement::chunks;
+use crate::store::statement::repeated;
+
+/// Records as one statement read them, and the database's clock then.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    pub records: HashMap<UserId, UserRecord>,
+    pub clock: DatabaseClock,
+}
+
+/// The database's clock as a statement saw it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DatabaseClock {
+    micros: i64,
+}
+
+impl DatabaseClock {
+    pub fn from_micros(micros: i64) -> Self {
+        Self { micros }
+    }
+
+    pub fn now(self) -> Timestamp {
+        Timestamp(self.micros / 1_000)
+    }
+
+    pub fn version(self) -> Version {
+        Version(u64::try_from(self.micros).unwrap_or(0))
+    }
+}
+
+/// The rows a batch changes: a user's former record and the one to store.
+pub struct UserChange<'a> {
+    pub user: UserId,
+    pub before: &'a UserRecord,
+    pub after: &'a UserRecord,
+}
+
+pub(super) fn clock_micros(engine: Engine) -> &'static str {
+    match engine {
+        Engine::MySql => "CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)",
+        Engine::Sqlite => "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
+    }
+}
+
+impl Connection {
+    /// Locks `users` (sorted, none twice) until the transaction ends, in the order given, also those that do not exist yet.
+    ///
+    /// The statement is exactly this: `SELECT ... FOR UPDATE` locks nothing where there is no row, and together with inserts
+    /// it deadlocks; `INSERT IGNORE` takes shared locks; a list of a thousand ids becomes a join that locks strangers.
+    pub async fn lock_users(&mut self, users: &[UserId]) -> Result<(), SqlError> {
+        let tail = match self.engine() {
+            Engine::MySql => " ON DUPLICATE KEY UPDATE user_id = user_id",
+            Engine::Sqlite => " ON CONFLICT DO NOTHING",
+        };
+        for (chunk, fill) in chunks(users) {
+            let sql = repeated("INSERT INTO users (user_id, version) VALUES ", "(?,0)", chunk.len() + fill, tail);
+            self.execute(bind_users(statement(sql), chunk, fill)).await?;
+        }
+        Ok(())
+    }
+
+    /// Which of `users` somebody else holds locked now. Waits for nothing and leaves no locks behind.
+    pub async fn locked_users(&mut self, users: &[UserId]) -> Result<Vec<UserId>, SqlError> {
+        let mut locked = Vec::new();
+        for (chunk, fill) in chunks(users) {
+            // Rows that an open transaction has only just inserted are seen by nothing but a dirty read.
+            self.run("SET TRANSACTION ISOLATION LEVEL READ UNCOMMITTED").await?;
+            let there = self.user_ids(chunk, fill, "").await?;
+            self.begin().await?;
+            let free = self.user_ids(chunk, fill, " FOR UPDATE SKIP LOCKED").await?;
+            self.rollback().await?;
+            locked.extend(there.into_iter().filter(|user| !free.contains(user)));
+        }
+        Ok(locked)
+    }
+
+    async fn user_ids(&mut self, chunk: &[UserId], fill: usize, lock: &str) -> Result<Vec<UserId>, SqlError> {
+        let head = "SELECT user_id FROM users FORCE INDEX (PRIMARY) WHERE user_id IN (";
+        let sql = repeated(head, "?", chunk.len() + fill, &format!("){lock}"));
+        let rows = self.fetch(bind_users(statement(sql), chunk, fill)).await?;
+        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+    }
+
+    /// Reads `users` with their routes, version and routes by one statement, so that they belong together. Users nobody has
+    /// heard of are returned as empty records.
+    pub async fn load_users(&mut self, users: &[UserId]) -> Result<Loaded, SqlError> {
+        let head = format!(
+            "SELECT u.user_id, u.version, u.status, u.last_seen_ms, {}, r.device_id, r.platform, r.epoch, r.conn_id, \
+             r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms \
+             FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
+             ON r.user_id = u.user_id WHERE u.user_id IN (",
+            clock_micros(self.engine())
+        );
+        let mut loaded = Loaded::default();
+        for (chunk, fill) in chunks(users) {
+            let sql = repeated(&head, "?", chunk.len() + fill, ")");
+            for row in self.fetch(bind_users(statement(sql), chunk, fill)).await? {
+                read_row(&row, &mut loaded)?;
+            }
+        }
+        for user in users {
+            loaded.records.entry(*user).or_default();
+        }
+        Ok(loaded)
+    }
+
+    /// Writes what changed. The users have to be locked.
+    pub async fn write_users(&mut self, changes: &[UserChange<'_>]) -> Result<(), SqlError> {
+        let mut emptied = Vec::new();
+        let mut routes = Vec::new();
+        for change in changes {
+            let removes = change.before.routes.iter().any(|old| change.after.routes.iter().all(|new| new.device != old.device));
+            if removes {
+                emptied.push(change.user);
+            }
+            let rewritten = change.after.routes.iter().filter(|route| removes || !change.before.routes.contains(route));
+            routes.extend(rewritten.map(|route| (change.user, route)));
+        }
+        self.delete_routes(&emptied).await?;
+        self.upsert_routes(&routes).await?;
+        self.upsert_users(changes).await
+    }
+
+    /// Deletes all routes of `users`. The join makes MySQL look each user up in our order, by key, and lock nothing else.
+    async fn delete_routes(&mut self, users: &[UserId]) -> Result<(), SqlError> {
+        for (chunk, fill) in chunks(users) {
+            let rows = chunk.len() + fill;
+            let sql = match self.engine() {
+                Engine::MySql => {
+                    let head = "DELETE r FROM (SELECT CAST(? AS SIGNED) AS user_id";
+                    let tail = ") AS gone STRAIGHT_JOIN routes AS r FORCE INDEX (PRIMARY) ON r.user_id = gone.user_id";
+                    format!("{head}{}{tail}", " UNION ALL SELECT CAST(? AS SIGNED)".repeat(rows - 1))
+                }
+                Engine::Sqlite => repeated("DELETE FROM routes WHERE user_id IN (", "?", rows, ")"),
+            };
+            self.execute(bind_users(statement(sql), chunk, fill)).await?;
+        }
+        Ok(())
+    }
+
+    async fn upsert_routes(&mut self, routes: &[(UserId, &Route)]) -> Result<(), SqlError> {
+        const HEAD: &str = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+            bound_version, bound_at_ms, expires_at_ms) VALUES ";
+        let tail = match self.engine() {
+            Engine::MySql => {
+                " ON DUPLICATE KEY UPDATE platform = VALUES(platform), epoch = VALUES(epoch), conn_id = VALUES(conn_id), \
+                 connected_at_ms = VALUES(connected_at_ms), client_ip = VALUES(client_ip), client_port = VALUES(client_port), \
+                 bound_version = VALUES(bound_version), bound_at_ms = VALUES(bound_at_ms), expires_at_ms = VALUES(expires_at_ms)"
+            }
+            Engine::Sqlite => {
+                " ON CONFLICT (user_id, device_id) DO UPDATE SET platform = excluded.platform, epoch = excluded.epoch, \
+                 conn_id = excluded.conn_id, connected_at_ms = excluded.connected_at_ms, client_ip = excluded.client_ip, \
+                 client_port = excluded.client_port, bound_version = excluded.bound_version, \
+                 bound_at_ms = excluded.bound_at_ms, expires_at_ms = excluded.expires_at_ms"
+            }
+        };
+        for (chunk, fill) in chunks(routes) {
+            let sql = repeated(HEAD, "(?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, tail);
+            let mut insert = statement(sql);
+            for (user, route) in filled(chunk, fill) {
+                insert = bind_route(insert, *user, route);
+            }
+            self.execute(insert).await?;
+        }
+        Ok(())
+    }
+
+    async fn upsert_users(&mut self, changes: &[UserChange<'_>]) -> Result<(), SqlError> {
+        let tail = match self.engine() {
+            Engine::MySql => {
+                " ON DUPLICATE KEY UPDATE version = VALUES(version), status = VALUES(status), last_seen_ms = VALUES(last_seen_ms)"
+            }
+            Engine::Sqlite => {
+                " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, status = excluded.status, \
+                 last_seen_ms = excluded.last_seen_ms"
+            }
+        };
+        for (chunk, fill) in chunks(changes) {
+            let head = "INSERT INTO users (user_id, version, status, last_seen_ms) VALUES ";
+            let mut insert = statement(repeated(head, "(?,?,?,?)", chunk.len() + fill, tail));
+            for change in filled(chunk, fill) {
+                let after = change.after;
+                insert = insert.bind(change.user.get()).bind(signed(after.version.0));
+                insert = insert.bind(codec::status_to_i32(after.status)).bind(after.last_seen.0);
+            }
+            self.execute(insert).await?;
+        }
+        Ok(())
+    }
+
+    /// Up to `limit` users with a route that ended before `now`, those that ended first first.
+    pub async fn expired_users(&mut self, now: Timestamp, limit: i64) -> Result<Vec<UserId>, SqlError> {
+        const SQL: &str = "SELECT user_id FROM routes WHERE expires_at_ms <= ? ORDER BY expires_at_ms LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(now.0).bind(limit)).await?;
+        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+    }
+
+    /// How many users have a route.
+    pub async fn count_users_online(&mut self) -> Result<i64, SqlError> {
+        let rows = self.fetch(statement("SELECT COUNT(DISTINCT user_id) FROM routes")).await?;
+        Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
+    }
+}
+
+fn filled<T>(chunk: &[T], fill: usize) -> impl Iterator<Item = &T> {
+    chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten())
+}
+
+fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statement {
+    for user in filled(chunk, fill) {
+        statement = statement.bind(user.get());
+    }
+    statement
+}
+
+fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
+    insert
+        .bind(user.get())
+        .bind(route.device.shared())
+        .bind(codec::platform_to_i32(route.platform))
+        .bind(signed(route.epoch.0))
+        .bind(route.conn.shared())
+        .bind(route.connected_at.0)
+        .bind(route.client_ip.map(|ip| ip.to_string()).unwrap_or_default())
+        .bind(i32::from(route.client_port))
+        .bind(signed(route.bound_version.0))
+        .bind(route.bound_at.0)
+        .bind(route.expires_at.map(|end| end.0))
+}
+
+fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
+    let user = user_id(row.try_get(0)?)?;
+    loaded.clock = loaded.clock.later(DatabaseClock::from_micros(row.try_get(4)?));
+    let record = match loaded.records.entry(user) {
+        std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
+        std::collections::hash_map::Entry::Vacant(free) => free.insert(UserRecord {
+            version: Version(unsigned(row.try_get(1)?)),
+            status: codec::status_from_i32(row.try_get(2)?).unwrap_or_default(),
+            last_seen: Timestamp(row.try_get(3)?),
+            routes: Vec::new(),
+        }),
+    };
+    if let Some(device) = row.try_get::<Option<&str>, _>(5)? {
+        record.routes.push(read_route(row, device)?);
+    }
+    Ok(())
+}
+
+fn read_route(row: &AnyRow, device: &str) -> Result<Route, SqlError> {
+    let ip: &str = row.try_get(10)?;
+    Ok(Route {
+        device: DeviceId::parse(device).map_err(|error| corrupt("device_id", error))?,
+        platform: codec::platform_from_i32(row.try_get(6)?).unwrap_or_default(),
+        epoch: Epoch(unsigned(row.try_get(7)?)),
+        conn: ConnId::parse(row.try_get(8)?).map_err(|error| corrupt("conn_id", error))?,
+        connected_at: Timestamp(row.try_get(9)?),
+        client_ip: if ip.is_empty() { None } else { ip.parse::<IpAddr>().ok() },
+        client_port: u16::try_from(row.try_get::<i32, _>(11)?).unwrap_or_default(),
+        bound_version: Version(unsigned(row.try_get(12)?)),
+        bound_at: Timestamp(row.try_get(13)?),
+        expires_at: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
+    })
+}
+
+impl DatabaseClock {
+    fn later(self, other: Self) -> Self {
+        Self { micros: self.micros.max(other.micros) }
+    }
+}
+
+fn user_id(raw: i64) -> Result<UserId, SqlError> {
+    UserId::parse(raw).map_err(|error| corrupt("user_id", error))
+}
+
+pub(super) fn corrupt(column: &'static str, error: impl std::fmt::Display) -> SqlError {
+    SqlError::Failed(sqlx::Error::Decode(format!("{column} {error}").into()))
+}
+
+/// Versions and epochs are below 2^53; columns are signed.
+pub(super) fn signed(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+pub(super) fn unsigned(value: i64) -> u64 {
+    u64::try_from(value).unwrap_or(0)
+}
