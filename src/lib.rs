@@ -1,3 +1,5 @@
+pub mod api;
+pub mod app;
 pub mod clock;
 pub mod config;
 pub mod domain;
