@@ -31,12 +31,17 @@ pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Expiry {
     pub tools: Arc<Tools>,
     pub lanes: Arc<Lanes>,
+    connection: Option<Connection>,
 }
 
 impl Expiry {
+    pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
+        Self { tools, lanes, connection: None }
+    }
+
     /// Removes what is over, if it is this node's turn. Returns how many routes.
-    pub async fn step(&self) -> Result<usize, SqlError> {
-        let mut connection = self.tools.database.connect(Purpose::General).await?;
+    pub async fn step(&mut self) -> Result<usize, SqlError> {
+        let mut connection = self.connected().await?;
         let mut removed = 0;
         while connection.claim_job("expiry", &self.tools.node_id, TERM).await? {
             let found = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
@@ -50,6 +55,7 @@ impl Expiry {
         if removed > 0 {
             debug!(routes = removed, "expired routes removed");
         }
+        self.connection = Some(connection);
         Ok(removed)
     }
 
@@ -70,10 +76,18 @@ impl Expiry {
     }
 
     /// Counts users online and rows in the outbox.
-    pub async fn census(&self) -> Result<(), SqlError> {
-        let mut connection: Connection = self.tools.database.connect(Purpose::General).await?;
+    pub async fn census(&mut self) -> Result<(), SqlError> {
+        let mut connection = self.connected().await?;
         self.tools.metrics.users_online.set(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
+        self.connection = Some(connection);
         Ok(())
+    }
+
+    async fn connected(&mut self) -> Result<Connection, SqlError> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.tools.database.connect(Purpose::General).await,
+        }
     }
 }

@@ -42,16 +42,19 @@ pub enum OpenError {
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error(transparent)]
     Sql(#[from] SqlError),
+    #[error("no answer")]
+    NoAnswer,
 }
 
 impl Database {
     /// Connects once, lays the tables if they are not there, and reads the store's id. Any number of nodes may do so at once.
     pub async fn open(store: &config::Store) -> Result<Self, OpenError> {
         sqlx::any::install_default_drivers();
-        let engine = if store.url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
+        let url = store.url.expose();
+        let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
         let (url, lock) = match engine {
-            Engine::MySql => (store.url.clone(), None),
-            Engine::Sqlite => (creating(&store.url), lock_file(&store.url)?),
+            Engine::MySql => (url.to_owned(), None),
+            Engine::Sqlite => (creating(url), lock_file(url)?),
         };
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
         migrator().run(connection.raw()).await?;

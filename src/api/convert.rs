@@ -1,0 +1,200 @@
+//! Between wire types and domain types. Everything that comes in is checked here, once; the error names the field.
+
+use std::net::IpAddr;
+use std::time::Duration;
+
+use crate::domain::gateway::LifeTable;
+use crate::domain::id::ConnId;
+use crate::domain::id::DeviceId;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::domain::id::InvalidId;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::policy::Refusal;
+use crate::domain::status::Status;
+use crate::domain::user::Bind;
+use crate::domain::user::Platform;
+use crate::domain::user::Route;
+use crate::domain::user::Unbind;
+use crate::engine::directory::LiveRoute;
+use crate::engine::directory::Source;
+use crate::error::Error;
+use crate::pb;
+
+/// Users or binds in one batch.
+pub const MAX_BATCH: usize = 10_000;
+/// Users in one batch that asks for routes.
+pub const MAX_BATCH_WITH_ROUTES: usize = 2_000;
+
+const KEY_PREFIX: &str = "user:route:";
+
+fn invalid(field: &'static str) -> impl FnOnce(InvalidId) -> Error {
+    move |error| Error::Invalid { field, reason: error.to_string() }
+}
+
+pub fn user_id(raw: i64) -> Result<UserId, Error> {
+    UserId::parse(raw).map_err(invalid("user_id"))
+}
+
+pub fn user_ids(raw: &[i64], limit: usize) -> Result<Vec<UserId>, Error> {
+    batch_size("user_ids", raw.len(), limit)?;
+    raw.iter().map(|raw| UserId::parse(*raw).map_err(invalid("user_ids"))).collect()
+}
+
+pub fn batch_size(field: &'static str, len: usize, limit: usize) -> Result<(), Error> {
+    if len <= limit { Ok(()) } else { Err(Error::Invalid { field, reason: format!("at most {limit} in one call, is {len}") }) }
+}
+
+pub fn bind(request: &pb::BindRouteReq) -> Result<(UserId, Bind), Error> {
+    let bind = Bind {
+        gateway: GatewayAddr::parse(&request.gateway_addr).map_err(invalid("gateway_addr"))?,
+        epoch: epoch(request.gateway_epoch),
+        device: DeviceId::parse(&request.device_id).map_err(invalid("device_id"))?,
+        platform: platform(request.platform)?,
+        conn: ConnId::parse(&request.conn_id).map_err(invalid("conn_id"))?,
+        client_ip: client_ip(&request.client_ip)?,
+        client_port: client_port(request.client_port)?,
+        connected_ago: (request.connected_ms_ago > 0).then(|| Duration::from_millis(request.connected_ms_ago.into())),
+    };
+    Ok((user_id(request.user_id)?, bind))
+}
+
+pub fn unbind(request: &pb::UnbindRouteReq) -> Result<(UserId, Unbind), Error> {
+    let user = user_id(request.user_id)?;
+    let device = DeviceId::parse(&request.device_id).map_err(invalid("device_id"))?;
+    let conn = ConnId::parse(&request.conn_id).map_err(invalid("conn_id"))?;
+    let conn = (!conn.is_empty()).then_some(conn);
+    let epoch = epoch(request.gateway_epoch);
+    if request.route_key.is_empty() {
+        let gateway = GatewayAddr::parse(&request.gateway_addr).map_err(invalid("gateway_addr"))?;
+        return Ok((user, Unbind::Device { device, gateway, conn, epoch }));
+    }
+    if !request.gateway_addr.is_empty() {
+        GatewayAddr::parse(&request.gateway_addr).map_err(invalid("gateway_addr"))?;
+    }
+    let bound_version = parse_route_key(user, &request.route_key)?;
+    Ok((user, Unbind::Exact { bound_version, conn, epoch }))
+}
+
+pub fn route_key(user: UserId, bound_version: Version) -> String {
+    format!("{KEY_PREFIX}{user}:{}", bound_version.0)
+}
+
+fn parse_route_key(user: UserId, key: &str) -> Result<Version, Error> {
+    let invalid = |reason: &str| Error::Invalid { field: "route_key", reason: reason.to_owned() };
+    let (owner, version) = key
+        .strip_prefix(KEY_PREFIX)
+        .and_then(|rest| rest.split_once(':'))
+        .ok_or_else(|| invalid("must be a key that BindRoute has answered with"))?;
+    let version = version.parse().map_err(|_| invalid("must be a key that BindRoute has answered with"))?;
+    if owner != user.to_string() {
+        return Err(invalid("must belong to user_id"));
+    }
+    Ok(Version(version))
+}
+
+fn epoch(raw: u64) -> Option<Epoch> {
+    (raw != 0).then_some(Epoch(raw))
+}
+
+fn client_ip(raw: &str) -> Result<Option<IpAddr>, Error> {
+    let reason = || "must be empty or an IP address".to_owned();
+    if raw.is_empty() {
+        return Ok(None);
+    }
+    raw.parse().map(Some).map_err(|_| Error::Invalid { field: "client_ip", reason: reason() })
+}
+
+fn client_port(raw: i32) -> Result<u16, Error> {
+    u16::try_from(raw).map_err(|_| Error::Invalid { field: "client_port", reason: format!("must be 0 to 65535, is {raw}") })
+}
+
+fn platform(raw: i32) -> Result<Platform, Error> {
+    let known = pb::Platform::try_from(raw)
+        .map_err(|_| Error::Invalid { field: "platform", reason: format!("must be 0 to 8, is {raw}") })?;
+    Ok(match known {
+        pb::Platform::Unspecified => Platform::Unspecified,
+        pb::Platform::Ios => Platform::Ios,
+        pb::Platform::Android => Platform::Android,
+        pb::Platform::Windows => Platform::Windows,
+        pb::Platform::Macos => Platform::Macos,
+        pb::Platform::Linux => Platform::Linux,
+        pb::Platform::Web => Platform::Web,
+        pb::Platform::Tablet => Platform::Tablet,
+        pb::Platform::Other => Platform::Other,
+    })
+}
+
+fn platform_to_pb(platform: Platform) -> pb::Platform {
+    match platform {
+        Platform::Unspecified => pb::Platform::Unspecified,
+        Platform::Ios => pb::Platform::Ios,
+        Platform::Android => pb::Platform::Android,
+        Platform::Windows => pb::Platform::Windows,
+        Platform::Macos => pb::Platform::Macos,
+        Platform::Linux => pb::Platform::Linux,
+        Platform::Web => pb::Platform::Web,
+        Platform::Tablet => pb::Platform::Tablet,
+        Platform::Other => pb::Platform::Other,
+    }
+}
+
+pub fn status_to_pb(status: Status) -> pb::Status {
+    match status {
+        Status::Online => pb::Status::Online,
+        Status::Away => pb::Status::Away,
+        Status::Busy => pb::Status::Busy,
+        Status::Invisible => pb::Status::Invisible,
+        Status::Offline => pb::Status::Offline,
+    }
+}
+
+pub fn source_to_pb(source: Source) -> pb::Source {
+    match source {
+        Source::Local => pb::Source::Local,
+        Source::Durable => pb::Source::Durable,
+    }
+}
+
+pub fn live_route(user: UserId, live: &LiveRoute<'_>) -> pb::Route {
+    let state = if live.suspect { pb::RouteState::Suspect } else { pb::RouteState::Live };
+    pb::Route { state: state.into(), ..route(user, live.route, live.life.gateway.to_string()) }
+}
+
+/// A route that a bind has removed.
+pub fn kicked_route(user: UserId, removed: &Route, lives: &LifeTable) -> pb::Route {
+    let gateway = lives.get(removed.epoch).map(|life| life.gateway.to_string()).unwrap_or_default();
+    route(user, removed, gateway)
+}
+
+fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
+    pb::Route {
+        device_id: route.device.to_string(),
+        platform: platform_to_pb(route.platform).into(),
+        gateway_addr,
+        gateway_epoch: route.epoch.0,
+        conn_id: route.conn.to_string(),
+        client_ip: route.client_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+        client_port: route.client_port.into(),
+        bound_at_ms: route.bound_at.0,
+        route_key: route_key(user, route.bound_version),
+        state: pb::RouteState::Unspecified.into(),
+    }
+}
+
+pub fn refusal(refusal: Refusal) -> &'static str {
+    match refusal {
+        Refusal::Older => "a newer connection holds the device",
+        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)",
+        Refusal::PlatformLimit => "the user has as many devices of this platform online as allowed (route.per_platform)",
+    }
+}
+
+pub fn result(code: pb::Code, msg: impl Into<String>) -> Option<pb::Result> {
+    Some(pb::Result { code: code.into(), msg: msg.into() })
+}
+
+pub fn millis(duration: Duration) -> u32 {
+    u32::try_from(duration.as_millis()).unwrap_or(u32::MAX)
+}

@@ -1,0 +1,75 @@
+//! The operator's port: `/metrics`, `/livez`, `/readyz`, `/healthz`.
+//!
+//! * `/livez` is 200 as long as the process answers. It looks at nothing outside.
+//! * `/readyz` is 503 only if this node cannot do its job: it is draining. Whatever else is missing is named in `degraded`:
+//!   the loss of a database must not empty the load balancer, because every node has lost it.
+//! * `/healthz`: the database answers and fewer users are online than `max_capacity`.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::get;
+use serde_json::Value;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+
+use crate::engine::cache::Cache;
+use crate::engine::lanes::Lanes;
+use crate::metrics::ByTier;
+use crate::metrics::Metrics;
+
+#[derive(Clone)]
+pub struct Operator {
+    pub metrics: Arc<Metrics>,
+    pub cache: Arc<Cache>,
+    pub lanes: Arc<Lanes>,
+    /// Users online above which the node says it is full; 0: no limit.
+    pub max_capacity: u64,
+    pub draining: CancellationToken,
+}
+
+pub fn router(operator: Operator) -> Router {
+    Router::new()
+        .route("/livez", get(async || "alive\n"))
+        .route("/readyz", get(readyz))
+        .route("/healthz", get(healthz))
+        .route("/metrics", get(metrics))
+        .with_state(operator)
+}
+
+async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
+    let degraded: Vec<&str> = if operator.store_up() { vec![] } else { vec!["store"] };
+    if operator.draining.is_cancelled() {
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "why": "draining", "degraded": degraded })));
+    }
+    (StatusCode::OK, Json(json!({ "ready": true, "degraded": degraded })))
+}
+
+async fn healthz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
+    let users_online = operator.metrics.users_online.get();
+    let full = operator.max_capacity > 0 && u64::try_from(users_online).unwrap_or(0) >= operator.max_capacity;
+    let healthy = operator.store_up() && !full;
+    let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let max_capacity = operator.max_capacity;
+    let body = json!({ "healthy": healthy, "store_up": operator.store_up(), "users_online": users_online, "max_capacity": max_capacity });
+    (code, Json(body))
+}
+
+async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode> {
+    let metrics = &operator.metrics;
+    let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    metrics.l1_entries.set(gauge(operator.cache.len()));
+    metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
+    let rejected = metrics.stale_offers_rejected.get_or_create_owned(&ByTier { tier: "l1" });
+    rejected.inner().store(operator.cache.offers_rejected(), std::sync::atomic::Ordering::Relaxed);
+    metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+}
+
+impl Operator {
+    fn store_up(&self) -> bool {
+        self.metrics.store_up.get() == 1
+    }
+}

@@ -1,0 +1,128 @@
+//! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
+
+use std::sync::Arc;
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::histogram::exponential_buckets;
+use prometheus_client::registry::Registry;
+
+/// One label with a fixed set of values.
+macro_rules! label {
+    ($type:ident, $field:ident) => {
+        #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+        pub struct $type {
+            pub $field: &'static str,
+        }
+    };
+}
+
+label!(ByResult, result);
+label!(ByReason, reason);
+label!(BySource, source);
+label!(ByCause, cause);
+label!(ByKind, kind);
+label!(ByWhat, what);
+label!(ByTier, tier);
+
+pub struct Metrics {
+    registry: Registry,
+    pub binds: Family<ByResult, Counter>,
+    pub unbinds: Family<ByResult, Counter>,
+    pub kicks: Family<ByReason, Counter>,
+    pub queries: Family<BySource, Counter>,
+    pub query_seconds: Histogram,
+    pub bind_seconds: Histogram,
+    pub batch_users: Family<BySource, Counter>,
+    pub lane_batch_events: Histogram,
+    pub lane_commit_seconds: Histogram,
+    lane_retries: Family<ByCause, Counter>,
+    pub lane_queue_depth: Gauge,
+    pub l1_entries: Gauge,
+    pub l1_hits: Counter,
+    pub l1_misses: Counter,
+    pub stale_offers_rejected: Family<ByTier, Counter>,
+    pub store_up: Gauge,
+    store_errors: Family<ByKind, Counter>,
+    pub cache_generation: Gauge,
+    pub swept_routes: Counter,
+    pub users_online: Gauge,
+    pub outbox_rows: Gauge,
+    shed: Family<ByWhat, Counter>,
+    pub fenced: Family<ByWhat, Counter>,
+    pub connections: Gauge,
+}
+
+impl Metrics {
+    pub fn new() -> Arc<Self> {
+        let mut registry = Registry::with_prefix("im_presence");
+        let mut r = Register(&mut registry);
+        let seconds = || Histogram::new(exponential_buckets(0.000_05, 2.0, 18)); // 50 us to 6.5 s
+        Arc::new(Self {
+            binds: r.family("binds", "binds by result"),
+            unbinds: r.family("unbinds", "unbinds by result"),
+            kicks: r.family("kicks", "routes removed by another device's bind, by reason"),
+            queries: r.family("queries", "users looked up one by one, by the tier that answered"),
+            query_seconds: r.add("query_seconds", "time to answer a query", seconds()),
+            bind_seconds: r.add("bind_seconds", "time to answer a bind", seconds()),
+            batch_users: r.family("batch_users", "users looked up in batches, by the tier that answered"),
+            lane_batch_events: r.add("lane_batch_events", "events per batch", Histogram::new(exponential_buckets(1.0, 2.0, 11))),
+            lane_commit_seconds: r.add("lane_commit_seconds", "time of a batch's transaction", seconds()),
+            lane_retries: r.family("lane_retries", "parts of batches that were run again, by cause"),
+            lane_queue_depth: r.add("lane_queue_depth", "changes that wait for a lane", Gauge::default()),
+            l1_entries: r.add("l1_entries", "users in memory", Gauge::default()),
+            l1_hits: r.add("l1_hits", "users found in memory", Counter::default()),
+            l1_misses: r.add("l1_misses", "users not found in memory, or not fresh enough", Counter::default()),
+            stale_offers_rejected: r.family("stale_offers_rejected", "outdated records kept out of a cache"),
+            store_up: r.add("store_up", "1 if the database answered last time", Gauge::default()),
+            store_errors: r.family("store_errors", "database errors, by what was being done"),
+            cache_generation: r.add("cache_generation", "raised whenever caches may hold what the database does not", Gauge::default()),
+            swept_routes: r.add("swept_routes", "routes removed because they were over", Counter::default()),
+            users_online: r.add("users_online", "users with a route, counted once a minute", Gauge::default()),
+            outbox_rows: r.add("outbox_rows", "committed batches not shown to the outside yet, counted once a minute", Gauge::default()),
+            shed: r.family("shed", "turned away for overload, by what it was"),
+            fenced: r.family("fenced", "refused because the gateway's life was over, by what it was"),
+            connections: r.add("connections", "client connections", Gauge::default()),
+            registry,
+        })
+    }
+
+    pub fn lane_retry(&self, cause: &'static str) {
+        self.lane_retries.get_or_create(&ByCause { cause }).inc();
+    }
+
+    pub fn store_error(&self, kind: &'static str) {
+        self.store_errors.get_or_create(&ByKind { kind }).inc();
+    }
+
+    pub fn shed(&self, what: &'static str) {
+        self.shed.get_or_create(&ByWhat { what }).inc();
+    }
+
+    /// Everything in the Prometheus text format.
+    pub fn render(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+struct Register<'a>(&'a mut Registry);
+
+impl Register<'_> {
+    fn add<M: prometheus_client::registry::Metric + Clone>(&mut self, name: &'static str, help: &'static str, metric: M) -> M {
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    fn family<L>(&mut self, name: &'static str, help: &'static str) -> Family<L, Counter>
+    where
+        L: EncodeLabelSet + std::hash::Hash + Eq + Clone + std::fmt::Debug + Send + Sync + 'static,
+    {
+        self.add(name, help, Family::default())
+    }
+}
