@@ -1,0 +1,452 @@
+//! From text to a `Config`: one list of settings, each with the place it was said, laid over the defaults.
+
+use std::env;
+use std::error::Error;
+use std::ffi::OsString;
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use ::config::File;
+use ::config::FileFormat;
+use ::config::Source;
+use serde_json::Map;
+use serde_json::Number;
+use serde_json::Value;
+use serde_json::json;
+
+use super::Config;
+use super::rules;
+use super::rules::Fault;
+
+const DEFAULTS: &str = include_str!("../../config/default.toml");
+const ENV_PREFIX: &str = "IM_PRESENCE__";
+/// Enough for a slip or two of the finger; with more, a suggestion is a guess.
+const MAX_SLIPS: usize = 3;
+/// What a Redis `url` says by itself.
+const SAID_BY_URL: [&str; 6] = ["host", "port", "database", "username", "password", "tls"];
+
+/// Everything that is wrong with a configuration.
+#[derive(Debug, PartialEq, Eq)]
+pub struct ConfigError {
+    pub problems: Vec<Problem>,
+}
+
+/// One thing that is wrong: the file or variable that said it, the key (`section.key`, or empty) and why it cannot be.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Problem {
+    pub place: String,
+    pub key: String,
+    pub reason: String,
+}
+
+/// A value that a file or a variable gave.
+struct Setting {
+    place: String,
+    section: String,
+    /// Empty: the section is there, and says nothing.
+    key: String,
+    value: Value,
+}
+
+impl Config {
+    /// Reads the defaults, `file`, and this process's environment.
+    ///
+    /// # Errors
+    /// All that is wrong with them.
+    pub fn load(file: Option<&Path>) -> Result<Self, ConfigError> {
+        let (mut settings, mut problems) = (Vec::new(), Vec::new());
+        match file.map_or(Ok(Vec::new()), read) {
+            Ok(found) => settings.extend(found),
+            Err(problem) => problems.push(problem),
+        }
+        for (name, value) in env::vars_os() {
+            match from_variable(name, value) {
+                Ok(found) => settings.extend(found),
+                Err(problem) => problems.push(problem),
+            }
+        }
+        Self::from_settings(settings, problems)
+    }
+
+    fn from_settings(settings: Vec<Setting>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
+        let (schema, mut tree) = (schema(), defaults());
+        let mut given = Vec::new();
+        for setting in settings {
+            match check(&schema, &setting) {
+                Ok(value) => {
+                    lay(&mut tree, &schema, &setting, value);
+                    given.push(setting);
+                }
+                Err(reason) => problems.push(setting.problem(reason)),
+            }
+        }
+        problems.extend(said_twice(&given));
+        let config = serde_json::from_value::<Self>(tree).map_err(|error| ConfigError {
+            problems: vec![Problem { place: "configuration".into(), key: String::new(), reason: error.to_string() }],
+        })?;
+        let faults = config.validate().into_iter().filter(|fault| !problems.iter().any(|other| fault.keys.contains(&other.key)));
+        problems.extend(faults.map(|fault| locate(fault, &given)).collect::<Vec<_>>());
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
+    }
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let lines: Vec<String> = self.problems.iter().map(Problem::to_string).collect();
+        f.write_str(&lines.join("\n"))
+    }
+}
+
+impl Error for ConfigError {}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { place, key, reason } = self;
+        if key.is_empty() { write!(f, "{place}: {reason}") } else { write!(f, "{place}: {key}: {reason}") }
+    }
+}
+
+impl Setting {
+    /// `section.key`, as the defaults have it.
+    fn name(&self) -> String {
+        [&*self.section, &*self.key].into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join(".")
+    }
+
+    fn problem(&self, reason: String) -> Problem {
+        Problem { place: self.place.clone(), key: self.name(), reason }
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<Setting>, Problem> {
+    let place = file.display().to_string();
+    let problem = |reason: String| Problem { place: place.clone(), key: String::new(), reason };
+    let format = match file.extension().and_then(|extension| extension.to_str()) {
+        Some("toml") => FileFormat::Toml,
+        Some("ini") => FileFormat::Ini,
+        _ => return Err(problem("must end in .toml or .ini".into())),
+    };
+    let text = fs::read_to_string(file).map_err(|error| problem(format!("cannot be read: {error}")))?;
+    from_text(&place, &text, format).map_err(problem)
+}
+
+fn from_text(place: &str, text: &str, format: FileFormat) -> Result<Vec<Setting>, String> {
+    let mut settings = Vec::new();
+    let setting =
+        |section: &str, key: &str, value| Setting { place: place.into(), section: section.into(), key: key.into(), value };
+    for (section, value) in parse(text, format)? {
+        match value {
+            Value::Object(keys) if keys.is_empty() => settings.push(setting(&section, "", Value::Null)),
+            Value::Object(keys) => settings.extend(keys.into_iter().map(|(key, value)| setting(&section, &key, value))),
+            value => settings.push(setting("", &section, value)),
+        }
+    }
+    Ok(settings)
+}
+
+fn parse(text: &str, format: FileFormat) -> Result<Map<String, Value>, String> {
+    if format == FileFormat::Ini
+        && let Some(section) = repeated_section(text)
+    {
+        return Err(format!("{section} stands there twice"));
+    }
+    let sections = File::from_str(text, format).collect().map_err(|error| without_source(&error.to_string()))?;
+    let sections = sections.into_iter().map(|(section, value)| Ok((section, value.try_deserialize()?)));
+    sections.collect::<Result<_, ::config::ConfigError>>().map_err(|error| error.to_string())
+}
+
+/// An .ini file's second section of one name would silently replace the first.
+fn repeated_section(text: &str) -> Option<&str> {
+    let headers: Vec<&str> = text.lines().map(str::trim).filter(|line| line.starts_with('[')).collect();
+    headers.iter().enumerate().find(|(at, header)| headers[..*at].contains(header)).map(|(_, header)| *header)
+}
+
+/// The TOML parser shows the line it stumbled over, which may hold a password.
+fn without_source(message: &str) -> String {
+    let lines =
+        message.lines().filter(|line| !line.trim_start_matches(|c: char| c.is_ascii_digit() || c == ' ').starts_with('|'));
+    lines.map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
+/// `None` if the variable is not ours.
+fn from_variable(name: OsString, value: OsString) -> Result<Option<Setting>, Problem> {
+    let name = name.to_string_lossy();
+    let Some(path) = name.strip_prefix(ENV_PREFIX) else { return Ok(None) };
+    let path = path.to_lowercase();
+    let (section, key) = path.split_once("__").unwrap_or(("", &path));
+    let setting =
+        Setting { place: format!("environment variable {name}"), section: section.into(), key: key.into(), value: Value::Null };
+    match value.into_string() {
+        Ok(value) => Ok(Some(Setting { value: value.into(), ..setting })),
+        Err(_) => Err(setting.problem("is not UTF-8".into())),
+    }
+}
+
+fn defaults() -> Value {
+    parse(DEFAULTS, FileFormat::Toml).expect("the built-in defaults are TOML").into()
+}
+
+/// Each section with each key, those that the defaults show as comments (`#key = value`) among them.
+fn schema() -> Value {
+    let uncommented = |line: &'static str| match line.strip_prefix('#') {
+        Some(code) if !code.starts_with(' ') => code,
+        _ => line,
+    };
+    let text = DEFAULTS.lines().map(uncommented).collect::<Vec<_>>().join("\n");
+    parse(&text, FileFormat::Toml).expect("the built-in defaults are TOML").into()
+}
+
+/// The value, with the type its default has; or what is wrong with it.
+fn check(schema: &Value, setting: &Setting) -> Result<Value, String> {
+    let Setting { section, key, value, .. } = setting;
+    if key.is_empty() && schema.get(section).is_some() {
+        return Ok(Value::Null);
+    }
+    let like = schema.get(section).and_then(|keys| keys.get(key)).ok_or_else(|| unknown(schema, setting))?;
+    let value = coerce(value, like)?;
+    if let (Some(range), Some(number)) = (rules::range(section, key), value.as_i64())
+        && !u64::try_from(number).is_ok_and(|number| range.contains(&number))
+    {
+        return Err(format!("must be from {} to {}, not {number}", range.start(), range.end()));
+    }
+    let mut alone = schema.clone();
+    alone[section][key] = value.clone();
+    serde_json::from_value::<Config>(alone).map_err(|error| error.to_string())?;
+    Ok(value)
+}
+
+/// In an .ini file and in the environment every value is a string. A string stays one: a password may be `007`.
+fn coerce(value: &Value, like: &Value) -> Result<Value, String> {
+    let (converted, wanted) = match (value, like) {
+        (Value::String(_), Value::String(_)) | (Value::Bool(_), Value::Bool(_)) => (Some(value.clone()), ""),
+        (_, Value::String(_)) => return Err("must be a string".into()), // may be a password: not shown
+        (Value::String(text), Value::Bool(_)) => (boolean(text).map(Value::from), "true or false"),
+        (Value::String(text), Value::Number(number)) if number.is_f64() => {
+            (text.parse().ok().and_then(Number::from_f64).map(Value::from), "a number")
+        }
+        (Value::Number(_), Value::Number(number)) if number.is_f64() => (Some(value.clone()), ""),
+        (Value::String(text), Value::Number(_)) => (text.parse::<i64>().ok().map(Value::from), "a whole number"),
+        (Value::Number(number), Value::Number(_)) => (number.is_i64().then(|| value.clone()), "a whole number"),
+        (_, Value::Bool(_)) => (None, "true or false"),
+        _ => (None, "a number"),
+    };
+    converted.ok_or_else(|| format!("must be {wanted}, not {value}"))
+}
+
+fn boolean(text: &str) -> Option<bool> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "yes" | "on" | "1" => Some(true),
+        "false" | "no" | "off" | "0" => Some(false),
+        _ => None,
+    }
+}
+
+fn unknown(schema: &Value, setting: &Setting) -> String {
+    let sections = schema.as_object().into_iter().flatten();
+    let names = sections.flat_map(|(section, keys)| keys.as_object().into_iter().flatten().map(move |(key, _)| (section, key)));
+    let name = setting.name();
+    let nearest = names
+        .map(|(section, key)| {
+            let elsewhere = key == &setting.key && !schema[&setting.section].is_object();
+            let full = format!("{section}.{key}");
+            (if elsewhere { 1 } else { slips(&full, &name) }, full)
+        })
+        .min();
+    match nearest {
+        Some((distance, full)) if distance <= MAX_SLIPS => format!("there is no such key; did you mean {full}?"),
+        _ => "there is no such key; config/default.toml has all of them".into(),
+    }
+}
+
+/// How many characters have to be put in, taken out or changed to make `a` into `b`.
+fn slips(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.bytes().enumerate() {
+            let changed = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
+    }
+    row[b.len()]
+}
+
+fn lay(tree: &mut Value, schema: &Value, setting: &Setting, value: Value) {
+    let section = &mut tree[&setting.section];
+    if section.is_null() {
+        *section = schema[&setting.section].clone();
+    }
+    if !setting.key.is_empty() {
+        section[&setting.key] = value;
+    }
+}
+
+fn said_twice(given: &[Setting]) -> Vec<Problem> {
+    let has_url = |section: &str| given.iter().any(|one| one.section == section && one.key == "url" && one.value != json!(""));
+    let in_redis = given.iter().filter(|one| one.section.starts_with("redis_") && SAID_BY_URL.contains(&&*one.key));
+    let twice = in_redis.filter(|one| has_url(&one.section));
+    twice.map(|one| one.problem(format!("{}.url says it too: give only one of them", one.section))).collect()
+}
+
+/// Names the place that gave one of the fault's keys last.
+fn locate(fault: Fault, given: &[Setting]) -> Problem {
+    match given.iter().rev().find(|setting| fault.keys.contains(&setting.name())) {
+        Some(setting) => setting.problem(fault.reason),
+        None => Problem { place: "built-in defaults".into(), key: fault.keys[0].clone(), reason: fault.reason },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::LogFormat;
+    use crate::config::OnOverflow;
+    use std::time::Duration;
+
+    const SOURCE_INI: &str = "[presence_service]\nport=6000\nthread_count=4\nmax_connections=1000\n\
+        [route]\nroute_ttl=3600\nstatus_ttl=3600\nmax_retries=3\nretry_interval=1000\n\
+        [redis_cache]\nhost=10.0.0.1\nport=6379\ndatabase=1\ntimeout=5000\n\
+        [redis_queue]\nhost=10.0.0.2\nport=6380\ndatabase=2\ntimeout=4000\n";
+
+    fn load(file: &str, text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
+        let format = if file.ends_with(".ini") { FileFormat::Ini } else { FileFormat::Toml };
+        let mut settings = from_text(file, text, format).expect("the file can be parsed");
+        for (name, value) in variables {
+            settings.extend(from_variable(name.into(), value.into()).expect("the variable is text"));
+        }
+        Config::from_settings(settings, Vec::new())
+    }
+
+    #[track_caller]
+    fn check_refused(text: &str, variables: &[(&str, &str)], want: &[&str]) {
+        let error = load("im.toml", text, variables).expect_err("is refused");
+        assert_eq!(error.to_string().lines().collect::<Vec<_>>(), want, "{text} {variables:?}");
+    }
+
+    #[test]
+    fn nothing_given_is_a_complete_configuration() {
+        let config = load("im.toml", "", &[]).unwrap();
+        assert_eq!(config.presence_service.port, 6000);
+        assert_eq!(config.presence_service.node_id, None);
+        assert_eq!(config.route.l1_ttl, Duration::from_secs(30));
+        assert_eq!(config.gateway.lease, Duration::from_millis(15_000));
+        assert_eq!(config.store.url.expose(), "sqlite://im-presence.db");
+        assert_eq!((config.redis_cache, config.redis_queue), (None, None));
+    }
+
+    #[test]
+    fn toml_gives_values_and_sections() {
+        let text = "[route]\non_overflow = \"refuse_new\"\n[log]\nformat = \"json\"\n[redis_cache]\n[gateway]\ndoubt_share = 1";
+        let config = load("im.toml", text, &[]).unwrap();
+        assert_eq!(config.route.on_overflow, OnOverflow::RefuseNew);
+        assert_eq!(config.log.format, LogFormat::Json);
+        assert_eq!(config.gateway.doubt_share, 1.0);
+        let redis = config.redis_cache.expect("an empty section is a section");
+        assert_eq!((&*redis.host, redis.port, redis.timeout), ("127.0.0.1", 6379, Duration::from_secs(5)));
+    }
+
+    #[test]
+    fn an_ini_file_with_sections_and_strings_is_read() {
+        let config = load("im.ini", SOURCE_INI, &[]).unwrap();
+        assert_eq!(config.presence_service.thread_count, 4);
+        assert_eq!(config.route.retry_interval, Duration::from_secs(1));
+        assert_eq!(config.redis_cache.map(|redis| redis.database), Some(1));
+        let queue = config.redis_queue.expect("the section is there");
+        assert_eq!((&*queue.server.host, queue.server.port, &*queue.channel_prefix), ("10.0.0.2", 6380, ""));
+        assert_eq!(load("im.ini", "[route]\nmpim_keys = off", &[]).map(|config| config.route.mpim_keys), Ok(false));
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file() {
+        let variables = [("IM_PRESENCE__ROUTE__ROUTE_TTL", "60"), ("IM_PRESENCE_ADDR", "not ours"), ("PATH", "/bin")];
+        let config = load("im.toml", "[route]\nroute_ttl = 5\nl1_ttl = 7", &variables).unwrap();
+        assert_eq!((config.route.route_ttl.as_secs(), config.route.l1_ttl.as_secs()), (60, 7));
+    }
+
+    #[test]
+    fn a_password_of_digits_stays_a_string() {
+        let config = load("im.toml", "", &[("IM_PRESENCE__REDIS_CACHE__PASSWORD", "007")]).unwrap();
+        let password = config.redis_cache.and_then(|redis| redis.password).expect("is given");
+        assert_eq!(password.expose(), "007");
+    }
+
+    #[test]
+    fn an_unknown_key_is_refused_with_its_place_and_a_suggestion() {
+        let no_such = "there is no such key; did you mean";
+        check_refused("[route]\nroute_tll = 5", &[], &[&format!("im.toml: route.route_tll: {no_such} route.route_ttl?")]);
+        check_refused("[rout]\nroute_ttl = 5", &[], &[&format!("im.toml: rout.route_ttl: {no_such} route.route_ttl?")]);
+        check_refused("route_ttl = 5", &[], &[&format!("im.toml: route_ttl: {no_such} route.route_ttl?")]);
+        let variable = "environment variable IM_PRESENCE__STORE__LANE: store.lane:";
+        check_refused("", &[("IM_PRESENCE__STORE__LANE", "1")], &[&format!("{variable} {no_such} store.lanes?")]);
+        let far = "there is no such key; config/default.toml has all of them";
+        check_refused("[weather]", &[], &[&format!("im.toml: weather: {far}")]);
+        check_refused("", &[("IM_PRESENCE__X", "1")], &[&format!("environment variable IM_PRESENCE__X: x: {far}")]);
+    }
+
+    #[test]
+    fn nonsense_is_refused_and_all_of_it_at_once() {
+        let text = "[store]\nlanes = 65\nurl = \"postgres://a:s3cret@b\"\n[route]\nl1_ttl = 1.5\non_overflow = \"explode\"\n\
+            [presence_service]\nport = 70000\nnode_id = \"a b\"\n[redis_cache]\npassword = 7\n[log]\nlevel = \"inof\"";
+        let variables = [("IM_PRESENCE__GATEWAY__LEASE", "15s"), ("IM_PRESENCE__ROUTE__MPIM_KEYS", "perhaps")];
+        check_refused(
+            text,
+            &variables,
+            &[
+                "im.toml: presence_service.port: must be from 0 to 65535, not 70000",
+                "im.toml: redis_cache.password: must be a string",
+                "im.toml: route.l1_ttl: must be a whole number, not 1.5",
+                "im.toml: route.on_overflow: unknown variant `explode`, expected `kick_oldest` or `refuse_new`",
+                "im.toml: store.lanes: must be from 1 to 64, not 65",
+                "environment variable IM_PRESENCE__GATEWAY__LEASE: gateway.lease: must be a whole number, not \"15s\"",
+                "environment variable IM_PRESENCE__ROUTE__MPIM_KEYS: route.mpim_keys: must be true or false, not \"perhaps\"",
+                "im.toml: presence_service.node_id: must be printable ASCII without spaces, up to 64 characters",
+                "im.toml: log.level: must be a level such as info, or directives, not \"inof\"",
+                "im.toml: store.url: must begin with sqlite:, mysql: or mariadb:",
+            ],
+        );
+    }
+
+    #[test]
+    fn keys_that_contradict_each_other_are_refused() {
+        let lease = "im.toml: gateway.heartbeat_interval: lease (15s) must be at least 3 x heartbeat_interval (6s)";
+        check_refused("[gateway]\nheartbeat_interval = 6000", &[], &[lease]);
+        let same = "im.toml: admin.port: admin and presence_service cannot listen on the same address";
+        check_refused("[admin]\nport = 6000", &[], &[same]);
+        let twice = "im.toml: redis_queue.port: redis_queue.url says it too: give only one of them";
+        check_refused("[redis_queue]\nport = 1\nurl = \"redis://a\"", &[], &[twice]);
+    }
+
+    #[test]
+    fn a_broken_file_is_refused_without_showing_its_lines() {
+        let reason = from_text("im.toml", "[redis_cache]\npassword = s3cret", FileFormat::Toml).map(|_| ()).unwrap_err();
+        assert!(reason.contains("line 2") && !reason.contains("s3cret"), "{reason}");
+        let twice = from_text("im.ini", "[log]\nlevel=info\n[log]\nformat=json", FileFormat::Ini).map(|_| ()).unwrap_err();
+        assert_eq!(twice, "[log] stands there twice");
+        let missing = Config::load(Some(Path::new("/nowhere/im.yaml"))).unwrap_err().to_string();
+        assert_eq!(missing, "/nowhere/im.yaml: must end in .toml or .ini");
+    }
+
+    #[test]
+    fn the_effective_configuration_can_be_loaded_again() {
+        let text = "[redis_cache]\nusername = \"app\"\npassword = \"s3cret\"\n[redis_queue]\nurl = \"redis://:s3cret@a\"";
+        let config = load("im.toml", text, &[]).unwrap();
+        let shown = format!("{config}{config:?}");
+        assert!(!shown.contains("s3cret") && shown.contains("redis://:***@a"), "{shown}");
+        let plain = load("im.toml", "[route]\nl1_ttl = 7", &[]).unwrap();
+        assert_eq!(load("im.toml", &plain.to_string(), &[]), Ok(plain));
+    }
+
+    #[test]
+    fn each_number_has_a_range_and_each_key_a_comment() {
+        for (section, keys) in schema().as_object().unwrap() {
+            for (key, _) in keys.as_object().unwrap().iter().filter(|(_, value)| value.is_i64() || value.is_u64()) {
+                assert!(rules::range(section, key).is_some(), "{section}.{key}");
+            }
+        }
+        let lines: Vec<&str> = DEFAULTS.lines().collect();
+        for pair in lines.windows(2).filter(|pair| pair[1].contains(" = ") && !pair[1].starts_with("# ")) {
+            assert!(pair[0].starts_with("# "), "no comment above: {}", pair[1]);
+        }
+    }
+}

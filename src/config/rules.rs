@@ -1,0 +1,178 @@
+//! What a value has to be: a range for each number, and the rules between keys.
+
+use std::ops::RangeInclusive;
+use std::str::FromStr;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
+
+use super::Config;
+use super::Redis;
+
+/// One lost heartbeat, and one that is late, are no death.
+const LEASE_IN_HEARTBEATS: u32 = 3;
+const MAX_NAME_BYTES: usize = 64;
+
+const HOUR_MS: u64 = 60 * 60_000;
+const DAY_MS: u64 = 24 * HOUR_MS;
+const HOUR_S: u64 = 3600;
+const YEAR_S: u64 = 365 * 24 * HOUR_S;
+const MAX_PORT: u64 = u16::MAX as u64;
+const MAX_DATABASE: u64 = i32::MAX as u64;
+const MAX_THREADS: u64 = 1024;
+const MAX_CONNECTIONS: u64 = 1_000_000;
+const MAX_USERS: u64 = 1_000_000_000;
+const MAX_RETRIES: u64 = 100;
+const MAX_DEVICES: u64 = 1000;
+/// A message has to fit, with its envelope, into one request and into one Redis publication.
+const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
+const MAX_INBOX_MESSAGES: u64 = 1_000_000;
+const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
+const MAX_SQL_CONNECTIONS: u64 = 1000;
+const MAX_LANES: u64 = 64;
+/// A shorter queue would refuse what one commit could have taken.
+const QUEUE: RangeInclusive<u64> = 1024..=1_000_000;
+/// Shorter, and a healthy server fails; longer, and a caller has long given up.
+const TIMEOUT_MS: RangeInclusive<u64> = 10..=60_000;
+
+/// A rule that is broken, and the keys it is about, of which the first is named if all are at their defaults.
+pub struct Fault {
+    pub keys: Vec<String>,
+    pub reason: String,
+}
+
+/// What a whole number may be, in the unit of `config/default.toml`.
+pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
+    Some(match (section, key) {
+        ("presence_service" | "admin", "port") => 0..=MAX_PORT,
+        ("presence_service", "thread_count") => 0..=MAX_THREADS,
+        ("presence_service", "max_connections") => 1..=MAX_CONNECTIONS,
+        ("presence_service", "max_capacity") => 0..=MAX_USERS,
+        ("route", "route_ttl" | "status_ttl") => 1..=YEAR_S,
+        ("route", "max_retries") => 0..=MAX_RETRIES,
+        ("route", "retry_interval") => 1..=HOUR_MS,
+        ("route", "l1_capacity") => 1..=MAX_USERS,
+        ("route", "l1_ttl") => 1..=HOUR_S,
+        ("route", "max_devices") => 1..=MAX_DEVICES,
+        ("route", "per_platform") => 0..=MAX_DEVICES,
+        ("gateway", "heartbeat_interval") => 10..=HOUR_MS,
+        ("gateway", "lease") => 30..=DAY_MS,
+        ("gateway", "stream_grace") => 0..=DAY_MS,
+        ("gateway", "doubt_for") => 0..=DAY_MS,
+        ("delivery", "max_message_bytes") => 1..=MAX_MESSAGE_BYTES,
+        ("delivery", "inbox_max_messages") => 1..=MAX_INBOX_MESSAGES,
+        ("delivery", "inbox_max_bytes") => 1..=MAX_INBOX_BYTES,
+        ("delivery", "inbox_ttl") => 1..=YEAR_S,
+        ("store", "connections") => 1..=MAX_SQL_CONNECTIONS,
+        ("store", "lanes") => 1..=MAX_LANES,
+        ("store", "queue") => QUEUE,
+        ("store" | "redis_cache" | "redis_queue", "timeout") | ("store", "max_event_age") => TIMEOUT_MS,
+        ("redis_cache" | "redis_queue", "port") => 1..=MAX_PORT,
+        ("redis_cache" | "redis_queue", "database") => 0..=MAX_DATABASE,
+        _ => return None,
+    })
+}
+
+impl Config {
+    /// The rules that a single number's range cannot say.
+    pub fn validate(&self) -> Vec<Fault> {
+        let mut faults = Faults(Vec::new());
+        self.check_addresses(&mut faults);
+        self.check_gateways(&mut faults);
+        let level = &self.log.level;
+        faults.unless(is_filter(level), &["log.level"], || format!("must be a level such as info, or directives, not {level:?}"));
+        let fits = self.delivery.inbox_max_bytes >= self.delivery.max_message_bytes as u64;
+        faults.unless(fits, &["delivery.inbox_max_bytes", "delivery.max_message_bytes"], || {
+            "the inbox must hold at least one message: inbox_max_bytes >= max_message_bytes".into()
+        });
+        faults.unless(has_scheme(self.store.url.expose(), &["sqlite:", "mysql:", "mariadb:"]), &["store.url"], || {
+            "must begin with sqlite:, mysql: or mariadb:".into()
+        });
+        if let Some(redis) = &self.redis_cache {
+            redis.check("redis_cache", &mut faults);
+        }
+        if let Some(queue) = &self.redis_queue {
+            queue.server.check("redis_queue", &mut faults);
+            let fits = queue.channel_prefix.is_empty() || is_name(&queue.channel_prefix);
+            faults.unless(fits, &["redis_queue.channel_prefix"], not_a_name);
+        }
+        faults.0
+    }
+
+    fn check_addresses(&self, faults: &mut Faults) {
+        let (data, admin) = (&self.presence_service, &self.admin);
+        faults.unless(is_host(&data.host), &["presence_service.host"], not_a_host);
+        faults.unless(is_host(&admin.host), &["admin.host"], not_a_host);
+        let apart = data.port == 0 || (&data.host, data.port) != (&admin.host, admin.port);
+        faults.unless(apart, &["admin.port", "presence_service.port"], || {
+            "admin and presence_service cannot listen on the same address".into()
+        });
+        faults.unless(data.node_id.as_deref().is_none_or(is_name), &["presence_service.node_id"], not_a_name);
+        faults.unless(data.advertise.as_deref().is_none_or(is_address), &["presence_service.advertise"], || {
+            "must be HOST:PORT, the address at which other nodes reach this one".into()
+        });
+    }
+
+    fn check_gateways(&self, faults: &mut Faults) {
+        let (lease, heartbeat) = (self.gateway.lease, self.gateway.heartbeat_interval);
+        faults.unless(lease >= heartbeat * LEASE_IN_HEARTBEATS, &["gateway.lease", "gateway.heartbeat_interval"], || {
+            format!("lease ({lease:?}) must be at least {LEASE_IN_HEARTBEATS} x heartbeat_interval ({heartbeat:?})")
+        });
+        let grace = self.gateway.stream_grace;
+        faults.unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || {
+            format!("stream_grace ({grace:?}) must not be above lease ({lease:?})")
+        });
+        let share = self.gateway.doubt_share;
+        faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || format!("must be from 0 to 1, not {share}"));
+    }
+}
+
+impl Redis {
+    fn check(&self, section: &str, faults: &mut Faults) {
+        faults.unless(is_host(&self.host), &[&format!("{section}.host")], not_a_host);
+        let known = |url: &str| has_scheme(url, &["redis:", "rediss:", "redis+unix:", "unix:"]);
+        let fits = self.url.as_ref().is_none_or(|url| known(url.expose()));
+        faults.unless(fits, &[&format!("{section}.url")], || "must begin with redis:, rediss: or unix:".into());
+    }
+}
+
+struct Faults(Vec<Fault>);
+
+impl Faults {
+    fn unless(&mut self, kept: bool, keys: &[&str], reason: impl FnOnce() -> String) {
+        if !kept {
+            self.0.push(Fault { keys: keys.iter().map(|&key| key.to_owned()).collect(), reason: reason() });
+        }
+    }
+}
+
+fn is_filter(directives: &str) -> bool {
+    // A word alone would pass as the name of a module: `inof` must not switch logging off.
+    let mut words = directives.split(',').filter(|directive| !directive.contains('='));
+    words.all(|word| !word.is_empty() && LevelFilter::from_str(word.trim()).is_ok())
+        && EnvFilter::builder().parse(directives).is_ok()
+}
+
+fn has_scheme(url: &str, schemes: &[&str]) -> bool {
+    schemes.iter().any(|scheme| url.starts_with(scheme))
+}
+
+fn is_host(host: &str) -> bool {
+    !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_graphic())
+}
+
+fn is_name(name: &str) -> bool {
+    is_host(name) && name.len() <= MAX_NAME_BYTES
+}
+
+fn is_address(address: &str) -> bool {
+    address.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
+fn not_a_host() -> String {
+    "must be a host name or an IP address".into()
+}
+
+fn not_a_name() -> String {
+    format!("must be printable ASCII without spaces, up to {MAX_NAME_BYTES} characters")
+}
