@@ -1,2 +1,5 @@
+pub mod app;
 pub mod config;
+pub mod ctl;
 pub mod pb;
+pub mod telemetry;

@@ -1,1 +1,105 @@
-fn main() {}
+//! The command line: serve (the default), `check-config`, `ctl`.
+
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use clap::Parser;
+use clap::Subcommand;
+use im_presence::app;
+use im_presence::config::Config;
+use im_presence::ctl::Ctl;
+use im_presence::telemetry;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+const FAILED: u8 = 1;
+const BAD_USAGE: u8 = 2;
+
+const HELP: &str = "\
+Examples:
+  im-presence                                     one complete node: gRPC on 127.0.0.1:6000, SQLite in ./im-presence.db
+  im-presence --config /etc/im-presence.toml      as configured (.toml or .ini)
+  im-presence check-config --config FILE          what is in force, or what is wrong with it
+  im-presence ctl bind 42 gw-1:7000 --device phone
+  im-presence ctl query 42
+
+Environment:
+  IM_PRESENCE__SECTION__KEY   overrides one key of the configuration: IM_PRESENCE__PRESENCE_SERVICE__PORT=7000,
+                              IM_PRESENCE__STORE__URL=mysql://app:PASSWORD@db/im
+  IM_PRESENCE_ADDR            the node that ctl asks (127.0.0.1:6000)
+
+Exit codes: 0 stopped as asked, 1 could not start or failed, 2 bad usage or configuration. `ctl` has its own: see its help.";
+
+/// Knows which users of an instant-messaging system are online, on which gateway, and hands messages to them.
+///
+/// Gateways bind the connections of their users; message services ask where a user is and deliver. Without a subcommand
+/// it serves until it gets SIGTERM or SIGINT.
+#[derive(Parser)]
+#[command(version, after_help = HELP, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(flatten)]
+    file: ConfigFile,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print the configuration in force, without passwords; or all that is wrong with it, and exit with 2
+    CheckConfig(ConfigFile),
+    Ctl(Ctl),
+}
+
+#[derive(Args)]
+struct ConfigFile {
+    /// Configuration file, .toml or .ini; what it does not say has its default
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match cli.command {
+        None => with_config(&cli.file, serve),
+        Some(Command::CheckConfig(file)) => with_config(&file, |config| {
+            print!("{config}");
+            ExitCode::SUCCESS
+        }),
+        Some(Command::Ctl(ctl)) => ctl.run(),
+    }
+}
+
+fn with_config(file: &ConfigFile, act: impl FnOnce(Config) -> ExitCode) -> ExitCode {
+    match Config::load(file.config.as_deref()) {
+        Ok(config) => act(config),
+        Err(error) => fail(BAD_USAGE, &error),
+    }
+}
+
+fn serve(config: Config) -> ExitCode {
+    telemetry::init_logging(&config.log);
+    let runtime = match runtime(config.presence_service.thread_count) {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(FAILED, &format!("cannot start threads: {error}")),
+    };
+    match runtime.block_on(app::run(config)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(FAILED, &error),
+    }
+}
+
+fn runtime(threads: usize) -> io::Result<tokio::runtime::Runtime> {
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    if threads > 0 {
+        builder.worker_threads(threads);
+    }
+    builder.enable_all().build()
+}
+
+fn fail(code: u8, error: &impl std::fmt::Display) -> ExitCode {
+    eprintln!("{error}");
+    ExitCode::from(code)
+}
