@@ -31,7 +31,7 @@ const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
 const NO: u8 = 3;
 
-/// A batch of 10,000 users, or 2,000 with all their routes, is larger than tonic's 4 MiB.
+/// 2,000 users with all their routes may be larger than tonic's 4 MiB.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 
 const PLATFORMS: [&str; 8] = ["ios", "android", "windows", "macos", "linux", "web", "tablet", "other"];
@@ -79,6 +79,7 @@ enum Command {
 
 #[derive(Args)]
 struct Bind {
+    /// The user's id, above 0
     #[arg(value_parser = clap::value_parser!(i64).range(1..))]
     user: i64,
     /// Address of the gateway that holds the connection
@@ -86,6 +87,7 @@ struct Bind {
     /// Which device of the user; without it, the user's one unnamed device
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     device: String,
+    /// What the device is
     #[arg(long, value_parser = PossibleValuesParser::new(PLATFORMS).map(|name| platform(&name)))]
     platform: Option<Platform>,
     /// The gateway's epoch, if it registered
@@ -97,14 +99,17 @@ struct Bind {
     /// How long ago the client connected; it does not displace a connection that is newer
     #[arg(long, value_name = "N", default_value_t = 0)]
     connected_ms_ago: u32,
+    /// The client's own address
     #[arg(long, value_name = "IP")]
     client_ip: Option<IpAddr>,
+    /// The client's own port
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     client_port: u16,
 }
 
 #[derive(Args)]
 struct Unbind {
+    /// The user's id, above 0
     #[arg(value_parser = clap::value_parser!(i64).range(1..))]
     user: i64,
     /// Only if the device is on this gateway
@@ -126,6 +131,7 @@ struct Unbind {
 
 #[derive(Args)]
 struct Query {
+    /// The user's id, above 0
     #[arg(value_parser = clap::value_parser!(i64).range(1..))]
     user: i64,
     /// How far the answer may be behind; 0 reads SQL; without it, any answer will do
@@ -326,4 +332,72 @@ fn root_cause(error: &dyn Error) -> String {
     }
     let text = cause.to_string();
     text.split(" (os error").next().unwrap_or_default().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::presence_service_server::PresenceService;
+    use crate::pb::presence_service_server::PresenceServiceServer;
+    use clap::Parser;
+    use tonic::transport::Server;
+    use tonic::transport::server::TcpIncoming;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        ctl: Ctl,
+    }
+
+    /// User 1 is online, user 2 is not, user 3 is no user; nothing is ever bound; unbinding is not offered.
+    struct Node;
+
+    #[tonic::async_trait]
+    impl PresenceService for Node {
+        async fn query_route(
+            &self,
+            request: tonic::Request<QueryRouteReq>,
+        ) -> Result<tonic::Response<pb::QueryRouteResp>, tonic::Status> {
+            let code = match request.get_ref().user_id {
+                1 => Code::Ok,
+                2 => Code::NotFound,
+                _ => return Err(tonic::Status::invalid_argument("user_id: too many")),
+            };
+            let result = Some(pb::Result { code: code.into(), msg: String::new() });
+            Ok(tonic::Response::new(pb::QueryRouteResp { result, is_online: code == Code::Ok, ..Default::default() }))
+        }
+
+        async fn bind_route(&self, _: tonic::Request<BindRouteReq>) -> Result<tonic::Response<pb::BindRouteResp>, tonic::Status> {
+            let result = Some(pb::Result { code: Code::Refused.into(), msg: "too many devices".into() });
+            Ok(tonic::Response::new(pb::BindRouteResp { result, ..Default::default() }))
+        }
+    }
+
+    async fn exit_and_text(addr: &str, words: &str) -> (u8, String) {
+        let words = ["ctl", "--addr", addr].into_iter().chain(words.split(' '));
+        let ctl = Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{error}")).ctl;
+        let outcome = ctl.call().await.unwrap_or_else(|outcome| outcome);
+        (outcome.exit, outcome.text)
+    }
+
+    #[tokio::test]
+    async fn the_exit_code_tells_yes_from_no_and_from_failure() {
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = incoming.local_addr().unwrap().to_string();
+        let node = tokio::spawn(Server::builder().add_service(PresenceServiceServer::new(Node)).serve_with_incoming(incoming));
+        let check = async |words: &str, exit: u8, part: &str| {
+            let (got, text) = exit_and_text(&addr, words).await;
+            assert!(got == exit && text.contains(part), "{words}: {got}, {text}");
+        };
+        check("query 1", DONE, "user 1 is online").await;
+        check("query 1 --json", DONE, "\"is_online\":true").await;
+        check("query 2", NO, "user 2 is offline").await;
+        check("query 3", BAD_USAGE, "user_id: too many").await;
+        check("bind 1 gw-1", NO, "CODE_REFUSED").await;
+        check("unbind 1 --gateway gw-1", FAILED, "does not offer this call").await;
+        check("batch-query 1 two", BAD_USAGE, "a user is a number").await;
+        node.abort();
+        assert!(node.await.is_err(), "the node is gone");
+        check("query 1", FAILED, "connection refused; is the daemon running? see --addr").await;
+    }
 }

@@ -1,6 +1,6 @@
 //! The command line: serve (the default), `check-config`, `ctl`.
 
-use std::io;
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,6 +11,7 @@ use im_presence::app;
 use im_presence::config::Config;
 use im_presence::ctl::Ctl;
 use im_presence::telemetry;
+use tokio::runtime::Builder;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -81,25 +82,18 @@ fn with_config(file: &ConfigFile, act: impl FnOnce(Config) -> ExitCode) -> ExitC
 
 fn serve(config: Config) -> ExitCode {
     telemetry::init_logging(&config.log);
-    let runtime = match runtime(config.presence_service.thread_count) {
-        Ok(runtime) => runtime,
-        Err(error) => return fail(FAILED, &format!("cannot start threads: {error}")),
-    };
-    match runtime.block_on(app::run(config)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(FAILED, &error),
+    let mut runtime = Builder::new_multi_thread();
+    if config.presence_service.thread_count > 0 {
+        runtime.worker_threads(config.presence_service.thread_count);
+    }
+    match runtime.enable_all().build().map(|runtime| runtime.block_on(app::run(config))) {
+        Ok(Ok(())) => ExitCode::SUCCESS,
+        Ok(Err(error)) => fail(FAILED, &error),
+        Err(error) => fail(FAILED, &format!("cannot start threads: {error}")),
     }
 }
 
-fn runtime(threads: usize) -> io::Result<tokio::runtime::Runtime> {
-    let mut builder = tokio::runtime::Builder::new_multi_thread();
-    if threads > 0 {
-        builder.worker_threads(threads);
-    }
-    builder.enable_all().build()
-}
-
-fn fail(code: u8, error: &impl std::fmt::Display) -> ExitCode {
+fn fail(code: u8, error: &impl Display) -> ExitCode {
     eprintln!("{error}");
     ExitCode::from(code)
 }
