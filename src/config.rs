@@ -6,6 +6,7 @@
 
 mod load;
 mod rules;
+mod schema;
 
 use std::fmt;
 use std::time::Duration;

@@ -4,7 +4,4 @@ use crate::pb::gateway_service_server::GatewayService;
 
 pub struct Gateways;
 
-#[tonic::async_trait]
-impl GatewayService for Gateways {
-    type AttachStream = tonic::codegen::BoxStream<crate::pb::NodeFrame>;
-}
+impl GatewayService for Gateways {}

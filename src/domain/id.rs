@@ -66,11 +66,6 @@ macro_rules! ascii_id {
             pub fn is_empty(&self) -> bool {
                 self.0.is_empty()
             }
-
-            /// The shared text, to bind to a statement without a copy.
-            pub fn shared(&self) -> Arc<str> {
-                self.0.clone()
-            }
         }
 
         impl fmt::Display for $name {

@@ -99,7 +99,7 @@ pub struct Cache {
 impl Cache {
     /// Holds up to `capacity` users.
     pub fn new(capacity: u64) -> Arc<Self> {
-        let l1 = L1::builder().max_capacity(capacity).build_with_hasher(std::hash::BuildHasherDefault::default());
+        let l1 = moka::sync::Cache::builder().max_capacity(capacity).build_with_hasher(std::hash::BuildHasherDefault::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         Arc::new(Self { l1, shards, trust: AtomicU64::new(0), offers_rejected: AtomicU64::new(0), went_back: AtomicU64::new(0) })
     }

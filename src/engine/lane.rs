@@ -326,8 +326,10 @@ impl Lane {
         kicks: Vec<KickedRoute>,
     ) -> Result<OutboxId, SqlError> {
         let absent = UserRecord::default();
-        let change = |(user, after)| UserChange { user: *user, before: before.get(user).unwrap_or(&absent), after };
-        let changes: Vec<UserChange<'_>> = after.iter().map(change).collect();
+        let mut changes = Vec::with_capacity(after.len());
+        for (user, after) in after {
+            changes.push(UserChange { user: *user, before: before.get(user).unwrap_or(&absent), after });
+        }
         connection.write_users(&changes).await?;
         connection.delete_outbox(&self.shown).await?;
         let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks };

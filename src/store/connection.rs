@@ -10,7 +10,7 @@ use sqlx::ConnectOptions;
 use sqlx::Executor;
 use sqlx::Row;
 use sqlx::any::AnyConnectOptions;
-use sqlx::any::AnyConnection;
+use sqlx::AnyConnection;
 use sqlx::any::AnyRow;
 use sqlx::mysql::MySqlDatabaseError;
 use tokio::time::timeout;

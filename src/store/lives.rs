@@ -74,7 +74,7 @@ impl Connection {
             let head = format!("{COLUMNS}alive = 1 AND gateway_addr IN (");
             let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
             for gateway in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
-                select = select.bind(gateway.shared());
+                select = select.bind(gateway.to_string());
             }
             for row in self.fetch(select).await? {
                 lives.push(read_life(&row)?);
@@ -98,7 +98,7 @@ impl Connection {
             SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
             AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1)";
         let kind = codec::kind_to_i32(LifeKind::Unmanaged);
-        self.execute(statement(INSERT).bind(gateway.shared()).bind(kind).bind(gateway.shared())).await?;
+        self.execute(statement(INSERT).bind(gateway.to_string()).bind(kind).bind(gateway.to_string())).await?;
         self.commit().await
     }
 }

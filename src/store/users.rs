@@ -238,10 +238,10 @@ fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statem
 fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
     insert
         .bind(user.get())
-        .bind(route.device.shared())
+        .bind(route.device.to_string())
         .bind(codec::platform_to_i32(route.platform))
         .bind(signed(route.epoch.0))
-        .bind(route.conn.shared())
+        .bind(route.conn.to_string())
         .bind(route.connected_at.0)
         .bind(route.client_ip.map(|ip| ip.to_string()).unwrap_or_default())
         .bind(i32::from(route.client_port))

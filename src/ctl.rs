@@ -1,0 +1,403 @@
+//! `im-presence ctl`: the calls of `PresenceService` from a shell. A plain client: it sees what any other client sees.
+
+mod print;
+
+use std::error::Error;
+use std::io;
+use std::io::Write;
+use std::net::IpAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Args;
+use clap::Subcommand;
+use clap::builder::PossibleValuesParser;
+use clap::builder::TypedValueParser;
+use tonic::transport::Channel;
+use tonic::transport::Endpoint;
+use tonic_types::StatusExt;
+
+use crate::pb;
+use crate::pb::BatchQueryRouteReq;
+use crate::pb::BindRouteReq;
+use crate::pb::Code;
+use crate::pb::Platform;
+use crate::pb::QueryRouteReq;
+use crate::pb::UnbindRouteReq;
+use crate::pb::presence_service_client::PresenceServiceClient;
+
+const DONE: u8 = 0;
+const FAILED: u8 = 1;
+const BAD_USAGE: u8 = 2;
+const NO: u8 = 3;
+
+/// 2,000 users with all their routes may be larger than tonic's 4 MiB.
+const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
+
+const PLATFORMS: [&str; 8] = ["ios", "android", "windows", "macos", "linux", "web", "tablet", "other"];
+
+const HELP: &str = "\
+Examples:
+  im-presence ctl bind 42 gw-1:7000 --device phone --platform ios --conn c1
+  im-presence ctl query 42
+  im-presence ctl query 42 --max-staleness-ms 0          past every cache
+  im-presence ctl unbind 42 --gateway gw-1:7000 --device phone
+  im-presence ctl batch-query 1 2 3 --routes
+  im-presence ctl --json batch-query --online-only - < ids.txt | jq -r '.users[].user_id'
+
+Exit codes: 0 done (query: the user is online), 1 the call failed, 2 bad usage or an argument that the node refused,
+3 the answer is no (query: not online; unbind: nothing to unbind; bind: refused by the device policy, or fenced).";
+
+/// Bind, unbind and look up users on a running node
+#[derive(Args)]
+#[command(after_help = HELP)]
+pub struct Ctl {
+    /// The node's gRPC address
+    #[arg(long, value_name = "HOST:PORT", env = "IM_PRESENCE_ADDR", default_value = "127.0.0.1:6000", global = true)]
+    addr: String,
+    /// Print the answer as proto3 JSON: field names as in the .proto files, 64-bit integers as strings
+    #[arg(long, global = true)]
+    json: bool,
+    /// How long to wait, in milliseconds: for the connection, then for the answer
+    #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..), global = true)]
+    timeout: u64,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Say that a device of a user is connected to a gateway
+    Bind(Bind),
+    /// Say that a device of a user has gone
+    Unbind(Unbind),
+    /// Ask where a user is
+    Query(Query),
+    /// Ask where many users are
+    BatchQuery(BatchQuery),
+}
+
+#[derive(Args)]
+struct Bind {
+    /// The user's id, above 0
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    user: i64,
+    /// Address of the gateway that holds the connection
+    gateway: String,
+    /// Which device of the user; without it, the user's one unnamed device
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    device: String,
+    /// What the device is
+    #[arg(long, value_parser = PossibleValuesParser::new(PLATFORMS).map(|name| platform(&name)))]
+    platform: Option<Platform>,
+    /// The gateway's epoch, if it registered
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    epoch: u64,
+    /// The gateway's name for this connection; the same bind again then changes nothing
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    conn: String,
+    /// How long ago the client connected; it does not displace a connection that is newer
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    connected_ms_ago: u32,
+    /// The client's own address
+    #[arg(long, value_name = "IP")]
+    client_ip: Option<IpAddr>,
+    /// The client's own port
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    client_port: u16,
+}
+
+#[derive(Args)]
+struct Unbind {
+    /// The user's id, above 0
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    user: i64,
+    /// Only if the device is on this gateway
+    #[arg(long, value_name = "ADDR", required_unless_present = "route_key")]
+    gateway: Option<String>,
+    /// Which device of the user; without it, the user's one unnamed device
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    device: String,
+    /// Exactly this bind and no newer one: as bind and query print it
+    #[arg(long, value_name = "KEY")]
+    route_key: Option<String>,
+    /// Only this connection
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    conn: String,
+    /// Only in this life of the gateway
+    #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
+    epoch: u64,
+}
+
+#[derive(Args)]
+struct Query {
+    /// The user's id, above 0
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    user: i64,
+    /// How far the answer may be behind; 0 reads SQL; without it, any answer will do
+    #[arg(long, value_name = "N")]
+    max_staleness_ms: Option<u32>,
+}
+
+#[derive(Args)]
+struct BatchQuery {
+    /// Up to 10,000 users (2,000 with --routes); `-` reads them from stdin, one per line
+    #[arg(value_name = "USER", required = true)]
+    users: Vec<String>,
+    /// Leave out users that are not online
+    #[arg(long)]
+    online_only: bool,
+    /// Also each user's routes
+    #[arg(long)]
+    routes: bool,
+    /// How far the answer may be behind; 0 reads SQL; without it, any answer will do
+    #[arg(long, value_name = "N")]
+    max_staleness_ms: Option<u32>,
+}
+
+/// What goes to stdout (an answer) or stderr (why there is none), and the exit code.
+struct Outcome {
+    text: String,
+    exit: u8,
+}
+
+impl Ctl {
+    /// Makes the call and prints its answer.
+    pub fn run(self) -> ExitCode {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        let outcome = match runtime {
+            Ok(runtime) => runtime.block_on(self.call()),
+            Err(error) => Err(Outcome { text: format!("cannot start: {error}"), exit: FAILED }),
+        };
+        let (written, exit) = match outcome {
+            Ok(Outcome { text, exit }) => (writeln!(io::stdout(), "{text}"), exit),
+            Err(Outcome { text, exit }) => (writeln!(io::stderr(), "{text}"), exit),
+        };
+        match written {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => ExitCode::from(FAILED),
+            _ => ExitCode::from(exit), // a reader that closed its pipe has seen enough
+        }
+    }
+
+    async fn call(self) -> Result<Outcome, Outcome> {
+        let batch = match &self.command {
+            Command::BatchQuery(query) => query.ids().map_err(|text| Outcome { text, exit: BAD_USAGE })?,
+            _ => Vec::new(),
+        };
+        let mut client = self.connect().await?;
+        let answer = match &self.command {
+            Command::Bind(bind) => client.bind_route(bind.request()).await.map(|answer| self.bound(bind, answer.get_ref())),
+            Command::Unbind(unbind) => {
+                client.unbind_route(unbind.request()).await.map(|answer| self.unbound(unbind, answer.get_ref()))
+            }
+            Command::Query(query) => client.query_route(query.request()).await.map(|answer| self.found(query, answer.get_ref())),
+            Command::BatchQuery(query) => {
+                client.batch_query_route(query.request(batch)).await.map(|answer| self.listed(query, answer.get_ref()))
+            }
+        };
+        answer.map_err(|status| self.failed(&status))
+    }
+
+    async fn connect(&self) -> Result<PresenceServiceClient<Channel>, Outcome> {
+        let (addr, timeout) = (&self.addr, Duration::from_millis(self.timeout));
+        let endpoint = Endpoint::from_shared(format!("http://{addr}"))
+            .map_err(|_| Outcome { text: format!("--addr must be HOST:PORT, not {addr:?}"), exit: BAD_USAGE })?;
+        let channel = endpoint.connect_timeout(timeout).timeout(timeout).connect().await.map_err(|error| {
+            let why = root_cause(&error);
+            Outcome { text: format!("cannot reach {addr}: {why}; is the daemon running? see --addr"), exit: FAILED }
+        })?;
+        Ok(PresenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+    }
+
+    fn bound(&self, bind: &Bind, answer: &pb::BindRouteResp) -> Outcome {
+        let text = self.text("BindRouteResp", answer, || print::bound(bind.user, &bind.gateway, answer));
+        Outcome { text, exit: exit(code(&answer.result), true) }
+    }
+
+    fn unbound(&self, unbind: &Unbind, answer: &pb::UnbindRouteResp) -> Outcome {
+        let text = self.text("UnbindRouteResp", answer, || print::unbound(unbind.user, answer));
+        Outcome { text, exit: exit(code(&answer.result), answer.unbound) }
+    }
+
+    fn found(&self, query: &Query, answer: &pb::QueryRouteResp) -> Outcome {
+        let text = self.text("QueryRouteResp", answer, || print::found(query.user, answer));
+        Outcome { text, exit: exit(code(&answer.result), answer.is_online) }
+    }
+
+    fn listed(&self, query: &BatchQuery, answer: &pb::BatchQueryRouteResp) -> Outcome {
+        let text = self.text("BatchQueryRouteResp", answer, || print::listed(query.routes, answer));
+        Outcome { text, exit: exit(code(&answer.result), true) }
+    }
+
+    fn text(&self, message: &str, answer: &impl prost::Message, human: impl FnOnce() -> String) -> String {
+        if self.json { print::json(message, answer) } else { human() }
+    }
+
+    fn failed(&self, status: &tonic::Status) -> Outcome {
+        let (addr, timeout, message) = (&self.addr, self.timeout, status.message());
+        let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
+        let (text, exit) = match (status.code(), retry) {
+            (tonic::Code::InvalidArgument, _) => (message.to_owned(), BAD_USAGE),
+            (tonic::Code::Cancelled | tonic::Code::DeadlineExceeded, _) => {
+                (format!("no answer from {addr} within {timeout} ms: it may be done or not; see --timeout"), FAILED)
+            }
+            (tonic::Code::Unimplemented, _) => {
+                (format!("{addr} does not offer this call; is it the gRPC port of presence_service? see --addr"), FAILED)
+            }
+            (code, Some(delay)) => (format!("{addr} answers {code:?}: {message}; try again in {} ms", delay.as_millis()), FAILED),
+            (code, None) => (format!("{addr} answers {code:?}: {message}"), FAILED),
+        };
+        Outcome { text, exit }
+    }
+}
+
+impl Bind {
+    fn request(&self) -> BindRouteReq {
+        BindRouteReq {
+            user_id: self.user,
+            gateway_addr: self.gateway.clone(),
+            client_ip: self.client_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            client_port: self.client_port.into(),
+            device_id: self.device.clone(),
+            platform: self.platform.unwrap_or(Platform::Unspecified).into(),
+            gateway_epoch: self.epoch,
+            conn_id: self.conn.clone(),
+            connected_ms_ago: self.connected_ms_ago,
+        }
+    }
+}
+
+impl Unbind {
+    fn request(&self) -> UnbindRouteReq {
+        UnbindRouteReq {
+            user_id: self.user,
+            route_key: self.route_key.clone().unwrap_or_default(),
+            gateway_addr: self.gateway.clone().unwrap_or_default(),
+            device_id: self.device.clone(),
+            conn_id: self.conn.clone(),
+            gateway_epoch: self.epoch,
+        }
+    }
+}
+
+impl Query {
+    fn request(&self) -> QueryRouteReq {
+        QueryRouteReq { user_id: self.user, max_staleness_ms: self.max_staleness_ms }
+    }
+}
+
+impl BatchQuery {
+    fn ids(&self) -> Result<Vec<i64>, String> {
+        let mut words = Vec::new();
+        for user in &self.users {
+            if user == "-" {
+                let lines = io::read_to_string(io::stdin()).map_err(|error| format!("cannot read stdin: {error}"))?;
+                words.extend(lines.split_whitespace().map(str::to_owned));
+            } else {
+                words.push(user.clone());
+            }
+        }
+        words.iter().map(|word| word.parse().map_err(|_| format!("a user is a number, not {word:?}"))).collect()
+    }
+
+    fn request(&self, user_ids: Vec<i64>) -> BatchQueryRouteReq {
+        let Self { max_staleness_ms, online_only, routes: with_routes, .. } = *self;
+        BatchQueryRouteReq { user_ids, max_staleness_ms, online_only, with_routes }
+    }
+}
+
+fn platform(name: &str) -> Platform {
+    Platform::from_str_name(&format!("PLATFORM_{}", name.to_uppercase())).unwrap_or(Platform::Other)
+}
+
+/// The code of an answer; one that this program does not know is no success.
+fn code(result: &Option<pb::Result>) -> Code {
+    result.as_ref().map_or(Ok(Code::Ok), |result| Code::try_from(result.code)).unwrap_or(Code::Internal)
+}
+
+fn exit(code: Code, yes: bool) -> u8 {
+    match code {
+        Code::Ok if yes => DONE,
+        Code::Ok | Code::NotFound | Code::Fenced | Code::Refused | Code::Undelivered | Code::Superseded => NO,
+        Code::Invalid => BAD_USAGE,
+        Code::Internal | Code::Unavailable => FAILED,
+    }
+}
+
+/// The innermost error, without the number of the operating system.
+fn root_cause(error: &dyn Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    let text = cause.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pb::presence_service_server::PresenceService;
+    use crate::pb::presence_service_server::PresenceServiceServer;
+    use clap::Parser;
+    use tonic::transport::Server;
+    use tonic::transport::server::TcpIncoming;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        ctl: Ctl,
+    }
+
+    /// User 1 is online, user 2 is not, user 3 is no user; nothing is ever bound; unbinding is not offered.
+    struct Node;
+
+    #[tonic::async_trait]
+    impl PresenceService for Node {
+        async fn query_route(
+            &self,
+            request: tonic::Request<QueryRouteReq>,
+        ) -> Result<tonic::Response<pb::QueryRouteResp>, tonic::Status> {
+            let code = match request.get_ref().user_id {
+                1 => Code::Ok,
+                2 => Code::NotFound,
+                _ => return Err(tonic::Status::invalid_argument("user_id: too many")),
+            };
+            let result = Some(pb::Result { code: code.into(), msg: String::new() });
+            Ok(tonic::Response::new(pb::QueryRouteResp { result, is_online: code == Code::Ok, ..Default::default() }))
+        }
+
+        async fn bind_route(&self, _: tonic::Request<BindRouteReq>) -> Result<tonic::Response<pb::BindRouteResp>, tonic::Status> {
+            let result = Some(pb::Result { code: Code::Refused.into(), msg: "too many devices".into() });
+            Ok(tonic::Response::new(pb::BindRouteResp { result, ..Default::default() }))
+        }
+    }
+
+    async fn exit_and_text(addr: &str, words: &str) -> (u8, String) {
+        let words = ["ctl", "--addr", addr].into_iter().chain(words.split(' '));
+        let ctl = Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{error}")).ctl;
+        let outcome = ctl.call().await.unwrap_or_else(|outcome| outcome);
+        (outcome.exit, outcome.text)
+    }
+
+    #[tokio::test]
+    async fn the_exit_code_tells_yes_from_no_and_from_failure() {
+        let incoming = TcpIncoming::bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let addr = incoming.local_addr().unwrap().to_string();
+        let node = tokio::spawn(Server::builder().add_service(PresenceServiceServer::new(Node)).serve_with_incoming(incoming));
+        let check = async |words: &str, exit: u8, part: &str| {
+            let (got, text) = exit_and_text(&addr, words).await;
+            assert!(got == exit && text.contains(part), "{words}: {got}, {text}");
+        };
+        check("query 1", DONE, "user 1 is online").await;
+        check("query 1 --json", DONE, "\"is_online\":true").await;
+        check("query 2", NO, "user 2 is offline").await;
+        check("query 3", BAD_USAGE, "user_id: too many").await;
+        check("bind 1 gw-1", NO, "CODE_REFUSED").await;
+        check("unbind 1 --gateway gw-1", FAILED, "does not offer this call").await;
+        check("batch-query 1 two", BAD_USAGE, "a user is a number").await;
+        node.abort();
+        assert!(node.await.is_err(), "the node is gone");
+        check("query 1", FAILED, "connection refused; is the daemon running? see --addr").await;
+    }
+}

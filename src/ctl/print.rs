@@ -1,0 +1,235 @@
+//! How answers look: a sentence and an aligned table for people, proto3 JSON for programs.
+
+use prost::Message;
+use prost_reflect::DescriptorPool;
+use prost_reflect::DynamicMessage;
+use prost_reflect::SerializeOptions;
+
+use super::code;
+use crate::pb;
+use crate::pb::Code;
+use crate::pb::Platform;
+use crate::pb::RouteState;
+use crate::pb::Source;
+use crate::pb::Status;
+
+const ROUTE_HEADERS: [&str; 7] = ["DEVICE", "PLATFORM", "GATEWAY", "EPOCH", "STATE", "CONNECTED SINCE", "ROUTE KEY"];
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+/// The message `mpim.<name>` as proto3 JSON on one line.
+pub fn json(name: &str, message: &impl Message) -> String {
+    let options = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
+    let pool = DescriptorPool::decode(pb::DESCRIPTORS).expect("the descriptors come from the build");
+    let descriptor = pool.get_message_by_name(&format!("mpim.{name}")).expect("the message is one of ours");
+    let mut reflected = DynamicMessage::new(descriptor);
+    reflected.transcode_from(message).expect("both are the same message");
+    let mut line = serde_json::Serializer::new(Vec::new());
+    reflected.serialize_with_options(&mut line, &options).expect("a message can be written as JSON");
+    String::from_utf8_lossy(&line.into_inner()).into_owned()
+}
+
+pub fn bound(user: i64, gateway: &str, answer: &pb::BindRouteResp) -> String {
+    if code(&answer.result) != Code::Ok {
+        return format!("user {user} was not bound to {gateway}{}", refusal(&answer.result));
+    }
+    let (version, epoch, key) = (answer.version, answer.gateway_epoch, &answer.route_key);
+    let sentence = format!("user {user} is bound to {gateway}, epoch {epoch}, version {version}\nroute key: {key}");
+    if answer.kicked.is_empty() { sentence } else { format!("{sentence}\nkicked:\n{}", routes(&answer.kicked)) }
+}
+
+pub fn unbound(user: i64, answer: &pb::UnbindRouteResp) -> String {
+    if answer.unbound {
+        format!("user {user} is unbound, version {}", answer.version)
+    } else {
+        format!("nothing of user {user} was unbound{}", refusal(&answer.result))
+    }
+}
+
+pub fn found(user: i64, answer: &pb::QueryRouteResp) -> String {
+    if !matches!(code(&answer.result), Code::Ok | Code::NotFound) {
+        return format!("user {user} was not looked up{}", refusal(&answer.result));
+    }
+    let status = Status::try_from(answer.status).map_or("?", |status| status.as_str_name().trim_start_matches("STATUS_"));
+    let seen = match answer.last_seen_ms {
+        _ if answer.is_online => String::new(),
+        0 => ", never seen".into(),
+        at => format!(", last seen {}", time(at)),
+    };
+    let source = match Source::try_from(answer.source) {
+        Ok(Source::Local) => "memory",
+        Ok(Source::Shared) => "Redis",
+        Ok(Source::Durable) => "SQL",
+        Ok(Source::Unspecified) | Err(_) => "an unknown source",
+    };
+    let (version, age) = (answer.version, answer.age_ms);
+    let state = online(answer.is_online);
+    let sentence = format!("user {user} is {state} ({status}){seen}, version {version}, from {source}, {age} ms old");
+    if answer.routes.is_empty() { sentence } else { format!("{sentence}\n{}", routes(&answer.routes)) }
+}
+
+pub fn listed(with_routes: bool, answer: &pb::BatchQueryRouteResp) -> String {
+    if code(&answer.result) != Code::Ok {
+        return format!("the users were not looked up{}", refusal(&answer.result));
+    }
+    let users = &answer.users;
+    let failed = users.iter().filter(|user| Code::try_from(user.code) == Ok(Code::Unavailable)).count();
+    let count = users.iter().filter(|user| user.is_online).count();
+    let unknown = if failed == 0 { String::new() } else { format!(", {failed} could not be looked up now") };
+    let sentence = format!("{count} of {} listed users are online{unknown}", users.len());
+    let rows: Vec<Vec<String>> = users.iter().map(user).collect();
+    let mut parts = vec![sentence, table(&["USER", "IS", "STATUS", "GATEWAY"], &rows)];
+    if with_routes {
+        let of_user = |user: &pb::UserRoute| {
+            user.routes.iter().map(|one| [vec![user.user_id.to_string()], route(one)].concat()).collect::<Vec<_>>()
+        };
+        parts.push(table(&[&["USER"], &ROUTE_HEADERS[..]].concat(), &users.iter().flat_map(of_user).collect::<Vec<_>>()));
+    }
+    parts.retain(|part| !part.is_empty());
+    parts.join("\n")
+}
+
+fn user(user: &pb::UserRoute) -> Vec<String> {
+    let state = match Code::try_from(user.code) {
+        Ok(Code::Ok | Code::NotFound) => online(user.is_online).to_owned(),
+        Ok(code) => code.as_str_name().trim_start_matches("CODE_").to_lowercase(),
+        Err(_) => "?".to_owned(),
+    };
+    let status = Status::try_from(user.status).map_or("?", |status| status.as_str_name().trim_start_matches("STATUS_"));
+    vec![user.user_id.to_string(), state, status.to_owned(), or_dash(&user.gateway_addr)]
+}
+
+fn routes(routes: &[pb::Route]) -> String {
+    table(&ROUTE_HEADERS, &routes.iter().map(route).collect::<Vec<_>>())
+}
+
+fn route(route: &pb::Route) -> Vec<String> {
+    let platform = match Platform::try_from(route.platform) {
+        Ok(Platform::Unspecified) => "-".to_owned(),
+        Ok(platform) => platform.as_str_name().trim_start_matches("PLATFORM_").to_lowercase(),
+        Err(_) => "?".to_owned(),
+    };
+    let state = match RouteState::try_from(route.state) {
+        Ok(RouteState::Unspecified) => "-",
+        Ok(RouteState::Live) => "live",
+        Ok(RouteState::Suspect) => "suspect",
+        Err(_) => "?",
+    };
+    let epoch = route.gateway_epoch.to_string();
+    let (device, gateway, key) = (or_dash(&route.device_id), or_dash(&route.gateway_addr), or_dash(&route.route_key));
+    vec![device, platform, gateway, epoch, state.to_owned(), time(route.bound_at_ms), key]
+}
+
+fn online(is_online: bool) -> &'static str {
+    if is_online { "online" } else { "offline" }
+}
+
+fn or_dash(text: &str) -> String {
+    if text.is_empty() { "-".to_owned() } else { text.to_owned() }
+}
+
+/// ` (CODE_REFUSED): why`
+fn refusal(result: &Option<pb::Result>) -> String {
+    let name = match code(result) {
+        Code::Ok => String::new(),
+        code => format!(" ({})", code.as_str_name()),
+    };
+    match result.as_ref().map(|result| &*result.msg) {
+        Some(msg) if !msg.is_empty() => format!("{name}: {msg}"),
+        _ => name,
+    }
+}
+
+/// Columns as wide as their widest cell; nothing without rows.
+fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
+    if rows.is_empty() {
+        return String::new();
+    }
+    let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0).max(headers[column].len());
+    let widths: Vec<usize> = (0..headers.len()).map(width).collect();
+    let line = |cells: &mut dyn Iterator<Item = &str>| {
+        let padded: Vec<String> = cells.zip(&widths).map(|(cell, &width)| format!("{cell:width$}")).collect();
+        padded.join("  ").trim_end().to_owned()
+    };
+    let mut lines = vec![line(&mut headers.iter().copied())];
+    lines.extend(rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
+    lines.join("\n")
+}
+
+/// Unix milliseconds as UTC, by Howard Hinnant's `civil_from_days`.
+fn time(unix_ms: i64) -> String {
+    let (days, ms) = (unix_ms.div_euclid(DAY_MS) + 719_468, unix_ms.rem_euclid(DAY_MS));
+    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
+    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second, milli) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{milli:03}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn phone() -> pb::Route {
+        pb::Route {
+            device_id: "phone".into(),
+            platform: Platform::Ios.into(),
+            gateway_addr: "gw-1:7000".into(),
+            gateway_epoch: 3,
+            bound_at_ms: 1_700_000_000_123,
+            route_key: "user:route:42:x".into(),
+            state: RouteState::Live.into(),
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn times_are_utc() {
+        let check = |unix_ms: i64, want: &str| assert_eq!(time(unix_ms), want);
+        check(0, "1970-01-01 00:00:00.000Z");
+        check(-1, "1969-12-31 23:59:59.999Z");
+        check(951_782_400_000, "2000-02-29 00:00:00.000Z");
+        check(1_700_000_000_123, "2023-11-14 22:13:20.123Z");
+        check(4_107_542_400_000, "2100-03-01 00:00:00.000Z");
+    }
+
+    #[test]
+    fn a_user_is_a_sentence_and_a_table() {
+        let unnamed = pb::Route { gateway_addr: "gw-22:7000".into(), ..Default::default() };
+        let online = pb::QueryRouteResp {
+            is_online: true,
+            status: Status::Online.into(),
+            routes: vec![phone(), unnamed],
+            version: 17,
+            source: Source::Local.into(),
+            ..Default::default()
+        };
+        let want = "user 42 is online (ONLINE), version 17, from memory, 0 ms old\n\
+            DEVICE  PLATFORM  GATEWAY     EPOCH  STATE  CONNECTED SINCE           ROUTE KEY\n\
+            phone   ios       gw-1:7000   3      live   2023-11-14 22:13:20.123Z  user:route:42:x\n\
+            -       -         gw-22:7000  0      -      1970-01-01 00:00:00.000Z  -";
+        assert_eq!(found(42, &online), want);
+        let offline = pb::QueryRouteResp { status: Status::Offline.into(), source: Source::Durable.into(), ..Default::default() };
+        assert_eq!(found(7, &offline), "user 7 is offline (OFFLINE), never seen, version 0, from SQL, 0 ms old");
+    }
+
+    #[test]
+    fn a_refused_bind_says_why() {
+        let result = Some(pb::Result { code: Code::Refused.into(), msg: "5 devices are online".into() });
+        let answer = pb::BindRouteResp { result, ..Default::default() };
+        assert_eq!(bound(42, "gw-1", &answer), "user 42 was not bound to gw-1 (CODE_REFUSED): 5 devices are online");
+    }
+
+    #[test]
+    fn json_has_the_names_of_the_proto_and_strings_for_64_bits() {
+        let user = pb::UserRoute { user_id: i64::MAX, routes: vec![phone()], ..Default::default() };
+        let text = json("BatchQueryRouteResp", &pb::BatchQueryRouteResp { result: None, users: vec![user] });
+        let value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        assert_eq!(value["users"][0]["user_id"], "9223372036854775807");
+        assert_eq!(value["users"][0]["routes"][0]["platform"], "PLATFORM_IOS");
+        assert_eq!(value["users"][0]["code"], "OK");
+    }
+}
