@@ -195,7 +195,9 @@ async fn open(config: &Config) -> Result<Database, StartError> {
         let opened = timeout(left.max(START_RETRY), Database::open(&config.store)).await;
         let cause = match opened {
             Ok(Ok(database)) => return Ok(database),
-            Ok(Err(error @ (OpenError::InUse(_) | OpenError::Lock { .. } | OpenError::Migrate(_)))) => return Err(StartError::Store(error)),
+            Ok(Err(error @ (OpenError::InUse(_) | OpenError::Lock { .. } | OpenError::Migrate(_)))) => {
+                return Err(StartError::Store(error));
+            }
             Ok(Err(error)) => error,
             Err(_) => OpenError::NoAnswer,
         };
@@ -269,7 +271,8 @@ async fn keep_tidy(mut expiry: Expiry, cache: Arc<Cache>, stop: CancellationToke
 async fn data_routes(presence: Presence) -> (HealthReporter, Routes) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<Presence>>().await;
-    let reflection = |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
+    let reflection =
+        |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
     let mut routes = Routes::builder();
     routes
         .add_service(PresenceServiceServer::new(presence).max_decoding_message_size(MAX_REQUEST_BYTES))
@@ -315,11 +318,11 @@ async fn serve_admin(listener: TcpListener, operator: http::Operator, stop: Canc
 
 /// Says where the daemon listens and what it rests on, and warns of what is weaker than it may look.
 async fn announce(config: &Config, tools: &Tools, data: SocketAddr, admin: SocketAddr) {
-    if let Ok(mut connection) = tools.database.connect(Purpose::General).await {
-        if let Ok(durability) = tools.database.durability(&mut connection).await {
-            info!(store.id = tools.database.store_id, "durable means: {}", durability.rests_on);
-            durability.weaknesses.iter().for_each(|weakness| warn!("{weakness}"));
-        }
+    if let Ok(mut connection) = tools.database.connect(Purpose::General).await
+        && let Ok(durability) = tools.database.durability(&mut connection).await
+    {
+        info!(store.id = tools.database.store_id, "durable means: {}", durability.rests_on);
+        durability.weaknesses.iter().for_each(|weakness| warn!("{weakness}"));
     }
     if config.redis_cache.is_some() || config.redis_queue.is_some() {
         warn!("[redis_cache] and [redis_queue] are not used yet: this node reads through its memory and SQL");

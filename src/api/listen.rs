@@ -68,7 +68,12 @@ pub fn accept(
 }
 
 /// Lets the connection in once it has begun to speak HTTP/2.
-async fn admit(stream: TcpStream, place: OwnedSemaphorePermit, metrics: Arc<Metrics>, ready: mpsc::Sender<io::Result<Connection>>) {
+async fn admit(
+    stream: TcpStream,
+    place: OwnedSemaphorePermit,
+    metrics: Arc<Metrics>,
+    ready: mpsc::Sender<io::Result<Connection>>,
+) {
     let _ = stream.set_nodelay(true); // a connection that is gone already will be noticed when it is read
     if let Ok(Ok(true)) = timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await {
         metrics.connections.inc();

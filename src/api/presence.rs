@@ -51,9 +51,10 @@ impl PresenceService for Presence {
         let (user, unbind) = convert::unbind(request.get_ref()).map_err(|error| status(&error))?;
         let outcome = self.lanes.submit(user, Change::Unbind(unbind)).await;
         let (result, response) = match outcome {
-            Ok(Outcome::Unbound { version }) => {
-                ("unbound", Ok(pb::UnbindRouteResp { result: convert::result(pb::Code::Ok, ""), unbound: true, version: version.0 }))
-            }
+            Ok(Outcome::Unbound { version }) => (
+                "unbound",
+                Ok(pb::UnbindRouteResp { result: convert::result(pb::Code::Ok, ""), unbound: true, version: version.0 }),
+            ),
             Ok(Outcome::NotBound { version, why }) => {
                 let result = convert::result(pb::Code::Ok, why);
                 ("not_bound", Ok(pb::UnbindRouteResp { result, unbound: false, version: version.0 }))
@@ -210,7 +211,8 @@ fn user_route(user: UserId, answer: &Answer, with_routes: bool) -> pb::UserRoute
     let newest = answer.newest();
     let shown = answer.status();
     let code = if newest.is_some() { pb::Code::Ok } else { pb::Code::NotFound };
-    let routes = if with_routes { answer.live_routes().map(|live| convert::live_route(user, &live)).collect() } else { Vec::new() };
+    let routes =
+        if with_routes { answer.live_routes().map(|live| convert::live_route(user, &live)).collect() } else { Vec::new() };
     pb::UserRoute {
         user_id: user.get(),
         gateway_addr: newest.map(|newest| newest.life.gateway.to_string()).unwrap_or_default(),
@@ -222,7 +224,12 @@ fn user_route(user: UserId, answer: &Answer, with_routes: bool) -> pb::UserRoute
 }
 
 fn by_source(source: Source) -> BySource {
-    BySource { source: match source { Source::Local => "local", Source::Durable => "durable" } }
+    BySource {
+        source: match source {
+            Source::Local => "local",
+            Source::Durable => "durable",
+        },
+    }
 }
 
 fn reason_label(reason: Reason) -> &'static str {

@@ -95,7 +95,11 @@ pub enum Unbind {
 #[derive(Debug)]
 pub enum Event<'a> {
     /// `life` is the one the bind's gateway lives now; `waited` is how long the event waited before it came here.
-    Bind { bind: &'a Bind, life: &'a Life, waited: Duration },
+    Bind {
+        bind: &'a Bind,
+        life: &'a Life,
+        waited: Duration,
+    },
     Unbind(&'a Unbind),
     /// Remove the routes that are not live.
     Sweep,
@@ -115,14 +119,26 @@ pub struct Context<'a> {
 /// What came of an event.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    Bound { bound_version: Version, version: Version, epoch: Epoch, kicked: Vec<(Route, Reason)> },
+    Bound {
+        bound_version: Version,
+        version: Version,
+        epoch: Epoch,
+        kicked: Vec<(Route, Reason)>,
+    },
     Refused(Refusal),
     /// The life the gateway claims is over, or never was.
     Fenced,
-    Unbound { version: Version },
+    Unbound {
+        version: Version,
+    },
     /// There was nothing to unbind: the reason, to be read by a person.
-    NotBound { version: Version, why: &'static str },
-    Swept { routes: usize },
+    NotBound {
+        version: Version,
+        why: &'static str,
+    },
+    Swept {
+        routes: usize,
+    },
 }
 
 /// The outcome, and the record to store if it differs from the one before.
@@ -161,10 +177,12 @@ impl UserRecord {
 
     fn bind(&self, bind: &Bind, life: &Life, waited: Duration, context: &Context<'_>) -> Applied {
         let holder = self.routes.iter().find(|route| route.device == bind.device && context.is_live(route));
-        if let Some(holder) = holder {
-            if holder.epoch == life.epoch && holder.conn == bind.conn && !bind.conn.is_empty() {
-                return self.renew(holder, life, context);
-            }
+        if let Some(holder) = holder
+            && holder.epoch == life.epoch
+            && holder.conn == bind.conn
+            && !bind.conn.is_empty()
+        {
+            return self.renew(holder, life, context);
         }
         let version = self.version.next(context.clock);
         let connected_at = match bind.connected_ago {

@@ -178,7 +178,8 @@ impl Directory {
         };
         let table = self.lives.table();
         let outlived = |route: &Route| {
-            let renewed = route.expires_at.is_some_and(|end| end <= self.lives.clock.at(now) && end > self.lives.clock.at(entry.as_of));
+            let renewed =
+                route.expires_at.is_some_and(|end| end <= self.lives.clock.at(now) && end > self.lives.clock.at(entry.as_of));
             renewed || table.get(route.epoch).is_none()
         };
         if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {

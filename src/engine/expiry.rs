@@ -59,7 +59,7 @@ impl Expiry {
         Ok(removed)
     }
 
-    async fn sweep(&self, users: BTreeSet<UserId>) -> usize {
+    async fn sweep(&mut self, users: BTreeSet<UserId>) -> usize {
         let mut sweeps = tokio::task::JoinSet::new();
         for user in users {
             let lanes = self.lanes.clone();

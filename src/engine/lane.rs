@@ -259,20 +259,22 @@ impl Lane {
     /// Reads, without locking, the lives that the events and the routes name, and returns the gateways' current ones. A bind's
     /// epoch is decided by this, inside the transaction; memory may be behind.
     async fn read_lives(
-        &self,
+        &mut self,
         connection: &mut Connection,
         events: &[Pending],
         records: &HashMap<UserId, UserRecord>,
     ) -> Result<HashMap<GatewayAddr, Arc<Life>>, Failure> {
         let binds = || events.iter().filter_map(|event| if let Change::Bind(bind) = &event.change { Some(bind) } else { None });
         let table = self.tools.lives.table();
-        let unknown = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).filter(|e| table.get(*e).is_none());
+        let unknown =
+            records.values().flat_map(|record| &record.routes).map(|route| route.epoch).filter(|e| table.get(*e).is_none());
         let mut epochs: Vec<Epoch> = binds().filter_map(|bind| bind.epoch).chain(unknown).collect();
         epochs.sort_unstable();
         epochs.dedup();
         self.tools.lives.learn(&connection.lives_by_epoch(&epochs).await?);
 
-        let mut gateways: Vec<GatewayAddr> = binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
+        let mut gateways: Vec<GatewayAddr> =
+            binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
         gateways.sort_unstable();
         gateways.dedup();
         let lives = connection.current_lives(&gateways).await?;
@@ -373,7 +375,9 @@ impl Lane {
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
                 refuse(part, "the database did not confirm the change");
             }
-            Failure::Sql(_) | Failure::NoLife(_) if part.tries > MAX_TRIES => refuse(part, "too many changes of the same users at once"),
+            Failure::Sql(_) | Failure::NoLife(_) if part.tries > MAX_TRIES => {
+                refuse(part, "too many changes of the same users at once")
+            }
             Failure::NoLife(gateways) => {
                 self.begin_lives(&gateways).await;
                 parts.push_front(part);
@@ -391,7 +395,9 @@ impl Lane {
                 let user = part.events[0].user;
                 error!(user.id = %user, %error, "a change of this user cannot be stored");
                 metrics.store_error("statement");
-                part.events.into_iter().for_each(|event| event.answer(Err(Error::Internal { what: "this change cannot be stored" })));
+                part.events
+                    .into_iter()
+                    .for_each(|event| event.answer(Err(Error::Internal { what: "this change cannot be stored" })));
             }
             Failure::Sql(SqlError::Failed(_)) => {
                 metrics.lane_retry("failed");
@@ -485,10 +491,10 @@ impl Lane {
         if !self.parked.is_empty() || self.tools.database.engine == Engine::Sqlite && self.connection.is_some() {
             return;
         }
-        if let Ok(mut connection) = self.connected().await {
-            if connection.ping().await.is_ok() {
-                self.connection = Some(connection);
-            }
+        if let Ok(mut connection) = self.connected().await
+            && connection.ping().await.is_ok()
+        {
+            self.connection = Some(connection);
         }
     }
 

@@ -66,8 +66,18 @@ macro_rules! numbered {
 
 numbered!(status_to_i32, status_from_i32, Status, Online = 1, Away = 2, Busy = 3, Invisible = 4, Offline = 5);
 numbered!(
-    platform_to_i32, platform_from_i32, Platform, Unspecified = 0, Ios = 1, Android = 2, Windows = 3, Macos = 4, Linux = 5, Web = 6,
-    Tablet = 7, Other = 8
+    platform_to_i32,
+    platform_from_i32,
+    Platform,
+    Unspecified = 0,
+    Ios = 1,
+    Android = 2,
+    Windows = 3,
+    Macos = 4,
+    Linux = 5,
+    Web = 6,
+    Tablet = 7,
+    Other = 8
 );
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
 numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3);

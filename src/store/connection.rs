@@ -5,12 +5,12 @@
 
 use std::time::Duration;
 
+use sqlx::AnyConnection;
 use sqlx::AssertSqlSafe;
 use sqlx::ConnectOptions;
 use sqlx::Executor;
 use sqlx::Row;
 use sqlx::any::AnyConnectOptions;
-use sqlx::AnyConnection;
 use sqlx::any::AnyRow;
 use sqlx::mysql::MySqlDatabaseError;
 use tokio::time::timeout;

@@ -108,7 +108,8 @@ impl Durability {
 }
 
 fn migrator() -> Migrator {
-    let init = Migration::new(1, Cow::Borrowed("init"), MigrationType::Simple, AssertSqlSafe(INIT.to_owned()).into_sql_str(), false);
+    let init =
+        Migration::new(1, Cow::Borrowed("init"), MigrationType::Simple, AssertSqlSafe(INIT.to_owned()).into_sql_str(), false);
     Migrator::with_migrations(vec![init])
 }
 

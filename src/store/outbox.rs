@@ -18,7 +18,8 @@ pub struct OutboxId(String);
 impl Connection {
     pub async fn add_outbox(&mut self, node_id: &str, body: &OutboxBody) -> Result<OutboxId, SqlError> {
         let id = uuid::Uuid::now_v7().to_string();
-        let sql = format!("INSERT INTO outbox (id, node_id, created, body) VALUES (?, ?, {} / 1000, ?)", clock_micros(self.engine()));
+        let sql =
+            format!("INSERT INTO outbox (id, node_id, created, body) VALUES (?, ?, {} / 1000, ?)", clock_micros(self.engine()));
         self.execute(statement(sql).bind(id.clone()).bind(node_id.to_owned()).bind(body.encode_to_vec())).await?;
         Ok(OutboxId(id))
     }
