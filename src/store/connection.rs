@@ -119,7 +119,9 @@ impl Connection {
         if purpose == Purpose::Lane {
             self.run(LANE_SESSION_LIMIT).await?;
         }
-        let rows = self.fetch(statement("SHOW SESSION VARIABLES LIKE '%isolation'")).await?;
+        let rows = self
+            .fetch(statement("SHOW SESSION VARIABLES WHERE Variable_name IN ('transaction_isolation', 'tx_isolation')"))
+            .await?;
         let isolation: String = rows.first().map_or(Ok(String::new()), |row| row.try_get(1))?;
         match isolation.as_str() {
             "READ-COMMITTED" => Ok(()),
