@@ -1,24 +1,228 @@
-use std::time::Duration;
+//! How many acknowledged, durable binds a second: the daemon's one write path against one transaction per bind.
+//!
+//! `cargo bench --bench bind` measures (about three minutes); `cargo test` runs each contender for a moment, so that it does
+//! not rot. The loader, the daemon and the database share this machine. Ratios of two columns of one run mean something;
+//! absolute figures belong to the machine.
+
+#[allow(dead_code, unused_imports)] // tests use more of it
+#[path = "../tests/it/harness/mod.rs"]
+mod harness;
 mod load;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use im_presence::config::Config;
+use im_presence::domain::gateway::Life;
+use im_presence::domain::id::ConnId;
+use im_presence::domain::id::DeviceId;
+use im_presence::domain::id::GatewayAddr;
+use im_presence::domain::id::UserId;
+use im_presence::domain::user::Platform;
+use im_presence::domain::user::Route;
 use im_presence::pb;
+use im_presence::store::codec::OutboxBody;
+use im_presence::store::connection::Connection;
+use im_presence::store::connection::Purpose;
+use im_presence::store::connection::SqlError;
+use im_presence::store::database::Database;
+use im_presence::store::users::UserChange;
+use serde_json::json;
+
+use crate::harness::cluster::Cluster;
+use crate::harness::node::Node;
+
+const USERS: u64 = 100_000;
+const GATEWAYS: u64 = 16;
+const CONNECTIONS: u64 = 8;
+const IN_FLIGHT: u64 = 64;
+const BATCH: u64 = 1_000;
+const BATCH_CONNECTIONS: u64 = 4;
+const SQL_CONNECTIONS: usize = 8;
+
+struct Plan {
+    rounds: usize,
+    time: Duration,
+}
+
 fn main() {
-    let addr = std::env::var("ADDR").unwrap().parse().unwrap();
-    let conns: u64 = std::env::var("CONNS").unwrap_or("8".into()).parse().unwrap();
-    let inflight: u64 = std::env::var("INFLIGHT").unwrap_or("64".into()).parse().unwrap();
-    for _ in 0..3 {
-        let done = load::run(addr, "/mpim.PresenceService/BindRoute", conns, inflight, Duration::from_secs(5), |c, n| {
-            pb::BindRouteReq {
-                user_id: 1 + ((c * 7919 + n * 31) % 100_000) as i64,
-                gateway_addr: format!("gw-{}:7000", n % 16),
-                client_ip: "10.0.0.1".into(),
-                client_port: 4242,
-                device_id: "phone".into(),
-                platform: 1,
-                gateway_epoch: 0,
-                conn_id: format!("c{c}-{n}"),
-                connected_ms_ago: 0,
+    let measuring = std::env::args().any(|arg| arg == "--bench");
+    let plan = match measuring {
+        true => Plan { rounds: 5, time: Duration::from_secs(5) },
+        false => Plan { rounds: 1, time: Duration::from_millis(300) },
+    };
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
+    runtime.block_on(measure(&plan));
+    println!("test result: ok. {} rounds", plan.rounds);
+}
+
+async fn measure(plan: &Plan) {
+    let mysql = Cluster::mariadb(1, &[("LOG__LEVEL", "warn")]).await;
+    let sqlite = Cluster::sqlite(&[("LOG__LEVEL", "warn")]).await;
+    let alone = Cluster::mariadb(1, &[("LOG__LEVEL", "warn")]).await; // lays the tables for the plain client
+    let (mut binds, mut batches, mut embedded, mut plain) = (vec![], vec![], vec![], vec![]);
+    for round in 0..=plan.rounds {
+        let results = [
+            bind_one_by_one(mysql.node(), plan.time).await,
+            one_transaction_each(&alone.db.url, plan.time).await,
+            bind_in_batches(mysql.node(), plan.time).await,
+            bind_one_by_one(sqlite.node(), plan.time).await,
+        ];
+        if round > 0 || plan.rounds == 1 {
+            // the first round warms up
+            for (figures, result) in [&mut binds, &mut plain, &mut batches, &mut embedded].into_iter().zip(results) {
+                figures.push(result);
+            }
+        }
+    }
+    for node in [mysql.node(), sqlite.node()] {
+        let not_ok: Vec<_> =
+            node.series("im_presence_binds_total").await.into_iter().filter(|(l, _)| !l.contains("\"ok\"")).collect();
+        assert!(not_ok.is_empty(), "binds that were not done: {not_ok:?}");
+    }
+    report(binds, plain, batches, embedded);
+}
+
+fn report(binds: Vec<f64>, plain: Vec<f64>, batches: Vec<f64>, embedded: Vec<f64>) {
+    let [binds, plain, batches, embedded] = [binds, plain, batches, embedded].map(Figures::of);
+    println!("| acknowledged binds a second | median | lowest | highest | against one transaction each |");
+    println!("|---|---|---|---|---|");
+    for (what, figures) in [
+        ("BindRoute, MariaDB", &binds),
+        ("one transaction per bind, 8 connections, MariaDB", &plain),
+        ("BatchBindRoute of 1,000, MariaDB", &batches),
+        ("BindRoute, SQLite (WAL, synchronous = FULL)", &embedded),
+    ] {
+        let ratio = figures.median / plain.median;
+        println!("| {what} | {:.0} | {:.0} | {:.0} | {ratio:.1}x |", figures.median, figures.lowest, figures.highest);
+    }
+    let medians = [binds.median, plain.median, batches.median, embedded.median].map(f64::round);
+    let line = json!({ "bench": "bind", "bind": medians[0], "one_transaction_each": medians[1], "batch": medians[2], "sqlite": medians[3] });
+    println!("{line}");
+}
+
+struct Figures {
+    median: f64,
+    lowest: f64,
+    highest: f64,
+}
+
+impl Figures {
+    fn of(mut figures: Vec<f64>) -> Self {
+        figures.sort_unstable_by(f64::total_cmp);
+        Self { median: figures[figures.len() / 2], lowest: figures[0], highest: figures[figures.len() - 1] }
+    }
+}
+
+/// A bind of a new connection: it replaces the user's route and is never a no-op.
+fn request(connection: u64, n: u64) -> pb::BindRouteReq {
+    pb::BindRouteReq {
+        user_id: 1 + ((connection * 7_919 + n * 31) % USERS) as i64,
+        gateway_addr: format!("gw-{}:7000", n % GATEWAYS),
+        client_ip: "192.0.2.17".to_owned(),
+        client_port: 40_000,
+        device_id: "phone".to_owned(),
+        platform: pb::Platform::Ios.into(),
+        conn_id: format!("{connection}-{n}"),
+        ..Default::default()
+    }
+}
+
+async fn bind_one_by_one(node: &Node, time: Duration) -> f64 {
+    let server = node.data;
+    let path = "/mpim.PresenceService/BindRoute";
+    let run = move || load::run(server, path, CONNECTIONS, IN_FLIGHT, time, request);
+    let done = tokio::task::spawn_blocking(run).await.expect("the loader");
+    assert_eq!(done.failed, 0, "failed calls");
+    done.per_second()
+}
+
+async fn bind_in_batches(node: &Node, time: Duration) -> f64 {
+    let server = node.data;
+    let path = "/mpim.PresenceService/BatchBindRoute";
+    let batch = |c, n| pb::BatchBindRouteReq { binds: (0..BATCH).map(|i| request(c, n * BATCH + i)).collect() };
+    let run = move || load::run(server, path, BATCH_CONNECTIONS, 1, time, batch);
+    let done = tokio::task::spawn_blocking(run).await.expect("the loader");
+    assert_eq!(done.failed, 0, "failed calls");
+    done.per_second() * BATCH as f64
+}
+
+/// The same statements as the daemon's, one transaction per bind.
+async fn one_transaction_each(url: &str, time: Duration) -> f64 {
+    let mut store = Config::load(None).expect("the defaults").store;
+    store.url = url.to_owned().into();
+    let database = Arc::new(Database::open(&store).await.expect("open the database"));
+    let (done, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let began = Instant::now();
+    let mut tasks = tokio::task::JoinSet::new();
+    for c in 0..SQL_CONNECTIONS {
+        let mut connection = database.connect(Purpose::Lane).await.expect("connect");
+        let (done, stop) = (done.clone(), stop.clone());
+        tasks.spawn(async move {
+            let lives = lives(&mut connection).await.expect("lives");
+            for n in 0.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+                bind_alone(&mut connection, &request(c as u64, n), &lives).await;
+                done.fetch_add(1, Ordering::Relaxed);
             }
         });
-        println!("{done:?} {:.0}/s", done.per_second());
     }
+    tokio::time::sleep(time).await;
+    stop.store(true, Ordering::Relaxed);
+    while tasks.join_next().await.is_some() {}
+    done.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64()
+}
+
+async fn lives(connection: &mut Connection) -> Result<Vec<Arc<Life>>, SqlError> {
+    for gateway in (0..GATEWAYS).map(|n| GatewayAddr::parse(&format!("gw-{n}:7000")).expect("an address")) {
+        connection.begin_unmanaged_life(&gateway).await?;
+    }
+    connection.read_lives().await
+}
+
+async fn bind_alone(connection: &mut Connection, request: &pb::BindRouteReq, lives: &[Arc<Life>]) {
+    loop {
+        match try_bind_alone(connection, request, lives).await {
+            Ok(()) => return,
+            Err(SqlError::Deadlock | SqlError::Locked) => connection.rollback().await.expect("roll back"),
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+async fn try_bind_alone(connection: &mut Connection, request: &pb::BindRouteReq, lives: &[Arc<Life>]) -> Result<(), SqlError> {
+    let user = UserId::parse(request.user_id).expect("a user");
+    let gateway = GatewayAddr::parse(&request.gateway_addr).expect("an address");
+    connection.begin().await?;
+    connection.lock_users(&[user]).await?;
+    let loaded = connection.load_users(&[user]).await?;
+    connection.current_lives(std::slice::from_ref(&gateway)).await?;
+    let before = &loaded.records[&user];
+    let (version, now) = (before.version.next(loaded.clock.version()), loaded.clock.now());
+    let route = Route {
+        device: DeviceId::parse(&request.device_id).expect("a device"),
+        platform: Platform::Ios,
+        epoch: lives.iter().find(|life| life.gateway == gateway).expect("a life").epoch,
+        conn: ConnId::parse(&request.conn_id).expect("a connection"),
+        connected_at: now,
+        client_ip: request.client_ip.parse().ok(),
+        client_port: 40_000,
+        bound_version: version,
+        bound_at: now,
+        expires_at: Some(now.plus(Duration::from_secs(3_600))),
+    };
+    let mut after = before.clone();
+    (after.version, after.last_seen, after.routes) = (version, now, vec![route]);
+    connection.write_users(&[UserChange { user, before, after: &after }]).await?;
+    let mut body = OutboxBody::default();
+    body.changed(user, version);
+    let row = connection.add_outbox("bench", &body).await?;
+    connection.delete_outbox(&[row]).await?;
+    connection.commit().await
 }

@@ -358,15 +358,14 @@ impl Lane {
 
     async fn recover(&mut self, mut part: Part, failure: Failure, parts: &mut VecDeque<Part>) {
         let metrics = self.tools.metrics.clone();
-        part.tries += 1;
         match failure {
             Failure::TooLate => parts.push_front(part),
             Failure::Sql(SqlError::Lost(error)) => {
                 metrics.lane_retry("lost");
-                self.note_unreachable(&error);
-                if part.tries > 1 {
+                if self.unreachable_since.is_some() {
                     sleep(RECONNECT_INTERVAL).await;
                 }
+                self.note_unreachable(&error);
                 parts.push_front(part);
             }
             Failure::Uncertain(error) => {
@@ -374,22 +373,6 @@ impl Lane {
                 warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
                 refuse(part, "the database did not confirm the change");
-            }
-            Failure::Sql(_) | Failure::NoLife(_) if part.tries > MAX_TRIES => {
-                refuse(part, "too many changes of the same users at once")
-            }
-            Failure::NoLife(gateways) => {
-                self.begin_lives(&gateways).await;
-                parts.push_front(part);
-            }
-            Failure::Sql(SqlError::Locked) => {
-                metrics.lane_retry("locked");
-                self.park(part, parts).await;
-            }
-            Failure::Sql(SqlError::Deadlock) => {
-                metrics.lane_retry("deadlock");
-                sleep(jitter(part.tries)).await;
-                halve(part, parts);
             }
             Failure::Sql(SqlError::Failed(error)) if part.events.len() == 1 => {
                 let user = part.events[0].user;
@@ -401,7 +384,23 @@ impl Lane {
             }
             Failure::Sql(SqlError::Failed(_)) => {
                 metrics.lane_retry("failed");
-                part.tries -= 1; // each halving is a step towards the one bad event
+                halve(part, parts);
+            }
+            _ if part.tries == MAX_TRIES => refuse(part, "too many changes of the same users at once"),
+            Failure::NoLife(gateways) => {
+                self.begin_lives(&gateways).await;
+                part.tries += 1;
+                parts.push_front(part);
+            }
+            Failure::Sql(SqlError::Locked) => {
+                metrics.lane_retry("locked");
+                part.tries += 1;
+                self.park(part, parts).await;
+            }
+            Failure::Sql(SqlError::Deadlock) => {
+                metrics.lane_retry("deadlock");
+                part.tries += 1;
+                sleep(jitter(part.tries)).await;
                 halve(part, parts);
             }
         }

@@ -1,0 +1,170 @@
+//! A loader for unary gRPC calls that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
+//! just enough of it: one request header block for all calls, no flow control to speak of, answers counted by their frames.
+
+use std::io::Read;
+use std::io::Write;
+use std::net::SocketAddr;
+use std::net::TcpStream;
+use std::time::Duration;
+use std::time::Instant;
+
+use prost::Message;
+
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+const ACK: u8 = 1;
+const DATA: u8 = 0;
+/// The largest frame a peer has to take.
+const MAX_FRAME: usize = 16_384;
+/// As large as the protocol allows, so that nothing has to be granted later.
+const LARGEST_WINDOW: u32 = (1 << 31) - 1;
+
+/// What a run of calls came to.
+#[derive(Debug, Default)]
+pub struct Done {
+    pub answered: u64,
+    /// Calls that ended with an error.
+    pub failed: u64,
+    pub elapsed: Duration,
+}
+
+impl Done {
+    pub fn per_second(&self) -> f64 {
+        self.answered as f64 / self.elapsed.as_secs_f64()
+    }
+}
+
+/// Calls `path` over `connections`, each with `in_flight` calls at a time, for `time`. `request(connection, n)` is the message
+/// of the connection's n-th call.
+pub fn run<M: Message>(
+    server: SocketAddr,
+    path: &'static str,
+    connections: u64,
+    in_flight: u64,
+    time: Duration,
+    request: impl Fn(u64, u64) -> M + Sync,
+) -> Done {
+    let began = Instant::now();
+    let results: Vec<Done> = std::thread::scope(|scope| {
+        let request = &request;
+        let start = |c| scope.spawn(move || Connection::open(server, path).run(in_flight, began + time, |n| request(c, n)));
+        let threads: Vec<_> = (0..connections).map(start).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a loader thread panicked")).collect()
+    });
+    Done {
+        answered: results.iter().map(|done| done.answered).sum(),
+        failed: results.iter().map(|done| done.failed).sum(),
+        elapsed: began.elapsed(),
+    }
+}
+
+struct Connection {
+    stream: TcpStream,
+    headers: Vec<u8>,
+    out: Vec<u8>,
+    next_stream: u32,
+}
+
+impl Connection {
+    fn open(server: SocketAddr, path: &str) -> Self {
+        let stream = TcpStream::connect(server).expect("the daemon listens");
+        stream.set_nodelay(true).expect("TCP_NODELAY");
+        let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        let mut settings = 4u16.to_be_bytes().to_vec(); // SETTINGS_INITIAL_WINDOW_SIZE
+        settings.extend(LARGEST_WINDOW.to_be_bytes());
+        frame(&mut out, SETTINGS, 0, 0, &settings);
+        frame(&mut out, 8, 0, 0, &(LARGEST_WINDOW - 65_535).to_be_bytes()); // WINDOW_UPDATE of the connection
+        Self { stream, headers: header_block(path, &server.to_string()), out, next_stream: 1 }
+    }
+
+    fn run<M: Message>(mut self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
+        let (mut sent, mut ended_in_all, mut done) = (0, 0, Done::default());
+        let mut buffer = Vec::with_capacity(1 << 16);
+        let mut chunk = vec![0; 1 << 16];
+        while sent < in_flight {
+            self.call(&request(sent));
+            sent += 1;
+        }
+        loop {
+            self.stream.write_all(&self.out).expect("the daemon reads");
+            self.out.clear();
+            if ended_in_all == sent {
+                done.failed = ended_in_all - done.answered;
+                return done;
+            }
+            let n = self.stream.read(&mut chunk).expect("the daemon answers");
+            assert!(n > 0, "the daemon closed the connection");
+            buffer.extend_from_slice(&chunk[..n]);
+            let ended = self.take_frames(&mut buffer, &mut done);
+            ended_in_all += ended;
+            if Instant::now() < until {
+                for _ in 0..ended {
+                    self.call(&request(sent));
+                    sent += 1;
+                }
+            }
+        }
+    }
+
+    /// Works off the whole frames in `buffer` and says how many calls ended.
+    fn take_frames(&mut self, buffer: &mut Vec<u8>, done: &mut Done) -> u64 {
+        let (mut at, mut ended) = (0, 0);
+        while buffer.len() >= at + 9 {
+            let head = &buffer[at..at + 9];
+            let len = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+            let (kind, flags) = (head[3], head[4]);
+            if buffer.len() < at + 9 + len {
+                break;
+            }
+            let payload = &buffer[at + 9..at + 9 + len];
+            match kind {
+                HEADERS if flags & END_STREAM != 0 => ended += 1,
+                HEADERS => done.answered += 1, // an answer that failed has trailers only
+                SETTINGS if flags & ACK == 0 => frame(&mut self.out, SETTINGS, ACK, 0, &[]),
+                PING if flags & ACK == 0 => frame(&mut self.out, PING, ACK, 0, payload),
+                GOAWAY => panic!("the daemon said goodbye"),
+                _ => {}
+            }
+            at += 9 + len;
+        }
+        buffer.drain(..at);
+        ended
+    }
+
+    fn call(&mut self, message: &impl Message) {
+        let id = self.next_stream;
+        self.next_stream += 2;
+        frame(&mut self.out, HEADERS, END_HEADERS, id, &self.headers);
+        let mut body = vec![0];
+        body.extend((message.encoded_len() as u32).to_be_bytes());
+        message.encode(&mut body).expect("a Vec grows");
+        let mut pieces = body.chunks(MAX_FRAME).peekable();
+        while let Some(piece) = pieces.next() {
+            frame(&mut self.out, DATA, if pieces.peek().is_none() { END_STREAM } else { 0 }, id, piece);
+        }
+    }
+}
+
+fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    out.extend(&(payload.len() as u32).to_be_bytes()[1..]);
+    out.extend([kind, flags]);
+    out.extend(stream.to_be_bytes());
+    out.extend(payload);
+}
+
+/// HPACK without indexing, so that every call has the same block: `:method POST`, `:scheme http`, then literals.
+fn header_block(path: &str, authority: &str) -> Vec<u8> {
+    let mut block = vec![0x83, 0x86];
+    for (name, value) in [(":path", path), (":authority", authority), ("content-type", "application/grpc"), ("te", "trailers")] {
+        block.push(0);
+        for text in [name, value] {
+            block.push(u8::try_from(text.len()).expect("short"));
+            block.extend(text.as_bytes());
+        }
+    }
+    block
+}

@@ -1,0 +1,190 @@
+//! Nodes on one database, and short ways to ask them.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use im_presence::pb::BindRouteReq;
+use im_presence::pb::BindRouteResp;
+use im_presence::pb::Code;
+use im_presence::pb::QueryRouteReq;
+use im_presence::pb::QueryRouteResp;
+use im_presence::pb::Result as Outcome;
+use im_presence::pb::UnbindRouteReq;
+use im_presence::pb::UnbindRouteResp;
+use sqlx::AnyConnection;
+use sqlx::AssertSqlSafe;
+use sqlx::Connection;
+use sqlx::Row;
+use tonic::Status;
+use tonic_types::StatusExt;
+
+use crate::harness::mariadb::MariaDb;
+use crate::harness::mariadb::scratch;
+use crate::harness::mariadb::unique;
+use crate::harness::node::Node;
+use crate::harness::node::Settings;
+use crate::harness::node::settings;
+
+pub const ALICE: i64 = 1;
+pub const BOB: i64 = 2;
+pub const CAROL: i64 = 3;
+pub const PHONE: &str = "phone";
+pub const LAPTOP: &str = "laptop";
+pub const GATEWAY: &str = "gw-1:7000";
+pub const OTHER_GATEWAY: &str = "gw-2:7000";
+
+/// A database of one test.
+pub struct TestDb {
+    pub url: String,
+    /// Removed with everything in it.
+    directory: Option<PathBuf>,
+}
+
+pub struct Cluster {
+    pub nodes: Vec<Node>,
+    pub db: TestDb,
+}
+
+impl TestDb {
+    pub async fn mariadb(server: &MariaDb) -> Self {
+        let name = unique("im");
+        let mut connection = connect(&server.url("")).await;
+        let create = AssertSqlSafe(format!("CREATE DATABASE {name}"));
+        sqlx::raw_sql(create).execute(&mut connection).await.expect("create a database");
+        Self { url: server.url(&name), directory: None }
+    }
+
+    pub fn sqlite() -> Self {
+        let directory = scratch("sqlite");
+        std::fs::create_dir_all(&directory).expect("make a directory");
+        Self { url: format!("sqlite://{}", directory.join("presence.db").display()), directory: Some(directory) }
+    }
+
+    pub fn name(&self) -> &str {
+        self.url.rsplit('/').next().expect("a URL has a path")
+    }
+
+    pub async fn connect(&self) -> AnyConnection {
+        connect(&self.url).await
+    }
+
+    pub async fn run(&self, sql: &str) {
+        let mut connection = self.connect().await;
+        sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
+    }
+
+    /// The number that `sql` selects.
+    pub async fn number(&self, sql: &str) -> i64 {
+        let mut connection = self.connect().await;
+        let row = sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_one(&mut connection).await;
+        row.and_then(|row| row.try_get(0)).unwrap_or_else(|e| panic!("{sql}: {e}"))
+    }
+
+    pub fn settings(&self, more: &[(&str, &str)]) -> Settings {
+        let mut all = settings(more);
+        all.push(("STORE__URL".to_owned(), self.url.clone()));
+        all
+    }
+}
+
+impl Drop for TestDb {
+    fn drop(&mut self) {
+        if let Some(directory) = &self.directory {
+            let _ = std::fs::remove_dir_all(directory); // the next run removes what is left
+        }
+    }
+}
+
+pub async fn connect(url: &str) -> AnyConnection {
+    sqlx::any::install_default_drivers();
+    AnyConnection::connect(url).await.unwrap_or_else(|error| panic!("connect to {url}: {error}"))
+}
+
+impl Cluster {
+    /// `nodes` nodes on a fresh database of the shared MariaDB.
+    pub async fn mariadb(nodes: usize, more: &[(&str, &str)]) -> Self {
+        Self::on(MariaDb::shared(), nodes, more).await
+    }
+
+    pub async fn on(server: &MariaDb, nodes: usize, more: &[(&str, &str)]) -> Self {
+        Self::start(TestDb::mariadb(server).await, nodes, more).await
+    }
+
+    pub async fn sqlite(more: &[(&str, &str)]) -> Self {
+        Self::start(TestDb::sqlite(), 1, more).await
+    }
+
+    async fn start(db: TestDb, count: usize, more: &[(&str, &str)]) -> Self {
+        let mut nodes = Vec::new();
+        for _ in 0..count {
+            nodes.push(Node::start(db.settings(more)).await);
+        }
+        Self { nodes, db }
+    }
+
+    pub fn node(&self) -> &Node {
+        &self.nodes[0]
+    }
+}
+
+/// Runs a test on a node with SQLite, then on one with MariaDB.
+pub async fn each_engine(more: &[(&str, &str)], test: impl AsyncFn(&Cluster)) {
+    for cluster in [Cluster::sqlite(more).await, Cluster::mariadb(1, more).await] {
+        println!("on {}", cluster.db.url);
+        test(&cluster).await;
+    }
+}
+
+pub fn a_bind(user: i64, device: &str, conn: &str) -> BindRouteReq {
+    let (device_id, conn_id) = (device.to_owned(), conn.to_owned());
+    BindRouteReq { user_id: user, gateway_addr: GATEWAY.to_owned(), device_id, conn_id, ..Default::default() }
+}
+
+impl Node {
+    pub async fn try_bind(&self, request: BindRouteReq) -> Result<BindRouteResp, Status> {
+        self.presence().bind_route(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// Binds, and insists that it was done.
+    pub async fn bind(&self, request: BindRouteReq) -> BindRouteResp {
+        let response = self.try_bind(request).await.expect("a bind");
+        assert_eq!(code(&response.result), Code::Ok, "{response:?}");
+        response
+    }
+
+    pub async fn unbind(&self, request: UnbindRouteReq) -> UnbindRouteResp {
+        let response = self.presence().unbind_route(request).await.expect("an unbind").into_inner();
+        assert_eq!(code(&response.result), Code::Ok, "{response:?}");
+        response
+    }
+
+    pub async fn try_query(&self, user: i64, max_staleness_ms: Option<u32>) -> Result<QueryRouteResp, Status> {
+        let request = QueryRouteReq { user_id: user, max_staleness_ms };
+        self.presence().query_route(request).await.map(tonic::Response::into_inner)
+    }
+
+    /// What any tier says.
+    pub async fn query(&self, user: i64) -> QueryRouteResp {
+        self.try_query(user, None).await.expect("a query")
+    }
+
+    /// What SQL says.
+    pub async fn query_sql(&self, user: i64) -> QueryRouteResp {
+        self.try_query(user, Some(0)).await.expect("a query")
+    }
+}
+
+pub fn code(result: &Option<Outcome>) -> Code {
+    result.as_ref().expect("every answer has a result").code()
+}
+
+pub fn devices(answer: &QueryRouteResp) -> Vec<&str> {
+    let mut devices: Vec<&str> = answer.routes.iter().map(|route| route.device_id.as_str()).collect();
+    devices.sort_unstable();
+    devices
+}
+
+/// After which time this refusal asks to come again.
+pub fn retry_delay(status: &Status) -> Option<Duration> {
+    status.get_error_details().retry_info().and_then(|info| info.retry_delay)
+}

@@ -1,0 +1,246 @@
+//! A TCP proxy before MariaDB that reads along, and holds or cuts a connection at a chosen statement.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::net::tcp::OwnedReadHalf;
+use tokio::net::tcp::OwnedWriteHalf;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+
+/// What only the session of a lane says.
+const LANE_MARK: &str = "innodb_lock_wait_timeout";
+const STRIKE_DEADLINE: Duration = Duration::from_secs(10);
+const ANSWER_BYTES: usize = 64 * 1024;
+// Commands of the MySQL protocol.
+const COM_QUERY: u8 = 0x03;
+const COM_STMT_PREPARE: u8 = 0x16;
+const COM_STMT_EXECUTE: u8 = 0x17;
+
+/// Who speaks on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Lane,
+    Reader,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Mode {
+    Pass,
+    /// Answers to statements that contain this text stay here until released.
+    HoldAnswers(Kind, &'static str),
+    /// The next COMMIT stays here until released.
+    HoldCommit,
+    /// The next connection that sends COMMIT is cut, and the server never hears of it.
+    CutBeforeCommit,
+    /// The next COMMIT is forwarded; its answer ends here, with the connection.
+    CutAfterCommit,
+}
+
+pub struct Proxy {
+    pub port: u16,
+    mode: Arc<watch::Sender<Mode>>,
+    /// How often the mode has come to act.
+    strikes: Arc<watch::Sender<usize>>,
+    _connections: JoinSet<()>,
+}
+
+/// What both directions of a connection know.
+struct Link {
+    mode: Arc<watch::Sender<Mode>>,
+    strikes: Arc<watch::Sender<usize>>,
+    session: Mutex<Session>,
+}
+
+#[derive(Default)]
+struct Session {
+    is_lane: bool,
+    /// The statement that the server works on.
+    current: String,
+    preparing: bool,
+    prepared: HashMap<[u8; 4], String>,
+    cut_at_answer: bool,
+}
+
+impl Proxy {
+    pub async fn start(server_port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
+        let port = listener.local_addr().expect("an address").port();
+        let (mode, strikes) = (Arc::new(watch::Sender::new(Mode::Pass)), Arc::new(watch::Sender::new(0)));
+        let mut connections = JoinSet::new();
+        let (link_mode, link_strikes) = (mode.clone(), strikes.clone());
+        connections.spawn(async move {
+            let mut links = JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                let link = Link { mode: link_mode.clone(), strikes: link_strikes.clone(), session: Mutex::default() };
+                links.spawn(link.run(client, server_port));
+            }
+        });
+        Self { port, mode, strikes, _connections: connections }
+    }
+
+    pub fn url(&self, database: &str) -> String {
+        format!("mysql://root@127.0.0.1:{}/{database}", self.port)
+    }
+
+    /// From now on, answers to statements that contain `text` do not arrive.
+    pub fn hold_answers(&self, kind: Kind, text: &'static str) {
+        self.set(Mode::HoldAnswers(kind, text));
+    }
+
+    pub fn hold_commit(&self) {
+        self.set(Mode::HoldCommit);
+    }
+
+    pub fn cut_before_commit(&self) {
+        self.set(Mode::CutBeforeCommit);
+    }
+
+    pub fn cut_after_commit(&self) {
+        self.set(Mode::CutAfterCommit);
+    }
+
+    /// Waits until something is held, or was cut.
+    pub async fn struck(&self) {
+        let mut strikes = self.strikes.subscribe();
+        let struck = timeout(STRIKE_DEADLINE, strikes.wait_for(|strikes| *strikes > 0)).await;
+        assert!(struck.is_ok_and(|struck| struck.is_ok()), "nothing met {:?} within {STRIKE_DEADLINE:?}", *self.mode.borrow());
+    }
+
+    /// What was held goes on, and nothing more is held.
+    pub fn release(&self) {
+        self.set(Mode::Pass);
+    }
+
+    fn set(&self, mode: Mode) {
+        self.strikes.send_replace(0);
+        self.mode.send_replace(mode);
+    }
+}
+
+impl Link {
+    async fn run(self, client: TcpStream, server_port: u16) {
+        let Ok(server) = TcpStream::connect(("127.0.0.1", server_port)).await else { return };
+        let _ = (client.set_nodelay(true), server.set_nodelay(true)); // slower, not wrong, without
+        let (from_client, to_client) = client.into_split();
+        let (from_server, to_server) = server.into_split();
+        tokio::select! {
+            _ = self.requests(from_client, to_server) => {}
+            _ = self.answers(from_server, to_client) => {}
+        }
+    }
+
+    async fn requests(&self, mut client: OwnedReadHalf, mut server: OwnedWriteHalf) -> io::Result<()> {
+        loop {
+            let mut packet = vec![0; 4];
+            client.read_exact(&mut packet).await?;
+            let length = usize::from(packet[0]) | usize::from(packet[1]) << 8 | usize::from(packet[2]) << 16;
+            packet.resize(4 + length, 0);
+            client.read_exact(&mut packet[4..]).await?;
+            let is_commit = self.session().sees(&packet[4..]);
+            if is_commit && !self.at_commit().await {
+                return Ok(());
+            }
+            server.write_all(&packet).await?;
+        }
+    }
+
+    /// False: the connection ends here.
+    async fn at_commit(&self) -> bool {
+        let mode = self.mode.borrow().clone();
+        match mode {
+            Mode::HoldCommit => {
+                self.strike();
+                self.released(&mode).await;
+            }
+            Mode::CutBeforeCommit => {
+                self.mode.send_replace(Mode::Pass);
+                self.strike();
+                return false;
+            }
+            Mode::CutAfterCommit => {
+                self.mode.send_replace(Mode::Pass);
+                self.session().cut_at_answer = true;
+            }
+            Mode::Pass | Mode::HoldAnswers(..) => {}
+        }
+        true
+    }
+
+    async fn answers(&self, mut server: OwnedReadHalf, mut client: OwnedWriteHalf) -> io::Result<()> {
+        let mut answer = vec![0; ANSWER_BYTES];
+        loop {
+            let bytes = server.read(&mut answer).await?;
+            if bytes == 0 {
+                return Ok(());
+            }
+            self.session().answered(&answer[..bytes]);
+            if self.session().cut_at_answer {
+                self.strike();
+                return Ok(());
+            }
+            let mode = self.mode.borrow().clone();
+            if self.session().is_held_by(&mode) {
+                self.strike();
+                self.released(&mode).await;
+            }
+            client.write_all(&answer[..bytes]).await?;
+        }
+    }
+
+    async fn released(&self, held_by: &Mode) {
+        let _ = self.mode.subscribe().wait_for(|mode| mode != held_by).await; // the sender lives in self
+    }
+
+    fn strike(&self) {
+        self.strikes.send_modify(|strikes| *strikes += 1);
+    }
+
+    fn session(&self) -> MutexGuard<'_, Session> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Session {
+    /// Takes note of what the client sends; whether it is COMMIT.
+    fn sees(&mut self, payload: &[u8]) -> bool {
+        let Some((command, body)) = payload.split_first() else { return false };
+        match *command {
+            COM_QUERY | COM_STMT_PREPARE => {
+                self.current = String::from_utf8_lossy(body).into_owned();
+                self.is_lane |= self.current.contains(LANE_MARK);
+            }
+            COM_STMT_EXECUTE => {
+                let id = body.first_chunk::<4>();
+                self.current = id.and_then(|id| self.prepared.get(id)).cloned().unwrap_or_default();
+            }
+            _ => {}
+        }
+        self.preparing = *command == COM_STMT_PREPARE;
+        *command == COM_QUERY && body == b"COMMIT"
+    }
+
+    fn answered(&mut self, bytes: &[u8]) {
+        if self.preparing
+            && let Some([0, id @ ..]) = bytes.get(4..).and_then(|rest| rest.first_chunk::<5>())
+        {
+            self.prepared.insert(*id, self.current.clone());
+        }
+    }
+
+    /// Only answers that bring rows or changes are held, not those to PREPARE: what is held has been carried out.
+    fn is_held_by(&self, mode: &Mode) -> bool {
+        let kind = if self.is_lane { Kind::Lane } else { Kind::Reader };
+        matches!(mode, Mode::HoldAnswers(held, text) if *held == kind && !self.preparing && self.current.contains(text))
+    }
+}
