@@ -61,9 +61,9 @@ fn main() {
 }
 
 async fn measure(plan: &Plan) {
-    let mysql = Cluster::mariadb(1, &[("LOG__LEVEL", "warn")]).await;
-    let sqlite = Cluster::sqlite(&[("LOG__LEVEL", "warn")]).await;
-    let alone = Cluster::mariadb(1, &[("LOG__LEVEL", "warn")]).await; // lays the tables for the plain client
+    let mysql = Cluster::mariadb(1, &[]).await;
+    let sqlite = Cluster::sqlite(&[]).await;
+    let alone = Cluster::mariadb(1, &[]).await; // lays the tables for the plain client
     let (mut binds, mut batches, mut embedded, mut plain) = (vec![], vec![], vec![], vec![]);
     for round in 0..=plan.rounds {
         let results = [

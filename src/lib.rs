@@ -1,3 +1,44 @@
+//! im-presence knows which user's device sits on which gateway. This is the map of its source.
+//!
+//! Floors, each importing only those below it (a test checks it):
+//!
+//! | module | what |
+//! |---|---|
+//! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
+//! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
+//! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`) |
+//! | [`store`] | the outside: SQL |
+//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways |
+//! | [`clock`], [`config`], [`error`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
+//!
+//! [`ctl`] is a plain client of the gRPC API; [`pb`] the wire types, which `api` turns into domain types at the door.
+//!
+//! # The two ideas everything rests on
+//!
+//! **A route names a life of a gateway**, by its epoch: a number issued by SQL and never reused. A route is live if its life
+//! is. Every node keeps the small table of lives in memory, so one row decides about all users of a gateway. "This life is
+//! over" never changes back; it may be believed from anywhere, late or twice.
+//!
+//! **One write path, group-committed.** Every change of a user is an event in one lane (by hash of the user). A lane takes all
+//! that is queued as one batch, commits it in one transaction on its own connection, and answers. So the order of a user's
+//! changes is the order of their versions, policies cannot be raced, and a commit is shared by hundreds of users.
+//!
+//! # What is true where
+//!
+//! | tier | holds | is it the truth |
+//! |---|---|---|
+//! | SQL | users, routes, lives, outbox | the only one |
+//! | L1 (memory, per node) | records of hot users | no; see `engine::cache` for the rule that no reader is ever taken back in time |
+//! | lives (memory, per node) | copy of the table, with the time since it is known | no |
+//!
+//! # Words
+//!
+//! **gateway** holds client sockets · **node** is one process of this daemon · **device** one login of a user · **route** binds
+//! a device to a life of a gateway · **life**, **epoch**, **lease**, **heartbeat**: a gateway's right to be believed alive ·
+//! **version** numbers the changes of a user · **floor** the version below which nothing may be answered · **lane** one queue of
+//! the write path · **outbox** what a committed batch still has to show to the outside · **generation** raised when caches may
+//! hold what SQL does not.
+
 pub mod api;
 pub mod app;
 pub mod clock;
