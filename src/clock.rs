@@ -55,6 +55,10 @@ impl AtomicInstant {
         Self { origin: Instant::now(), nanos: AtomicI64::new(i64::MIN) }
     }
 
+    pub fn now() -> Self {
+        Self { origin: Instant::now(), nanos: AtomicI64::new(0) }
+    }
+
     pub fn set(&self, instant: Instant) {
         let nanos = instant.saturating_duration_since(self.origin).as_nanos();
         self.nanos.fetch_max(i64::try_from(nanos).unwrap_or(i64::MAX), Ordering::Relaxed);

@@ -28,6 +28,9 @@ label!(ByCause, cause);
 label!(ByKind, kind);
 label!(ByWhat, what);
 label!(ByTier, tier);
+label!(ByDirection, direction);
+label!(ByUse, r#use);
+label!(ByOutcome, outcome);
 
 pub struct Metrics {
     registry: Registry,
@@ -45,6 +48,15 @@ pub struct Metrics {
     pub l1_entries: Gauge,
     pub l1_hits: Counter,
     pub l1_misses: Counter,
+    pub l2_hits: Counter,
+    pub l2_misses: Counter,
+    pub hint_gaps: Counter,
+    hints: Family<ByDirection, Counter>,
+    pub outbox_repaired: Counter,
+    redis_up: Family<ByUse, Gauge>,
+    redis_errors: Family<ByUse, Counter>,
+    pub redis_memory: Family<ByUse, Gauge>,
+    pub deliveries: Family<ByOutcome, Counter>,
     pub stale_offers_rejected: Family<ByTier, Counter>,
     pub store_up: Gauge,
     store_errors: Family<ByKind, Counter>,
@@ -77,6 +89,15 @@ impl Metrics {
             l1_entries: r.add("l1_entries", "users in memory", Gauge::default()),
             l1_hits: r.add("l1_hits", "users found in memory", Counter::default()),
             l1_misses: r.add("l1_misses", "users not found in memory, or not fresh enough", Counter::default()),
+            l2_hits: r.add("l2_hits", "users found in Redis", Counter::default()),
+            l2_misses: r.add("l2_misses", "users not found in Redis", Counter::default()),
+            hint_gaps: r.add("hint_gaps", "hints of another node that were lost: memory was distrusted", Counter::default()),
+            hints: r.family("hints", "messages about changes between nodes, by direction"),
+            outbox_repaired: r.add("outbox_repaired", "changes shown for a node that had left them behind", Counter::default()),
+            redis_up: r.gauges("redis_up", "1 if this Redis answered last time"),
+            redis_errors: r.family("redis_errors", "commands that failed or were not answered in time"),
+            redis_memory: r.gauges("redis_memory_bytes", "memory that this Redis uses"),
+            deliveries: r.family("deliveries", "messages to deliver, by what came of them"),
             stale_offers_rejected: r.family("stale_offers_rejected", "outdated records kept out of a cache"),
             store_up: r.add("store_up", "1 if the database answered last time", Gauge::default()),
             store_errors: r.family("store_errors", "database errors, by what was being done"),
@@ -107,6 +128,23 @@ impl Metrics {
         self.store_errors.get_or_create(&ByKind { kind }).inc();
     }
 
+    pub fn hint(&self, direction: &'static str) {
+        self.hints.get_or_create(&ByDirection { direction }).inc();
+    }
+
+    pub fn redis_error(&self, r#use: &'static str) {
+        self.redis_errors.get_or_create(&ByUse { r#use }).inc();
+    }
+
+    pub fn redis_up(&self, r#use: &'static str, up: bool) {
+        self.redis_up.get_or_create(&ByUse { r#use }).set(i64::from(up));
+    }
+
+    /// Whether that Redis answered last time. None: it is not configured, or was not asked yet.
+    pub fn is_redis_up(&self, r#use: &'static str) -> Option<bool> {
+        self.redis_up.get(&ByUse { r#use }).map(|gauge| gauge.get() == 1)
+    }
+
     pub fn shed(&self, what: &'static str) {
         self.shed.get_or_create(&ByWhat { what }).inc();
     }
@@ -128,6 +166,13 @@ impl Register<'_> {
     }
 
     fn family<L>(&mut self, name: &'static str, help: &'static str) -> Family<L, Counter>
+    where
+        L: EncodeLabelSet + std::hash::Hash + Eq + Clone + std::fmt::Debug + Send + Sync + 'static,
+    {
+        self.add(name, help, Family::default())
+    }
+
+    fn gauges<L>(&mut self, name: &'static str, help: &'static str) -> Family<L, Gauge>
     where
         L: EncodeLabelSet + std::hash::Hash + Eq + Clone + std::fmt::Debug + Send + Sync + 'static,
     {

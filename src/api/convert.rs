@@ -153,6 +153,7 @@ pub fn status_to_pb(status: Status) -> pb::Status {
 pub fn source_to_pb(source: Source) -> pb::Source {
     match source {
         Source::Local => pb::Source::Local,
+        Source::Shared => pb::Source::Shared,
         Source::Durable => pb::Source::Durable,
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod admin;
 pub mod convert;
+pub mod delivery;
 pub mod gateway;
 pub mod http;
 pub mod listen;

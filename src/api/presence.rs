@@ -9,11 +9,13 @@ use tonic::Response;
 use tonic::Status;
 
 use crate::api::convert;
+use crate::api::delivery;
 use crate::api::status::item_code;
 use crate::api::status::status;
 use crate::domain::id::UserId;
 use crate::domain::policy::Reason;
 use crate::domain::user::Outcome;
+use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Source;
@@ -32,8 +34,10 @@ use crate::pb::presence_service_server::PresenceService;
 pub struct Presence {
     pub lanes: Arc<Lanes>,
     pub directory: Arc<Directory>,
+    pub deliveries: Arc<Deliveries>,
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
+    pub max_message_bytes: usize,
 }
 
 #[tonic::async_trait]
@@ -74,6 +78,21 @@ impl PresenceService for Presence {
         self.metrics.queries.get_or_create(&by_source(answer.source)).inc();
         self.metrics.query_seconds.observe(began.elapsed().as_secs_f64());
         Ok(Response::new(queried(user, &answer)))
+    }
+
+    async fn deliver(&self, request: Request<pb::DeliverReq>) -> Result<Response<pb::DeliverResp>, Status> {
+        let deadline = delivery::deadline(request.metadata());
+        let (user, message) = delivery::message(request.into_inner(), self.max_message_bytes, &self.deliveries)?;
+        let reports = self.deliveries.deliver(&[user], &message, deadline).await.map_err(|error| status(&error))?;
+        delivery::delivered(reports).map(Response::new)
+    }
+
+    async fn batch_deliver(&self, request: Request<pb::BatchDeliverReq>) -> Result<Response<pb::BatchDeliverResp>, Status> {
+        let deadline = delivery::deadline(request.metadata());
+        let (users, message) = delivery::batch_message(request.into_inner(), self.max_message_bytes)?;
+        let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error))?;
+        unless_all_failed(&reports)?;
+        Ok(Response::new(delivery::batch_delivered(&users, &reports)))
     }
 
     async fn batch_bind_route(
@@ -158,7 +177,7 @@ impl Presence {
     }
 
     fn count_batch(&self, answers: &[Result<Answer, Error>]) {
-        for source in [Source::Local, Source::Durable] {
+        for source in [Source::Local, Source::Shared, Source::Durable] {
             let users = answers.iter().flatten().filter(|answer| answer.source == source).count();
             self.metrics.batch_users.get_or_create(&by_source(source)).inc_by(users as u64);
         }
@@ -227,6 +246,7 @@ fn by_source(source: Source) -> BySource {
     BySource {
         source: match source {
             Source::Local => "local",
+            Source::Shared => "shared",
             Source::Durable => "durable",
         },
     }

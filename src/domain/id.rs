@@ -38,14 +38,15 @@ impl fmt::Display for UserId {
     }
 }
 
-fn parse_ascii(raw: &str, min: usize, max: usize) -> Result<Arc<str>, InvalidId> {
+/// Whether `raw` is `min` to `max` bytes of printable ASCII without spaces.
+pub fn check_ascii(raw: &str, min: usize, max: usize) -> Result<(), InvalidId> {
     if raw.len() < min || raw.len() > max {
         return Err(InvalidId(format!("must be {min} to {max} bytes, is {}", raw.len())));
     }
     if !raw.bytes().all(|byte| byte.is_ascii_graphic()) {
         return Err(InvalidId("must be printable ASCII without spaces".to_owned()));
     }
-    Ok(raw.into())
+    Ok(())
 }
 
 macro_rules! ascii_id {
@@ -56,7 +57,7 @@ macro_rules! ascii_id {
 
         impl $name {
             pub fn parse(raw: &str) -> Result<Self, InvalidId> {
-                parse_ascii(raw, $min, $max).map(Self)
+                check_ascii(raw, $min, $max).map(|()| Self(raw.into()))
             }
 
             pub fn as_str(&self) -> &str {

@@ -24,6 +24,7 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use std::time::Instant;
 
 use xxhash_rust::xxh3::Xxh3Default;
@@ -32,6 +33,8 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
 
+/// How far the shared cache can be behind: what a node left undone there is repaired within this time.
+pub const L2_AGE: Duration = Duration::from_secs(3);
 /// Shards of the map of what is under way. Power of two.
 const SHARDS: usize = 64;
 
@@ -41,6 +44,8 @@ pub struct Entry {
     pub record: UserRecord,
     /// The record was complete at this instant, or later.
     pub as_of: Instant,
+    /// It came from the shared cache.
+    pub from_l2: bool,
     /// The trust number at the start of its load.
     trust: u64,
 }
@@ -138,6 +143,15 @@ impl Cache {
         self.went_back.load(Ordering::Relaxed)
     }
 
+    /// Users whose newest version the shared cache is not known to hold, with that version.
+    pub fn lagging(&self) -> Vec<(UserId, Version)> {
+        let lagging = |shard: &Mutex<HashMap<UserId, UnderWay>>| {
+            let shard = lock(shard);
+            shard.iter().filter(|(_, it)| it.lag > Version::NONE).map(|(user, it)| (*user, it.lag)).collect::<Vec<_>>()
+        };
+        self.shards.iter().flat_map(lagging).collect()
+    }
+
     /// Does the housekeeping that L1 otherwise leaves to its readers.
     pub fn tidy(&self) {
         self.l1.run_pending_tasks();
@@ -161,7 +175,7 @@ impl Cache {
             under_way.lag = under_way.lag.max(version);
         }
         if version >= under_way.floor {
-            self.l1.insert(user, Arc::new(Entry { record, as_of: complete_at, trust }));
+            self.l1.insert(user, Arc::new(Entry { record, as_of: complete_at, from_l2: false, trust }));
         } else {
             self.drop_older(user, under_way.floor);
         }
@@ -227,9 +241,10 @@ impl Cache {
             ticket.trust = self.trust.load(Ordering::Acquire);
             return Loaded::Again(ticket);
         }
+        let as_of = if from_sql { ticket.began } else { ticket.began.checked_sub(L2_AGE).unwrap_or(ticket.began) };
         under_way.floor = version;
         under_way.loads = under_way.loads.saturating_sub(1);
-        let entry = self.keep_newest(user, Entry { record, as_of: ticket.began, trust: ticket.trust });
+        let entry = self.keep_newest(user, Entry { record, as_of, from_l2: !from_sql, trust: ticket.trust });
         tidy_up(&mut shard, user);
         Loaded::Answer(entry)
     }

@@ -18,6 +18,8 @@ use crate::domain::time::Timestamp;
 use crate::domain::user::Route;
 use crate::engine::cache::Cache;
 use crate::engine::cache::Entry;
+use crate::engine::cache::L2_AGE;
+use crate::engine::hints::Hints;
 use crate::engine::lives::Lives;
 use crate::engine::lives::SUSPECT_AFTER;
 use crate::engine::loader::Loader;
@@ -34,22 +36,22 @@ const STALE_PATIENCE: Duration = Duration::from_millis(300);
 const SLOW_MEMORY: Duration = Duration::from_secs(2);
 
 /// What this node hears of changes made by others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hearing {
     /// There are no others.
     Alone,
     /// There may be others, and no bus: entries are limited to a second.
     Deaf,
+    Hints(Arc<Hints>),
 }
 
 /// Which tier an answer came from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Source {
     Local,
+    Shared,
     Durable,
 }
 
-#[derive(Clone, Copy, Debug)]
 pub struct Settings {
     pub hearing: Hearing,
     pub l1_ttl: Duration,
@@ -131,7 +133,7 @@ impl Directory {
             return Ok(answer);
         }
         self.metrics.l1_misses.inc();
-        let load = self.loader.request(&[user], is_zero(bound)).map(Vec::into_iter);
+        let load = self.loader.request(&[user], is_close(bound)).map(Vec::into_iter);
         match load {
             Ok(mut load) => self.finish(user, bound, load.next(), Instant::now()).await,
             Err(overloaded) => self.outdated(user, bound).ok_or(overloaded),
@@ -147,7 +149,7 @@ impl Directory {
         self.metrics.l1_hits.inc_by(count(users.len() - missing.len()));
         self.metrics.l1_misses.inc_by(count(missing.len()));
         let ids: Vec<UserId> = missing.iter().map(|i| users[*i]).collect();
-        match self.loader.request(&ids, is_zero(bound)) {
+        match self.loader.request(&ids, is_close(bound)) {
             Ok(loads) => {
                 for (i, load) in missing.into_iter().zip(loads) {
                     answers[i] = Some(self.finish(users[i], bound, Some(load), now).await);
@@ -169,13 +171,17 @@ impl Directory {
         }
         let entry = self.cache.get(user)?;
         let since = now.saturating_duration_since(entry.as_of);
-        if since > self.limit(&entry) {
+        let (limit, age) = match self.settings.hearing {
+            Hearing::Alone => (self.settings.l1_ttl, Duration::ZERO),
+            Hearing::Deaf => (UNANNOUNCED_LIMIT, since.max(self.lives.age(now))),
+            Hearing::Hints(ref hints) => match hints.complete_since(now) {
+                Some(complete) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(self.lives.age(now))),
+                None => (UNANNOUNCED_LIMIT, since.max(self.lives.age(now))),
+            },
+        };
+        if since > self.limit(&entry, limit) {
             return None;
         }
-        let age = match self.settings.hearing {
-            Hearing::Alone => Duration::ZERO,
-            Hearing::Deaf => since.max(self.lives.age(now)),
-        };
         let table = self.lives.table();
         let outlived = |route: &Route| {
             let renewed =
@@ -188,12 +194,15 @@ impl Directory {
         Some(self.answer(entry, table, Source::Local, age, now))
     }
 
-    fn limit(&self, entry: &Entry) -> Duration {
-        let limit = match self.settings.hearing {
-            Hearing::Alone => self.settings.l1_ttl,
-            Hearing::Deaf => self.settings.l1_ttl.min(UNANNOUNCED_LIMIT),
-        };
+    fn limit(&self, entry: &Entry, limit: Duration) -> Duration {
+        let limit = limit.min(self.settings.l1_ttl + L2_AGE);
         if entry.record.version == Version::NONE { limit.min(ABSENT_TTL) } else { limit }
+    }
+
+    /// How far an entry can be behind, if every change until `complete` ago was heard of. What came from L2 may have been
+    /// behind when it was read, and stays so until a hint tells.
+    fn known(&self, entry: &Entry, since: Duration, complete: Duration) -> Duration {
+        if entry.from_l2 { since.min(complete + L2_AGE) } else { since.min(complete) }
     }
 
     async fn finish(&self, user: UserId, bound: Option<Duration>, load: Option<Load>, asked: Instant) -> Result<Answer, Error> {
@@ -204,7 +213,7 @@ impl Directory {
             Some(_) => STALE_PATIENCE,
         };
         match timeout(patience.saturating_sub(asked.elapsed()), load).await {
-            Ok(Ok(Ok(entry))) => Ok(self.answer(entry, self.lives.table(), Source::Durable, Duration::ZERO, Instant::now())),
+            Ok(Ok(Ok(entry))) => Ok(self.loaded(entry)),
             Ok(Ok(Err(error))) => self.outdated(user, bound).ok_or(error),
             Ok(Err(_)) => self.outdated(user, bound).ok_or_else(no_answer),
             Err(_) => {
@@ -212,6 +221,11 @@ impl Directory {
                 self.outdated(user, bound).ok_or_else(no_answer)
             }
         }
+    }
+
+    fn loaded(&self, entry: Arc<Entry>) -> Answer {
+        let (source, age) = if entry.from_l2 { (Source::Shared, L2_AGE) } else { (Source::Durable, Duration::ZERO) };
+        self.answer(entry, self.lives.table(), source, age, Instant::now())
     }
 
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
@@ -228,7 +242,7 @@ impl Directory {
     }
 
     fn answer(&self, entry: Arc<Entry>, table: Arc<LifeTable>, source: Source, age: Duration, now: Instant) -> Answer {
-        let all_suspect = source == Source::Local && self.lives.age(now) > SUSPECT_AFTER;
+        let all_suspect = source != Source::Durable && self.lives.age(now) > SUSPECT_AFTER;
         let heartbeat_interval = self.settings.heartbeat_interval;
         Answer { entry, table, now: self.lives.clock.at(now), heartbeat_interval, all_suspect, source, age }
     }
@@ -238,6 +252,11 @@ type Load = oneshot::Receiver<Result<Arc<Entry>, Error>>;
 
 fn is_zero(bound: Option<Duration>) -> bool {
     bound == Some(Duration::ZERO)
+}
+
+/// Closer than what L2 can promise: SQL itself has to be read, by a load that begins now.
+fn is_close(bound: Option<Duration>) -> bool {
+    bound.is_some_and(|bound| bound < L2_AGE)
 }
 
 fn no_answer() -> Error {

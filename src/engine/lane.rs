@@ -22,8 +22,11 @@ use std::time::Duration;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::sleep_until;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 use tracing::info;
@@ -43,6 +46,9 @@ use crate::domain::user::UserRecord;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Pending;
 use crate::engine::lanes::Tools;
+use crate::engine::projection::Batch;
+use crate::engine::projection::ShownRow;
+use crate::engine::projection::ToProjector;
 use crate::error::Error;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
@@ -67,6 +73,8 @@ const PARKED_INTERVAL: Duration = Duration::from_millis(100);
 const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
 /// An idle lane asks for a sign of life, well within the session's wait_timeout of 10 s.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
+/// How long a committed batch's callers wait for L2 to have it.
+const L2_PATIENCE: Duration = Duration::from_millis(50);
 /// After this much idleness the lane deletes its last outbox row itself.
 const OUTBOX_IDLE: Duration = Duration::from_millis(500);
 
@@ -102,6 +110,16 @@ struct Committed {
     /// An instant before COMMIT was sent.
     complete_at: Instant,
     outbox: Option<OutboxId>,
+    kicks: Vec<KickedRoute>,
+    /// Rows of this lane were taken over by another node while it stood still: these users have to be shown again.
+    overtaken: Vec<UserId>,
+}
+
+impl Committed {
+    fn nothing() -> Self {
+        let (outcomes, records, kicks, overtaken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, overtaken }
+    }
 }
 
 pub(super) struct Lane {
@@ -111,14 +129,24 @@ pub(super) struct Lane {
     /// Events of users whose rows somebody else holds, in their order.
     parked: Vec<Pending>,
     connection: Option<Connection>,
+    projector: ToProjector,
     /// Outbox rows with nothing left to show, deleted with the next batch.
-    shown: Vec<OutboxId>,
+    shown: Vec<ShownRow>,
+    /// Batches whose callers are answered once L2 has them.
+    answering: JoinSet<()>,
     unreachable_since: Option<Instant>,
 }
 
 impl Lane {
-    pub fn new(tools: Arc<Tools>, callers: mpsc::Receiver<Pending>, background: mpsc::Receiver<Pending>) -> Self {
-        Self { tools, callers, background, parked: Vec::new(), connection: None, shown: Vec::new(), unreachable_since: None }
+    pub fn new(
+        tools: Arc<Tools>,
+        callers: mpsc::Receiver<Pending>,
+        background: mpsc::Receiver<Pending>,
+        projector: ToProjector,
+    ) -> Self {
+        let (parked, shown, answering) = (Vec::new(), Vec::new(), JoinSet::new());
+        let (connection, unreachable_since) = (None, None);
+        Self { tools, callers, background, parked, connection, projector, shown, answering, unreachable_since }
     }
 
     pub async fn run(mut self, shutdown: CancellationToken) {
@@ -132,11 +160,14 @@ impl Lane {
             }
             self.release_parked().await;
         }
+        while self.answering.join_next().await.is_some() {}
         self.delete_shown().await;
     }
 
     /// Waits for the next event, and does what an idle lane has to do. None: the lane is closed and empty.
     async fn wait(&mut self, idle_since: Instant, shutdown: &CancellationToken) -> Option<Wake> {
+        self.shown.extend(self.projector.take_shown());
+        while self.answering.try_join_next().is_some() {}
         if !self.shown.is_empty() && idle_since.elapsed() >= OUTBOX_IDLE {
             self.delete_shown().await;
         }
@@ -239,10 +270,10 @@ impl Lane {
         let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
         if work.after.is_empty() {
             connection.rollback().await?;
-            return Ok(Committed { outcomes, records: Vec::new(), complete_at: Instant::now(), outbox: None });
+            return Ok(Committed { outcomes, ..Committed::nothing() });
         }
         let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
-        let outbox = self.write(connection, &loaded.records, &after, work.kicks).await?;
+        let (outbox, overtaken) = self.write(connection, &loaded.records, &after, work.kicks.clone()).await?;
         let max_age = self.tools.settings.max_event_age;
         let late = |(event, outcome): (&Pending, &Option<_>)| outcome.is_some() && event.received.elapsed() >= max_age;
         if events.iter().zip(&outcomes).any(late) {
@@ -250,7 +281,10 @@ impl Lane {
         }
         let complete_at = Instant::now();
         match connection.commit().await {
-            Ok(()) => Ok(Committed { outcomes, records: after.into_iter().collect(), complete_at, outbox: Some(outbox) }),
+            Ok(()) => {
+                let (records, kicks) = (after.into_iter().collect(), work.kicks);
+                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, overtaken })
+            }
             Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
             Err(error) => Err(Failure::Uncertain(error)),
         }
@@ -326,34 +360,57 @@ impl Lane {
         before: &HashMap<UserId, UserRecord>,
         after: &BTreeMap<UserId, UserRecord>,
         kicks: Vec<KickedRoute>,
-    ) -> Result<OutboxId, SqlError> {
+    ) -> Result<(OutboxId, Vec<UserId>), SqlError> {
         let absent = UserRecord::default();
         let mut changes = Vec::with_capacity(after.len());
         for (user, after) in after {
             changes.push(UserChange { user: *user, before: before.get(user).unwrap_or(&absent), after });
         }
         connection.write_users(&changes).await?;
-        connection.delete_outbox(&self.shown).await?;
+        let rows: Vec<OutboxId> = self.shown.iter().map(|row| row.id.clone()).collect();
+        let all_deleted = connection.delete_outbox(&rows).await? == rows.len();
+        let overtaken = if all_deleted { Vec::new() } else { self.shown.iter().flat_map(|row| row.users.clone()).collect() };
         let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks };
         for change in &changes {
             body.changed(change.user, change.after.version);
         }
-        connection.add_outbox(&self.tools.node_id, &body).await
+        Ok((connection.add_outbox(&self.tools.node_id, &body).await?, overtaken))
     }
 
-    /// Shows the change to this node's readers, then tells the callers.
+    /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2
+    /// has it, or after a moment. The lane does not wait for that.
     fn acknowledge(&mut self, events: Vec<Pending>, committed: Committed) {
-        if committed.outbox.is_some() {
-            self.shown = committed.outbox.into_iter().collect();
+        let outside = self.tools.outside.clone();
+        for (user, record) in &committed.records {
+            self.tools.cache.committed(*user, record.clone(), committed.complete_at, outside.l2.is_some());
         }
-        for (user, record) in committed.records {
-            self.tools.cache.committed(user, record, committed.complete_at, false);
+        let answers = events.into_iter().zip(committed.outcomes);
+        let Some(outbox) = committed.outbox else { return answer(answers) };
+        self.shown.clear();
+        if !committed.overtaken.is_empty() {
+            let (outside, users) = (outside.clone(), committed.overtaken);
+            self.answering.spawn(async move {
+                if let Err(error) = outside.show_now(&users).await {
+                    warn!(%error, "changes that another node showed meanwhile could not be looked at again");
+                }
+            });
         }
-        for (event, outcome) in events.into_iter().zip(committed.outcomes) {
-            if let Some(outcome) = outcome {
-                event.answer(outcome);
-            }
+        if outside.is_empty() {
+            self.shown.push(ShownRow { id: outbox, users: Vec::new() });
+            return answer(answers);
         }
+        let (in_l2, confirmed) = oneshot::channel();
+        let committed_at = Instant::now();
+        let (records, kicks) = (committed.records, committed.kicks);
+        self.projector.hand_over(Batch { records, kicks, outbox, committed: committed_at, in_l2 });
+        if outside.l2.as_ref().is_none_or(|l2| !l2.is_usable()) {
+            return answer(answers);
+        }
+        let answers: Vec<_> = answers.collect();
+        self.answering.spawn(async move {
+            let _ = timeout(L2_PATIENCE, confirmed).await; // either way the change is durable
+            answer(answers.into_iter());
+        });
     }
 
     async fn recover(&mut self, mut part: Part, failure: Failure, parts: &mut VecDeque<Part>) {
@@ -498,10 +555,19 @@ impl Lane {
     }
 
     async fn delete_shown(&mut self) {
-        let shown = std::mem::take(&mut self.shown);
+        self.shown.extend(self.projector.take_shown());
+        let rows: Vec<OutboxId> = self.shown.drain(..).map(|row| row.id).collect();
         let Ok(mut connection) = self.connected().await else { return };
-        if connection.delete_outbox(&shown).await.is_ok() {
+        if connection.delete_outbox(&rows).await.is_ok() {
             self.connection = Some(connection);
+        }
+    }
+}
+
+fn answer(answers: impl Iterator<Item = (Pending, Option<Result<Outcome, Error>>)>) {
+    for (event, outcome) in answers {
+        if let Some(outcome) = outcome {
+            event.answer(outcome);
         }
     }
 }

@@ -27,6 +27,7 @@ use crate::engine::cache::Cache;
 use crate::engine::cache::WriteGuard;
 use crate::engine::lane::Lane;
 use crate::engine::lives::Lives;
+use crate::engine::projection::Outside;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::database::Database;
@@ -65,6 +66,7 @@ pub struct Tools {
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
+    pub outside: Arc<Outside>,
     pub settings: Settings,
 }
 
@@ -100,7 +102,8 @@ impl Lanes {
         for _ in 0..settings.lanes {
             let (callers, from_callers) = mpsc::channel(settings.queue);
             let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
-            tasks.spawn(Lane::new(tools.clone(), from_callers, from_background).run(shutdown.clone()));
+            let projector = tools.outside.projector(tasks);
+            tasks.spawn(Lane::new(tools.clone(), from_callers, from_background, projector).run(shutdown.clone()));
             entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
         }
         Arc::new(Self { entrances, metrics: tools.metrics.clone(), max_event_age: settings.max_event_age })

@@ -15,6 +15,7 @@ use crate::clock::Clock;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::engine::cache::Cache;
+use crate::engine::hints::Hints;
 use crate::metrics::Metrics;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
@@ -23,6 +24,8 @@ use crate::store::database::Database;
 
 /// How often the table is read whole.
 pub const POLL_INTERVAL: Duration = Duration::from_secs(1);
+/// A node that has not said for this long that it is there is not missed on the bus.
+const NODE_TERM: Duration = Duration::from_secs(3);
 /// A table older than this makes routes suspect: a life may have ended without this node's knowing.
 pub const SUSPECT_AFTER: Duration = Duration::from_secs(3);
 
@@ -85,14 +88,24 @@ pub struct LivesPoll {
     pub lives: Arc<Lives>,
     pub cache: Arc<Cache>,
     pub metrics: Arc<Metrics>,
+    /// This node's id, and where other nodes reach it.
+    node: (String, String),
+    hints: Option<Arc<Hints>>,
     connection: Option<Connection>,
     generation: Option<u64>,
     reported_down: bool,
 }
 
 impl LivesPoll {
-    pub fn new(database: Arc<Database>, lives: Arc<Lives>, cache: Arc<Cache>, metrics: Arc<Metrics>) -> Self {
-        Self { database, lives, cache, metrics, connection: None, generation: None, reported_down: false }
+    pub fn new(
+        database: Arc<Database>,
+        lives: Arc<Lives>,
+        cache: Arc<Cache>,
+        metrics: Arc<Metrics>,
+        node: (String, String),
+        hints: Option<Arc<Hints>>,
+    ) -> Self {
+        Self { database, lives, cache, metrics, node, hints, connection: None, generation: None, reported_down: false }
     }
 
     /// Reads the cluster's row and all lives once.
@@ -133,6 +146,10 @@ impl LivesPoll {
         let asked = Instant::now();
         let lives = connection.read_lives().await?;
         self.lives.replace(lives, asked);
+        if let Some(hints) = &self.hints {
+            hints.set_generation(cluster.generation);
+            hints.nodes_alive(connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?.into_iter());
+        }
         self.connection = Some(connection);
         Ok(())
     }

@@ -11,18 +11,22 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Instant;
 
 use tokio::sync::Notify;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
+use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
+use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
 use crate::engine::cache::Entry;
 use crate::engine::cache::LoadTicket;
 use crate::engine::cache::Loaded;
+use crate::engine::l2::L2;
 use crate::engine::lives::Lives;
 use crate::error::Error;
 use crate::metrics::Metrics;
@@ -44,6 +48,15 @@ struct Flight {
     running: Option<Vec<oneshot::Sender<Answer>>>,
     /// Answered by the next load.
     waiting: Vec<oneshot::Sender<Answer>>,
+    /// Somebody among them wants to hear SQL itself.
+    past_l2: bool,
+}
+
+/// A user whose load begins.
+#[derive(Clone, Copy)]
+struct Wanted {
+    user: UserId,
+    past_l2: bool,
 }
 
 #[derive(Default)]
@@ -58,12 +71,19 @@ pub struct Loader {
     database: Arc<Database>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
+    l2: Option<Arc<L2>>,
     metrics: Arc<Metrics>,
 }
 
 impl Loader {
-    pub fn new(database: Arc<Database>, cache: Arc<Cache>, lives: Arc<Lives>, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { queue: Mutex::default(), wake: Notify::new(), database, cache, lives, metrics })
+    pub fn new(
+        database: Arc<Database>,
+        cache: Arc<Cache>,
+        lives: Arc<Lives>,
+        l2: Option<Arc<L2>>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
+        Arc::new(Self { queue: Mutex::default(), wake: Notify::new(), database, cache, lives, l2, metrics })
     }
 
     /// Asks for `users`. `fresh`: only a load that begins after this call will do; otherwise one in progress is joined.
@@ -86,9 +106,9 @@ impl Loader {
     pub async fn work(self: Arc<Self>, shutdown: CancellationToken) {
         let _stop_node_on_panic = shutdown.clone().drop_guard();
         let mut connection = None;
-        while let Some(users) = shutdown.run_until_cancelled(self.take()).await {
-            let mut unanswered = users.clone();
-            if let Err(error) = self.load(&mut connection, &mut unanswered).await {
+        while let Some(wanted) = shutdown.run_until_cancelled(self.take()).await {
+            let mut unanswered: Vec<UserId> = wanted.iter().map(|wanted| wanted.user).collect();
+            if let Err(error) = self.load(&mut connection, &wanted, &mut unanswered).await {
                 connection = None;
                 self.metrics.store_error("load");
                 if let SqlError::Failed(_) = error {
@@ -101,7 +121,7 @@ impl Loader {
         }
     }
 
-    async fn take(&self) -> Vec<UserId> {
+    async fn take(&self) -> Vec<Wanted> {
         loop {
             let users = self.queue().take();
             if !users.is_empty() {
@@ -112,9 +132,18 @@ impl Loader {
         }
     }
 
-    /// Reads `users` and answers those who wait. Leaves in `users` whom it could not answer.
-    async fn load(&self, connection: &mut Option<Connection>, users: &mut Vec<UserId>) -> Result<(), SqlError> {
-        let mut tickets: Vec<LoadTicket> = users.iter().map(|user| self.cache.begin_load(*user)).collect();
+    /// Reads who is wanted, from L2 as far as it goes, and answers those who wait. Leaves in `users` whom it could not answer.
+    async fn load(
+        &self,
+        connection: &mut Option<Connection>,
+        wanted: &[Wanted],
+        users: &mut Vec<UserId>,
+    ) -> Result<(), SqlError> {
+        let began = Instant::now();
+        let tickets: Vec<LoadTicket> = users.iter().map(|user| self.cache.begin_load(*user)).collect();
+        let mut tickets = self.from_l2(tickets, wanted).await;
+        users.clear();
+        users.extend(tickets.iter().map(LoadTicket::user));
         while !tickets.is_empty() {
             let (records, lives) = match self.read(connection, users).await {
                 Ok(read) => read,
@@ -124,6 +153,10 @@ impl Loader {
                 }
             };
             self.lives.learn(&lives);
+            if let Some(l2) = &self.l2 {
+                let fills: Vec<_> = records.iter().map(|(user, record)| (*user, record.clone())).collect();
+                l2.fill(&fills, began).await;
+            }
             let (went_back, mut records) = (self.cache.went_back(), records);
             let mut answers = Vec::with_capacity(tickets.len());
             let mut again = Vec::new();
@@ -144,6 +177,29 @@ impl Loader {
             }
         }
         Ok(())
+    }
+
+    /// Answers what L2 has and may answer; returns the loads that have to go on to SQL.
+    async fn from_l2(&self, tickets: Vec<LoadTicket>, wanted: &[Wanted]) -> Vec<LoadTicket> {
+        let Some(l2) = &self.l2 else { return tickets };
+        let asked: Vec<UserId> = wanted.iter().filter(|wanted| !wanted.past_l2).map(|wanted| wanted.user).collect();
+        let mut found = l2.read(&asked).await;
+        let table = self.lives.table();
+        let mut answers = Vec::new();
+        let mut on_to_sql = Vec::new();
+        for ticket in tickets {
+            let user = ticket.user();
+            let known = |record: &UserRecord| record.routes.iter().all(|route| table.get(route.epoch).is_some());
+            match found.remove(&user).filter(|record| ticket.accepts(record.version) && known(record)) {
+                Some(record) => match self.cache.end_load(ticket, record, false) {
+                    Loaded::Answer(entry) => answers.push((user, Ok(entry))),
+                    Loaded::Again(ticket) => on_to_sql.push(ticket),
+                },
+                None => on_to_sql.push(ticket),
+            }
+        }
+        self.queue().answer(answers.into_iter());
+        on_to_sql
     }
 
     async fn raise_generation(&self, connection: &mut Option<Connection>) -> Result<(), SqlError> {
@@ -184,7 +240,7 @@ impl Loader {
     }
 }
 
-type Read = (HashMap<UserId, crate::domain::user::UserRecord>, Vec<Arc<crate::domain::gateway::Life>>);
+type Read = (HashMap<UserId, UserRecord>, Vec<Arc<Life>>);
 
 impl Queue {
     fn join(&mut self, user: UserId, fresh: bool) -> oneshot::Receiver<Answer> {
@@ -197,13 +253,14 @@ impl Queue {
                     self.order.push_back(user);
                 }
                 flight.waiting.push(sender);
+                flight.past_l2 |= fresh;
             }
         }
         receiver
     }
 
     /// The users of the next load. Those whose callers have all gone are left out.
-    fn take(&mut self) -> Vec<UserId> {
+    fn take(&mut self) -> Vec<Wanted> {
         let mut users = Vec::new();
         while users.len() < MAX_USERS_PER_LOAD {
             let Some(user) = self.order.pop_front() else { break };
@@ -214,7 +271,7 @@ impl Queue {
                 continue;
             }
             flight.running = Some(std::mem::take(&mut flight.waiting));
-            users.push(user);
+            users.push(Wanted { user, past_l2: std::mem::take(&mut flight.past_l2) });
         }
         users
     }

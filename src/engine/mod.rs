@@ -1,11 +1,16 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files, each importing only those before it: `cache`, `lives`, `loader`, `directory`, `lane`, `lanes`, `expiry`.
+//! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `lane` with `lanes`, `expiry`.
 
 pub mod cache;
+pub mod delivery;
 pub mod directory;
 pub mod expiry;
+pub mod hints;
+pub mod l2;
 mod lane;
 pub mod lanes;
 pub mod lives;
 pub mod loader;
+pub mod projection;
+pub mod warm_up;

@@ -5,11 +5,17 @@ use std::collections::BTreeSet;
 use prost::Message;
 
 use crate::domain::gateway::LifeKind;
+use crate::domain::id::ConnId;
+use crate::domain::id::DeviceId;
+use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::policy::Reason;
 use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
 use crate::domain::user::Platform;
+use crate::domain::user::Route;
+use crate::domain::user::UserRecord;
 
 /// What a committed batch still has to show to the outside.
 #[derive(Clone, PartialEq, Message)]
@@ -41,6 +47,159 @@ pub struct KickedRoute {
     pub bound_version: u64,
     #[prost(int32, tag = "5")]
     pub reason: i32,
+}
+
+/// A user's record in Redis.
+#[derive(Clone, PartialEq, Message)]
+pub struct StoredRecord {
+    #[prost(int32, tag = "1")]
+    status: i32,
+    #[prost(int64, tag = "2")]
+    last_seen_ms: i64,
+    #[prost(message, repeated, tag = "3")]
+    routes: Vec<StoredRoute>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct StoredRoute {
+    #[prost(string, tag = "1")]
+    device_id: String,
+    #[prost(int32, tag = "2")]
+    platform: i32,
+    #[prost(uint64, tag = "3")]
+    epoch: u64,
+    #[prost(string, tag = "4")]
+    conn_id: String,
+    #[prost(int64, tag = "5")]
+    connected_at_ms: i64,
+    #[prost(string, tag = "6")]
+    client_ip: String,
+    #[prost(uint32, tag = "7")]
+    client_port: u32,
+    #[prost(uint64, tag = "8")]
+    bound_version: u64,
+    #[prost(int64, tag = "9")]
+    bound_at_ms: i64,
+    #[prost(int64, optional, tag = "10")]
+    expires_at_ms: Option<i64>,
+}
+
+impl From<&UserRecord> for StoredRecord {
+    fn from(record: &UserRecord) -> Self {
+        let routes = record.routes.iter().map(StoredRoute::from).collect();
+        Self { status: status_to_i32(record.status), last_seen_ms: record.last_seen.0, routes }
+    }
+}
+
+impl From<&Route> for StoredRoute {
+    fn from(route: &Route) -> Self {
+        Self {
+            device_id: route.device.to_string(),
+            platform: platform_to_i32(route.platform),
+            epoch: route.epoch.0,
+            conn_id: route.conn.to_string(),
+            connected_at_ms: route.connected_at.0,
+            client_ip: route.client_ip.map(|ip| ip.to_string()).unwrap_or_default(),
+            client_port: route.client_port.into(),
+            bound_version: route.bound_version.0,
+            bound_at_ms: route.bound_at.0,
+            expires_at_ms: route.expires_at.map(|end| end.0),
+        }
+    }
+}
+
+impl StoredRecord {
+    /// None: this is no record of ours.
+    pub fn into_record(self, version: Version) -> Option<UserRecord> {
+        let routes = self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?;
+        Some(UserRecord { version, status: status_from_i32(self.status)?, last_seen: Timestamp(self.last_seen_ms), routes })
+    }
+}
+
+impl StoredRoute {
+    fn into_route(self) -> Option<Route> {
+        Some(Route {
+            device: DeviceId::parse(&self.device_id).ok()?,
+            platform: platform_from_i32(self.platform)?,
+            epoch: Epoch(self.epoch),
+            conn: ConnId::parse(&self.conn_id).ok()?,
+            connected_at: Timestamp(self.connected_at_ms),
+            client_ip: if self.client_ip.is_empty() { None } else { Some(self.client_ip.parse().ok()?) },
+            client_port: u16::try_from(self.client_port).ok()?,
+            bound_version: Version(self.bound_version),
+            bound_at: Timestamp(self.bound_at_ms),
+            expires_at: self.expires_at_ms.map(Timestamp),
+        })
+    }
+}
+
+/// What nodes tell each other: who has changed, or (without users) that they are there.
+#[derive(Clone, PartialEq, Message)]
+pub struct Hint {
+    #[prost(string, tag = "1")]
+    pub store_id: String,
+    #[prost(uint64, tag = "2")]
+    pub generation: u64,
+    #[prost(string, tag = "3")]
+    pub node_id: String,
+    /// Counts the messages with users; a beat repeats the last one's.
+    #[prost(uint64, tag = "4")]
+    pub seq: u64,
+    /// When it was sent, on the sender's own clock.
+    #[prost(uint64, tag = "5")]
+    pub sent_ms: u64,
+    #[prost(message, repeated, tag = "6")]
+    pub users: Vec<ChangedUser>,
+}
+
+/// Field for field a `mpim.Delivery`, as far as one is published.
+#[derive(Clone, PartialEq, Message)]
+pub struct Envelope {
+    #[prost(string, tag = "1")]
+    pub delivery_id: String,
+    #[prost(int64, tag = "2")]
+    pub user_id: i64,
+    #[prost(string, tag = "3")]
+    pub message: String,
+    #[prost(string, tag = "4")]
+    pub message_type: String,
+    #[prost(bytes = "vec", tag = "5")]
+    pub payload: Vec<u8>,
+    #[prost(int64, tag = "6")]
+    pub timestamp: i64,
+    #[prost(string, repeated, tag = "7")]
+    pub device_ids: Vec<String>,
+    #[prost(string, tag = "9")]
+    pub message_id: String,
+}
+
+impl KickedRoute {
+    /// The order to a gateway that does not attach: a `NodeFrame` with a `Kick`, as `gateway.proto` has it.
+    pub fn as_frame(&self) -> KickFrame {
+        let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
+        let kick = KickOrder { user_id: self.user_id, device_id: self.device_id.clone(), route_key, reason: self.reason };
+        KickFrame { kick: Some(kick) }
+    }
+}
+
+/// Field for field a `mpim.NodeFrame` that holds a kick.
+#[derive(Clone, PartialEq, Message)]
+pub struct KickFrame {
+    #[prost(message, optional, tag = "7")]
+    kick: Option<KickOrder>,
+}
+
+/// Field for field a `mpim.Kick`.
+#[derive(Clone, PartialEq, Message)]
+struct KickOrder {
+    #[prost(int64, tag = "1")]
+    user_id: i64,
+    #[prost(string, tag = "2")]
+    device_id: String,
+    #[prost(string, tag = "3")]
+    route_key: String,
+    #[prost(int32, tag = "4")]
+    reason: i32,
 }
 
 impl OutboxBody {

@@ -1,6 +1,7 @@
 //! Lives of gateways and the row all nodes agree on.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -24,27 +25,63 @@ use crate::store::users::signed;
 use crate::store::users::unsigned;
 
 /// What every node looks at once a second.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct ClusterRow {
     pub clock: DatabaseClock,
     /// Raised whenever caches may hold what the database does not know.
     pub generation: u64,
+    /// The Redis server whose records belong to this generation.
+    pub cache_identity: String,
 }
 
 const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until FROM lives WHERE ";
 
 impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
-        let sql = format!("SELECT {}, generation FROM cluster WHERE id = 1", clock_micros(self.engine()));
+        let sql = format!("SELECT {}, generation, cache_identity FROM cluster WHERE id = 1", clock_micros(self.engine()));
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
-        Ok(ClusterRow { clock: DatabaseClock::from_micros(row.try_get(0)?), generation: unsigned(row.try_get(1)?) })
+        Ok(ClusterRow {
+            clock: DatabaseClock::from_micros(row.try_get(0)?),
+            generation: unsigned(row.try_get(1)?),
+            cache_identity: row.try_get(2)?,
+        })
     }
 
     /// Raises the generation, unless another node did so meanwhile.
     pub async fn raise_generation(&mut self, seen: u64) -> Result<(), SqlError> {
         const SQL: &str = "UPDATE cluster SET generation = generation + 1 WHERE id = 1 AND generation = ?";
         self.execute(statement(SQL).bind(signed(seen))).await.map(|_| ())
+    }
+
+    /// Raises the generation because the shared cache is another server than before, unless another node did so meanwhile.
+    pub async fn adopt_cache(&mut self, seen: &ClusterRow, identity: &str) -> Result<(), SqlError> {
+        const SQL: &str = "UPDATE cluster SET generation = generation + 1, cache_identity = ? WHERE id = 1 AND generation = ? AND cache_identity = ?";
+        let update = statement(SQL).bind(identity.to_owned()).bind(signed(seen.generation)).bind(seen.cache_identity.clone());
+        self.execute(update).await.map(|_| ())
+    }
+
+    /// Says that this node is there, and returns the nodes that said so within `term`.
+    pub async fn beat_node(&mut self, node_id: &str, addr: &str, term: Duration) -> Result<Vec<String>, SqlError> {
+        let now = format!("{} DIV 1000", clock_micros(self.engine()));
+        let now = if self.engine() == Engine::Sqlite { now.replace(" DIV ", " / ") } else { now };
+        let upsert = match self.engine() {
+            Engine::MySql => {
+                format!("INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) ON DUPLICATE KEY UPDATE seen_at = {now}")
+            }
+            Engine::Sqlite => format!(
+                "INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) ON CONFLICT (node_id) DO UPDATE SET seen_at = {now}"
+            ),
+        };
+        self.execute(statement(upsert).bind(node_id.to_owned()).bind(addr.to_owned())).await?;
+        let term = i64::try_from(term.as_millis()).unwrap_or(i64::MAX);
+        let rows = self.fetch(statement(format!("SELECT node_id FROM nodes WHERE seen_at > {now} - ?")).bind(term)).await?;
+        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+    }
+
+    /// Removes a node that ends.
+    pub async fn remove_node(&mut self, node_id: &str) -> Result<(), SqlError> {
+        self.execute(statement("DELETE FROM nodes WHERE node_id = ?").bind(node_id.to_owned())).await.map(|_| ())
     }
 
     /// All lives that a route may still name: the living, and the dead whose routes are not swept yet.

@@ -1,11 +1,15 @@
 //! The outside: SQL, the only truth. Statements stand here and nowhere else; rows become domain values before they leave.
 
+pub mod bus;
 pub mod codec;
 pub mod connection;
 pub mod database;
 pub mod jobs;
+pub mod keys;
+pub mod link;
 pub mod lives;
 pub mod outbox;
+pub mod shared;
 mod statement;
 pub mod users;
 

@@ -1,5 +1,7 @@
 //! The outbox: what a committed batch still has to show to the outside, written in the same transaction.
 
+use std::time::Duration;
+
 use prost::Message;
 use sqlx::Row;
 
@@ -10,6 +12,7 @@ use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::repeated;
 use crate::store::users::clock_micros;
+use crate::store::users::corrupt;
 
 /// Names one outbox row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,17 +27,56 @@ impl Connection {
         Ok(OutboxId(id))
     }
 
-    /// Deletes rows that are done, except those another node has claimed.
-    pub async fn delete_outbox(&mut self, ids: &[OutboxId]) -> Result<(), SqlError> {
+    /// Deletes rows that are done, except those another node has claimed. Returns how many it deleted: fewer than given
+    /// means that somebody else has shown, or is showing, what the rows say.
+    pub async fn delete_outbox(&mut self, ids: &[OutboxId]) -> Result<usize, SqlError> {
+        let mut deleted = 0;
         for (chunk, fill) in chunks(ids) {
             let sql = repeated("DELETE FROM outbox WHERE claimed_by = '' AND id IN (", "?", chunk.len() + fill, ")");
             let mut delete = statement(sql);
             for id in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
                 delete = delete.bind(id.0.clone());
             }
-            self.execute(delete).await?;
+            deleted += self.execute(delete).await?;
         }
-        Ok(())
+        Ok(usize::try_from(deleted).unwrap_or(usize::MAX))
+    }
+
+    /// Takes up to `limit` rows that nobody has shown for `age`, or whose claim has run out.
+    pub async fn claim_outbox(
+        &mut self,
+        node_id: &str,
+        age: Duration,
+        term: Duration,
+        limit: i64,
+    ) -> Result<Vec<(OutboxId, OutboxBody)>, SqlError> {
+        let now = format!("({} / 1000)", clock_micros(self.engine()));
+        let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
+        let find = format!("SELECT id, body FROM outbox WHERE created < {now} - ? AND claimed_until < {now} ORDER BY id LIMIT ?");
+        let rows = self.fetch(statement(find).bind(millis(age)).bind(limit)).await?;
+        let mut claimed = Vec::new();
+        for row in rows {
+            let (id, body): (String, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
+            let claim =
+                format!("UPDATE outbox SET claimed_by = ?, claimed_until = {now} + ? WHERE id = ? AND claimed_until < {now}");
+            let claim = statement(claim).bind(node_id.to_owned()).bind(millis(term)).bind(id.clone());
+            if self.execute(claim).await? == 1 {
+                let body = OutboxBody::decode(body.as_slice()).map_err(|error| corrupt("outbox.body", error))?;
+                claimed.push((OutboxId(id), body));
+            }
+        }
+        Ok(claimed)
+    }
+
+    /// Deletes a row that this node has claimed and shown.
+    pub async fn delete_claimed(&mut self, id: &OutboxId, node_id: &str) -> Result<(), SqlError> {
+        const SQL: &str = "DELETE FROM outbox WHERE id = ? AND claimed_by = ?";
+        self.execute(statement(SQL).bind(id.0.clone()).bind(node_id.to_owned())).await.map(|_| ())
+    }
+
+    /// Deletes every row: what they say has been made void by a new generation.
+    pub async fn empty_outbox(&mut self) -> Result<(), SqlError> {
+        self.execute(statement("DELETE FROM outbox")).await.map(|_| ())
     }
 
     pub async fn count_outbox(&mut self) -> Result<i64, SqlError> {

@@ -217,6 +217,13 @@ impl Connection {
         rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
     }
 
+    /// Up to `limit` users with a route, by number, after `after`.
+    pub async fn users_with_routes(&mut self, after: i64, limit: i64) -> Result<Vec<UserId>, SqlError> {
+        const SQL: &str = "SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(after).bind(limit)).await?;
+        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+    }
+
     /// How many users have a route.
     pub async fn count_users_online(&mut self) -> Result<i64, SqlError> {
         let rows = self.fetch(statement("SELECT COUNT(DISTINCT user_id) FROM routes")).await?;

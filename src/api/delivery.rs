@@ -1,0 +1,162 @@
+//! Messages between wire and engine: what `Deliver` and `BatchDeliver` take and answer.
+
+use std::time::Duration;
+use std::time::Instant;
+
+use tonic::Status;
+use tonic::metadata::MetadataMap;
+
+use crate::api::convert;
+use crate::api::status::item_code;
+use crate::api::status::status;
+use crate::domain::id::DeviceId;
+use crate::domain::id::InvalidId;
+use crate::domain::id::MAX_NAME_BYTES;
+use crate::domain::id::UserId;
+use crate::domain::id::check_ascii;
+use crate::engine::delivery::Deliveries;
+use crate::engine::delivery::Message;
+use crate::engine::delivery::Outcome;
+use crate::engine::delivery::Report;
+use crate::error::Error;
+use crate::pb;
+
+const MAX_TYPE_BYTES: usize = 64;
+/// A caller that sets no deadline waits this long at most.
+const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
+/// The answer has to be on its way before the caller gives up.
+const ANSWER_MARGIN: Duration = Duration::from_millis(20);
+
+/// Until when the caller waits, by its `grpc-timeout`.
+pub fn deadline(metadata: &MetadataMap) -> Instant {
+    let given = metadata.get("grpc-timeout").and_then(|value| value.to_str().ok()).and_then(parse_timeout);
+    Instant::now() + given.unwrap_or(DEFAULT_DEADLINE).min(DEFAULT_DEADLINE).saturating_sub(ANSWER_MARGIN)
+}
+
+/// At most eight digits and a unit, as the gRPC protocol has it.
+fn parse_timeout(text: &str) -> Option<Duration> {
+    let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
+    let value: u64 = digits.parse().ok().filter(|_| digits.len() <= 8)?;
+    match unit {
+        "H" => Some(Duration::from_secs(value * 3_600)),
+        "M" => Some(Duration::from_secs(value * 60)),
+        "S" => Some(Duration::from_secs(value)),
+        "m" => Some(Duration::from_millis(value)),
+        "u" => Some(Duration::from_micros(value)),
+        "n" => Some(Duration::from_nanos(value)),
+        _ => None,
+    }
+}
+
+pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliveries) -> Result<(UserId, Message), Status> {
+    let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
+    if request.ack_timeout_ms > 0 {
+        return Err(Status::unimplemented("ack_timeout_ms: acknowledgements are not served yet; leave it 0"));
+    }
+    if !request.device_ids.is_empty() && !deliveries.can_address_devices() {
+        let reason = "needs delivery.payload = envelope".to_owned();
+        return Err(status(&Error::Invalid { field: "device_ids", reason }));
+    }
+    for device in &request.device_ids {
+        DeviceId::parse(device).map_err(|error| invalid("device_ids", &error))?;
+    }
+    let message = Message {
+        text: request.message,
+        binary: request.payload.to_vec(),
+        message_type: request.message_type,
+        message_id: request.message_id,
+        device_ids: request.device_ids,
+    };
+    check(&message, request.store_offline, max_bytes)?;
+    Ok((user, message))
+}
+
+pub fn batch_message(request: pb::BatchDeliverReq, max_bytes: usize) -> Result<(Vec<UserId>, Message), Status> {
+    let users = convert::user_ids(&request.user_ids, convert::MAX_BATCH).map_err(|error| status(&error))?;
+    let message = Message {
+        text: request.message,
+        binary: request.payload.to_vec(),
+        message_type: request.message_type,
+        message_id: request.message_id,
+        device_ids: Vec::new(),
+    };
+    check(&message, request.store_offline, max_bytes)?;
+    Ok((users, message))
+}
+
+fn check(message: &Message, store_offline: bool, max_bytes: usize) -> Result<(), Status> {
+    if store_offline {
+        return Err(Status::unimplemented("store_offline: the inbox is not served yet; leave it false"));
+    }
+    check_ascii(&message.message_type, 0, MAX_TYPE_BYTES).map_err(|error| invalid("message_type", &error))?;
+    check_ascii(&message.message_id, 0, MAX_NAME_BYTES).map_err(|error| invalid("message_id", &error))?;
+    if !message.text.is_empty() && !message.binary.is_empty() {
+        return Err(status(&Error::Invalid { field: "payload", reason: "message or payload, not both".to_owned() }));
+    }
+    for (field, bytes) in [("message", message.text.len()), ("payload", message.binary.len())] {
+        if bytes > max_bytes {
+            let reason = format!("at most {max_bytes} bytes (delivery.max_message_bytes), is {bytes}");
+            return Err(status(&Error::Invalid { field, reason }));
+        }
+    }
+    Ok(())
+}
+
+fn invalid(field: &'static str, error: &InvalidId) -> Status {
+    status(&Error::Invalid { field, reason: error.to_string() })
+}
+
+pub fn delivered(reports: Vec<Result<Report, Error>>) -> Result<pb::DeliverResp, Status> {
+    let report =
+        reports.into_iter().next().unwrap_or_else(|| Err(Error::unavailable("not delivered"))).map_err(|error| status(&error))?;
+    let (code, msg, receivers) = said(&report);
+    Ok(pb::DeliverResp {
+        result: convert::result(code, msg),
+        delivered: receivers > 0,
+        timestamp: report.timestamp.0,
+        delivery_id: report.delivery_id,
+        receivers,
+        attempts: report.attempts,
+        ..Default::default()
+    })
+}
+
+pub fn batch_delivered(users: &[UserId], reports: &[Result<Report, Error>]) -> pb::BatchDeliverResp {
+    let users = users.iter().zip(reports).map(|(user, report)| {
+        let (code, msg, receivers) = match report {
+            Ok(report) => said(report),
+            Err(error) => (item_code(error).0, "could not be delivered now; repeat it", 0),
+        };
+        let result = convert::result(code, msg);
+        pb::UserDelivery { user_id: user.get(), result, delivered: receivers > 0, stored: false, receivers }
+    });
+    pb::BatchDeliverResp { users: users.collect() }
+}
+
+fn said(report: &Report) -> (pb::Code, &'static str, u32) {
+    match report.outcome {
+        Outcome::Delivered { receivers } => (pb::Code::Ok, "", u32::try_from(receivers).unwrap_or(u32::MAX)),
+        Outcome::Offline => (pb::Code::NotFound, "the user has no live route", 0),
+        Outcome::Undelivered => (pb::Code::Undelivered, "nobody has subscribed to the user's channel", 0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grpc_timeout_has_digits_and_a_unit() {
+        for (text, want) in [
+            ("5S", Some(Duration::from_secs(5))),
+            ("250m", Some(Duration::from_millis(250))),
+            ("99999999u", Some(Duration::from_micros(99_999_999))),
+            ("123456789m", None),
+            ("m", None),
+            ("", None),
+            ("5x", None),
+        ] {
+            assert_eq!(parse_timeout(text), want, "{text:?}");
+        }
+    }
+}

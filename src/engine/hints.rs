@@ -1,0 +1,202 @@
+//! What this node hears of the others, and how far its memory can be believed because of it.
+//!
+//! Hints are counted per sender, and every node beats once a second on the same channel. A gap in a sender's count, or a new
+//! subscription, means that hints were lost: everything in memory is distrusted. This node's own beat, heard again, proves
+//! that all that was sent before it has been read. Freshness is always a time compared when reading.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use arc_swap::ArcSwap;
+use tokio::time::MissedTickBehavior;
+use tokio::time::interval;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+use tracing::warn;
+
+use crate::clock::AtomicInstant;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::engine::cache::Cache;
+use crate::metrics::Metrics;
+use crate::store::bus::Bus;
+use crate::store::codec::ChangedUser;
+use crate::store::codec::Hint;
+
+const BEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// Silence of a living node, or of this node's own echo, after which hints may be missing.
+const DEAF_AFTER: Duration = Duration::from_secs(3);
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+const RESUBSCRIBE_INTERVAL: Duration = Duration::from_millis(200);
+
+/// When each other node that SQL says is alive was heard last.
+type Others = HashMap<String, Arc<AtomicInstant>>;
+
+pub struct Hints {
+    bus: Arc<Bus>,
+    node_id: String,
+    store_id: String,
+    started: Instant,
+    generation: AtomicU64,
+    /// The number of the last message with users. Held while sending: numbers have to go out in order.
+    sent: tokio::sync::Mutex<u64>,
+    /// When this node's newest beat that was heard again had been sent.
+    echo: AtomicInstant,
+    others: ArcSwap<Others>,
+    heard: Mutex<HashMap<String, u64>>,
+    cache: Arc<Cache>,
+    metrics: Arc<Metrics>,
+}
+
+impl Hints {
+    pub fn new(bus: Arc<Bus>, node_id: &str, store_id: &str, cache: Arc<Cache>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self {
+            bus,
+            node_id: node_id.to_owned(),
+            store_id: store_id.to_owned(),
+            started: Instant::now(),
+            generation: AtomicU64::new(0),
+            sent: tokio::sync::Mutex::new(0),
+            echo: AtomicInstant::never(),
+            others: ArcSwap::default(),
+            heard: Mutex::default(),
+            cache,
+            metrics,
+        })
+    }
+
+    /// How long ago all changes made until then were known. None: hints may be missing.
+    pub fn complete_since(&self, now: Instant) -> Option<Duration> {
+        let echo = self.echo.age(now);
+        let mute = || self.others.load().values().any(|heard| heard.age(now) > DEAF_AFTER);
+        (echo <= DEAF_AFTER && !mute()).then_some(echo)
+    }
+
+    /// Waits until this node has heard itself, that is, until it hears others too.
+    pub async fn heard_itself(&self, patience: Duration) {
+        let began = Instant::now();
+        while self.complete_since(Instant::now()).is_none() && began.elapsed() < patience {
+            sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Takes over which other nodes SQL says are alive. One that is new has a moment to be heard.
+    pub fn nodes_alive(&self, nodes: impl Iterator<Item = String>) {
+        let known = self.others.load();
+        let heard = |node: &String| known.get(node).cloned().unwrap_or_else(|| Arc::new(AtomicInstant::now()));
+        let alive: Others = nodes.filter(|node| *node != self.node_id).map(|node| (node.clone(), heard(&node))).collect();
+        self.others.store(Arc::new(alive));
+    }
+
+    pub fn set_generation(&self, generation: u64) {
+        self.generation.store(generation, Ordering::Relaxed);
+    }
+
+    /// Tells the other nodes who has changed. If it is lost, they see the gap.
+    pub async fn tell(&self, users: &[(UserId, Version)]) {
+        let users = users.iter().map(|(user, version)| ChangedUser { user_id: user.get(), version: version.0 }).collect();
+        self.metrics.hint("sent");
+        let mut sent = self.sent.lock().await;
+        *sent += 1;
+        if self.bus.hint(&self.message(*sent, users)).await.is_err() {
+            self.metrics.redis_error("queue");
+        }
+    }
+
+    /// Beats until `stop`.
+    pub async fn keep_beating(self: Arc<Self>, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        let mut ticks = interval(BEAT_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            if let Some(up) = stop.run_until_cancelled(self.beat()).await {
+                self.metrics.redis_up("queue", up);
+            }
+        }
+    }
+
+    async fn beat(&self) -> bool {
+        let sent = self.sent.lock().await;
+        self.bus.hint(&self.message(*sent, Vec::new())).await.is_ok()
+    }
+
+    /// Listens until `stop`, and subscribes again whenever the subscription ends.
+    pub async fn keep_listening(self: Arc<Self>, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        let mut hearing = true;
+        while !stop.is_cancelled() {
+            match stop.run_until_cancelled(self.bus.listen()).await {
+                None => return,
+                Some(Ok(mut subscription)) => {
+                    // Only what is loaded from here on is covered by what will be heard.
+                    self.cache.distrust();
+                    self.heard().clear();
+                    if !std::mem::replace(&mut hearing, true) {
+                        info!("hears the other nodes again");
+                    }
+                    while let Some(Some(hint)) = stop.run_until_cancelled(subscription.next()).await {
+                        self.take(&hint);
+                    }
+                }
+                Some(Err(error)) => {
+                    self.metrics.redis_error("queue");
+                    if std::mem::replace(&mut hearing, false) {
+                        warn!(%error, "cannot hear the other nodes: memory is trusted for a second only");
+                    }
+                }
+            }
+            stop.run_until_cancelled(sleep(RESUBSCRIBE_INTERVAL)).await;
+        }
+    }
+
+    fn take(&self, hint: &Hint) {
+        if hint.store_id != self.store_id {
+            self.metrics.hint("of_another_store");
+            return;
+        }
+        if hint.node_id == self.node_id {
+            self.echo.set(self.started + Duration::from_millis(hint.sent_ms));
+            return;
+        }
+        self.metrics.hint("received");
+        if let Some(heard) = self.others.load().get(&hint.node_id) {
+            heard.set(Instant::now());
+        }
+        if hint.generation < self.generation.load(Ordering::Relaxed) {
+            return; // its sender has not heard yet that the database was set back
+        }
+        let expected = hint.seq.saturating_sub(u64::from(!hint.users.is_empty()));
+        let before = self.heard().insert(hint.node_id.clone(), hint.seq);
+        if before.is_some_and(|before| before != expected) {
+            self.metrics.hint_gaps.inc();
+            self.cache.distrust();
+        }
+        for changed in &hint.users {
+            if let Ok(user) = UserId::parse(changed.user_id) {
+                self.cache.hint(user, Version(changed.version));
+            }
+        }
+    }
+
+    fn message(&self, seq: u64, users: Vec<ChangedUser>) -> Hint {
+        Hint {
+            store_id: self.store_id.clone(),
+            generation: self.generation.load(Ordering::Relaxed),
+            node_id: self.node_id.clone(),
+            seq,
+            sent_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            users,
+        }
+    }
+
+    fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, u64>> {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,239 @@
+//! L2 as this node may use it: whether it can be believed now, and in which generation.
+//!
+//! A connection is believed once the server's identity was compared with the one that the generation belongs to, and for as
+//! long as that was done lately. A server with another identity may hold old data: then the generation is raised, which
+//! makes every record it holds a miss, and empties the memory of all nodes.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::time::MissedTickBehavior;
+use tokio::time::interval;
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+use tracing::warn;
+
+use crate::clock::AtomicInstant;
+use crate::domain::id::UserId;
+use crate::domain::user::UserRecord;
+use crate::engine::cache::Cache;
+use crate::engine::hints::Hints;
+use crate::metrics::Metrics;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+use crate::store::shared::Records;
+use crate::store::shared::SharedCache;
+use crate::store::shared::Shown;
+
+/// How long a reader waits for L2 before it asks SQL.
+const READ_BUDGET: Duration = Duration::from_millis(50);
+/// Reads in a row without an answer after which L2 is left out until the next check succeeds.
+const MAX_TIMEOUTS: u32 = 3;
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+const CHECK_LIMIT: Duration = Duration::from_millis(500);
+/// How long a check is good for.
+const CHECKED_FOR: Duration = Duration::from_secs(3);
+/// A fill whose load is older than this might undo something.
+const FILL_LIMIT: Duration = Duration::from_secs(1);
+/// After this long without L2 what waits in the outbox is given up for a new generation.
+const AWAY_LIMIT: Duration = Duration::from_secs(30);
+
+pub struct L2 {
+    shared: SharedCache,
+    generation: AtomicU64,
+    /// The connection whose server was checked; 0: none.
+    checked: AtomicU64,
+    checked_at: AtomicInstant,
+    timeouts: AtomicU32,
+    metrics: Arc<Metrics>,
+}
+
+impl L2 {
+    pub fn new(shared: SharedCache, metrics: Arc<Metrics>) -> Arc<Self> {
+        let (generation, checked, timeouts) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
+        Arc::new(Self { shared, generation, checked, checked_at: AtomicInstant::never(), timeouts, metrics })
+    }
+
+    /// Whether it is worth asking, and may be believed.
+    pub fn is_usable(&self) -> bool {
+        self.checked.load(Ordering::Acquire) != 0
+            && self.checked_at.age(Instant::now()) < CHECKED_FOR
+            && self.timeouts.load(Ordering::Relaxed) < MAX_TIMEOUTS
+    }
+
+    /// The records it has of `users`. Nothing if it cannot be believed, or takes too long.
+    pub async fn read(&self, users: &[UserId]) -> Records {
+        if users.is_empty() || !self.is_usable() {
+            return Records::new();
+        }
+        match self.shared.read(users, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
+            Ok((number, records)) if number == self.checked.load(Ordering::Acquire) => {
+                self.timeouts.store(0, Ordering::Relaxed);
+                self.metrics.l2_hits.inc_by(records.len() as u64);
+                self.metrics.l2_misses.inc_by((users.len() - records.len()) as u64);
+                records
+            }
+            Ok(_) => Records::new(), // a new connection, to who knows which server
+            Err(_) => {
+                self.timeouts.fetch_add(1, Ordering::Relaxed);
+                self.distrust();
+                Records::new()
+            }
+        }
+    }
+
+    /// Copies what was loaded from SQL by a load that began at `began`.
+    pub async fn fill(&self, records: &[(UserId, UserRecord)], began: Instant) {
+        if records.is_empty() || !self.is_usable() || began.elapsed() > FILL_LIMIT {
+            return;
+        }
+        if self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await.is_err() {
+            self.distrust();
+        }
+    }
+
+    /// Shows committed records. Returns who was written; the others have a newer record there. None: it cannot be reached.
+    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<Vec<UserId>> {
+        if !self.is_usable() {
+            return None;
+        }
+        match self.shared.project(records, self.generation.load(Ordering::Acquire)).await {
+            Ok(written) => Some(written),
+            Err(_) => {
+                self.distrust();
+                None
+            }
+        }
+    }
+
+    pub fn shared(&self) -> &SharedCache {
+        &self.shared
+    }
+
+    pub fn set_generation(&self, generation: u64) {
+        self.generation.store(generation, Ordering::Release);
+    }
+
+    /// Not to be used until its server was checked again.
+    fn distrust(&self) {
+        self.metrics.redis_error("cache");
+        self.checked.store(0, Ordering::Release);
+    }
+}
+
+/// Checks once a second who the server is.
+pub struct L2Check {
+    l2: Arc<L2>,
+    database: Arc<Database>,
+    cache: Arc<Cache>,
+    hints: Option<Arc<Hints>>,
+    metrics: Arc<Metrics>,
+    connection: Option<Connection>,
+    away_since: Option<Instant>,
+    /// Connection and identity of the last comparison that held.
+    compared: Option<(u64, String)>,
+}
+
+impl L2Check {
+    pub fn new(
+        l2: Arc<L2>,
+        database: Arc<Database>,
+        cache: Arc<Cache>,
+        hints: Option<Arc<Hints>>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        Self { l2, database, cache, hints, metrics, connection: None, away_since: None, compared: None }
+    }
+
+    pub async fn keep_checking(mut self, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        let mut ticks = interval(CHECK_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+            stop.run_until_cancelled(self.step()).await;
+        }
+    }
+
+    /// Compares the server with the one the generation belongs to, and raises the generation if it is another.
+    pub async fn step(&mut self) {
+        let asked = Instant::now();
+        let identity = self.l2.shared.identity(CHECK_LIMIT).await;
+        self.metrics.redis_up("cache", identity.is_ok());
+        let done = match &identity {
+            Ok((number, identity)) => self.compare(*number, identity, asked).await,
+            Err(error) => self.note_away(&error.to_string()).await,
+        };
+        if done.is_err() {
+            self.connection = None;
+            // Without SQL nobody can compare, but the same server on the same connection is as good as it was.
+            if identity.ok().is_some_and(|now| self.compared.as_ref() == Some(&now)) {
+                self.l2.checked_at.set(asked);
+            }
+        }
+    }
+
+    async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
+        let mut connection = self.connected().await?;
+        let mut cluster = connection.read_cluster().await?;
+        if cluster.cache_identity != identity {
+            connection.adopt_cache(&cluster, identity).await?;
+            cluster = connection.read_cluster().await?;
+            warn!(
+                generation = cluster.generation,
+                "Redis is another server than before, or has other data: the caches start anew"
+            );
+        }
+        self.connection = Some(connection);
+        if cluster.cache_identity != identity {
+            return Ok(()); // another node sees another server; the next check will tell
+        }
+        if self.l2.generation.swap(cluster.generation, Ordering::AcqRel) != cluster.generation {
+            self.cache.distrust();
+        }
+        if let Some(hints) = &self.hints {
+            hints.set_generation(cluster.generation);
+        }
+        self.compared = Some((number, identity.to_owned()));
+        self.l2.checked.store(number, Ordering::Release);
+        self.l2.checked_at.set(asked);
+        self.l2.timeouts.store(0, Ordering::Relaxed);
+        if let Some(since) = self.away_since.take() {
+            info!(duration_ms = since.elapsed().as_millis() as u64, "Redis (cache) answers");
+        }
+        Ok(())
+    }
+
+    /// Without L2 for long, what waits to be shown there is given up: a new generation makes all it holds void.
+    async fn note_away(&mut self, error: &str) -> Result<(), SqlError> {
+        self.l2.distrust();
+        let since = *self.away_since.get_or_insert_with(|| {
+            warn!(%error, "Redis (cache) does not answer: reads go to SQL");
+            Instant::now()
+        });
+        if since.elapsed() < AWAY_LIMIT {
+            return Ok(());
+        }
+        let mut connection = self.connected().await?;
+        let cluster = connection.read_cluster().await?;
+        if !cluster.cache_identity.is_empty() {
+            connection.adopt_cache(&cluster, "").await?; // whoever comes next, also the same server, is another
+            connection.empty_outbox().await?;
+            warn!("Redis (cache) has been away for {AWAY_LIMIT:?}: its records are given up");
+        }
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    async fn connected(&mut self) -> Result<Connection, SqlError> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.database.connect(Purpose::General).await,
+        }
+    }
+}

@@ -1,0 +1,333 @@
+//! Showing committed changes to the outside: the record and the keys in Redis, hints to the other nodes, `presence:route`,
+//! and kicks.
+//!
+//! Each lane has a projector that works off its batches in order; the lane never waits for it. What it cannot do in time is
+//! left to the outbox row that was written with the batch: any node claims rows that are two seconds old, reads the users
+//! *now* from SQL, and shows them unconditionally. Outputs without a version (keys, messages) are made right by looking once
+//! more afterwards: messages may repeat, the last one is the truth.
+
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
+
+use prost::Message;
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::domain::gateway::LifeKind;
+use crate::domain::gateway::Liveness;
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::user::UserRecord;
+use crate::engine::cache::Cache;
+use crate::engine::hints::Hints;
+use crate::engine::l2::L2;
+use crate::engine::lives::Lives;
+use crate::metrics::Metrics;
+use crate::store::bus::Bus;
+use crate::store::codec::KickedRoute;
+use crate::store::codec::OutboxBody;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+use crate::store::outbox::OutboxId;
+use crate::store::shared::Shown;
+
+/// Batches that may wait for a projector; one more is left to the outbox.
+const QUEUE: usize = 64;
+/// A batch that is shown later than this after its COMMIT might undo a newer one: it is left to the outbox.
+const LATE: Duration = Duration::from_secs(1);
+/// A row older than this was left behind.
+const REPAIR_AGE: Duration = Duration::from_secs(2);
+/// How long a claim keeps other nodes from repairing the same row.
+const CLAIM_TERM: Duration = Duration::from_secs(10);
+const CLAIM_ROWS: i64 = 100;
+/// How often a node looks for rows that were left behind.
+pub const REPAIR_INTERVAL: Duration = Duration::from_millis(500);
+/// How often one repair follows users who change all the time; their own batches show them too.
+const MAX_LOOKS: usize = 5;
+/// So many rows left behind are given up for a new generation.
+const MAX_ROWS: i64 = 10_000;
+/// Users that are shown at a time when all are.
+const PAGE: i64 = 512;
+
+/// A committed batch.
+pub struct Batch {
+    pub records: Vec<(UserId, UserRecord)>,
+    pub kicks: Vec<KickedRoute>,
+    pub outbox: OutboxId,
+    pub committed: Instant,
+    /// Told when L2 has it.
+    pub in_l2: oneshot::Sender<()>,
+}
+
+/// Where changes are shown.
+pub struct Outside {
+    pub l2: Option<Arc<L2>>,
+    pub hints: Option<Arc<Hints>>,
+    pub bus: Option<Arc<Bus>>,
+    pub cache: Arc<Cache>,
+    pub lives: Arc<Lives>,
+    pub metrics: Arc<Metrics>,
+    pub database: Arc<Database>,
+    pub heartbeat_interval: Duration,
+}
+
+/// A lane's end of its projector.
+pub struct ToProjector {
+    batches: mpsc::Sender<Batch>,
+    shown: Arc<Mutex<Vec<ShownRow>>>,
+}
+
+/// An outbox row with nothing left to show.
+pub struct ShownRow {
+    pub id: OutboxId,
+    pub users: Vec<UserId>,
+}
+
+impl ToProjector {
+    /// Hands a batch over. If there is no room it is left to the outbox.
+    pub fn hand_over(&self, batch: Batch) {
+        let _ = self.batches.try_send(batch); // the row stays, and is repaired
+    }
+
+    pub fn take_shown(&self) -> Vec<ShownRow> {
+        std::mem::take(&mut *lock(&self.shown))
+    }
+}
+
+impl Outside {
+    /// Whether there is anything to show changes to.
+    pub fn is_empty(&self) -> bool {
+        self.l2.is_none() && self.bus.is_none()
+    }
+
+    /// Starts a projector. It ends when its lane does, after the last batch.
+    pub fn projector(self: &Arc<Self>, tasks: &mut tokio::task::JoinSet<()>) -> ToProjector {
+        let (batches, mut queue) = mpsc::channel::<Batch>(QUEUE);
+        let (outside, shown) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
+        let done = Arc::clone(&shown);
+        tasks.spawn(async move {
+            while let Some(batch) = queue.recv().await {
+                if let Some(row) = outside.project(batch).await {
+                    lock(&done).push(row);
+                }
+            }
+        });
+        ToProjector { batches, shown }
+    }
+
+    /// Shows a batch. Returns its row if there is nothing left to do.
+    async fn project(&self, batch: Batch) -> Option<ShownRow> {
+        if batch.committed.elapsed() > LATE {
+            return None;
+        }
+        let versions: Vec<(UserId, Version)> = batch.records.iter().map(|(user, record)| (*user, record.version)).collect();
+        let records: Vec<_> = batch.records.into_iter().map(|(user, record)| self.shown(user, record)).collect();
+        let winners = self.into_l2(&records).await;
+        let _ = batch.in_l2.send(()); // the callers may have been answered already
+        if let Some(hints) = &self.hints {
+            hints.tell(&versions).await;
+        }
+        let winners = winners?;
+        self.announce(&records, &winners).await?;
+        self.kick(&batch.kicks).await?;
+        let overtaken = self.overtaken(&records, &winners).await.ok()?;
+        if !overtaken.is_empty() {
+            self.show_now(&overtaken).await.ok()?;
+        }
+        Some(ShownRow { id: batch.outbox, users: versions.into_iter().map(|(user, _)| user).collect() })
+    }
+
+    /// Writes records into L2. Returns who won, everybody if there is no L2; None: it is not there.
+    async fn into_l2(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<BTreeSet<UserId>> {
+        let Some(l2) = &self.l2 else { return Some(records.iter().map(|(user, ..)| *user).collect()) };
+        let winners = l2.project(records).await?;
+        for (user, record, _) in records {
+            self.cache.confirmed(*user, record.version);
+        }
+        Some(winners.into_iter().collect())
+    }
+
+    async fn announce(&self, records: &[(UserId, UserRecord, Shown)], winners: &BTreeSet<UserId>) -> Option<()> {
+        let Some(bus) = &self.bus else { return Some(()) };
+        let won = records.iter().filter(|(user, ..)| winners.contains(user));
+        let changes: Vec<_> = won.map(|(user, _, shown)| (*user, shown.gateway.as_deref())).collect();
+        if changes.is_empty() {
+            return Some(());
+        }
+        bus.routes_changed(changes.into_iter()).await.ok()
+    }
+
+    /// Tells gateways to close the connections of routes that other devices' binds removed.
+    async fn kick(&self, kicks: &[KickedRoute]) -> Option<()> {
+        let Some(bus) = &self.bus else { return Some(()) };
+        let table = self.lives.table();
+        let order = |kick: &KickedRoute| {
+            let life = table.get(Epoch(kick.epoch))?;
+            Some((bus.channels.gateway(life.gateway.as_str()), kick.as_frame().encode_to_vec()))
+        };
+        let orders: Vec<_> = kicks.iter().filter_map(order).collect();
+        if orders.is_empty() {
+            return Some(());
+        }
+        bus.publish(&orders, bus.link.timeout()).await.ok().map(|_| ())
+    }
+
+    /// Which of the winners have a newer record by now: what was said of them may have crossed what others said.
+    async fn overtaken(
+        &self,
+        records: &[(UserId, UserRecord, Shown)],
+        winners: &BTreeSet<UserId>,
+    ) -> Result<Vec<UserId>, SqlError> {
+        let users: Vec<UserId> = winners.iter().copied().collect();
+        if users.is_empty() || self.is_empty() {
+            return Ok(Vec::new());
+        }
+        let now: HashMap<UserId, UserRecord> = match &self.l2 {
+            Some(l2) => l2.read(&users).await,
+            None => self.database.connect(Purpose::General).await?.load_users(&users).await?.records,
+        };
+        let newer = |(user, record, _): &(UserId, UserRecord, Shown)| {
+            let known = now.get(user).map(|now| now.version);
+            (winners.contains(user) && known.is_none_or(|known| known > record.version)).then_some(*user)
+        };
+        Ok(records.iter().filter_map(newer).collect())
+    }
+
+    /// Shows `users` as SQL has them now, and looks again until nothing has changed meanwhile.
+    pub async fn show_now(&self, users: &[UserId]) -> Result<(), SqlError> {
+        let mut connection = self.database.connect(Purpose::General).await?;
+        self.show_on(&mut connection, users).await
+    }
+
+    async fn show_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<(), SqlError> {
+        let mut users = users.to_vec();
+        for _ in 0..MAX_LOOKS {
+            if users.is_empty() {
+                break;
+            }
+            let records = self.read(connection, &users).await?;
+            if self.into_l2(&records).await.is_none() {
+                return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
+            }
+            if let Some(hints) = &self.hints {
+                hints.tell(&records.iter().map(|(user, record, _)| (*user, record.version)).collect::<Vec<_>>()).await;
+            }
+            let everybody = users.iter().copied().collect();
+            if self.announce(&records, &everybody).await.is_none() {
+                return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
+            }
+            let shown: HashMap<UserId, Version> = records.into_iter().map(|(user, record, _)| (user, record.version)).collect();
+            let now = connection.load_users(&users).await?.records;
+            users.retain(|user| now.get(user).map(|record| record.version) != shown.get(user).copied());
+        }
+        Ok(())
+    }
+
+    async fn read(&self, connection: &mut Connection, users: &[UserId]) -> Result<Vec<(UserId, UserRecord, Shown)>, SqlError> {
+        let records = connection.load_users(users).await?.records;
+        let mut epochs: Vec<Epoch> = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        self.lives.learn(&connection.lives_by_epoch(&epochs).await?);
+        Ok(records.into_iter().map(|(user, record)| self.shown(user, record)).collect())
+    }
+
+    /// What other services are to see of a record.
+    fn shown(&self, user: UserId, record: UserRecord) -> (UserId, UserRecord, Shown) {
+        let (table, now) = (self.lives.table(), self.lives.clock.now());
+        let live = record.routes.iter().filter(|route| route.liveness(&table, now, self.heartbeat_interval) != Liveness::Over);
+        let newest = live.max_by_key(|route| route.bound_version).and_then(|route| table.get(route.epoch));
+        let shown = Shown {
+            gateway: newest.map(|life| life.gateway.to_string()),
+            status: record.status.shown(newest.is_some()),
+            unmanaged: newest.is_some_and(|life| life.kind == LifeKind::Unmanaged),
+        };
+        (user, record, shown)
+    }
+}
+
+/// Shows what others, or this node, have left behind.
+pub struct Repair {
+    pub outside: Arc<Outside>,
+    pub node_id: String,
+    connection: Option<Connection>,
+}
+
+impl Repair {
+    pub fn new(outside: Arc<Outside>, node_id: &str) -> Self {
+        Self { outside, node_id: node_id.to_owned(), connection: None }
+    }
+
+    /// Repairs every row that was left behind. Returns how many.
+    pub async fn step(&mut self) -> Result<usize, SqlError> {
+        let mut connection = match self.connection.take() {
+            Some(connection) => connection,
+            None => self.outside.database.connect(Purpose::General).await?,
+        };
+        let waiting = connection.count_outbox().await?;
+        self.outside.metrics.outbox_rows.set(waiting);
+        if waiting > MAX_ROWS {
+            let generation = connection.read_cluster().await?.generation;
+            connection.raise_generation(generation).await?;
+            connection.empty_outbox().await?;
+            warn!(rows = waiting, "too many changes wait to be shown: they are given up, and the caches start anew");
+        }
+        if self.outside.l2.as_ref().is_some_and(|l2| !l2.is_usable()) {
+            self.connection = Some(connection);
+            return Ok(0); // the rows wait until L2 is back, or is given up
+        }
+        let rows = connection.claim_outbox(&self.node_id, REPAIR_AGE, CLAIM_TERM, CLAIM_ROWS).await?;
+        let repaired = rows.len();
+        for (id, body) in rows {
+            self.repair(&mut connection, &id, &body).await?;
+            self.outside.metrics.outbox_repaired.inc();
+        }
+        self.connection = Some(connection);
+        Ok(repaired)
+    }
+
+    async fn repair(&mut self, connection: &mut Connection, id: &OutboxId, body: &OutboxBody) -> Result<(), SqlError> {
+        let users: Vec<UserId> = body.users().into_iter().filter_map(|raw| UserId::parse(raw).ok()).collect();
+        self.outside.show_on(connection, &users).await?;
+        if self.outside.kick(&body.kicks).await.is_none() {
+            return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
+        }
+        connection.delete_claimed(id, &self.node_id).await
+    }
+
+    /// Shows every user who has a route, as after Redis came back with old data.
+    pub async fn show_everybody(&mut self, stop: &CancellationToken) -> Result<(), SqlError> {
+        let mut connection = self.outside.database.connect(Purpose::General).await?;
+        let mut after = 0;
+        while !stop.is_cancelled() {
+            let users = connection.users_with_routes(after, PAGE).await?;
+            let Some(last) = users.last() else { break };
+            after = last.get();
+            self.outside.show_on(&mut connection, &users).await?;
+        }
+        Ok(())
+    }
+}
+
+pub fn log_repair(done: Result<usize, SqlError>) {
+    match done {
+        Ok(0) => {}
+        Ok(rows) => warn!(rows, "showed changes that were left behind by a node that died or could not reach Redis"),
+        Err(error) => warn!(%error, "changes that were left behind cannot be shown yet"),
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

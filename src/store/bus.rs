@@ -1,0 +1,82 @@
+//! The bus: Redis Pub/Sub between nodes, and to gateways and other services. Any message may be lost, repeated or late:
+//! nothing but speed may depend on it.
+
+use std::time::Duration;
+
+use prost::Message;
+use redis::aio::PubSubSink;
+use redis::aio::PubSubStream;
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+
+use crate::config;
+use crate::domain::id::UserId;
+use crate::store::codec::Hint;
+use crate::store::keys::Channels;
+use crate::store::link::Link;
+use crate::store::link::LinkError;
+
+/// A subscription on which nothing was heard for this long is made again: this node's own beats come each second.
+const SILENCE: Duration = Duration::from_secs(3);
+
+pub struct Bus {
+    pub link: Link,
+    pub channels: Channels,
+}
+
+/// What a node listens to, confirmed by the server.
+pub struct Hearing {
+    messages: PubSubStream,
+    _sink: PubSubSink,
+}
+
+impl Bus {
+    pub fn new(queue: &config::RedisQueue) -> Result<Self, LinkError> {
+        Ok(Self { link: Link::new(&queue.server)?, channels: Channels::new(&queue.channel_prefix) })
+    }
+
+    pub async fn hint(&self, hint: &Hint) -> Result<(), LinkError> {
+        let mut publish = redis::pipe();
+        publish.cmd("PUBLISH").arg(self.channels.presence_hint()).arg(hint.encode_to_vec());
+        self.link.run::<(i64,)>(&publish, self.link.timeout()).await.map(|_| ())
+    }
+
+    /// Tells anyone where users are now; None is offline.
+    pub async fn routes_changed<'a>(&self, changes: impl Iterator<Item = (UserId, Option<&'a str>)>) -> Result<(), LinkError> {
+        let channel = self.channels.presence_route();
+        let mut publish = redis::pipe();
+        for (user, gateway) in changes {
+            publish.cmd("PUBLISH").arg(&channel).arg(format!("{user}:{}", gateway.unwrap_or_default()));
+        }
+        self.link.run::<Vec<i64>>(&publish, self.link.timeout()).await.map(|_| ())
+    }
+
+    /// Publishes each message on its channel and says how many received it.
+    pub async fn publish(&self, messages: &[(String, Vec<u8>)], limit: Duration) -> Result<Vec<u64>, LinkError> {
+        let mut publish = redis::pipe();
+        for (channel, body) in messages {
+            publish.cmd("PUBLISH").arg(channel).arg(body);
+        }
+        self.link.run(&publish, limit).await
+    }
+
+    /// Subscribes to hints; when this returns, the server has confirmed it.
+    pub async fn listen(&self) -> Result<Hearing, LinkError> {
+        let (mut sink, messages) = self.link.subscriber().await?.split();
+        let limit = self.link.timeout();
+        timeout(limit, sink.subscribe(self.channels.presence_hint())).await.map_err(|_| LinkError::NoAnswer(limit))??;
+        Ok(Hearing { messages, _sink: sink })
+    }
+}
+
+impl Hearing {
+    /// The next hint. None: the subscription has ended, or has been silent for too long.
+    pub async fn next(&mut self) -> Option<Hint> {
+        loop {
+            let message = timeout(SILENCE, self.messages.next()).await.ok()??;
+            if let Ok(hint) = Hint::decode(message.get_payload_bytes()) {
+                return Some(hint);
+            }
+        }
+    }
+}

@@ -1,0 +1,50 @@
+//! Every name in Redis. An operator reads this page; a rename is one line.
+
+use crate::domain::id::UserId;
+
+/// Where a user is, for other services: the address of the gateway that was bound last. Gone with the last route.
+pub fn user_route(user: UserId) -> String {
+    format!("user:route:{user}")
+}
+
+/// `online`, `away`, `busy` or `offline`, for other services.
+pub fn user_status(user: UserId) -> String {
+    format!("user:status:{user}")
+}
+
+/// The whole record, for nodes of this daemon only.
+pub fn user_record(user: UserId) -> String {
+    format!("user:record:{user}")
+}
+
+/// Channels. Pub/Sub ignores database numbers: the prefix separates systems that share a Redis.
+#[derive(Clone, Debug)]
+pub struct Channels {
+    prefix: String,
+}
+
+impl Channels {
+    pub fn new(prefix: &str) -> Self {
+        Self { prefix: prefix.to_owned() }
+    }
+
+    /// A user's messages, for the gateways that hold their devices.
+    pub fn user(&self, user: UserId) -> String {
+        format!("{}user:{user}", self.prefix)
+    }
+
+    /// Orders for a gateway: kicks.
+    pub fn gateway(&self, addr: &str) -> String {
+        format!("{}gateway:{addr}", self.prefix)
+    }
+
+    /// `<user_id>:<gateway_addr>` for each user that changed; an empty address is offline.
+    pub fn presence_route(&self) -> String {
+        format!("{}presence:route", self.prefix)
+    }
+
+    /// What nodes tell each other: who changed, and that they are there.
+    pub fn presence_hint(&self) -> String {
+        format!("{}presence:hint", self.prefix)
+    }
+}

@@ -1,0 +1,132 @@
+//! One connection to a Redis, shared by all tasks and made again when it breaks.
+//!
+//! Commands of many tasks are pipelined by themselves. A command that is not answered in time ends the connection, because
+//! nobody knows what the peer has done or will answer next. Each connection has a number, so that what was found out about
+//! the server holds for that connection and no later one.
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use redis::AsyncConnectionConfig;
+use redis::Client;
+use redis::ConnectionAddr;
+use redis::FromRedisValue;
+use redis::IntoConnectionInfo;
+use redis::Pipeline;
+use redis::RedisError;
+use redis::aio::MultiplexedConnection;
+use redis::aio::PubSub;
+use tokio::time::timeout;
+
+use crate::config;
+
+/// Commands that may wait for the connection's driver.
+const PIPELINE_BUFFER: usize = 1024;
+
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    #[error("no answer within {0:?}")]
+    NoAnswer(Duration),
+    #[error("{0}")]
+    Redis(#[from] RedisError),
+}
+
+pub struct Link {
+    client: Client,
+    timeout: Duration,
+    current: Mutex<Option<(u64, MultiplexedConnection)>>,
+    connecting: tokio::sync::Mutex<()>,
+    numbers: AtomicU64,
+}
+
+impl Link {
+    /// Does not connect yet.
+    ///
+    /// # Errors
+    /// When the address makes no sense.
+    pub fn new(redis: &config::Redis) -> Result<Self, LinkError> {
+        let info = match &redis.url {
+            Some(url) => url.expose().into_connection_info()?,
+            None => address(redis)?,
+        };
+        let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
+        let client = Client::open(info.set_tcp_settings(tcp))?;
+        let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::default());
+        Ok(Self { client, timeout: redis.timeout, current, connecting, numbers: AtomicU64::new(1) })
+    }
+
+    /// Runs commands in one round trip, within `limit`. Also connects, if need be.
+    pub async fn run<T: FromRedisValue>(&self, commands: &Pipeline, limit: Duration) -> Result<T, LinkError> {
+        self.run_numbered(commands, limit).await.map(|(_, value)| value)
+    }
+
+    /// The same, and the number of the connection that answered.
+    pub async fn run_numbered<T: FromRedisValue>(&self, commands: &Pipeline, limit: Duration) -> Result<(u64, T), LinkError> {
+        let (number, mut connection) = timeout(limit, self.connection()).await.map_err(|_| LinkError::NoAnswer(limit))??;
+        let result = match timeout(limit, commands.query_async(&mut connection)).await {
+            Ok(Ok(value)) => return Ok((number, value)),
+            Ok(Err(error)) => LinkError::Redis(error),
+            Err(_) => LinkError::NoAnswer(limit),
+        };
+        if !matches!(&result, LinkError::Redis(error) if !error.is_unrecoverable_error() && !error.is_timeout()) {
+            self.give_up(number);
+        }
+        Err(result)
+    }
+
+    /// The longest that connecting and writing may take.
+    pub fn timeout(&self) -> Duration {
+        self.timeout
+    }
+
+    /// A connection of its own, for subscriptions.
+    pub async fn subscriber(&self) -> Result<PubSub, LinkError> {
+        let limit = self.timeout;
+        Ok(timeout(limit, self.client.get_async_pubsub()).await.map_err(|_| LinkError::NoAnswer(limit))??)
+    }
+
+    async fn connection(&self) -> Result<(u64, MultiplexedConnection), LinkError> {
+        if let Some(current) = self.lock().clone() {
+            return Ok(current);
+        }
+        let _one_at_a_time = self.connecting.lock().await;
+        if let Some(current) = self.lock().clone() {
+            return Ok(current);
+        }
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(self.timeout))
+            .set_response_timeout(Some(self.timeout))
+            .set_pipeline_buffer_size(PIPELINE_BUFFER);
+        let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        let number = self.numbers.fetch_add(1, Ordering::Relaxed);
+        *self.lock() = Some((number, connection.clone()));
+        Ok((number, connection))
+    }
+
+    fn give_up(&self, number: u64) {
+        let mut current = self.lock();
+        if current.as_ref().is_some_and(|(current, _)| *current == number) {
+            *current = None;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(u64, MultiplexedConnection)>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {
+    let addr = ConnectionAddr::Tcp(redis.host.clone(), redis.port);
+    let info = addr.into_connection_info()?;
+    let mut settings = info.redis_settings().clone().set_db(redis.database.into());
+    if let Some(username) = &redis.username {
+        settings = settings.set_username(username);
+    }
+    if let Some(password) = &redis.password {
+        settings = settings.set_password(password.expose());
+    }
+    Ok(info.set_redis_settings(settings))
+}

@@ -1,0 +1,164 @@
+//! L2: one record per user in Redis, and the two keys that other services read.
+//!
+//! Redis may come back with old data (a dump, a replica that lagged). So a record carries the store it belongs to and the
+//! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
+//! it was before.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use prost::Message;
+use redis::Pipeline;
+use redis::Script;
+
+use crate::config;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::status::Status;
+use crate::domain::user::UserRecord;
+use crate::store::codec::StoredRecord;
+use crate::store::keys;
+use crate::store::link::Link;
+use crate::store::link::LinkError;
+
+/// A reader's copy of what SQL said: short-lived, because it may land after a newer record was evicted.
+const FILL_TTL: Duration = Duration::from_secs(10);
+/// "No such user" is remembered for a moment only.
+const ABSENT_TTL: Duration = Duration::from_secs(2);
+/// Digits of a generation and of a version in the header, so that text compares as numbers do.
+const DIGITS: usize = 20;
+/// Generation, version, store id.
+const HEADER_BYTES: usize = 2 * DIGITS + 36;
+
+/// KEYS: record, route, status. ARGV: record, its TTL; `fill`, `project` or `record`; address, its TTL; status, its TTL.
+/// A TTL of 0 is none. Writes the record if it is newer (a projection: not older) and only then the two keys, so that all
+/// three always belong together. Returns 1 if it wrote.
+const WRITE: &str = r"
+local new, old = ARGV[1], redis.call('GETRANGE', KEYS[1], 0, 75)
+if #old == 76 and string.sub(old, 41, 76) == string.sub(new, 41, 76) then
+    local was, is = string.sub(old, 1, 40), string.sub(new, 1, 40)
+    if was > is or (was == is and ARGV[3] == 'fill') then return 0 end
+end
+redis.call('SET', KEYS[1], new, 'EX', ARGV[2])
+if ARGV[3] ~= 'project' then return 1 end
+if ARGV[4] == '' then redis.call('DEL', KEYS[2])
+elseif ARGV[5] == '0' then redis.call('SET', KEYS[2], ARGV[4])
+else redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5]) end
+if ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
+else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
+return 1";
+
+/// What a user's keys say to other services.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shown {
+    /// The gateway that was bound last. None: offline.
+    pub gateway: Option<String>,
+    pub status: Status,
+    /// Whether the route ends by itself.
+    pub unmanaged: bool,
+}
+
+pub type Records = HashMap<UserId, UserRecord>;
+
+pub struct SharedCache {
+    pub link: Link,
+    script: Script,
+    store_id: String,
+    route_ttl: Duration,
+    status_ttl: Duration,
+    mpim_keys: bool,
+}
+
+impl SharedCache {
+    pub fn new(redis: &config::Redis, route: &config::Route, store_id: &str) -> Result<Self, LinkError> {
+        let (route_ttl, status_ttl, mpim_keys) = (route.route_ttl, route.status_ttl, route.mpim_keys);
+        let script = Script::new(WRITE);
+        Ok(Self { link: Link::new(redis)?, script, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
+    }
+
+    /// Who the server is (another answer means that its data may be other data), and the number of the connection that told.
+    pub async fn identity(&self, limit: Duration) -> Result<(u64, String), LinkError> {
+        let mut info = redis::pipe();
+        info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
+        let (number, (server, replication)): (_, (String, String)) = self.link.run_numbered(&info, limit).await?;
+        let field = |text: &str, name: &str| {
+            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned));
+            line.unwrap_or_default()
+        };
+        Ok((number, format!("{}:{}", field(&server, "run_id"), field(&replication, "master_replid"))))
+    }
+
+    /// The records of `users` as far as Redis has them in `generation`, and the number of the connection that answered.
+    pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<(u64, Records), LinkError> {
+        let mut get = redis::pipe();
+        get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
+        let (number, (found,)): (_, (Vec<Option<Vec<u8>>>,)) = self.link.run_numbered(&get, limit).await?;
+        let decode = |bytes: Option<Vec<u8>>| bytes.and_then(|bytes| self.decode(&bytes, generation));
+        let records = users.iter().zip(found).filter_map(|(user, bytes)| Some((*user, decode(bytes)?)));
+        Ok((number, records.collect()))
+    }
+
+    /// Copies what a reader loaded, for the next reader.
+    pub async fn fill(&self, records: &[(UserId, UserRecord)], generation: u64, limit: Duration) -> Result<(), LinkError> {
+        let mut pipe = self.pipeline();
+        for (user, record) in records {
+            let ttl = if record.version == Version::NONE { ABSENT_TTL } else { FILL_TTL };
+            let bytes = self.encode(record, generation);
+            self.write(&mut pipe, *user, &bytes, ttl.min(self.route_ttl), "fill", None);
+        }
+        self.link.run::<Vec<i64>>(&pipe, limit).await.map(|_| ())
+    }
+
+    /// Shows committed records, each with its keys. Returns who was written: the others have a newer record there.
+    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)], generation: u64) -> Result<Vec<UserId>, LinkError> {
+        let mut pipe = self.pipeline();
+        for (user, record, shown) in records {
+            let bytes = self.encode(record, generation);
+            let mode = if self.mpim_keys { "project" } else { "record" };
+            self.write(&mut pipe, *user, &bytes, self.route_ttl, mode, Some(shown));
+        }
+        let written: Vec<i64> = self.link.run(&pipe, self.link.timeout()).await?;
+        Ok(records.iter().zip(written).filter(|(_, written)| *written == 1).map(|((user, ..), _)| *user).collect())
+    }
+
+    /// Servers forget scripts when they restart: each pipeline brings it along.
+    fn pipeline(&self) -> Pipeline {
+        let mut pipe = redis::pipe();
+        pipe.load_script(&self.script).ignore();
+        pipe
+    }
+
+    fn write(&self, pipe: &mut Pipeline, user: UserId, bytes: &[u8], ttl: Duration, mode: &str, shown: Option<&Shown>) {
+        let seconds = |duration: Duration| duration.as_secs().max(1);
+        let gateway = shown.and_then(|shown| shown.gateway.clone()).unwrap_or_default();
+        let route_ttl = if shown.is_some_and(|shown| shown.unmanaged) { seconds(self.route_ttl) } else { 0 };
+        let status_ttl = if gateway.is_empty() { seconds(self.status_ttl) } else { route_ttl };
+        let mut call = self.script.key(keys::user_record(user));
+        call.key(keys::user_route(user)).key(keys::user_status(user));
+        call.arg(bytes).arg(seconds(ttl)).arg(mode).arg(gateway).arg(route_ttl);
+        call.arg(status_word(shown.map_or(Status::Offline, |shown| shown.status))).arg(status_ttl);
+        pipe.invoke_script(&call);
+    }
+
+    fn encode(&self, record: &UserRecord, generation: u64) -> Vec<u8> {
+        let mut bytes = format!("{generation:0DIGITS$}{:0DIGITS$}{}", record.version.0, self.store_id).into_bytes();
+        bytes.extend(StoredRecord::from(record).encode_to_vec());
+        bytes
+    }
+
+    fn decode(&self, bytes: &[u8], generation: u64) -> Option<UserRecord> {
+        let (header, body) = bytes.split_at_checked(HEADER_BYTES)?;
+        let of = |range: std::ops::Range<usize>| std::str::from_utf8(&header[range]).ok()?.parse::<u64>().ok();
+        let ours = &header[2 * DIGITS..] == self.store_id.as_bytes() && of(0..DIGITS)? == generation;
+        StoredRecord::decode(body).ok().filter(|_| ours)?.into_record(Version(of(DIGITS..2 * DIGITS)?))
+    }
+}
+
+fn status_word(status: Status) -> &'static str {
+    match status {
+        Status::Online => "online",
+        Status::Away => "away",
+        Status::Busy => "busy",
+        Status::Invisible | Status::Offline => "offline",
+    }
+}
