@@ -357,6 +357,14 @@ fn a_sweep_removes_what_leads_nowhere_and_nothing_else() {
     assert_eq!(world.record, before);
 }
 
+#[test]
+fn nobody_was_last_seen_in_the_future() {
+    let mut world = World::with(ANY, &[("tv", "c1", OVER, 9)]);
+    world.record.routes[0].expires_at = Some(NOW.plus(ROUTE_TTL)); // its gateway registered: the unmanaged life is over
+    world.apply(&Event::Sweep);
+    assert!(world.record.last_seen <= NOW, "{:?}", world.record.last_seen);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Bind {
