@@ -123,23 +123,49 @@ impl Client {
     }
 }
 
+/// Clients that bind and unbind until they are stopped.
+struct Load {
+    clients: JoinSet<Client>,
+    acknowledged: Vec<watch::Receiver<u64>>,
+    done: Arc<AtomicBool>,
+}
+
+impl Load {
+    fn start(cluster: &Cluster, users: i64) -> Self {
+        let mut load = Self { clients: JoinSet::new(), acknowledged: Vec::new(), done: Arc::default() };
+        for client in 0..CLIENTS {
+            let calls = watch::Sender::new(0);
+            load.acknowledged.push(calls.subscribe());
+            let mine = (1..=users).filter(|user| *user as usize % CLIENTS == client);
+            let ledgers = mine.map(|user| Ledger { user, version: 0, devices: HashMap::new() }).collect();
+            let nodes = cluster.nodes.iter().map(|node| node.new_connection()).collect();
+            let client = Client { nodes, ledgers, figures: Figures::default(), turn: client, acknowledged: calls };
+            load.clients.spawn(client.work(load.done.clone()));
+        }
+        load
+    }
+
+    async fn every_client_is_served_again(&mut self) {
+        for calls in &mut self.acknowledged {
+            let seen = *calls.borrow();
+            let more = tokio::time::timeout(2 * CALL_DEADLINE, calls.wait_for(|calls| *calls > seen + 10)).await;
+            assert!(more.is_ok_and(|more| more.is_ok()), "a client is served again");
+        }
+    }
+
+    async fn stop(self) -> Vec<Client> {
+        self.done.store(true, Ordering::Relaxed);
+        self.clients.join_all().await
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_acknowledged_is_lost_when_nodes_and_the_database_are_killed() {
     let _turn = heavy().await;
     let (duration, users) = if long() { (Duration::from_secs(20), 1_000) } else { (Duration::from_secs(8), 200) };
     let server = MariaDb::start();
     let mut cluster = Cluster::on(&server, 2, &[]).await;
-    let done = Arc::new(AtomicBool::new(false));
-    let (mut clients, mut acknowledged) = (JoinSet::new(), Vec::new());
-    for client in 0..CLIENTS {
-        let calls = watch::Sender::new(0);
-        acknowledged.push(calls.subscribe());
-        let mine = (1..=users).filter(|user| *user as usize % CLIENTS == client);
-        let ledgers = mine.map(|user| Ledger { user, version: 0, devices: HashMap::new() }).collect();
-        let nodes = cluster.nodes.iter().map(|node| node.new_connection()).collect();
-        let client = Client { nodes, ledgers, figures: Figures::default(), turn: client, acknowledged: calls };
-        clients.spawn(client.work(done.clone()));
-    }
+    let mut load = Load::start(&cluster, users);
     // The pace of the faults, not a wait for something to happen.
     let mut pace = tokio::time::interval(duration / (KILLS + 1));
     pace.tick().await;
@@ -152,14 +178,25 @@ async fn nothing_acknowledged_is_lost_when_nodes_and_the_database_are_killed() {
     pace.tick().await;
     server.kill();
     server.restart();
-    for calls in &mut acknowledged {
-        let seen = *calls.borrow();
-        let more = tokio::time::timeout(2 * CALL_DEADLINE, calls.wait_for(|calls| *calls > seen + 10)).await;
-        assert!(more.is_ok_and(|more| more.is_ok()), "a client is served again after the database came back");
+    load.every_client_is_served_again().await;
+    check(&cluster, &load.stop().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_when_a_node_with_a_file_of_its_own_is_killed() {
+    let _turn = heavy().await;
+    let (duration, users) = if long() { (Duration::from_secs(20), 1_000) } else { (Duration::from_secs(4), 200) };
+    let mut cluster = Cluster::sqlite(&[]).await;
+    let mut load = Load::start(&cluster, users);
+    let mut pace = tokio::time::interval(duration / (KILLS + 1));
+    pace.tick().await;
+    for _ in 0..KILLS {
+        pace.tick().await;
+        cluster.nodes[0].kill();
+        cluster.nodes[0].restart().await;
     }
-    done.store(true, Ordering::Relaxed);
-    let clients = clients.join_all().await;
-    check(&cluster, &clients).await;
+    load.every_client_is_served_again().await;
+    check(&cluster, &load.stop().await).await;
 }
 
 /// Compares each user's answer with what was acknowledged.
