@@ -315,3 +315,14 @@ async fn a_bind_on_a_life_that_no_gateway_has_is_fenced() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn a_commit_leaves_nothing_to_show_once_it_was_shown() {
+    each_engine(&[], async |cluster| {
+        let binds = (1..=100).map(|user| a_bind(user, PHONE, "c")).collect();
+        cluster.node().presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds");
+        let rows = async || cluster.db.number("SELECT COUNT(*) FROM outbox").await;
+        eventually("the outbox is empty", Duration::from_secs(5), async || rows().await == 0).await;
+    })
+    .await;
+}

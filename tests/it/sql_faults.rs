@@ -7,10 +7,13 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::Code as ResultCode;
 use im_presence::pb::RouteState;
 use im_presence::pb::Source;
+use sqlx::AssertSqlSafe;
+use sqlx::Row;
 use tokio::task::JoinSet;
 use tonic::Code;
 
@@ -328,4 +331,67 @@ async fn one_change_that_cannot_be_stored_costs_its_own_caller_and_no_other() {
         }
     }
     assert_eq!(cluster.db.number("SELECT COUNT(*) FROM routes").await, BINDS - 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sessions_that_the_server_ends_cost_no_caller_an_error() {
+    let cluster = Cluster::mariadb(1, &[]).await;
+    let node = cluster.node();
+    let mut connection = cluster.db.connect().await;
+    let sessions = "SELECT id FROM information_schema.PROCESSLIST WHERE db = DATABASE() AND id <> CONNECTION_ID()";
+    for round in 0..3 {
+        node.bind(a_bind(ALICE, PHONE, &format!("before-{round}"))).await;
+        node.query_sql(ALICE).await;
+        let rows = sqlx::query(sessions).fetch_all(&mut connection).await.expect("list the sessions");
+        assert!(rows.len() > 1, "the node has sessions");
+        for row in rows {
+            // One that has ended by itself meanwhile is as good.
+            let _ = sqlx::raw_sql(AssertSqlSafe(format!("KILL {}", row.get::<i64, _>(0)))).execute(&mut connection).await;
+        }
+        let bound = node.bind(a_bind(ALICE, PHONE, &format!("after-{round}"))).await;
+        assert_eq!(node.query_sql(ALICE).await.version, bound.version);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadlock_with_somebody_elses_transaction_reaches_no_caller() {
+    const USERS: i64 = 5;
+    let _turn = heavy().await;
+    let server = MariaDb::start();
+    let cluster = Cluster::on(&server, 1, &[("STORE__LANES", "1")]).await;
+    let node = cluster.node();
+    let binds = |conn: &str| BatchBindRouteReq { binds: (1..=USERS).map(|user| a_bind(user, PHONE, conn)).collect() };
+    node.presence().batch_bind_route(binds("before")).await.expect("binds");
+    // The other transaction has changed more, so the lane is the victim.
+    cluster.db.run("CREATE TABLE weight (n INT PRIMARY KEY)").await;
+    let mut other = cluster.db.connect().await;
+    let heavy = "BEGIN; INSERT INTO weight SELECT seq FROM seq_1_to_1000; SELECT version FROM users WHERE user_id = 5 FOR UPDATE";
+    sqlx::raw_sql(heavy).execute(&mut other).await.expect("lock the last user");
+    let (mut client, request) = (node.presence(), binds("after"));
+    let call = tokio::spawn(async move { client.batch_bind_route(request).await });
+    let waiting = "SELECT CAST(variable_value AS SIGNED) FROM information_schema.GLOBAL_STATUS \
+        WHERE variable_name = 'INNODB_ROW_LOCK_CURRENT_WAITS'";
+    eventually("the lane waits", Duration::from_secs(1), async || cluster.db.number(waiting).await > 0).await;
+    let first = "SELECT version FROM users WHERE user_id = 1 FOR UPDATE";
+    sqlx::raw_sql(first).execute(&mut other).await.expect("lock the first user, which the lane holds");
+    sqlx::raw_sql("ROLLBACK").execute(&mut other).await.expect("free them");
+    let answer = call.await.expect("the task").expect("an answer").into_inner();
+    assert!(answer.results.iter().all(|bind| code(&bind.result) == ResultCode::Ok), "{answer:?}");
+    let retries = node.series("im_presence_lane_retries_total").await;
+    println!("im_presence_lane_retries_total {retries:?}");
+    assert!(retries.iter().any(|(labels, count)| labels.contains("deadlock") && *count >= 1.0), "{retries:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_another_program_has_locked_is_waited_for_and_then_binds_are_told_to_come_again() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    node.bind(a_bind(ALICE, PHONE, "c-1")).await;
+    let mut other = cluster.db.connect().await;
+    sqlx::raw_sql("BEGIN IMMEDIATE").execute(&mut other).await.expect("lock the file");
+    binds_are_refused_in_time(node, 1..20, "late").await;
+    assert_eq!(node.query_sql(ALICE).await.routes[0].conn_id, "c-1", "reading goes on");
+    sqlx::raw_sql("ROLLBACK").execute(&mut other).await.expect("unlock the file");
+    eventually("binds work again", BACK_AGAIN, async || node.try_bind(a_bind(BOB, PHONE, "c")).await.is_ok()).await;
+    assert_eq!(cluster.db.number("SELECT COUNT(*) FROM routes WHERE conn_id = 'late'").await, 0);
 }

@@ -41,6 +41,7 @@ async fn users_who_never_existed_are_bound_through_both_nodes_at_once_and_keep_b
         let bind = bind.expect("a bind").into_inner();
         assert_eq!((code(&bind.result), bind.kicked.len()), (Code::Ok, 0), "{bind:?}");
     }
+    assert_eq!(cluster.db.number("SELECT COUNT(*) FROM lives").await, 1, "both agree on the gateway's life");
     for user in 1..=USERS {
         for node in &cluster.nodes {
             assert_eq!(devices(&node.query_sql(user).await), [LAPTOP, PHONE], "user {user}");
