@@ -29,6 +29,7 @@ use crate::harness::cluster::GATEWAY;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
+use crate::harness::eventually;
 use crate::harness::heavy;
 use crate::harness::node::Node;
 
@@ -258,6 +259,21 @@ async fn random_bytes_half_open_connections_and_slow_readers_disturb_nobody() {
     assert_eq!(slow.read(&mut byte).await.expect("it is still served"), 1);
     drop(half_open);
     others_are_served(node, ALICE).await;
+}
+
+#[tokio::test]
+async fn connections_that_never_speak_do_not_keep_others_out_for_long() {
+    const PLACES: usize = 10;
+    /// A connection has 10 s to begin.
+    const FREED_WITHIN: Duration = Duration::from_secs(13);
+    let cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__MAX_CONNECTIONS", "10")]).await;
+    let node = cluster.node();
+    let mut silent = Vec::new();
+    for _ in 0..PLACES {
+        silent.push(TcpStream::connect(node.data).await.expect("connect"));
+    }
+    let served = async || node.new_connection().bind_route(a_bind(ALICE, PHONE, "c")).await.is_ok();
+    eventually("a place is free again", FREED_WITHIN, served).await;
 }
 
 /// A connection on which 200 large answers were asked for, none of which is read: raw HTTP/2 with small windows.

@@ -225,5 +225,6 @@ async fn check(cluster: &Cluster, clients: &[Client]) {
     let (binds, unbinds, unanswered) = (sum(|f| f.binds), sum(|f| f.unbinds), sum(|f| f.unanswered));
     println!("acknowledged: {binds} binds, {unbinds} unbinds; not answered: {unanswered}");
     println!("devices compared with what was acknowledged: {exact} exactly, {unsure} only by version");
+    println!("rows left in the outbox: {}", cluster.db.number("SELECT COUNT(*) FROM outbox").await);
     assert!(binds > 1_000 && exact > unsure, "the test was a test");
 }
