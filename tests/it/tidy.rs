@@ -112,7 +112,9 @@ fn each_floor_keeps_to_its_own_outside_world() {
 fn nothing_in_the_product_unwraps() {
     let mut wrong = Vec::new();
     for source in sources() {
-        for (number, line) in source.lines().filter(|(_, line)| line.contains(".unwrap()") || line.contains(".expect(")) {
+        // What is compiled into the program cannot be wrong on one machine and right on another: a test has seen it.
+        let unwraps = |line: &str| line.contains(".unwrap()") || line.contains(".expect(") && !line.contains("\"compiled in: ");
+        for (number, line) in source.lines().filter(|(_, line)| unwraps(line)) {
             wrong.push(format!("{}:{number}: {}", source.name, line.trim()));
         }
     }
