@@ -3,7 +3,7 @@
 //! * `/livez` is 200 as long as the process answers. It looks at nothing outside.
 //! * `/readyz` is 503 only if this node cannot do its job: it is draining. Whatever else is missing is named in `degraded`:
 //!   the loss of a database must not empty the load balancer, because every node has lost it.
-//! * `/healthz`: the database answers and fewer users are online than `max_capacity`.
+//! * `/healthz`: the database and each Redis that is configured answer, and fewer users are online than `max_capacity`.
 
 use std::sync::Arc;
 
@@ -41,7 +41,7 @@ pub fn router(operator: Operator) -> Router {
 }
 
 async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
-    let degraded: Vec<&str> = if operator.store_up() { vec![] } else { vec!["store"] };
+    let degraded = operator.degraded();
     if operator.draining.is_cancelled() {
         return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "why": "draining", "degraded": degraded })));
     }
@@ -51,7 +51,7 @@ async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
 async fn healthz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
     let users_online = operator.metrics.users_online.get();
     let full = operator.max_capacity > 0 && u64::try_from(users_online).unwrap_or(0) >= operator.max_capacity;
-    let healthy = operator.store_up() && !full;
+    let healthy = operator.degraded().is_empty() && !full;
     let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let max_capacity = operator.max_capacity;
     let body = json!({ "healthy": healthy, "store_up": operator.store_up(), "users_online": users_online, "max_capacity": max_capacity });
@@ -69,6 +69,16 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
 }
 
 impl Operator {
+    /// What is configured and does not answer.
+    fn degraded(&self) -> Vec<&'static str> {
+        let parts = [
+            ("store", self.store_up()),
+            ("redis_cache", self.metrics.is_redis_up("cache").unwrap_or(true)),
+            ("redis_queue", self.metrics.is_redis_up("queue").unwrap_or(true)),
+        ];
+        parts.into_iter().filter(|(_, up)| !up).map(|(part, _)| part).collect()
+    }
+
     fn store_up(&self) -> bool {
         self.metrics.store_up.get() == 1
     }

@@ -114,9 +114,7 @@ impl Assembled {
             settings: lane_settings(config, database.engine),
         });
         let lanes = Lanes::start(&tools, tasks, stop);
-        if !outside.is_empty() {
-            tasks.spawn(upkeep::keep_repairing(Repair::new(outside, &node_id), stop.clone()));
-        }
+        tasks.spawn(upkeep::keep_repairing(Repair::new(outside, &node_id), stop.clone()));
         let loader = Loader::new(database.clone(), cache.clone(), lives.clone(), l2, metrics.clone());
         for _ in 0..config.store.connections {
             tasks.spawn(loader.clone().work(stop.clone()));

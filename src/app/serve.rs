@@ -75,7 +75,7 @@ pub async fn serve_data(
 
 pub async fn serve_admin(listener: TcpListener, operator: http::Operator, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let grpc = Routes::new(AdminServiceServer::new(Admin)).into_axum_router();
+    let grpc = Routes::new(AdminServiceServer::new(Admin)).into_axum_router().reset_fallback();
     let served = stop.run_until_cancelled(axum::serve(listener, http::router(operator).merge(grpc)).into_future()).await;
     if let Some(Err(error)) = served {
         error!(%error, "the admin server ended");

@@ -16,7 +16,7 @@ const MAX_SLIPS: usize = 3;
 
 /// The built-in defaults, by section and key.
 pub fn defaults() -> Value {
-    parse(DEFAULTS, FileFormat::Toml).expect("the built-in defaults are TOML").into()
+    parse(DEFAULTS, FileFormat::Toml).expect("compiled in: TOML").into()
 }
 
 /// Each section with each key, those that the defaults show as comments (`#key = value`) among them.
@@ -26,7 +26,7 @@ pub fn all() -> Value {
         _ => line,
     };
     let text = DEFAULTS.lines().map(uncommented).collect::<Vec<_>>().join("\n");
-    parse(&text, FileFormat::Toml).expect("the built-in defaults are TOML").into()
+    parse(&text, FileFormat::Toml).expect("compiled in: TOML").into()
 }
 
 /// The value, with the type its default has; or what is wrong with it. Without a key: whether there is such a section.

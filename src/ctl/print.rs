@@ -19,12 +19,12 @@ const DAY_MS: i64 = 24 * 3600 * 1000;
 /// The message `mpim.<name>` as proto3 JSON on one line.
 pub fn json(name: &str, message: &impl Message) -> String {
     let options = SerializeOptions::new().use_proto_field_name(true).skip_default_fields(false);
-    let pool = DescriptorPool::decode(pb::DESCRIPTORS).expect("the descriptors come from the build");
-    let descriptor = pool.get_message_by_name(&format!("mpim.{name}")).expect("the message is one of ours");
+    let pool = DescriptorPool::decode(pb::DESCRIPTORS).expect("compiled in: descriptors");
+    let descriptor = pool.get_message_by_name(&format!("mpim.{name}")).expect("compiled in: one of our messages");
     let mut reflected = DynamicMessage::new(descriptor);
-    reflected.transcode_from(message).expect("both are the same message");
+    reflected.transcode_from(message).expect("compiled in: both are the same message");
     let mut line = serde_json::Serializer::new(Vec::new());
-    reflected.serialize_with_options(&mut line, &options).expect("a message can be written as JSON");
+    reflected.serialize_with_options(&mut line, &options).expect("compiled in: a message of our own");
     String::from_utf8_lossy(&line.into_inner()).into_owned()
 }
 

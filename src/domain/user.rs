@@ -288,7 +288,7 @@ impl UserRecord {
         let version = self.version.next(context.clock);
         // The user was last seen when the route was still good, not when somebody tidied up.
         let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| route.expires_at);
-        let last_seen = ends.max().unwrap_or_default().max(self.last_seen);
+        let last_seen = ends.max().unwrap_or_default().min(context.now).max(self.last_seen);
         let next = UserRecord { version, status: self.status, last_seen, routes };
         Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
     }

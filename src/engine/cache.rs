@@ -54,6 +54,8 @@ pub struct Entry {
 struct UnderWay {
     loads: u32,
     writes: u32,
+    /// The trust number when the first of the writes in progress began.
+    write_trust: u64,
     floor: Version,
     /// The newest version that the shared cache is not known to hold; 0: none.
     lag: Version,
@@ -159,7 +161,14 @@ impl Cache {
 
     /// To be called before the user's row is locked, until the change is acknowledged or known to have failed.
     pub fn begin_write(self: &Arc<Self>, user: UserId) -> WriteGuard {
-        self.shard(user).entry(user).or_default().writes += 1;
+        let trust = self.trust.load(Ordering::Acquire);
+        let mut shard = self.shard(user);
+        let under_way = shard.entry(user).or_default();
+        if under_way.writes == 0 {
+            under_way.write_trust = trust;
+        }
+        under_way.writes += 1;
+        drop(shard);
         WriteGuard { cache: self.clone(), user }
     }
 
@@ -167,9 +176,9 @@ impl Cache {
     /// `lagging`: the shared cache does not have it yet.
     pub fn committed(&self, user: UserId, record: UserRecord, complete_at: Instant, lagging: bool) {
         let version = record.version;
-        let trust = self.trust.load(Ordering::Acquire);
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
+        let trust = if under_way.writes > 0 { under_way.write_trust } else { self.trust.load(Ordering::Acquire) };
         under_way.floor = under_way.floor.max(version);
         if lagging {
             under_way.lag = under_way.lag.max(version);
@@ -222,16 +231,19 @@ impl Cache {
     }
 
     /// A load read `record`. SQL below a floor that was known before the load began proves that the database went back in
-    /// time: it is believed, and the caller learns of it by [`Cache::went_back`].
+    /// time: it is believed, and the caller learns of it by [`Cache::went_back`]. Not if the floor rose meanwhile: what was
+    /// committed since is there.
     pub fn end_load(&self, mut ticket: LoadTicket, record: UserRecord, from_sql: bool) -> Loaded {
         let (user, version) = (ticket.user, record.version);
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
-        if from_sql && version < ticket.floor_before && ticket.trust == self.trust.load(Ordering::Acquire) {
-            self.went_back.fetch_add(1, Ordering::Relaxed);
-            self.distrust();
+        if from_sql && version < ticket.floor_before && under_way.floor == ticket.floor_before {
+            if ticket.trust == self.trust.load(Ordering::Acquire) {
+                self.went_back.fetch_add(1, Ordering::Relaxed);
+                self.distrust();
+                ticket.trust = self.trust.load(Ordering::Acquire);
+            }
             *under_way = UnderWay { floor: version, lag: Version::NONE, ..*under_way };
-            ticket.trust = self.trust.load(Ordering::Acquire);
             self.l1.invalidate(&user);
         }
         if version < under_way.floor {

@@ -112,6 +112,11 @@ impl L2 {
         }
     }
 
+    /// The generation that is written now; 0: not known yet.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
     pub fn shared(&self) -> &SharedCache {
         &self.shared
     }

@@ -141,7 +141,7 @@ impl Loader {
     ) -> Result<(), SqlError> {
         let began = Instant::now();
         let tickets: Vec<LoadTicket> = users.iter().map(|user| self.cache.begin_load(*user)).collect();
-        let mut tickets = self.from_l2(tickets, wanted).await;
+        let mut tickets = self.ask_l2(tickets, wanted).await;
         users.clear();
         users.extend(tickets.iter().map(LoadTicket::user));
         while !tickets.is_empty() {
@@ -180,7 +180,7 @@ impl Loader {
     }
 
     /// Answers what L2 has and may answer; returns the loads that have to go on to SQL.
-    async fn from_l2(&self, tickets: Vec<LoadTicket>, wanted: &[Wanted]) -> Vec<LoadTicket> {
+    async fn ask_l2(&self, tickets: Vec<LoadTicket>, wanted: &[Wanted]) -> Vec<LoadTicket> {
         let Some(l2) = &self.l2 else { return tickets };
         let asked: Vec<UserId> = wanted.iter().filter(|wanted| !wanted.past_l2).map(|wanted| wanted.user).collect();
         let mut found = l2.read(&asked).await;

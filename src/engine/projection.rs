@@ -18,7 +18,6 @@ use std::time::Instant;
 use prost::Message;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::domain::gateway::LifeKind;
@@ -48,6 +47,8 @@ const QUEUE: usize = 64;
 const LATE: Duration = Duration::from_secs(1);
 /// A row older than this was left behind.
 const REPAIR_AGE: Duration = Duration::from_secs(2);
+/// The same for a node that shows nothing to anybody: others, if there are any, come first.
+const NOTHING_TO_SHOW_AGE: Duration = Duration::from_secs(60);
 /// How long a claim keeps other nodes from repairing the same row.
 const CLAIM_TERM: Duration = Duration::from_secs(10);
 const CLAIM_ROWS: i64 = 100;
@@ -55,6 +56,10 @@ const CLAIM_ROWS: i64 = 100;
 pub const REPAIR_INTERVAL: Duration = Duration::from_millis(500);
 /// How often one repair follows users who change all the time; their own batches show them too.
 const MAX_LOOKS: usize = 5;
+/// Users asked of L2 at a time.
+const MAX_CONFIRMED: usize = 1_000;
+/// A claim that nobody takes over.
+const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// So many rows left behind are given up for a new generation.
 const MAX_ROWS: i64 = 10_000;
 /// Users that are shown at a time when all are.
@@ -133,7 +138,7 @@ impl Outside {
         }
         let versions: Vec<(UserId, Version)> = batch.records.iter().map(|(user, record)| (*user, record.version)).collect();
         let records: Vec<_> = batch.records.into_iter().map(|(user, record)| self.shown(user, record)).collect();
-        let winners = self.into_l2(&records).await;
+        let winners = self.write_l2(&records).await;
         let _ = batch.in_l2.send(()); // the callers may have been answered already
         if let Some(hints) = &self.hints {
             hints.tell(&versions).await;
@@ -149,7 +154,7 @@ impl Outside {
     }
 
     /// Writes records into L2. Returns who won, everybody if there is no L2; None: it is not there.
-    async fn into_l2(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<BTreeSet<UserId>> {
+    async fn write_l2(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<BTreeSet<UserId>> {
         let Some(l2) = &self.l2 else { return Some(records.iter().map(|(user, ..)| *user).collect()) };
         let winners = l2.project(records).await?;
         for (user, record, _) in records {
@@ -211,13 +216,13 @@ impl Outside {
     }
 
     async fn show_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<(), SqlError> {
-        let mut users = users.to_vec();
+        let mut users = if self.is_empty() { Vec::new() } else { users.to_vec() };
         for _ in 0..MAX_LOOKS {
             if users.is_empty() {
                 break;
             }
             let records = self.read(connection, &users).await?;
-            if self.into_l2(&records).await.is_none() {
+            if self.write_l2(&records).await.is_none() {
                 return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
             }
             if let Some(hints) = &self.hints {
@@ -262,11 +267,13 @@ pub struct Repair {
     pub outside: Arc<Outside>,
     pub node_id: String,
     connection: Option<Connection>,
+    /// The generation of which everybody was shown, as far as this node knows.
+    all_shown: u64,
 }
 
 impl Repair {
     pub fn new(outside: Arc<Outside>, node_id: &str) -> Self {
-        Self { outside, node_id: node_id.to_owned(), connection: None }
+        Self { outside, node_id: node_id.to_owned(), connection: None, all_shown: 0 }
     }
 
     /// Repairs every row that was left behind. Returns how many.
@@ -283,11 +290,16 @@ impl Repair {
             connection.empty_outbox().await?;
             warn!(rows = waiting, "too many changes wait to be shown: they are given up, and the caches start anew");
         }
-        if self.outside.l2.as_ref().is_some_and(|l2| !l2.is_usable()) {
-            self.connection = Some(connection);
-            return Ok(0); // the rows wait until L2 is back, or is given up
+        if let Some(l2) = self.outside.l2.clone() {
+            if !l2.is_usable() {
+                self.connection = Some(connection);
+                return Ok(0); // the rows wait until L2 is back, or is given up
+            }
+            self.show_everybody(&mut connection, &l2).await?;
+            self.confirm_lagging(&l2).await;
         }
-        let rows = connection.claim_outbox(&self.node_id, REPAIR_AGE, CLAIM_TERM, CLAIM_ROWS).await?;
+        let age = if self.outside.is_empty() { NOTHING_TO_SHOW_AGE } else { REPAIR_AGE };
+        let rows = connection.claim_outbox(&self.node_id, age, CLAIM_TERM, CLAIM_ROWS).await?;
         let repaired = rows.len();
         for (id, body) in rows {
             self.repair(&mut connection, &id, &body).await?;
@@ -306,17 +318,50 @@ impl Repair {
         connection.delete_claimed(id, &self.node_id).await
     }
 
-    /// Shows every user who has a route, as after Redis came back with old data.
-    pub async fn show_everybody(&mut self, stop: &CancellationToken) -> Result<(), SqlError> {
-        let mut connection = self.outside.database.connect(Purpose::General).await?;
+    /// After the generation was raised, Redis may hold keys of long ago, or none: one node shows every user who has a route or
+    /// a key. Its claim ends by itself, so another goes on if it dies; a claim for ever says that it is done.
+    async fn show_everybody(&mut self, connection: &mut Connection, l2: &L2) -> Result<(), SqlError> {
+        let generation = l2.generation();
+        let job = format!("show generation {generation}");
+        if self.all_shown == generation || !connection.claim_job(&job, &self.node_id, CLAIM_TERM).await? {
+            return Ok(());
+        }
         let mut after = 0;
-        while !stop.is_cancelled() {
+        loop {
             let users = connection.users_with_routes(after, PAGE).await?;
             let Some(last) = users.last() else { break };
             after = last.get();
-            self.outside.show_on(&mut connection, &users).await?;
+            self.outside.show_on(connection, &users).await?;
+            connection.claim_job(&job, &self.node_id, CLAIM_TERM).await?;
         }
+        let mut cursor = 0;
+        loop {
+            let page = l2.shared().scan_routes(cursor).await.map_err(|error| SqlError::Lost(error.to_string()))?;
+            self.outside.show_on(connection, &page.1).await?;
+            connection.claim_job(&job, &self.node_id, CLAIM_TERM).await?;
+            cursor = page.0;
+            if cursor == 0 {
+                break;
+            }
+        }
+        connection.claim_job(&job, &self.node_id, FOR_EVER).await?;
+        self.all_shown = generation;
         Ok(())
+    }
+
+    /// What this node could not write into L2 itself may have been written by others, or made void.
+    async fn confirm_lagging(&mut self, l2: &L2) {
+        let lagging = self.outside.cache.lagging();
+        for page in lagging.chunks(MAX_CONFIRMED) {
+            let users: Vec<UserId> = page.iter().map(|(user, _)| *user).collect();
+            let known = l2.read(&users).await;
+            if !l2.is_usable() {
+                return;
+            }
+            for (user, lag) in page {
+                self.outside.cache.confirmed(*user, known.get(user).map_or(*lag, |record| record.version));
+            }
+        }
     }
 }
 

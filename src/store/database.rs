@@ -42,6 +42,8 @@ pub enum OpenError {
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error(transparent)]
     Sql(#[from] SqlError),
+    #[error("another node has been laying the tables for long; if it stands still, end it")]
+    Busy,
     #[error("no answer")]
     NoAnswer,
 }
@@ -57,7 +59,7 @@ impl Database {
             Engine::Sqlite => (creating(url), lock_file(url)?),
         };
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
-        migrator().run(connection.raw()).await?;
+        lay_tables(&mut connection).await?;
         let store_id = store_id(&mut connection).await?;
         Ok(Self { engine, store_id, url, deadline: store.timeout, _lock: lock })
     }
@@ -107,10 +109,28 @@ impl Durability {
     }
 }
 
+/// Lays the tables that are missing; nodes that start at once take turns. (The library's own lock waits for ever on MySQL,
+/// and is none on MariaDB.)
+async fn lay_tables(connection: &mut Connection) -> Result<(), OpenError> {
+    const LOCK: &str = "SELECT GET_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)), 8)";
+    const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)))";
+    let mysql = connection.engine() == Engine::MySql;
+    if mysql && connection.fetch(statement(LOCK)).await?.first().and_then(|row| row.try_get(0).ok()) != Some(1) {
+        return Err(OpenError::Busy);
+    }
+    migrator().run(connection.raw()).await?;
+    if mysql {
+        connection.fetch(statement(UNLOCK)).await?;
+    }
+    Ok(())
+}
+
 fn migrator() -> Migrator {
     let init =
         Migration::new(1, Cow::Borrowed("init"), MigrationType::Simple, AssertSqlSafe(INIT.to_owned()).into_sql_str(), false);
-    Migrator::with_migrations(vec![init])
+    let mut migrator = Migrator::with_migrations(vec![init]);
+    migrator.set_locking(false);
+    migrator
 }
 
 /// The store's id: whoever comes first makes it.

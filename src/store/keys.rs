@@ -7,6 +7,14 @@ pub fn user_route(user: UserId) -> String {
     format!("user:route:{user}")
 }
 
+/// Matches every [`user_route`].
+pub const ALL_USER_ROUTES: &str = "user:route:*";
+
+/// The user whose [`user_route`] this is.
+pub fn user_of_route(key: &str) -> Option<UserId> {
+    UserId::parse(key.strip_prefix("user:route:")?.parse().ok()?).ok()
+}
+
 /// `online`, `away`, `busy` or `offline`, for other services.
 pub fn user_status(user: UserId) -> String {
     format!("user:status:{user}")

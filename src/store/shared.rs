@@ -25,6 +25,8 @@ use crate::store::link::LinkError;
 const FILL_TTL: Duration = Duration::from_secs(10);
 /// "No such user" is remembered for a moment only.
 const ABSENT_TTL: Duration = Duration::from_secs(2);
+/// Keys the server looks at for one answer of a scan.
+const SCAN_PAGE: u32 = 1_000;
 /// Digits of a generation and of a version in the header, so that text compares as numbers do.
 const DIGITS: usize = 20;
 /// Generation, version, store id.
@@ -119,6 +121,14 @@ impl SharedCache {
         }
         let written: Vec<i64> = self.link.run(&pipe, self.link.timeout()).await?;
         Ok(records.iter().zip(written).filter(|(_, written)| *written == 1).map(|((user, ..), _)| *user).collect())
+    }
+
+    /// Some of the users that have a `user:route` key, and where to go on; 0 is the begin and the end.
+    pub async fn scan_routes(&self, cursor: u64) -> Result<(u64, Vec<UserId>), LinkError> {
+        let mut scan = redis::pipe();
+        scan.cmd("SCAN").arg(cursor).arg("MATCH").arg(keys::ALL_USER_ROUTES).arg("COUNT").arg(SCAN_PAGE);
+        let ((cursor, names),): ((u64, Vec<String>),) = self.link.run(&scan, self.link.timeout()).await?;
+        Ok((cursor, names.iter().filter_map(|name| keys::user_of_route(name)).collect()))
     }
 
     /// Servers forget scripts when they restart: each pipeline brings it along.

@@ -24,6 +24,7 @@ use crate::harness::mariadb::unique;
 use crate::harness::node::Node;
 use crate::harness::node::Settings;
 use crate::harness::node::settings;
+use crate::harness::proxy::Proxy;
 
 pub const ALICE: i64 = 1;
 pub const BOB: i64 = 2;
@@ -78,6 +79,13 @@ impl TestDb {
         let mut connection = self.connect().await;
         let row = sqlx::query(AssertSqlSafe(sql.to_owned())).fetch_one(&mut connection).await;
         row.and_then(|row| row.try_get(0)).unwrap_or_else(|e| panic!("{sql}: {e}"))
+    }
+
+    /// Settings of a node that reaches this database through `proxy`.
+    pub fn settings_through(&self, proxy: &Proxy, more: &[(&str, &str)]) -> Settings {
+        let mut all = settings(more);
+        all.push(("STORE__URL".to_owned(), proxy.url(self.name())));
+        all
     }
 
     pub fn settings(&self, more: &[(&str, &str)]) -> Settings {

@@ -139,10 +139,6 @@ impl Node {
         let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
         kib * 1024
     }
-
-    pub fn log(&self) -> Vec<String> {
-        self.process.log()
-    }
 }
 
 impl Process {

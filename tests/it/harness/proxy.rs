@@ -20,6 +20,8 @@ use tokio::time::timeout;
 
 /// What only the session of a lane says.
 const LANE_MARK: &str = "innodb_lock_wait_timeout";
+const COMMIT: &str = "COMMIT";
+const LAST_BEFORE_COMMIT: &str = "INTO outbox";
 const STRIKE_DEADLINE: Duration = Duration::from_secs(10);
 const ANSWER_BYTES: usize = 64 * 1024;
 // Commands of the MySQL protocol.
@@ -39,10 +41,10 @@ enum Mode {
     Pass,
     /// Answers to statements that contain this text stay here until released.
     HoldAnswers(Kind, &'static str),
-    /// The next COMMIT stays here until released.
-    HoldCommit,
-    /// The next connection that sends COMMIT is cut, and the server never hears of it.
-    CutBeforeCommit,
+    /// A lane's statements that contain this text stay here until released.
+    HoldRequests(&'static str),
+    /// The next lane that sends a statement with this text is cut off, and the server never hears of the statement.
+    CutAt(&'static str),
     /// The next COMMIT is forwarded; its answer ends here, with the connection.
     CutAfterCommit,
 }
@@ -98,12 +100,19 @@ impl Proxy {
         self.set(Mode::HoldAnswers(kind, text));
     }
 
+    /// From now on, COMMIT does not arrive at the server.
     pub fn hold_commit(&self) {
-        self.set(Mode::HoldCommit);
+        self.set(Mode::HoldRequests(COMMIT));
     }
 
+    /// The next transaction loses its connection at its last statement before COMMIT.
     pub fn cut_before_commit(&self) {
-        self.set(Mode::CutBeforeCommit);
+        self.set(Mode::CutAt(LAST_BEFORE_COMMIT));
+    }
+
+    /// The next transaction loses its connection at COMMIT, which never arrives at the server.
+    pub fn cut_at_commit(&self) {
+        self.set(Mode::CutAt(COMMIT));
     }
 
     pub fn cut_after_commit(&self) {
@@ -147,8 +156,8 @@ impl Link {
             let length = usize::from(packet[0]) | usize::from(packet[1]) << 8 | usize::from(packet[2]) << 16;
             packet.resize(4 + length, 0);
             client.read_exact(&mut packet[4..]).await?;
-            let is_commit = self.session().sees(&packet[4..]);
-            if is_commit && !self.at_commit().await {
+            self.session().sees(&packet[4..]);
+            if !self.may_pass().await {
                 return Ok(());
             }
             server.write_all(&packet).await?;
@@ -156,23 +165,27 @@ impl Link {
     }
 
     /// False: the connection ends here.
-    async fn at_commit(&self) -> bool {
+    async fn may_pass(&self) -> bool {
         let mode = self.mode.borrow().clone();
+        let says = |text: &str| {
+            let session = self.session();
+            session.is_lane && !session.preparing && session.current.contains(text)
+        };
         match mode {
-            Mode::HoldCommit => {
+            Mode::HoldRequests(text) if says(text) => {
                 self.strike();
                 self.released(&mode).await;
             }
-            Mode::CutBeforeCommit => {
+            Mode::CutAt(text) if says(text) => {
                 self.mode.send_replace(Mode::Pass);
                 self.strike();
                 return false;
             }
-            Mode::CutAfterCommit => {
+            Mode::CutAfterCommit if says(COMMIT) => {
                 self.mode.send_replace(Mode::Pass);
                 self.session().cut_at_answer = true;
             }
-            Mode::Pass | Mode::HoldAnswers(..) => {}
+            _ => {}
         }
         true
     }
@@ -212,9 +225,9 @@ impl Link {
 }
 
 impl Session {
-    /// Takes note of what the client sends; whether it is COMMIT.
-    fn sees(&mut self, payload: &[u8]) -> bool {
-        let Some((command, body)) = payload.split_first() else { return false };
+    /// Takes note of what the client sends.
+    fn sees(&mut self, payload: &[u8]) {
+        let Some((command, body)) = payload.split_first() else { return };
         match *command {
             COM_QUERY | COM_STMT_PREPARE => {
                 self.current = String::from_utf8_lossy(body).into_owned();
@@ -224,10 +237,9 @@ impl Session {
                 let id = body.first_chunk::<4>();
                 self.current = id.and_then(|id| self.prepared.get(id)).cloned().unwrap_or_default();
             }
-            _ => {}
+            _ => self.current.clear(),
         }
         self.preparing = *command == COM_STMT_PREPARE;
-        *command == COM_QUERY && body == b"COMMIT"
     }
 
     fn answered(&mut self, bytes: &[u8]) {

@@ -1,0 +1,190 @@
+//! Rules of the house that a compiler does not check.
+
+use std::fs;
+use std::path::Path;
+use std::path::PathBuf;
+
+const MAX_FUNCTION_LINES: usize = 70;
+
+struct Source {
+    /// Relative to the package: `src/engine/lane.rs`.
+    name: String,
+    text: String,
+}
+
+impl Source {
+    /// Without the module of tests at its end.
+    fn product(&self) -> &str {
+        self.text.split("#[cfg(test)]\nmod ").next().unwrap_or_default()
+    }
+
+    /// Number and text of each line of the product that is no comment.
+    fn lines(&self) -> impl Iterator<Item = (usize, &str)> {
+        (1..).zip(self.product().lines()).filter(|(_, line)| !line.trim_start().starts_with("//"))
+    }
+
+    fn floor(&self) -> &str {
+        self.name.split('/').nth(1).unwrap_or_default().trim_end_matches(".rs")
+    }
+}
+
+fn package() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
+    for entry in fs::read_dir(directory).unwrap_or_else(|error| panic!("{directory:?}: {error}")) {
+        let path = entry.expect("a directory entry").path();
+        match path.is_dir() {
+            true => collect(&path, files),
+            false if path.extension().is_some_and(|extension| extension == "rs") => files.push(path),
+            false => {}
+        }
+    }
+}
+
+/// The sources of the product. Tests that stand beside them are left out.
+fn sources() -> Vec<Source> {
+    let mut files = Vec::new();
+    collect(&package().join("src"), &mut files);
+    files.sort();
+    let named = files.into_iter().map(|path| {
+        let text = fs::read_to_string(&path).expect("a source file");
+        Source { name: path.strip_prefix(package()).expect("a file of this package").display().to_string(), text }
+    });
+    let sources: Vec<_> = named.filter(|source| !is_test(&source.name)).collect();
+    assert!(sources.len() > 20, "the sources are there");
+    sources
+}
+
+fn is_test(name: &str) -> bool {
+    name.ends_with("_tests.rs") || name == "src/store/contract.rs"
+}
+
+/// Fails with all places at once.
+#[track_caller]
+fn none(rule: &str, places: Vec<String>) {
+    assert!(places.is_empty(), "{rule}:\n{}", places.join("\n"));
+}
+
+#[test]
+fn floors_import_downwards_only() {
+    const LEAVES: &[&str] = &["clock", "error", "config", "metrics"];
+    const FLOORS: [(&str, &[&str]); 4] =
+        [("domain", &[]), ("store", &["domain"]), ("engine", &["domain", "store"]), ("api", &["domain", "engine", "pb"])];
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let Some((floor, below)) = FLOORS.into_iter().find(|(floor, _)| *floor == source.floor()) else { continue };
+        for (number, line) in source.lines() {
+            for import in line.split("crate::").skip(1) {
+                let module = import.split(|c: char| !c.is_ascii_alphanumeric() && c != '_').next().unwrap_or_default();
+                let leaf = floor != "domain" && LEAVES.contains(&module);
+                if module != floor && !below.contains(&module) && !leaf {
+                    wrong.push(format!("{}:{number}: `{floor}` must not use `{module}`", source.name));
+                }
+            }
+        }
+    }
+    none("floors import downwards only", wrong);
+}
+
+#[test]
+fn each_floor_keeps_to_its_own_outside_world() {
+    const FOREIGN: [(&str, &[&str]); 4] = [
+        ("domain", &["tonic", "axum", "sqlx", "tokio", "pb::", "serde"]),
+        ("store", &["tonic", "axum", "pb::"]),
+        ("engine", &["tonic", "axum", "sqlx", "pb::", "\"SELECT ", "\"INSERT ", "\"UPDATE ", "\"DELETE "]),
+        ("api", &["sqlx", "crate::store"]),
+    ];
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let Some((floor, foreign)) = FOREIGN.into_iter().find(|(floor, _)| *floor == source.floor()) else { continue };
+        for (number, line) in source.lines() {
+            for word in foreign.iter().filter(|word| line.contains(*word)) {
+                wrong.push(format!("{}:{number}: `{word}` has no place in `{floor}`", source.name));
+            }
+        }
+    }
+    none("each floor keeps to its own", wrong);
+}
+
+#[test]
+fn nothing_in_the_product_unwraps() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        // What is compiled into the program cannot be wrong on one machine and right on another: a test has seen it.
+        let unwraps = |line: &str| line.contains(".unwrap()") || line.contains(".expect(") && !line.contains("\"compiled in: ");
+        for (number, line) in source.lines().filter(|(_, line)| unwraps(line)) {
+            wrong.push(format!("{}:{number}: {}", source.name, line.trim()));
+        }
+    }
+    none("an error is handled or passed on", wrong);
+}
+
+#[test]
+fn only_the_clock_asks_for_the_time_of_day() {
+    let mut wrong = Vec::new();
+    for source in sources().iter().filter(|source| source.name != "src/clock.rs") {
+        for (number, _) in source.lines().filter(|(_, line)| line.contains("SystemTime")) {
+            wrong.push(format!("{}:{number}", source.name));
+        }
+    }
+    none("`now` is an argument", wrong);
+}
+
+#[test]
+fn a_function_fits_a_screen() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let lines: Vec<&str> = source.text.lines().collect();
+        for (start, line) in lines.iter().enumerate().filter(|(_, line)| is_function(line)) {
+            // rustfmt puts the closing brace under the first word of the function.
+            let indent = &line[..line.len() - line.trim_start().len()];
+            let end = lines[start..].iter().position(|line| *line == format!("{indent}}}"));
+            let length = end.unwrap_or_else(|| panic!("{}:{}: no end", source.name, start + 1));
+            if length > MAX_FUNCTION_LINES {
+                wrong.push(format!("{}:{}: {length} lines", source.name, start + 1));
+            }
+        }
+    }
+    none("a function fits a screen", wrong);
+}
+
+fn is_function(line: &str) -> bool {
+    let line = line.trim_start();
+    let bare = line.trim_start_matches("pub ").trim_start_matches("pub(super) ").trim_start_matches("pub(crate) ");
+    let bare = bare.trim_start_matches("const ").trim_start_matches("async ");
+    bare.starts_with("fn ") && !line.ends_with(['}', ';'])
+}
+
+#[test]
+fn every_metric_stands_in_the_readme() {
+    let readme = fs::read_to_string(package().join("README.md")).expect("README.md");
+    let source = fs::read_to_string(package().join("src/metrics.rs")).expect("src/metrics.rs");
+    let names = metric_names(&source);
+    assert!(names.len() > 15, "the metrics were found: {names:?}");
+    let missing = names.into_iter().filter(|name| !readme.contains(&format!("`{name}")));
+    none("every metric stands in the README, as `name`", missing.collect());
+}
+
+/// Names as they are exposed: a counter ends in `_total`.
+fn metric_names(source: &str) -> Vec<String> {
+    let flat = source.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut names = Vec::new();
+    for (call, is_family) in [("r.family(", true), ("r.add(", false)] {
+        for registered in flat.split(call).skip(1) {
+            let registered =
+                registered.split("r.add(").next().and_then(|text| text.split("r.family(").next()).unwrap_or_default();
+            let name = registered.split('"').nth(1).unwrap_or_default();
+            let total = if is_family || registered.contains("Counter::default()") { "_total" } else { "" };
+            names.push(format!("im_presence_{name}{total}"));
+        }
+    }
+    names
+}
+
+#[test]
+fn metrics_are_named_as_they_are_exposed() {
+    let source = r#"Self { a: r.family("binds", "x"), b: r.add( "hits", "y", Counter::default(), ), c: r.add("up", "z", Gauge::default()) }"#;
+    assert_eq!(metric_names(source), ["im_presence_binds_total", "im_presence_hits_total", "im_presence_up"]);
+}
