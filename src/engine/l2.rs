@@ -186,6 +186,7 @@ impl L2Check {
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
         let mut connection = self.connected().await?;
         let mut cluster = connection.read_cluster().await?;
+        let first = cluster.cache_identity.is_empty();
         if cluster.cache_identity != identity {
             connection.adopt_cache(&cluster, identity).await?;
             cluster = connection.read_cluster().await?;
