@@ -501,17 +501,14 @@ impl World {
 impl Node {
     /// Does something to a cache that knows what this node knows.
     fn with<T>(&mut self, cache: &Arc<Cache>, action: impl FnOnce(&Arc<Cache>) -> T) -> T {
-        let trust = cache.trust.load(Ordering::Relaxed);
+        cache.shard(alice()).clear();
         match self.l1 {
-            Some(version) => {
-                let entry = Entry { record: record(version), as_of: Instant::now(), from_l2: false, trust };
-                cache.l1.insert(alice(), Arc::new(entry));
-            }
+            Some(version) => cache.commits(version),
             None => cache.l1.invalidate(&alice()),
         }
         let under_way = self.under_way.map(|(loads, writes, floor, lag)| {
             let (floor, lag) = (Version(floor), Version(lag));
-            (alice(), UnderWay { loads, writes, write_trust: trust, floor, lag })
+            (alice(), UnderWay { loads, writes, floor, lag, ..UnderWay::default() })
         });
         *cache.shard(alice()) = under_way.into_iter().collect();
         let done = action(cache);

@@ -112,7 +112,7 @@ impl Durability {
 /// Lays the tables that are missing; nodes that start at once take turns. (The library's own lock waits for ever on MySQL,
 /// and is none on MariaDB.)
 async fn lay_tables(connection: &mut Connection) -> Result<(), OpenError> {
-    const LOCK: &str = "SELECT GET_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)), 8)";
+    const LOCK: &str = "SELECT GET_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)), 2)";
     const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)))";
     let mysql = connection.engine() == Engine::MySql;
     if mysql && connection.fetch(statement(LOCK)).await?.first().and_then(|row| row.try_get(0).ok()) != Some(1) {
