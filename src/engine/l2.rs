@@ -190,10 +190,12 @@ impl L2Check {
         if cluster.cache_identity != identity {
             connection.adopt_cache(&cluster, identity).await?;
             cluster = connection.read_cluster().await?;
-            warn!(
-                generation = cluster.generation,
-                "Redis is another server than before, or has other data: the caches start anew"
-            );
+            let generation = cluster.generation;
+            if first {
+                info!(generation, "Redis (cache) holds nothing of ours yet: records begin with generation {generation}");
+            } else {
+                warn!(generation, "Redis (cache) is another server than before, or has other data: the caches start anew");
+            }
         }
         self.connection = Some(connection);
         if cluster.cache_identity != identity {
