@@ -11,12 +11,8 @@
 //! * Somebody else holds a user's row, perhaps a node that stands still: that user's events are parked, all others go on.
 //! * A deadlock: halved and run again, at most five times. Any other error: halved until the one bad event fails alone.
 
-use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::collections::HashSet;
 use std::collections::VecDeque;
-use std::panic::AssertUnwindSafe;
-use std::panic::catch_unwind;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -32,34 +28,23 @@ use tracing::error;
 use tracing::info;
 use tracing::warn;
 
-use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeTable;
-use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
-use crate::domain::user::Applied;
-use crate::domain::user::Bind;
-use crate::domain::user::Context;
-use crate::domain::user::Event;
 use crate::domain::user::Outcome;
-use crate::domain::user::UserRecord;
-use crate::engine::lanes::Change;
 use crate::engine::lanes::Pending;
 use crate::engine::lanes::Tools;
 use crate::engine::projection::Batch;
 use crate::engine::projection::ShownRow;
 use crate::engine::projection::ToProjector;
+use crate::engine::transaction::Committed;
+use crate::engine::transaction::Failure;
+use crate::engine::transaction::Transaction;
 use crate::error::Error;
-use crate::store::codec::KickedRoute;
-use crate::store::codec::OutboxBody;
-use crate::store::codec::reason_to_i32;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::outbox::OutboxId;
-use crate::store::users::DatabaseClock;
-use crate::store::users::UserChange;
 
 /// Events of one transaction. The largest event is below 1 KiB, so a batch is below 1 MiB.
 const MAX_BATCH: usize = 1024;
@@ -78,48 +63,10 @@ const L2_PATIENCE: Duration = Duration::from_millis(50);
 /// After this much idleness the lane deletes its last outbox row itself.
 const OUTBOX_IDLE: Duration = Duration::from_millis(500);
 
-/// Why a part of a batch was not committed.
-enum Failure {
-    /// Nothing was committed.
-    Sql(SqlError),
-    /// COMMIT was sent and not answered.
-    Uncertain(SqlError),
-    /// These gateways have no life yet.
-    NoLife(Vec<GatewayAddr>),
-    /// An event grew too old while the transaction was open.
-    TooLate,
-}
-
-impl From<SqlError> for Failure {
-    fn from(error: SqlError) -> Self {
-        Self::Sql(error)
-    }
-}
-
 /// Events that are tried together.
 struct Part {
     events: Vec<Pending>,
     tries: u32,
-}
-
-/// What a committed transaction has done.
-struct Committed {
-    /// One for each event; None: it was dropped.
-    outcomes: Vec<Option<Result<Outcome, Error>>>,
-    records: Vec<(UserId, UserRecord)>,
-    /// An instant before COMMIT was sent.
-    complete_at: Instant,
-    outbox: Option<OutboxId>,
-    kicks: Vec<KickedRoute>,
-    /// Rows of this lane were taken over by another node while it stood still: these users have to be shown again.
-    overtaken: Vec<UserId>,
-}
-
-impl Committed {
-    fn nothing() -> Self {
-        let (outcomes, records, kicks, overtaken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, overtaken }
-    }
 }
 
 pub(super) struct Lane {
@@ -244,7 +191,8 @@ impl Lane {
     async fn attempt(&mut self, events: &[Pending]) -> Result<Committed, Failure> {
         let mut connection = self.connected().await?;
         let began = Instant::now();
-        let result = self.transact(&mut connection, events).await;
+        let shown = &self.shown;
+        let result = Transaction { tools: &self.tools, connection: &mut connection, shown }.run(events).await;
         let usable = match &result {
             Ok(_) => {
                 self.tools.metrics.lane_commit_seconds.observe(began.elapsed().as_secs_f64());
@@ -255,126 +203,6 @@ impl Lane {
         };
         self.connection = usable.then_some(connection);
         result
-    }
-
-    /// The transaction. On any error but an uncertain COMMIT nothing has happened.
-    async fn transact(&mut self, connection: &mut Connection, events: &[Pending]) -> Result<Committed, Failure> {
-        let mut users: Vec<UserId> = events.iter().map(|event| event.user).collect();
-        users.sort_unstable();
-        users.dedup();
-        connection.begin().await?;
-        connection.lock_users(&users).await?;
-        let loaded = connection.load_users(&users).await?;
-        let current = self.read_lives(connection, events, &loaded.records).await?;
-        let mut work = Work { current, before: &loaded.records, after: HashMap::new(), kicks: Vec::new() };
-        let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
-        if work.after.is_empty() {
-            connection.rollback().await?;
-            return Ok(Committed { outcomes, ..Committed::nothing() });
-        }
-        let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
-        let (outbox, overtaken) = self.write(connection, &loaded.records, &after, work.kicks.clone()).await?;
-        let max_age = self.tools.settings.max_event_age;
-        let late = |(event, outcome): (&Pending, &Option<_>)| outcome.is_some() && event.received.elapsed() >= max_age;
-        if events.iter().zip(&outcomes).any(late) {
-            return Err(Failure::TooLate);
-        }
-        let complete_at = Instant::now();
-        match connection.commit().await {
-            Ok(()) => {
-                let (records, kicks) = (after.into_iter().collect(), work.kicks);
-                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, overtaken })
-            }
-            Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
-            Err(error) => Err(Failure::Uncertain(error)),
-        }
-    }
-
-    /// Reads, without locking, the lives that the events and the routes name, and returns the gateways' current ones. A bind's
-    /// epoch is decided by this, inside the transaction; memory may be behind.
-    async fn read_lives(
-        &mut self,
-        connection: &mut Connection,
-        events: &[Pending],
-        records: &HashMap<UserId, UserRecord>,
-    ) -> Result<HashMap<GatewayAddr, Arc<Life>>, Failure> {
-        let binds = || events.iter().filter_map(|event| if let Change::Bind(bind) = &event.change { Some(bind) } else { None });
-        let table = self.tools.lives.table();
-        let unknown =
-            records.values().flat_map(|record| &record.routes).map(|route| route.epoch).filter(|e| table.get(*e).is_none());
-        let mut epochs: Vec<Epoch> = binds().filter_map(|bind| bind.epoch).chain(unknown).collect();
-        epochs.sort_unstable();
-        epochs.dedup();
-        self.tools.lives.learn(&connection.lives_by_epoch(&epochs).await?);
-
-        let mut gateways: Vec<GatewayAddr> =
-            binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
-        gateways.sort_unstable();
-        gateways.dedup();
-        let lives = connection.current_lives(&gateways).await?;
-        self.tools.lives.learn(&lives);
-        let current: HashMap<_, _> = lives.into_iter().map(|life| (life.gateway.clone(), life)).collect();
-        let missing: Vec<_> = gateways.into_iter().filter(|gateway| !current.contains_key(gateway)).collect();
-        if missing.is_empty() { Ok(current) } else { Err(Failure::NoLife(missing)) }
-    }
-
-    /// Applies one event to what the events before it have left. A panic in the rules costs its own event and no other.
-    fn apply(&self, event: &Pending, clock: DatabaseClock, work: &mut Work<'_>) -> Option<Result<Outcome, Error>> {
-        if !event.is_wanted(self.tools.settings.max_event_age) {
-            return None;
-        }
-        let table = self.tools.lives.table();
-        let settings = &self.tools.settings;
-        let context = Context {
-            policy: &settings.policy,
-            lives: &table,
-            now: clock.now(),
-            clock: clock.version(),
-            route_ttl: settings.route_ttl,
-            heartbeat_interval: settings.heartbeat_interval,
-        };
-        let record = work.record(event.user);
-        let applied = match &event.change {
-            Change::Bind(bind) => match work.life_of(bind, &table) {
-                Some(life) => {
-                    let waited = event.received.elapsed();
-                    catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Bind { bind, life: &life, waited }, &context)))
-                }
-                None => Ok(Applied { outcome: Outcome::Fenced, next: None }),
-            },
-            Change::Unbind(unbind) => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Unbind(unbind), &context))),
-            Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
-        };
-        Some(match applied {
-            Ok(applied) => Ok(work.keep(event.user, applied)),
-            Err(_) => {
-                error!(user.id = %event.user, "the rules panicked on a change of this user; the change was dropped");
-                Err(Error::Internal { what: "this change cannot be made" })
-            }
-        })
-    }
-
-    async fn write(
-        &mut self,
-        connection: &mut Connection,
-        before: &HashMap<UserId, UserRecord>,
-        after: &BTreeMap<UserId, UserRecord>,
-        kicks: Vec<KickedRoute>,
-    ) -> Result<(OutboxId, Vec<UserId>), SqlError> {
-        let absent = UserRecord::default();
-        let mut changes = Vec::with_capacity(after.len());
-        for (user, after) in after {
-            changes.push(UserChange { user: *user, before: before.get(user).unwrap_or(&absent), after });
-        }
-        connection.write_users(&changes).await?;
-        let rows: Vec<OutboxId> = self.shown.iter().map(|row| row.id.clone()).collect();
-        let all_deleted = connection.delete_outbox(&rows).await? == rows.len();
-        let overtaken = if all_deleted { Vec::new() } else { self.shown.iter().flat_map(|row| row.users.clone()).collect() };
-        let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks };
-        for change in &changes {
-            body.changed(change.user, change.after.version);
-        }
-        Ok((connection.add_outbox(&self.tools.node_id, &body).await?, overtaken))
     }
 
     /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2
@@ -575,44 +403,6 @@ fn answer(answers: impl Iterator<Item = (Pending, Option<Result<Outcome, Error>>
 enum Wake {
     Event(Pending),
     Nothing,
-}
-
-/// What a batch has done so far, in memory.
-struct Work<'a> {
-    current: HashMap<GatewayAddr, Arc<Life>>,
-    before: &'a HashMap<UserId, UserRecord>,
-    after: HashMap<UserId, UserRecord>,
-    kicks: Vec<KickedRoute>,
-}
-
-impl Work<'_> {
-    fn record(&self, user: UserId) -> UserRecord {
-        self.after.get(&user).or_else(|| self.before.get(&user)).cloned().unwrap_or_default()
-    }
-
-    /// The life a bind belongs to. None: the one it claims is over, or another gateway's.
-    fn life_of(&self, bind: &Bind, table: &LifeTable) -> Option<Arc<Life>> {
-        match bind.epoch {
-            None => self.current.get(&bind.gateway).cloned(),
-            Some(epoch) => table.get(epoch).filter(|life| life.alive && life.gateway == bind.gateway).cloned(),
-        }
-    }
-
-    fn keep(&mut self, user: UserId, applied: Applied) -> Outcome {
-        if let Outcome::Bound { kicked, .. } = &applied.outcome {
-            self.kicks.extend(kicked.iter().map(|(route, reason)| KickedRoute {
-                user_id: user.get(),
-                device_id: route.device.to_string(),
-                epoch: route.epoch.0,
-                bound_version: route.bound_version.0,
-                reason: reason_to_i32(*reason),
-            }));
-        }
-        if let Some(next) = applied.next {
-            self.after.insert(user, next);
-        }
-        applied.outcome
-    }
 }
 
 fn halve(part: Part, parts: &mut VecDeque<Part>) {

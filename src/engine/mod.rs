@@ -1,6 +1,6 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `lane` with `lanes`, `expiry`.
+//! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `transaction`, `lane` with `lanes`, `expiry`.
 
 pub mod cache;
 pub mod delivery;
@@ -13,4 +13,5 @@ pub mod lanes;
 pub mod lives;
 pub mod loader;
 pub mod projection;
+mod transaction;
 pub mod warm_up;
