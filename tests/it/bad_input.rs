@@ -182,9 +182,11 @@ async fn calls_that_are_not_served_yet_say_so() {
     let node = cluster.node();
     let mut presence = node.presence();
     let mut gateway = GatewayServiceClient::connect(format!("http://{}", node.data)).await.expect("connect");
+    let waiting = DeliverReq { user_id: ALICE, ack_timeout_ms: 1, ..Default::default() };
+    let stored = BatchDeliverReq { user_ids: vec![ALICE], store_offline: true, ..Default::default() };
     let answers = [
-        ("Deliver", presence.deliver(DeliverReq { user_id: ALICE, ..Default::default() }).await.err()),
-        ("BatchDeliver", presence.batch_deliver(BatchDeliverReq { user_ids: vec![ALICE], ..Default::default() }).await.err()),
+        ("acknowledgement", presence.deliver(waiting).await.err()),
+        ("inbox", presence.batch_deliver(stored).await.err()),
         ("Register", gateway.register_gateway(RegisterGatewayReq::default()).await.err()),
         ("Heartbeat", gateway.heartbeat(HeartbeatReq::default()).await.err()),
     ];
