@@ -229,10 +229,14 @@ impl L2Check {
         }
         let mut connection = self.connected().await?;
         let cluster = connection.read_cluster().await?;
-        if !cluster.cache_identity.is_empty() {
-            connection.adopt_cache(&cluster, "").await?; // whoever comes next, also the same server, is another
-            connection.empty_outbox().await?;
-            warn!("Redis (cache) has been away for {AWAY_LIMIT:?}: its records are given up");
+        let old = cluster.clock.now().minus(AWAY_LIMIT);
+        // Rows that old say that no other node reaches it either.
+        if connection.has_outbox_before(old).await? {
+            if !cluster.cache_identity.is_empty() {
+                connection.adopt_cache(&cluster, "").await?;
+                warn!("Redis (cache) has been away for {AWAY_LIMIT:?}: what waits to be shown there is given up");
+            }
+            connection.void_outbox_without_cache(old).await?;
         }
         self.connection = Some(connection);
         Ok(())

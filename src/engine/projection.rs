@@ -144,7 +144,7 @@ impl Outside {
             hints.tell(&versions).await;
         }
         let winners = winners?;
-        self.announce(&records, &winners).await?;
+        self.announce(&records, &winners).await;
         self.kick(&batch.kicks).await?;
         let overtaken = self.overtaken(&records, &winners).await.ok()?;
         if !overtaken.is_empty() {
@@ -163,14 +163,14 @@ impl Outside {
         Some(winners.into_iter().collect())
     }
 
-    async fn announce(&self, records: &[(UserId, UserRecord, Shown)], winners: &BTreeSet<UserId>) -> Option<()> {
-        let Some(bus) = &self.bus else { return Some(()) };
+    /// Tells anyone who listens where users are now. Whoever does not listen, or whom a broken queue cuts off, misses it.
+    async fn announce(&self, records: &[(UserId, UserRecord, Shown)], winners: &BTreeSet<UserId>) {
+        let Some(bus) = &self.bus else { return };
         let won = records.iter().filter(|(user, ..)| winners.contains(user));
         let changes: Vec<_> = won.map(|(user, _, shown)| (*user, shown.gateway.as_deref())).collect();
-        if changes.is_empty() {
-            return Some(());
+        if !changes.is_empty() && bus.routes_changed(changes.into_iter()).await.is_err() {
+            self.metrics.redis_error("queue");
         }
-        bus.routes_changed(changes.into_iter()).await.ok()
     }
 
     /// Tells gateways to close the connections of routes that other devices' binds removed.
@@ -229,9 +229,7 @@ impl Outside {
                 hints.tell(&records.iter().map(|(user, record, _)| (*user, record.version)).collect::<Vec<_>>()).await;
             }
             let everybody = users.iter().copied().collect();
-            if self.announce(&records, &everybody).await.is_none() {
-                return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
-            }
+            self.announce(&records, &everybody).await;
             let shown: HashMap<UserId, Version> = records.into_iter().map(|(user, record, _)| (user, record.version)).collect();
             let now = connection.load_users(&users).await?.records;
             users.retain(|user| now.get(user).map(|record| record.version) != shown.get(user).copied());
@@ -285,9 +283,9 @@ impl Repair {
         let waiting = connection.count_outbox().await?;
         self.outside.metrics.outbox_rows.set(waiting);
         if waiting > MAX_ROWS {
-            let generation = connection.read_cluster().await?.generation;
-            connection.raise_generation(generation).await?;
-            connection.empty_outbox().await?;
+            let cluster = connection.read_cluster().await?;
+            connection.raise_generation(cluster.generation).await?;
+            connection.void_outbox(cluster.clock.now()).await?;
             warn!(rows = waiting, "too many changes wait to be shown: they are given up, and the caches start anew");
         }
         if let Some(l2) = self.outside.l2.clone() {

@@ -5,6 +5,7 @@ use std::time::Duration;
 use prost::Message;
 use sqlx::Row;
 
+use crate::domain::time::Timestamp;
 use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
@@ -74,9 +75,22 @@ impl Connection {
         self.execute(statement(SQL).bind(id.0.clone()).bind(node_id.to_owned())).await.map(|_| ())
     }
 
-    /// Deletes every row: what they say has been made void by a new generation.
-    pub async fn empty_outbox(&mut self) -> Result<(), SqlError> {
-        self.execute(statement("DELETE FROM outbox")).await.map(|_| ())
+    /// Deletes the rows up to `until`: a generation raised since then has made void what they are about.
+    pub async fn void_outbox(&mut self, until: Timestamp) -> Result<(), SqlError> {
+        self.execute(statement("DELETE FROM outbox WHERE created <= ?").bind(until.0)).await.map(|_| ())
+    }
+
+    /// Deletes the rows up to `until`, if no shared cache is in use: the next one begins a new generation.
+    pub async fn void_outbox_without_cache(&mut self, until: Timestamp) -> Result<u64, SqlError> {
+        const SQL: &str =
+            "DELETE FROM outbox WHERE created <= ? AND EXISTS (SELECT 1 FROM cluster WHERE id = 1 AND cache_identity = '')";
+        self.execute(statement(SQL).bind(until.0)).await
+    }
+
+    /// Whether a row of before `until` is still there.
+    pub async fn has_outbox_before(&mut self, until: Timestamp) -> Result<bool, SqlError> {
+        let rows = self.fetch(statement("SELECT id FROM outbox WHERE created <= ? LIMIT 1").bind(until.0)).await?;
+        Ok(!rows.is_empty())
     }
 
     pub async fn count_outbox(&mut self) -> Result<i64, SqlError> {
