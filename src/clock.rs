@@ -4,6 +4,8 @@ use std::sync::atomic::AtomicI64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
+use std::time::SystemTime;
+use std::time::UNIX_EPOCH;
 
 use crate::domain::time::Timestamp;
 
@@ -39,6 +41,13 @@ impl Clock {
     fn elapsed_ms(&self, instant: Instant) -> i64 {
         i64::try_from(instant.saturating_duration_since(self.started).as_millis()).unwrap_or(i64::MAX)
     }
+}
+
+/// This machine's own clock, in Unix milliseconds: for what is shown to people, never for what is stored or compared.
+#[allow(clippy::disallowed_methods)] // here is where it is asked
+pub fn unix_ms() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
 }
 
 /// An instant that threads share without a lock. Freshness is a time compared when reading, never a flag that a task sets: a

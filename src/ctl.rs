@@ -1,11 +1,17 @@
-//! `im-presence ctl`: the calls of `PresenceService` from a shell. A plain client: it sees what any other client sees.
+//! `im-presence ctl`: the calls of `PresenceService` from a shell, and what gateways hear. A plain client: it sees what any
+//! other client sees.
 
+mod listen;
 mod print;
 
 use std::error::Error;
+use std::fs;
 use std::io;
+use std::io::Read;
 use std::io::Write;
 use std::net::IpAddr;
+use std::path::Path;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -17,10 +23,12 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 use tonic_types::StatusExt;
 
+use crate::ctl::listen::Listen;
 use crate::pb;
 use crate::pb::BatchQueryRouteReq;
 use crate::pb::BindRouteReq;
 use crate::pb::Code;
+use crate::pb::DeliverReq;
 use crate::pb::Platform;
 use crate::pb::QueryRouteReq;
 use crate::pb::UnbindRouteReq;
@@ -44,18 +52,21 @@ Examples:
   im-presence ctl unbind 42 --gateway gw-1:7000 --device phone
   im-presence ctl batch-query 1 2 3 --routes
   im-presence ctl --json batch-query --online-only - < ids.txt | jq -r '.users[].user_id'
+  im-presence ctl listen 42 --redis redis://127.0.0.1:6379      as a gateway would
+  im-presence ctl deliver 42 'dinner is ready'
 
-Exit codes: 0 done (query: the user is online), 1 the call failed, 2 bad usage or an argument that the node refused,
-3 the answer is no (query: not online; unbind: nothing to unbind; bind: refused by the device policy, or fenced).";
+Exit codes: 0 done (query: the user is online; deliver: delivered; listen: stopped by Ctrl-C), 1 the call failed, 2 bad usage
+or an argument that the node refused, 3 the answer is no (query: not online; unbind: nothing to unbind; bind: refused by the
+device policy, or fenced; deliver: not online, or nobody listens).";
 
-/// Bind, unbind and look up users on a running node
+/// Bind, unbind and look up users on a running node; deliver to them, and listen as a gateway does
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Ctl {
     /// The node's gRPC address
     #[arg(long, value_name = "HOST:PORT", env = "IM_PRESENCE_ADDR", default_value = "127.0.0.1:6000", global = true)]
     addr: String,
-    /// Print the answer as proto3 JSON: field names as in the .proto files, 64-bit integers as strings
+    /// Print answers as proto3 JSON: field names as in the .proto files, 64-bit integers as strings
     #[arg(long, global = true)]
     json: bool,
     /// How long to wait, in milliseconds: for the connection, then for the answer
@@ -75,6 +86,10 @@ enum Command {
     Query(Query),
     /// Ask where many users are
     BatchQuery(BatchQuery),
+    /// Hand a message to the gateways that hold a user's devices
+    Deliver(Deliver),
+    /// Print what gateways are told for users, until Ctrl-C
+    Listen(Listen),
 }
 
 #[derive(Args)]
@@ -155,6 +170,25 @@ struct BatchQuery {
     max_staleness_ms: Option<u32>,
 }
 
+#[derive(Args)]
+struct Deliver {
+    /// The user's id, above 0
+    #[arg(value_parser = clap::value_parser!(i64).range(1..))]
+    user: i64,
+    /// The message, as text
+    #[arg(required_unless_present = "binary_file", conflicts_with = "binary_file")]
+    message: Option<String>,
+    /// What kind of message it is; receivers see it if delivery.payload = envelope
+    #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
+    message_type: String,
+    /// The message's own id: the same message again to the same node is then delivered once
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    message_id: String,
+    /// Deliver the bytes of this file instead of a text; `-` is stdin
+    #[arg(long, value_name = "FILE")]
+    binary_file: Option<PathBuf>,
+}
+
 /// What goes to stdout (an answer) or stderr (why there is none), and the exit code.
 struct Outcome {
     text: String,
@@ -170,6 +204,7 @@ impl Ctl {
             Err(error) => Err(Outcome { text: format!("cannot start: {error}"), exit: FAILED }),
         };
         let (written, exit) = match outcome {
+            Ok(Outcome { text, exit }) if text.is_empty() => (Ok(()), exit),
             Ok(Outcome { text, exit }) => (writeln!(io::stdout(), "{text}"), exit),
             Err(Outcome { text, exit }) => (writeln!(io::stderr(), "{text}"), exit),
         };
@@ -180,26 +215,37 @@ impl Ctl {
     }
 
     async fn call(self) -> Result<Outcome, Outcome> {
-        let batch = match &self.command {
-            Command::BatchQuery(query) => query.ids().map_err(|text| Outcome { text, exit: BAD_USAGE })?,
-            _ => Vec::new(),
-        };
-        let mut client = self.connect().await?;
+        let unusable = |text| Outcome { text, exit: BAD_USAGE };
         let answer = match &self.command {
-            Command::Bind(bind) => client.bind_route(bind.request()).await.map(|answer| self.bound(bind, answer.get_ref())),
+            Command::Bind(bind) => {
+                self.connect().await?.bind_route(bind.request()).await.map(|answer| self.bound(bind, answer.get_ref()))
+            }
             Command::Unbind(unbind) => {
-                client.unbind_route(unbind.request()).await.map(|answer| self.unbound(unbind, answer.get_ref()))
+                self.connect().await?.unbind_route(unbind.request()).await.map(|answer| self.unbound(unbind, answer.get_ref()))
             }
-            Command::Query(query) => client.query_route(query.request()).await.map(|answer| self.found(query, answer.get_ref())),
+            Command::Query(query) => {
+                self.connect().await?.query_route(query.request()).await.map(|answer| self.found(query, answer.get_ref()))
+            }
             Command::BatchQuery(query) => {
-                client.batch_query_route(query.request(batch)).await.map(|answer| self.listed(query, answer.get_ref()))
+                let request = query.request(query.ids().map_err(unusable)?);
+                self.connect().await?.batch_query_route(request).await.map(|answer| self.listed(query, answer.get_ref()))
             }
+            Command::Deliver(deliver) => {
+                let mut request = tonic::Request::new(deliver.request().map_err(unusable)?);
+                request.set_timeout(self.patience()); // tells the node until when a retry makes sense
+                self.connect().await?.deliver(request).await.map(|answer| self.delivered(deliver, answer.get_ref()))
+            }
+            Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
         answer.map_err(|status| self.failed(&status))
     }
 
+    fn patience(&self) -> Duration {
+        Duration::from_millis(self.timeout)
+    }
+
     async fn connect(&self) -> Result<PresenceServiceClient<Channel>, Outcome> {
-        let (addr, timeout) = (&self.addr, Duration::from_millis(self.timeout));
+        let (addr, timeout) = (&self.addr, self.patience());
         let endpoint = Endpoint::from_shared(format!("http://{addr}"))
             .map_err(|_| Outcome { text: format!("--addr must be HOST:PORT, not {addr:?}"), exit: BAD_USAGE })?;
         let channel = endpoint.connect_timeout(timeout).timeout(timeout).connect().await.map_err(|error| {
@@ -227,6 +273,11 @@ impl Ctl {
     fn listed(&self, query: &BatchQuery, answer: &pb::BatchQueryRouteResp) -> Outcome {
         let text = self.text("BatchQueryRouteResp", answer, || print::listed(query.routes, answer));
         Outcome { text, exit: exit(code(&answer.result), true) }
+    }
+
+    fn delivered(&self, deliver: &Deliver, answer: &pb::DeliverResp) -> Outcome {
+        let text = self.text("DeliverResp", answer, || print::delivered(deliver.user, answer));
+        Outcome { text, exit: exit(code(&answer.result), answer.delivered || answer.stored) }
     }
 
     fn text(&self, message: &str, answer: &impl prost::Message, human: impl FnOnce() -> String) -> String {
@@ -306,6 +357,32 @@ impl BatchQuery {
     }
 }
 
+impl Deliver {
+    fn request(&self) -> Result<DeliverReq, String> {
+        let payload = match &self.binary_file {
+            Some(path) => bytes_of(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?,
+            None => Vec::new(),
+        };
+        Ok(DeliverReq {
+            user_id: self.user,
+            message: self.message.clone().unwrap_or_default(),
+            message_type: self.message_type.clone(),
+            payload: payload.into(),
+            message_id: self.message_id.clone(),
+            ..Default::default()
+        })
+    }
+}
+
+fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
+    if path != Path::new("-") {
+        return fs::read(path);
+    }
+    let mut bytes = Vec::new();
+    io::stdin().read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
 fn platform(name: &str) -> Platform {
     Platform::from_str_name(&format!("PLATFORM_{}", name.to_uppercase())).unwrap_or(Platform::Other)
 }
@@ -349,7 +426,8 @@ mod tests {
         ctl: Ctl,
     }
 
-    /// User 1 is online, user 2 is not, user 3 is no user; nothing is ever bound; unbinding is not offered.
+    /// User 1 is online, user 2 is not, user 3 is no user; nothing is ever bound; unbinding is not offered. Messages reach
+    /// user 1 by two gateways, and nobody listens for user 4.
     struct Node;
 
     #[tonic::async_trait]
@@ -370,6 +448,22 @@ mod tests {
         async fn bind_route(&self, _: tonic::Request<BindRouteReq>) -> Result<tonic::Response<pb::BindRouteResp>, tonic::Status> {
             let result = Some(pb::Result { code: Code::Refused.into(), msg: "too many devices".into() });
             Ok(tonic::Response::new(pb::BindRouteResp { result, ..Default::default() }))
+        }
+
+        async fn deliver(&self, request: tonic::Request<DeliverReq>) -> Result<tonic::Response<pb::DeliverResp>, tonic::Status> {
+            assert!(request.metadata().contains_key("grpc-timeout"), "the node is told how long the caller waits");
+            let request = request.into_inner();
+            let code = match request.user_id {
+                1 => Code::Ok,
+                2 => Code::NotFound,
+                4 => Code::Undelivered,
+                _ => return Err(tonic::Status::unavailable("no [redis_queue] is configured to deliver through")),
+            };
+            let msg = format!("{}+{} {}", request.message, request.payload.len(), request.message_type);
+            let (result, delivered) = (Some(pb::Result { code: code.into(), msg }), code == Code::Ok);
+            let (receivers, attempts, delivery_id) = (u32::from(delivered) * 2, 3, "n-1".into());
+            let answer = pb::DeliverResp { result, delivered, receivers, attempts, delivery_id, ..Default::default() };
+            Ok(tonic::Response::new(answer))
         }
     }
 
@@ -396,6 +490,15 @@ mod tests {
         check("bind 1 gw-1", NO, "CODE_REFUSED").await;
         check("unbind 1 --gateway gw-1", FAILED, "does not offer this call").await;
         check("batch-query 1 two", BAD_USAGE, "a user is a number").await;
+        check("deliver 1 hello", DONE, "delivered to 2 subscribers").await;
+        check("deliver 1 hello --json", DONE, "\"receivers\":2").await;
+        check("deliver 2 hello", NO, "(NOT_FOUND): hello").await;
+        check("deliver 4 hello --type text", NO, "(CODE_UNDELIVERED): hello+0 text").await;
+        let file = concat!(env!("CARGO_MANIFEST_DIR"), "/rustfmt.toml");
+        let bytes = fs::read(file).unwrap().len();
+        check(&format!("deliver 4 --binary-file {file}"), NO, &format!("): +{bytes} ")).await;
+        check("deliver 1 --binary-file /nowhere", BAD_USAGE, "cannot read /nowhere").await;
+        check("deliver 3 hello", FAILED, "no [redis_queue] is configured").await;
         node.abort();
         assert!(node.await.is_err(), "the node is gone");
         check("query 1", FAILED, "connection refused; is the daemon running? see --addr").await;

@@ -11,7 +11,7 @@
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways |
 //! | [`clock`], [`config`], [`error`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`ctl`] is a plain client of the gRPC API; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`ctl`] is a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!
@@ -47,6 +47,7 @@ pub mod ctl;
 pub mod domain;
 pub mod engine;
 pub mod error;
+pub mod health;
 pub mod metrics;
 pub mod pb;
 pub mod store;

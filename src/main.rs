@@ -1,4 +1,4 @@
-//! The command line: serve (the default), `check-config`, `ctl`.
+//! The command line: serve (the default), `check-config`, `ctl`, `health`.
 
 use std::fmt::Display;
 use std::path::PathBuf;
@@ -10,6 +10,7 @@ use clap::Subcommand;
 use im_presence::app;
 use im_presence::config::Config;
 use im_presence::ctl::Ctl;
+use im_presence::health::Health;
 use im_presence::telemetry;
 use tokio::runtime::Builder;
 
@@ -26,6 +27,8 @@ Examples:
   im-presence check-config --config FILE          what is in force, or what is wrong with it
   im-presence ctl bind 42 gw-1:7000 --device phone
   im-presence ctl query 42
+  im-presence ctl deliver 42 hello
+  im-presence health                              whether the node on this machine is ready
 
 Environment:
   IM_PRESENCE__SECTION__KEY   overrides one key of the configuration: IM_PRESENCE__PRESENCE_SERVICE__PORT=7000,
@@ -52,6 +55,7 @@ enum Command {
     /// Print the configuration in force, without passwords; or all that is wrong with it, and exit with 2
     CheckConfig(ConfigFile),
     Ctl(Ctl),
+    Health(Health),
 }
 
 #[derive(Args)]
@@ -70,6 +74,7 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Some(Command::Ctl(ctl)) => ctl.run(),
+        Some(Command::Health(health)) => health.run(),
     }
 }
 

@@ -88,6 +88,47 @@ pub fn listed(with_routes: bool, answer: &pb::BatchQueryRouteResp) -> String {
     parts.join("\n")
 }
 
+pub fn delivered(user: i64, answer: &pb::DeliverResp) -> String {
+    let attempts = counted(answer.attempts, "attempt");
+    if !answer.delivered {
+        return format!("the message was not delivered to user {user}{}, after {attempts}", refusal(&answer.result));
+    }
+    let (receivers, id) = (counted(answer.receivers, "subscriber"), &answer.delivery_id);
+    format!("the message for user {user} is delivered to {receivers}, after {attempts}, delivery id {id}")
+}
+
+/// A message that was heard on the channel of its user, on one line. Bytes that are no text are shown in hexadecimal.
+pub fn heard(delivery: &pb::Delivery) -> String {
+    let (at, user) = (time(delivery.timestamp), delivery.user_id);
+    let body = match std::str::from_utf8(&delivery.payload) {
+        Ok("") => harmless(&delivery.message),
+        Ok(text) => harmless(text),
+        Err(_) => format!("0x{}", hex(&delivery.payload)),
+    };
+    let named = [("type", &delivery.message_type), ("id", &delivery.message_id), ("delivery", &delivery.delivery_id)];
+    let named = named.into_iter().filter(|(_, value)| !value.is_empty()).map(|(name, value)| format!("{name} {value}"));
+    let devices = (!delivery.device_ids.is_empty()).then(|| format!("for {}", delivery.device_ids.join(" ")));
+    let about = named.chain(devices).collect::<Vec<_>>().join(", ");
+    if about.is_empty() { format!("{at} user {user}: {body}") } else { format!("{at} user {user} ({about}): {body}") }
+}
+
+/// Without what would end the line, or steer a terminal.
+fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for c in text.chars() {
+        if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
+    }
+    shown
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn counted(count: u32, what: &str) -> String {
+    if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
+}
+
 fn user(user: &pb::UserRoute) -> Vec<String> {
     let state = match Code::try_from(user.code) {
         Ok(Code::Ok | Code::NotFound) => online(user.is_online).to_owned(),
@@ -221,6 +262,22 @@ mod tests {
         let result = Some(pb::Result { code: Code::Refused.into(), msg: "5 devices are online".into() });
         let answer = pb::BindRouteResp { result, ..Default::default() };
         assert_eq!(bound(42, "gw-1", &answer), "user 42 was not bound to gw-1 (CODE_REFUSED): 5 devices are online");
+    }
+
+    #[test]
+    fn a_message_is_text_or_hexadecimal() {
+        let plain = pb::Delivery { user_id: 42, payload: "grüß dich".into(), ..Default::default() };
+        assert_eq!(heard(&plain), "1970-01-01 00:00:00.000Z user 42: grüß dich");
+        let nasty = pb::Delivery { user_id: 42, message: "a\n\u{1b}[2Jb\\".into(), ..Default::default() };
+        assert_eq!(heard(&nasty), "1970-01-01 00:00:00.000Z user 42: a\\n\\u{1b}[2Jb\\");
+        let delivery = pb::Delivery {
+            delivery_id: "n-7".into(),
+            message_type: "chat".into(),
+            payload: vec![0xff, 0x00].into(),
+            device_ids: vec!["phone".into(), "pad".into()],
+            ..plain
+        };
+        assert_eq!(heard(&delivery), "1970-01-01 00:00:00.000Z user 42 (type chat, delivery n-7, for phone pad): 0xff00");
     }
 
     #[test]
