@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod bind;
+mod container;
 mod contention;
 mod crash;
 mod harness;

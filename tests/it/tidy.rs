@@ -6,10 +6,10 @@ use std::path::PathBuf;
 
 const MAX_FUNCTION_LINES: usize = 70;
 
-struct Source {
+pub struct Source {
     /// Relative to the package: `src/engine/lane.rs`.
-    name: String,
-    text: String,
+    pub name: String,
+    pub text: String,
 }
 
 impl Source {
@@ -28,7 +28,7 @@ impl Source {
     }
 }
 
-fn package() -> &'static Path {
+pub fn package() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
@@ -44,7 +44,7 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
 }
 
 /// The sources of the product. Tests that stand beside them are left out.
-fn sources() -> Vec<Source> {
+pub fn sources() -> Vec<Source> {
     let mut files = Vec::new();
     collect(&package().join("src"), &mut files);
     files.sort();

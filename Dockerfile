@@ -1,0 +1,25 @@
+# One node: gRPC on 6000, health and metrics on 6001, its embedded database in the volume unless IM_PRESENCE__STORE__URL
+# says otherwise. Both ports are open to the container's network without authentication: publish them with care.
+
+FROM rust:1.95-bookworm AS builder
+WORKDIR /build
+COPY Cargo.toml Cargo.lock build.rs ./
+COPY config config
+COPY migrations migrations
+COPY proto proto
+COPY src src
+# Line numbers stay in panic messages; what only a debugger needs goes.
+RUN cargo build --release --locked --bin im-presence && strip --strip-debug target/release/im-presence
+
+FROM debian:bookworm-slim
+RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin im-presence \
+    && install -d -o im-presence -g im-presence /var/lib/im-presence
+COPY --from=builder /build/target/release/im-presence /usr/local/bin/im-presence
+USER 10001:10001
+WORKDIR /var/lib/im-presence
+VOLUME /var/lib/im-presence
+ENV IM_PRESENCE__PRESENCE_SERVICE__HOST=0.0.0.0
+ENV IM_PRESENCE__ADMIN__HOST=0.0.0.0
+EXPOSE 6000 6001
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["im-presence", "health"]
+ENTRYPOINT ["im-presence"]

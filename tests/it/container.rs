@@ -1,0 +1,106 @@
+//! What a container is built from and started with. Containers are not run here: this checks what would break them.
+
+use std::fs;
+use std::path::Component;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Command;
+use std::process::Output;
+
+use crate::harness::cluster::Cluster;
+use crate::tidy::package;
+use crate::tidy::sources;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_im-presence");
+const PREFIX: &str = "IM_PRESENCE__";
+
+fn read(name: &str) -> String {
+    fs::read_to_string(package().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
+}
+
+/// What the Dockerfile copies from the package.
+fn copied() -> Vec<PathBuf> {
+    let dockerfile = read("Dockerfile");
+    let copies = dockerfile.lines().filter_map(|line| line.strip_prefix("COPY ")).filter(|line| !line.starts_with("--from="));
+    let paths = copies.flat_map(|line| line.rsplit_once(' ').expect("COPY FROM... TO").0.split(' '));
+    paths.map(PathBuf::from).collect()
+}
+
+/// The daemon's variables in a Dockerfile (`ENV NAME=value`) or a compose file (`NAME: "value"`).
+fn variables(file: &str) -> Vec<(String, String)> {
+    let text = read(file);
+    let assignments = text.lines().map(|line| line.trim().trim_start_matches("ENV ")).filter(|line| line.starts_with(PREFIX));
+    let pairs = assignments.map(|line| line.split_once(['=', ':']).unwrap_or_else(|| panic!("{file}: {line}")));
+    pairs.map(|(name, value)| (name.to_owned(), value.trim().trim_matches('"').to_owned())).collect()
+}
+
+fn run(arguments: &[&str], environment: &[(String, String)]) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command.args(arguments).envs(environment.iter().cloned()).output().expect("run im-presence")
+}
+
+/// `a/b/../c` as `a/c`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::ParentDir => assert!(plain.pop(), "{path:?} leaves the package"),
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+#[test]
+fn the_container_is_built_from_what_is_there() {
+    let (copied, ignored) = (copied(), read(".dockerignore"));
+    assert!(copied.len() > 4, "what it copies was found: {copied:?}");
+    for path in &copied {
+        assert!(package().join(path).exists(), "the Dockerfile copies {path:?}");
+        assert!(!ignored.lines().any(|line| Path::new(line) == path), ".dockerignore keeps {path:?} away");
+    }
+}
+
+#[test]
+fn the_container_is_built_from_all_that_the_sources_include() {
+    let copied = copied();
+    for source in sources() {
+        for include in ["include_str!(\"", "include_bytes!(\""] {
+            for rest in source.text.split(include).skip(1) {
+                let path = rest.split('"').next().expect("the rest of a file");
+                let path = plain(&Path::new(&source.name).parent().expect("a directory").join(path));
+                assert!(package().join(&path).exists(), "{} includes {path:?}", source.name);
+                assert!(copied.iter().any(|copied| path.starts_with(copied)), "the Dockerfile does not copy {path:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_container_and_the_composition_say_nothing_that_the_daemon_does_not_know() {
+    let image = variables("Dockerfile");
+    let both = [image.clone(), variables("compose.yaml")].concat();
+    assert!(image.len() >= 2 && both.len() >= 7, "the variables were found: {both:?}");
+    for (name, value) in &both {
+        let (section, key) = name.trim_start_matches(PREFIX).split_once("__").expect("IM_PRESENCE__SECTION__KEY");
+        let checked = run(&["check-config"], &[(name.clone(), value.clone())]);
+        let (text, why) = (String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
+        assert!(checked.status.success(), "{why}");
+        let section = format!("[{}]\n", section.to_lowercase());
+        let in_force = text.split_once(&section).unwrap_or_else(|| panic!("{section}: {text}")).1.split("\n\n").next();
+        let line = format!("{} = ", key.to_lowercase());
+        assert!(in_force.is_some_and(|keys| keys.lines().any(|key| key.starts_with(&line))), "{name}: {text}");
+    }
+    assert!(run(&["check-config"], &both).status.success(), "all of them together");
+}
+
+#[tokio::test]
+async fn health_tells_a_node_that_serves_from_one_that_does_not() {
+    let mut cluster = Cluster::sqlite(&[]).await;
+    let addr = cluster.node().admin.to_string();
+    let healthy = run(&["health", "--addr", &addr], &[]);
+    assert!(healthy.status.success() && healthy.stdout.starts_with(b"{"), "{healthy:?}");
+    cluster.nodes[0].kill();
+    let gone = run(&["health", "--addr", &addr], &[]);
+    assert_eq!(gone.status.code(), Some(1), "{gone:?}");
+}
