@@ -46,7 +46,7 @@ pub enum StartError {
     Store(OpenError),
     #[error("[{section}] cannot be used: {cause}")]
     Redis { section: &'static str, cause: LinkError },
-    #[error("[{section}] tls = true: this build has no TLS for Redis; put a tunnel before it, or set tls = false")]
+    #[error("[{section}] asks for TLS, which this build does not have for Redis: put a tunnel before it, or use no TLS")]
     NoTls { section: &'static str },
     #[error("cannot listen on {addr}: {cause}")]
     Listen { addr: String, cause: std::io::Error },

@@ -142,7 +142,8 @@ fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<Shar
 }
 
 fn no_tls(redis: &config::Redis, section: &'static str) -> Result<(), StartError> {
-    if redis.tls { Err(StartError::NoTls { section }) } else { Ok(()) }
+    let tls = redis.tls || redis.url.as_ref().is_some_and(|url| url.expose().starts_with("rediss:"));
+    if tls { Err(StartError::NoTls { section }) } else { Ok(()) }
 }
 
 fn lane_settings(config: &Config, engine: Engine) -> lanes::Settings {

@@ -173,11 +173,13 @@ impl Deliveries {
     ) -> HashMap<UserId, Result<Report, Error>> {
         let mut done = HashMap::new();
         let mut past_caches = false;
-        for attempts in 1..=self.settings.max_retries + 1 {
+        // The second attempt follows at once, past every cache; only those after it are retries that wait.
+        for attempts in 1..=self.settings.max_retries.max(1) + 1 {
             if users.is_empty() {
                 break;
             }
-            let last = attempts > self.settings.max_retries || Instant::now() + self.settings.retry_interval >= deadline;
+            let no_time = Instant::now() + self.settings.retry_interval >= deadline;
+            let last = past_caches && (attempts > self.settings.max_retries || no_time);
             let live = self.live(&users, past_caches, &mut done, attempts).await;
             users = self.publish(bus, live, message, attempts, last, deadline, &mut done).await;
             if !users.is_empty() && !last {
