@@ -1,12 +1,15 @@
-//! The features of im-presence, shown on real processes: nodes, MariaDB, and a proxy between them that fails on demand.
+//! The features of im-presence, shown on real processes: nodes, MariaDB, Redis, and proxies that fail on demand.
 
 mod bad_input;
 mod bind;
 mod container;
 mod contention;
 mod crash;
+mod deliver;
 mod harness;
+mod redis_faults;
 mod running;
+mod shared;
 mod sql_faults;
 mod stale_reads;
 mod tidy;

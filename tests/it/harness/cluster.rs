@@ -1,6 +1,7 @@
 //! Nodes on one database, and short ways to ask them.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use im_presence::pb::BindRouteReq;
@@ -25,6 +26,7 @@ use crate::harness::node::Node;
 use crate::harness::node::Settings;
 use crate::harness::node::settings;
 use crate::harness::proxy::Proxy;
+use crate::harness::redis::RedisServer;
 
 pub const ALICE: i64 = 1;
 pub const BOB: i64 = 2;
@@ -44,6 +46,14 @@ pub struct TestDb {
 pub struct Cluster {
     pub nodes: Vec<Node>,
     pub db: TestDb,
+    redis: Option<Redis>,
+}
+
+/// The servers behind the two uses of Redis. They may be the same.
+#[derive(Clone)]
+pub struct Redis {
+    pub cache: Arc<RedisServer>,
+    pub queue: Arc<RedisServer>,
 }
 
 impl TestDb {
@@ -122,16 +132,73 @@ impl Cluster {
         Self::start(TestDb::sqlite(), 1, more).await
     }
 
-    async fn start(db: TestDb, count: usize, more: &[(&str, &str)]) -> Self {
-        let mut nodes = Vec::new();
-        for _ in 0..count {
-            nodes.push(Node::start(db.settings(more)).await);
+    /// `nodes` nodes on a fresh database of the shared MariaDB, and one Redis for both uses.
+    pub async fn with_redis(nodes: usize, more: &[(&str, &str)]) -> Self {
+        Self::on_all(MariaDb::shared(), Redis::one(), nodes, more).await
+    }
+
+    /// The same, with a Redis for each use.
+    pub async fn with_two_redis(nodes: usize, more: &[(&str, &str)]) -> Self {
+        Self::on_all(MariaDb::shared(), Redis::two(), nodes, more).await
+    }
+
+    pub async fn on_all(server: &MariaDb, redis: Redis, nodes: usize, more: &[(&str, &str)]) -> Self {
+        let mut cluster = Self { nodes: Vec::new(), db: TestDb::mariadb(server).await, redis: Some(redis) };
+        for _ in 0..nodes {
+            cluster.add_node(more).await;
         }
-        Self { nodes, db }
+        cluster
+    }
+
+    async fn start(db: TestDb, count: usize, more: &[(&str, &str)]) -> Self {
+        let mut cluster = Self { nodes: Vec::new(), db, redis: None };
+        for _ in 0..count {
+            cluster.add_node(more).await;
+        }
+        cluster
+    }
+
+    /// One more node on the same stores.
+    pub async fn add_node(&mut self, more: &[(&str, &str)]) {
+        let mut settings = self.db.settings(more);
+        settings.extend(self.redis.iter().flat_map(Redis::settings));
+        self.nodes.push(Node::start(settings).await);
+    }
+
+    pub fn cache(&self) -> &RedisServer {
+        &self.redis.as_ref().expect("a cluster with Redis").cache
+    }
+
+    pub fn queue(&self) -> &RedisServer {
+        &self.redis.as_ref().expect("a cluster with Redis").queue
     }
 
     pub fn node(&self) -> &Node {
         &self.nodes[0]
+    }
+}
+
+impl Redis {
+    /// One server for both uses.
+    pub fn one() -> Self {
+        let server = Arc::new(RedisServer::start());
+        Self { cache: server.clone(), queue: server }
+    }
+
+    /// A server for each use.
+    pub fn two() -> Self {
+        Self { cache: Arc::new(RedisServer::start()), queue: Arc::new(RedisServer::start()) }
+    }
+
+    fn settings(&self) -> Settings {
+        let (cache, queue) = (self.cache.port.to_string(), self.queue.port.to_string());
+        let host = "127.0.0.1";
+        settings(&[
+            ("REDIS_CACHE__HOST", host),
+            ("REDIS_CACHE__PORT", &cache),
+            ("REDIS_QUEUE__HOST", host),
+            ("REDIS_QUEUE__PORT", &queue),
+        ])
     }
 }
 

@@ -5,6 +5,8 @@ pub mod mariadb;
 pub mod node;
 pub mod process;
 pub mod proxy;
+pub mod redis;
+pub mod traffic;
 
 use std::time::Duration;
 use std::time::Instant;

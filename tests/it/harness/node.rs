@@ -106,6 +106,10 @@ impl Node {
         series.collect()
     }
 
+    pub fn log(&self) -> Vec<String> {
+        self.process.log()
+    }
+
     pub fn stop(&self) {
         process::signal(&self.process.child, Signal::SIGSTOP);
     }

@@ -1,0 +1,245 @@
+//! Private Redis servers, and a plain client beside them. Needs `redis-server`; `tests/run` installs it.
+
+use std::fs;
+use std::fs::File;
+use std::io::Read;
+use std::io::Write;
+use std::path::Path;
+use std::path::PathBuf;
+use std::process::Child;
+use std::process::Command;
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
+
+use nix::sys::signal::Signal;
+use redis::FromRedisValue;
+use redis::aio::MultiplexedConnection;
+use redis::aio::PubSub;
+use tokio::time::timeout;
+use tokio_stream::StreamExt;
+
+use crate::harness::eventually;
+use crate::harness::mariadb::free_port;
+use crate::harness::mariadb::scratch;
+use crate::harness::process;
+
+const START_DEADLINE: Duration = Duration::from_secs(20);
+const START_ATTEMPTS: u32 = 3;
+const SYNC_DEADLINE: Duration = Duration::from_secs(10);
+const LOOK_INTERVAL: Duration = Duration::from_millis(5);
+
+/// A server of one test. It saves nothing by itself.
+pub struct RedisServer {
+    child: Mutex<Child>,
+    directory: PathBuf,
+    pub port: u16,
+}
+
+impl RedisServer {
+    pub fn start() -> Self {
+        let directory = scratch("redis");
+        fs::create_dir_all(&directory).expect("make a directory");
+        for _ in 0..START_ATTEMPTS {
+            let port = free_port();
+            let mut child = launch(&directory, port);
+            if answers(&mut child, port) {
+                return Self { child: Mutex::new(child), directory, port };
+            }
+        }
+        panic!("redis-server does not start; its last words:\n{}", last_words(&directory));
+    }
+
+    /// It stands still: connections stay open, nothing is answered.
+    pub fn stop(&self) {
+        process::signal(&self.child(), Signal::SIGSTOP);
+    }
+
+    pub fn cont(&self) {
+        process::signal(&self.child(), Signal::SIGCONT);
+    }
+
+    /// Everything since the last [`RedisServer::dump`] is lost.
+    pub fn kill(&self) {
+        let mut child = self.child();
+        child.kill().expect("kill redis-server");
+        child.wait().expect("wait for redis-server");
+    }
+
+    /// After [`RedisServer::kill`]: on the same port, with what was dumped last.
+    pub fn restart(&self) {
+        let mut child = self.child();
+        *child = launch(&self.directory, self.port);
+        assert!(answers(&mut child, self.port), "redis-server does not come back:\n{}", last_words(&self.directory));
+    }
+
+    /// Writes everything to disk; done when this returns.
+    pub async fn dump(&self) {
+        self.client().await.run::<()>(&["SAVE"]).await;
+    }
+
+    /// Copies everything of `master`, and follows it from then on.
+    pub async fn replica_of(&self, master: &RedisServer) {
+        let client = self.client().await;
+        client.run::<()>(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]).await;
+        eventually("the replica follows", SYNC_DEADLINE, async || {
+            client.run::<String>(&["INFO", "replication"]).await.contains("master_link_status:up")
+        })
+        .await;
+    }
+
+    /// Follows nobody any more, and takes writes.
+    pub async fn promote(&self) {
+        self.client().await.run::<()>(&["REPLICAOF", "NO", "ONE"]).await;
+    }
+
+    /// A client that ends with its connection: after a restart, make another.
+    pub async fn client(&self) -> RedisClient {
+        let connection = self.open().get_multiplexed_async_connection().await.expect("connect to Redis");
+        RedisClient { connection }
+    }
+
+    /// Hears these channels from when this returns.
+    pub async fn subscribe(&self, channels: &[&str]) -> Subscriber {
+        let mut pubsub = self.open().get_async_pubsub().await.expect("connect to Redis");
+        for channel in channels {
+            pubsub.subscribe(*channel).await.expect("subscribe");
+        }
+        Subscriber { pubsub }
+    }
+
+    /// Hears every channel.
+    pub async fn subscribe_to_all(&self) -> Subscriber {
+        let mut pubsub = self.open().get_async_pubsub().await.expect("connect to Redis");
+        pubsub.psubscribe("*").await.expect("subscribe");
+        Subscriber { pubsub }
+    }
+
+    fn open(&self) -> redis::Client {
+        redis::Client::open(("127.0.0.1", self.port)).expect("an address")
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for RedisServer {
+    fn drop(&mut self) {
+        let mut child = self.child();
+        let _ = (child.kill(), child.wait()); // a test may have killed it
+        drop(child);
+        let _ = fs::remove_dir_all(&self.directory); // the next run removes what is left
+    }
+}
+
+/// What another service, or an operator with `redis-cli`, can do.
+#[derive(Clone)]
+pub struct RedisClient {
+    connection: MultiplexedConnection,
+}
+
+impl RedisClient {
+    pub async fn run<T: FromRedisValue>(&self, words: &[&str]) -> T {
+        let mut command = redis::cmd(words[0]);
+        words[1..].iter().for_each(|word| drop(command.arg(*word)));
+        command.query_async(&mut self.connection.clone()).await.unwrap_or_else(|error| panic!("{words:?}: {error}"))
+    }
+
+    pub async fn get(&self, key: &str) -> Option<String> {
+        self.run(&["GET", key]).await
+    }
+
+    pub async fn get_many(&self, keys: &[String]) -> Vec<Option<Vec<u8>>> {
+        let words: Vec<&str> = std::iter::once("MGET").chain(keys.iter().map(String::as_str)).collect();
+        self.run(&words).await
+    }
+
+    /// In seconds; -1: the key is there for good; -2: there is no such key.
+    pub async fn ttl(&self, key: &str) -> i64 {
+        self.run(&["TTL", key]).await
+    }
+
+    pub async fn has(&self, key: &str) -> bool {
+        self.run(&["EXISTS", key]).await
+    }
+
+    pub async fn keys(&self, pattern: &str) -> Vec<String> {
+        self.run(&["KEYS", pattern]).await
+    }
+}
+
+pub struct Subscriber {
+    pubsub: PubSub,
+}
+
+impl Subscriber {
+    /// The next message, as channel and body.
+    pub async fn next(&mut self, deadline: Duration) -> Option<(String, Vec<u8>)> {
+        let message = timeout(deadline, self.pubsub.on_message().next()).await.ok()??;
+        Some((message.get_channel_name().to_owned(), message.get_payload_bytes().to_vec()))
+    }
+
+    /// The next message's body as text.
+    pub async fn text(&mut self, deadline: Duration) -> String {
+        let (_, body) = self.next(deadline).await.unwrap_or_else(|| panic!("no message within {deadline:?}"));
+        String::from_utf8(body).expect("text")
+    }
+
+    /// Waits for a message with this body; others are passed over.
+    pub async fn hears(&mut self, body: &str, deadline: Duration) {
+        let began = Instant::now();
+        while let Some((_, heard)) = self.next(deadline.saturating_sub(began.elapsed())).await {
+            if heard == body.as_bytes() {
+                return;
+            }
+        }
+        panic!("{body:?} was not heard within {deadline:?}");
+    }
+}
+
+fn launch(directory: &Path, port: u16) -> Child {
+    let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
+    let output = log.try_clone().expect("share the server's log");
+    let mut command = Command::new("redis-server");
+    command
+        .args(["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0"])
+        .arg("--dir")
+        .arg(directory)
+        .args(["--port", &port.to_string()])
+        .stdin(Stdio::null())
+        .stdout(output)
+        .stderr(log);
+    process::spawn(command).expect("start redis-server: run tests/run, or apt-get install redis-server")
+}
+
+/// Whether the server answers a ping. False: it has ended.
+fn answers(child: &mut Child, port: u16) -> bool {
+    let began = Instant::now();
+    while began.elapsed() < START_DEADLINE {
+        if child.try_wait().expect("look after redis-server").is_some() {
+            return false;
+        }
+        if pong(port) {
+            return true;
+        }
+        std::thread::sleep(LOOK_INTERVAL);
+    }
+    panic!("redis-server did not answer within {START_DEADLINE:?}");
+}
+
+fn pong(port: u16) -> bool {
+    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let mut answer = [0; 5];
+    let asked = stream.set_read_timeout(Some(START_DEADLINE)).and_then(|()| stream.write_all(b"PING\r\n"));
+    asked.and_then(|()| stream.read_exact(&mut answer)).is_ok() && &answer == b"+PONG"
+}
+
+fn last_words(directory: &Path) -> String {
+    let text = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}
