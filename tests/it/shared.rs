@@ -177,6 +177,8 @@ async fn what_a_node_does_not_remember_it_reads_from_redis_and_says_so() {
     let cluster = Cluster::with_redis(2, &[]).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let mut changes = cluster.queue().subscribe(&[ROUTE_CHANNEL]).await;
+    one.bind(a_bind(BOB, PHONE, "c")).await;
+    two.query_sql(BOB).await; // now it knows the gateway, without which no record makes sense
     let bound = one.bind(a_bind(ALICE, PHONE, "c")).await;
     changes.hears(&format!("{ALICE}:{GATEWAY}"), SHOWN_WITHIN).await;
     let answer = two.query(ALICE).await;
