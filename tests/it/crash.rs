@@ -16,12 +16,14 @@ use crate::harness::cluster::Cluster;
 use crate::harness::cluster::GATEWAY;
 use crate::harness::cluster::LAPTOP;
 use crate::harness::cluster::PHONE;
+use crate::harness::cluster::Redis;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
 use crate::harness::heavy;
 use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Presence;
+use crate::harness::traffic::everything_agrees_with_sql;
 
 const CLIENTS: usize = 8;
 const KILLS: u32 = 5;
@@ -180,6 +182,37 @@ async fn nothing_acknowledged_is_lost_when_nodes_and_the_database_are_killed() {
     server.restart();
     load.every_client_is_served_again().await;
     check(&cluster, &load.stop().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_acknowledged_is_lost_when_redis_is_killed_as_well_and_everything_agrees_soon_after() {
+    const AGREES_WITHIN: Duration = Duration::from_secs(5);
+    let _turn = heavy().await;
+    let (duration, users) = if long() { (Duration::from_secs(30), 1_000) } else { (Duration::from_secs(8), 200) };
+    let server = MariaDb::start();
+    let mut cluster = Cluster::on_all(&server, Redis::one(), 2, &[]).await;
+    let mut load = Load::start(&cluster, users);
+    // The pace of the faults, not a wait for something to happen.
+    let mut pace = tokio::time::interval(duration / (KILLS + 1) / 2);
+    pace.tick().await;
+    for kill in 0..KILLS {
+        pace.tick().await;
+        cluster.cache().kill();
+        pace.tick().await;
+        let node = &mut cluster.nodes[kill as usize % 2];
+        node.kill();
+        node.restart().await;
+        cluster.cache().restart();
+    }
+    pace.tick().await;
+    server.kill();
+    cluster.cache().kill();
+    server.restart();
+    cluster.cache().restart();
+    load.every_client_is_served_again().await;
+    let clients = load.stop().await;
+    everything_agrees_with_sql(&cluster, 1..=users, AGREES_WITHIN).await;
+    check(&cluster, &clients).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,1 +1,318 @@
+//! Redis fails, stands still, or comes back with what it knew long ago. SQL is the truth all the time.
 
+use std::ops::RangeInclusive;
+use std::time::Duration;
+use std::time::Instant;
+
+use im_presence::pb::BatchBindRouteReq;
+use im_presence::pb::Code;
+use im_presence::pb::DeliverReq;
+use im_presence::pb::UnbindRouteReq;
+use tokio::time::sleep;
+
+use crate::harness::cluster::ALICE;
+use crate::harness::cluster::BOB;
+use crate::harness::cluster::Cluster;
+use crate::harness::cluster::GATEWAY;
+use crate::harness::cluster::PHONE;
+use crate::harness::cluster::a_bind;
+use crate::harness::cluster::code;
+use crate::harness::eventually;
+use crate::harness::heavy;
+use crate::harness::node::Node;
+use crate::harness::percentile;
+use crate::harness::redis::RedisServer;
+use crate::harness::redis::Switch;
+use crate::harness::traffic::Seen;
+use crate::harness::traffic::Traffic;
+use crate::harness::traffic::Written;
+use crate::harness::traffic::everything_agrees_with_sql;
+
+/// Users of [`Traffic`]; whoever comes after them is not touched by it.
+const BUSY: i64 = 100;
+const NOTICED_WITHIN: Duration = Duration::from_secs(5);
+/// After Redis came back, with whatever data.
+const KEYS_AGREE_WITHIN: Duration = Duration::from_secs(10);
+const REPAIRED_WITHIN: Duration = Duration::from_secs(5);
+/// How old an answer may be, ever.
+const OLDEST_ANSWER: Duration = Duration::from_secs(3);
+/// For the machine.
+const ALLOWANCE: Duration = Duration::from_millis(500);
+const COLD: (&str, &str) = ("ROUTE__L1_CAPACITY", "1");
+
+async fn bind_all(node: &Node, users: RangeInclusive<i64>) {
+    let binds = users.map(|user| a_bind(user, PHONE, "c")).collect();
+    let answer = node.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
+    assert!(answer.results.iter().all(|bind| code(&bind.result) == Code::Ok));
+}
+
+async fn unbind_all(node: &Node, users: RangeInclusive<i64>) {
+    for user in users {
+        let (gateway_addr, device_id) = (GATEWAY.to_owned(), PHONE.to_owned());
+        let gone = node.unbind(UnbindRouteReq { user_id: user, gateway_addr, device_id, ..Default::default() }).await;
+        assert!(gone.unbound, "{gone:?}");
+    }
+}
+
+async fn degraded_becomes(cluster: &Cluster, parts: &[&str]) {
+    for node in &cluster.nodes {
+        eventually("readiness tells", NOTICED_WITHIN, async || node.degraded().await == parts).await;
+    }
+}
+
+fn nothing_was_refused(written: &Written, seen: &[Seen]) {
+    assert!(written.refused.is_empty(), "{:?}", written.refused);
+    for reader in seen {
+        assert!(reader.refused.is_empty(), "{:?}", reader.refused);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_the_cache_binds_and_queries_go_on_and_an_empty_one_is_filled_again() {
+    const RESTING: RangeInclusive<i64> = BUSY + 1..=BUSY + 200;
+    let _turn = heavy().await;
+    let cluster = Cluster::with_two_redis(2, &[]).await;
+    bind_all(cluster.node(), RESTING).await;
+    let traffic = Traffic::start(&cluster, BUSY);
+    traffic.goes_on(300).await;
+    cluster.cache().kill();
+    degraded_becomes(&cluster, &["redis_cache"]).await;
+    traffic.goes_on(600).await;
+    cluster.cache().restart();
+    let returned = Instant::now();
+    degraded_becomes(&cluster, &[]).await;
+    traffic.goes_on(300).await;
+    let (written, seen) = traffic.stop().await;
+    nothing_was_refused(&written, &seen);
+    assert!(written.slowest < Duration::from_secs(1), "{:?}", written.slowest);
+    everything_agrees_with_sql(&cluster, 1..=*RESTING.end(), KEYS_AGREE_WITHIN.saturating_sub(returned.elapsed())).await;
+}
+
+/// Data of long ago comes back, in a way that `set_back` chooses between two phases.
+async fn old_data_comes_back(cluster: &Cluster, grow_old: impl AsyncFnOnce(), lose: impl FnOnce(), set_back: impl AsyncFnOnce()) {
+    const LEFT_BEFORE: RangeInclusive<i64> = BUSY + 1..=BUSY + 25;
+    const LEFT_MEANWHILE: RangeInclusive<i64> = BUSY + 26..=BUSY + 50;
+    /// Longer than anything here is remembered or waited for.
+    const WATCHED_FOR: Duration = Duration::from_secs(5);
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    bind_all(one, 1..=*LEFT_MEANWHILE.end()).await;
+    everything_agrees_with_sql(cluster, 1..=*LEFT_MEANWHILE.end(), NOTICED_WITHIN).await;
+    let traffic = Traffic::start(cluster, BUSY);
+    grow_old().await;
+    traffic.goes_on(300).await;
+    unbind_all(one, LEFT_BEFORE).await;
+    lose();
+    traffic.goes_on(300).await;
+    unbind_all(two, LEFT_MEANWHILE).await;
+    set_back().await;
+    let returned = Instant::now();
+    let mut online = Vec::new();
+    while returned.elapsed() < WATCHED_FOR {
+        for (number, node) in cluster.nodes.iter().enumerate() {
+            for user in *LEFT_BEFORE.start()..=*LEFT_MEANWHILE.end() {
+                let answer = node.query(user).await;
+                if answer.is_online {
+                    online.push((number, returned.elapsed(), user, answer.source(), answer.age_ms));
+                }
+            }
+        }
+    }
+    let (written, seen) = traffic.stop().await;
+    everything_agrees_with_sql(cluster, 1..=*LEFT_MEANWHILE.end(), KEYS_AGREE_WITHIN.saturating_sub(returned.elapsed())).await;
+    nothing_was_refused(&written, &seen);
+    assert!(online.is_empty(), "these users left before: {:?} of {}", &online[..online.len().min(10)], online.len());
+}
+
+async fn a_dump_comes_back(more: &[(&str, &str)]) {
+    let _turn = heavy().await;
+    let cluster = Cluster::with_two_redis(2, more).await;
+    let cache = cluster.cache();
+    old_data_comes_back(&cluster, || cache.dump(), || cache.kill(), async || cache.restart()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_comes_back_with_an_old_dump_answers_nobody_and_is_put_right() {
+    a_dump_comes_back(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn not_even_on_nodes_that_remember_nothing() {
+    a_dump_comes_back(&[COLD]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_lagged_and_was_promoted_answers_nobody_and_is_put_right() {
+    let _turn = heavy().await;
+    let (master, lagging) = (RedisServer::start(), RedisServer::start());
+    let switch = Switch::start(master.port).await;
+    let url = format!("redis://127.0.0.1:{}", switch.port);
+    let cluster = Cluster::with_cache(2, &[COLD, ("REDIS_CACHE__URL", &url)], lagging).await;
+    let lagging = cluster.cache();
+    // The helpers of the test ask the replica, which follows by the end of the first phase.
+    lagging.replica_of(&master).await;
+    let grow_old = async || lagging.promote().await;
+    old_data_comes_back(&cluster, grow_old, || {}, async || switch.to(lagging.port)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_queue_stands_still_answers_get_no_older_than_they_say_and_it_heals_alone() {
+    the_queue_freezes(&[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_queue_stands_still_the_cache_is_kept_up() {
+    the_queue_freezes(&[COLD]).await;
+}
+
+async fn the_queue_freezes(more: &[(&str, &str)]) {
+    const STANDS_STILL: Duration = Duration::from_secs(5);
+    let _turn = heavy().await;
+    let cluster = Cluster::with_two_redis(2, more).await;
+    let traffic = Traffic::start(&cluster, BUSY);
+    traffic.goes_on(300).await;
+    cluster.queue().stop();
+    sleep(STANDS_STILL).await; // the fault itself
+    degraded_becomes(&cluster, &["redis_queue"]).await;
+    cluster.queue().cont();
+    degraded_becomes(&cluster, &[]).await;
+    traffic.goes_on(300).await;
+    let (written, seen) = traffic.stop().await;
+    nothing_was_refused(&written, &seen);
+    assert!(written.slowest < Duration::from_secs(1), "{:?}", written.slowest);
+    for reader in &seen {
+        assert!(reader.oldest < OLDEST_ANSWER + ALLOWANCE, "{:?}", reader.oldest);
+    }
+    hints_work_again(&cluster).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+}
+
+/// A bind through one node shows on the other at once.
+async fn hints_work_again(cluster: &Cluster) {
+    const BINDS: usize = 5;
+    const AT_ONCE: Duration = Duration::from_millis(200);
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    let began = Instant::now();
+    let mut in_a_row = 0;
+    for turn in 0.. {
+        if in_a_row == BINDS {
+            break;
+        }
+        two.query(ALICE).await;
+        let bound = one.bind(a_bind(ALICE, PHONE, &format!("again-{turn}"))).await;
+        let acknowledged = Instant::now();
+        eventually("it shows", NOTICED_WITHIN, async || two.query(ALICE).await.version >= bound.version).await;
+        in_a_row = if acknowledged.elapsed() < AT_ONCE { in_a_row + 1 } else { 0 };
+        assert!(began.elapsed() < NOTICED_WITHIN, "hints do not work again");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_that_was_killed_carries_hints_and_messages_again_when_it_is_back() {
+    let _turn = heavy().await;
+    let cluster = Cluster::with_two_redis(2, &[("ROUTE__MAX_RETRIES", "1"), ("ROUTE__RETRY_INTERVAL", "100")]).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    one.bind(a_bind(BOB, PHONE, "c")).await;
+    let message = || DeliverReq { user_id: BOB, message: "hello".to_owned(), ..Default::default() };
+    let traffic = Traffic::start(&cluster, BUSY);
+    traffic.goes_on(200).await;
+    cluster.queue().kill();
+    degraded_becomes(&cluster, &["redis_queue"]).await;
+    let began = Instant::now();
+    let refused = two.presence().deliver(message()).await.expect_err("there is no queue");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused:?}");
+    assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
+    traffic.goes_on(500).await;
+    cluster.queue().restart();
+    let mut gateway = cluster.queue().subscribe(&["user:2"]).await;
+    eventually("messages are delivered", NOTICED_WITHIN, async || {
+        two.presence().deliver(message()).await.is_ok_and(|answer| answer.into_inner().receivers == 1)
+    })
+    .await;
+    assert_eq!(gateway.text(NOTICED_WITHIN).await, "hello");
+    traffic.goes_on(200).await;
+    let (written, seen) = traffic.stop().await;
+    nothing_was_refused(&written, &seen);
+    hints_work_again(&cluster).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_cache_slows_nobody_down_and_is_used_again_without_a_restart() {
+    the_cache_freezes(&[COLD]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_cache_leaves_no_old_answers_in_memory() {
+    the_cache_freezes(&[]).await;
+}
+
+async fn the_cache_freezes(more: &[(&str, &str)]) {
+    const STANDS_STILL: Duration = Duration::from_secs(4);
+    const AT_MOST: Duration = Duration::from_millis(500);
+    let _turn = heavy().await;
+    let cluster = Cluster::with_two_redis(2, more).await;
+    let traffic = Traffic::start(&cluster, BUSY);
+    traffic.goes_on(300).await;
+    cluster.cache().stop();
+    sleep(STANDS_STILL).await; // the fault itself
+    degraded_becomes(&cluster, &["redis_cache"]).await;
+    cluster.cache().cont();
+    degraded_becomes(&cluster, &[]).await;
+    traffic.goes_on(300).await;
+    let (written, mut seen) = traffic.stop().await;
+    nothing_was_refused(&written, &seen);
+    assert!(written.slowest < AT_MOST, "{:?}", written.slowest);
+    for reader in &mut seen {
+        assert!(percentile(&mut reader.took, 1.0) < AT_MOST);
+    }
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+    let node = &cluster.nodes[1];
+    eventually("the cache is read again", NOTICED_WITHIN, async || {
+        let before = node.metric("im_presence_l2_hits_total").await;
+        bind_all(&cluster.nodes[0], 1..=BUSY).await;
+        for user in 1..=BUSY {
+            node.query(user).await;
+        }
+        node.metric("im_presence_l2_hits_total").await - before >= BUSY as f64 / 2.0
+    })
+    .await;
+}
+
+/// A node commits while the cache stands still, acknowledges, and is killed. What it has not shown, the other one shows.
+async fn killed_before_it_has_shown(gave_up: bool) {
+    let mut cluster = Cluster::with_two_redis(2, &[]).await;
+    let before = cluster.nodes[1].bind(a_bind(ALICE, PHONE, "before")).await;
+    cluster.nodes[0].bind(a_bind(BOB, PHONE, "before")).await;
+    everything_agrees_with_sql(&cluster, ALICE..=BOB, NOTICED_WITHIN).await;
+    let mut changes = cluster.queue().subscribe(&["presence:route"]).await;
+    cluster.cache().stop();
+    if gave_up {
+        degraded_becomes(&cluster, &["redis_cache"]).await;
+    }
+    let bound = cluster.nodes[0].bind(a_bind(ALICE, PHONE, "after")).await;
+    unbind_all(&cluster.nodes[0], BOB..=BOB).await;
+    cluster.nodes[0].kill();
+    cluster.cache().cont();
+    let since = Instant::now();
+    changes.hears(&format!("{BOB}:"), REPAIRED_WITHIN).await;
+    println!("presence:route after {:?}", since.elapsed());
+    let dead = cluster.nodes.remove(0);
+    everything_agrees_with_sql(&cluster, ALICE..=BOB, REPAIRED_WITHIN.saturating_sub(since.elapsed())).await;
+    assert!(bound.version > before.version);
+    assert_eq!(cluster.node().query(ALICE).await.version, bound.version);
+    eventually("nothing is left to do", REPAIRED_WITHIN, async || cluster.db.number("SELECT COUNT(*) FROM outbox").await == 0)
+        .await;
+    drop(dead);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_that_was_killed_after_its_commit_had_begun_to_show_another_shows() {
+    let _turn = heavy().await;
+    killed_before_it_has_shown(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_node_that_was_killed_after_its_commit_had_not_shown_another_shows() {
+    let _turn = heavy().await;
+    killed_before_it_has_shown(true).await;
+}

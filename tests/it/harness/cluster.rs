@@ -142,6 +142,12 @@ impl Cluster {
         Self::on_all(MariaDb::shared(), Redis::two(), nodes, more).await
     }
 
+    /// The same; `cache` may be out of the nodes' sight if `more` says where they find theirs.
+    pub async fn with_cache(nodes: usize, more: &[(&str, &str)], cache: RedisServer) -> Self {
+        let redis = Redis { cache: Arc::new(cache), queue: Arc::new(RedisServer::start()) };
+        Self::on_all(MariaDb::shared(), redis, nodes, more).await
+    }
+
     pub async fn on_all(server: &MariaDb, redis: Redis, nodes: usize, more: &[(&str, &str)]) -> Self {
         let mut cluster = Self { nodes: Vec::new(), db: TestDb::mariadb(server).await, redis: Some(redis) };
         for _ in 0..nodes {
@@ -161,7 +167,9 @@ impl Cluster {
     /// One more node on the same stores.
     pub async fn add_node(&mut self, more: &[(&str, &str)]) {
         let mut settings = self.db.settings(more);
-        settings.extend(self.redis.iter().flat_map(Redis::settings));
+        let own_cache = more.iter().any(|(key, _)| key.starts_with("REDIS_CACHE__"));
+        let redis = self.redis.iter().flat_map(Redis::settings);
+        settings.extend(redis.filter(|(key, _)| !(own_cache && key.starts_with("REDIS_CACHE__"))));
         self.nodes.push(Node::start(settings).await);
     }
 

@@ -91,6 +91,15 @@ impl Node {
         (status.expect("an HTTP status"), body.to_owned())
     }
 
+    /// What `/readyz` says is missing. The node has to be ready nevertheless.
+    pub async fn degraded(&self) -> Vec<String> {
+        let (status, body) = self.http("/readyz").await;
+        assert_eq!(status, 200, "{body}");
+        let body: Value = serde_json::from_str(&body).expect("JSON");
+        let parts = body["degraded"].as_array().expect("a list");
+        parts.iter().filter_map(|part| part.as_str().map(str::to_owned)).collect()
+    }
+
     /// The sum over all series of this metric; 0 if there is none.
     pub async fn metric(&self, name: &str) -> f64 {
         self.series(name).await.iter().map(|(_, value)| value).sum()

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::process::Child;
 use std::process::Command;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
@@ -19,6 +20,10 @@ use nix::sys::signal::Signal;
 use redis::FromRedisValue;
 use redis::aio::MultiplexedConnection;
 use redis::aio::PubSub;
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
@@ -133,6 +138,44 @@ impl Drop for RedisServer {
         let _ = (child.kill(), child.wait()); // a test may have killed it
         drop(child);
         let _ = fs::remove_dir_all(&self.directory); // the next run removes what is left
+    }
+}
+
+/// A port behind which now one server stands, now another: what a failover looks like to clients.
+pub struct Switch {
+    pub port: u16,
+    server: Arc<watch::Sender<u16>>,
+    _connections: JoinSet<()>,
+}
+
+impl Switch {
+    pub async fn start(server_port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
+        let port = listener.local_addr().expect("an address").port();
+        let (server, mut connections) = (Arc::new(watch::Sender::new(server_port)), JoinSet::new());
+        let current = server.clone();
+        connections.spawn(async move {
+            let mut links = JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                links.spawn(link(client, current.subscribe()));
+            }
+        });
+        Self { port, server, _connections: connections }
+    }
+
+    /// Cuts all connections; who connects from now on meets this server.
+    pub fn to(&self, server_port: u16) {
+        self.server.send_replace(server_port);
+    }
+}
+
+async fn link(mut client: TcpStream, mut current: watch::Receiver<u16>) {
+    let port = *current.borrow_and_update();
+    let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
+    let _ = (client.set_nodelay(true), server.set_nodelay(true)); // slower, not wrong, without
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+        _ = current.changed() => {}
     }
 }
 
