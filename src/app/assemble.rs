@@ -71,7 +71,8 @@ impl Assembled {
         let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
         let l2 = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
         let l2 = l2.map(|shared| L2::new(shared, metrics.clone()));
-        let hints = bus.clone().map(|bus| Hints::new(bus, &node_id, &database.store_id, cache.clone(), metrics.clone()));
+        let ids = (&*node_id, &*database.store_id);
+        let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
 
         if let Some(hints) = &hints {
             tasks.spawn(hints.clone().keep_listening(stop.clone()));

@@ -25,6 +25,7 @@ use crate::clock::AtomicInstant;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::cache::Cache;
+use crate::engine::lives::Lives;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::codec::ChangedUser;
@@ -36,7 +37,7 @@ const DEAF_AFTER: Duration = Duration::from_secs(3);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const RESUBSCRIBE_INTERVAL: Duration = Duration::from_millis(200);
 
-/// When each other node that SQL says is alive was heard last.
+/// When what each other node that SQL says is alive had said last was sent.
 type Others = HashMap<String, Arc<AtomicInstant>>;
 
 pub struct Hints {
@@ -47,16 +48,25 @@ pub struct Hints {
     generation: AtomicU64,
     /// The number of the last message with users. Held while sending: numbers have to go out in order.
     sent: tokio::sync::Mutex<u64>,
+    /// Messages that were not even tried because the queue is down; they count, so that others see the gap.
+    skipped: AtomicU64,
     /// When this node's newest beat that was heard again had been sent.
     echo: AtomicInstant,
     others: ArcSwap<Others>,
     heard: Mutex<HashMap<String, u64>>,
     cache: Arc<Cache>,
+    lives: Arc<Lives>,
     metrics: Arc<Metrics>,
 }
 
 impl Hints {
-    pub fn new(bus: Arc<Bus>, node_id: &str, store_id: &str, cache: Arc<Cache>, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub fn new(
+        bus: Arc<Bus>,
+        (node_id, store_id): (&str, &str),
+        cache: Arc<Cache>,
+        lives: Arc<Lives>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             bus,
             node_id: node_id.to_owned(),
@@ -64,19 +74,22 @@ impl Hints {
             started: Instant::now(),
             generation: AtomicU64::new(0),
             sent: tokio::sync::Mutex::new(0),
+            skipped: AtomicU64::new(0),
             echo: AtomicInstant::never(),
             others: ArcSwap::default(),
             heard: Mutex::default(),
             cache,
+            lives,
             metrics,
         })
     }
 
     /// How long ago all changes made until then were known. None: hints may be missing.
     pub fn complete_since(&self, now: Instant) -> Option<Duration> {
-        let echo = self.echo.age(now);
-        let mute = || self.others.load().values().any(|heard| heard.age(now) > DEAF_AFTER);
-        (echo <= DEAF_AFTER && !mute()).then_some(echo)
+        // A node that was heard had told everything before; of one that is silent, nothing is known since.
+        let silence = self.others.load().values().map(|heard| heard.age(now)).max().unwrap_or_default();
+        let since = self.echo.age(now).max(silence);
+        (since <= DEAF_AFTER).then_some(since)
     }
 
     /// Waits until this node has heard itself, that is, until it hears others too.
@@ -104,7 +117,11 @@ impl Hints {
         let users = users.iter().map(|(user, version)| ChangedUser { user_id: user.get(), version: version.0 }).collect();
         self.metrics.hint("sent");
         let mut sent = self.sent.lock().await;
-        *sent += 1;
+        if !self.bus.is_up() {
+            self.skipped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        *sent += 1 + self.skipped.swap(0, Ordering::Relaxed);
         if self.bus.hint(&self.message(*sent, users)).await.is_err() {
             self.metrics.redis_error("queue");
         }
@@ -123,7 +140,8 @@ impl Hints {
     }
 
     async fn beat(&self) -> bool {
-        let sent = self.sent.lock().await;
+        let mut sent = self.sent.lock().await;
+        *sent += self.skipped.swap(0, Ordering::Relaxed);
         self.bus.hint(&self.message(*sent, Vec::new())).await.is_ok()
     }
 
@@ -166,22 +184,34 @@ impl Hints {
             return;
         }
         self.metrics.hint("received");
-        if let Some(heard) = self.others.load().get(&hint.node_id) {
-            heard.set(Instant::now());
-        }
         if hint.generation < self.generation.load(Ordering::Relaxed) {
             return; // its sender has not heard yet that the database was set back
         }
+        // What was sent between this subscription and the first message that is heard here may not have arrived at all.
         let expected = hint.seq.saturating_sub(u64::from(!hint.users.is_empty()));
         let before = self.heard().insert(hint.node_id.clone(), hint.seq);
-        if before.is_some_and(|before| before != expected) {
-            self.metrics.hint_gaps.inc();
+        if before.unwrap_or(0) != expected {
+            if before.is_some() {
+                self.metrics.hint_gaps.inc();
+            }
             self.cache.distrust();
         }
         for changed in &hint.users {
             if let Ok(user) = UserId::parse(changed.user_id) {
                 self.cache.hint(user, Version(changed.version));
             }
+        }
+        self.note_heard(hint);
+    }
+
+    /// Everything its sender had told when it sent this has been taken in. That may be long ago; the database's clock, which
+    /// both nodes know, tells.
+    fn note_heard(&self, hint: &Hint) {
+        let Some(heard) = self.others.load().get(&hint.node_id).cloned() else { return };
+        let now = Instant::now();
+        let under_way = u64::try_from(self.lives.clock.at(now).0 - hint.sent_at_ms).unwrap_or(0);
+        if let Some(sent) = now.checked_sub(Duration::from_millis(under_way)) {
+            heard.set(sent);
         }
     }
 
@@ -193,6 +223,7 @@ impl Hints {
             seq,
             sent_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             users,
+            sent_at_ms: self.lives.clock.now().0,
         }
     }
 

@@ -60,6 +60,8 @@ const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a committed batch's callers wait for L2 to have it.
 const L2_PATIENCE: Duration = Duration::from_millis(50);
+/// How long they wait for the queue, if L2 does not have it.
+const HINT_PATIENCE: Duration = Duration::from_millis(50);
 /// After this much idleness the lane deletes its last outbox row itself.
 const OUTBOX_IDLE: Duration = Duration::from_millis(500);
 
@@ -229,14 +231,17 @@ impl Lane {
         }
         let (in_l2, confirmed) = oneshot::channel();
         let committed_at = Instant::now();
+        let versions: Vec<_> = committed.records.iter().map(|(user, record)| (*user, record.version)).collect();
         let (records, kicks) = (committed.records, committed.kicks);
         self.projector.hand_over(Batch { records, kicks, outbox, committed: committed_at, in_l2 });
-        if outside.l2.as_ref().is_none_or(|l2| !l2.is_usable()) {
-            return answer(answers);
-        }
+        let Some(l2) = outside.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
         self.answering.spawn(async move {
-            let _ = timeout(L2_PATIENCE, confirmed).await; // either way the change is durable
+            let is_in_l2 = l2.is_usable() && timeout(L2_PATIENCE, confirmed).await.is_ok_and(|told| told.is_ok());
+            // The change is durable either way. Other nodes hear of it now: who could say when L2 answers?
+            if let Some(hints) = outside.hints.as_ref().filter(|_| !is_in_l2) {
+                let _ = timeout(HINT_PATIENCE, hints.tell(&versions)).await; // lost, it leaves a gap, and others see that
+            }
             answer(answers.into_iter());
         });
     }

@@ -1,6 +1,8 @@
 //! The bus: Redis Pub/Sub between nodes, and to gateways and other services. Any message may be lost, repeated or late:
 //! nothing but speed may depend on it.
 
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prost::Message;
@@ -22,7 +24,11 @@ const SILENCE: Duration = Duration::from_secs(3);
 pub struct Bus {
     pub link: Link,
     pub channels: Channels,
+    up: AtomicBool,
 }
+
+/// What nobody waits for has to be published within this time: a queue that stands still must not hold up the shared cache.
+const ASIDE_LIMIT: Duration = Duration::from_millis(200);
 
 /// What a node listens to, confirmed by the server.
 pub struct Hearing {
@@ -32,23 +38,33 @@ pub struct Hearing {
 
 impl Bus {
     pub fn new(queue: &config::RedisQueue) -> Result<Self, LinkError> {
-        Ok(Self { link: Link::new(&queue.server)?, channels: Channels::new(&queue.channel_prefix) })
+        Ok(Self { link: Link::new(&queue.server)?, channels: Channels::new(&queue.channel_prefix), up: AtomicBool::new(true) })
+    }
+
+    /// Whether the last hint could be sent. While it could not, only beats are tried.
+    pub fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
     }
 
     pub async fn hint(&self, hint: &Hint) -> Result<(), LinkError> {
         let mut publish = redis::pipe();
         publish.cmd("PUBLISH").arg(self.channels.presence_hint()).arg(hint.encode_to_vec());
-        self.link.run::<(i64,)>(&publish, self.link.timeout()).await.map(|_| ())
+        let sent = self.link.run::<(i64,)>(&publish, ASIDE_LIMIT).await;
+        self.up.store(sent.is_ok(), Ordering::Relaxed);
+        sent.map(|_| ())
     }
 
     /// Tells anyone where users are now; None is offline.
     pub async fn routes_changed<'a>(&self, changes: impl Iterator<Item = (UserId, Option<&'a str>)>) -> Result<(), LinkError> {
+        if !self.is_up() {
+            return Err(LinkError::Down);
+        }
         let channel = self.channels.presence_route();
         let mut publish = redis::pipe();
         for (user, gateway) in changes {
             publish.cmd("PUBLISH").arg(&channel).arg(format!("{user}:{}", gateway.unwrap_or_default()));
         }
-        self.link.run::<Vec<i64>>(&publish, self.link.timeout()).await.map(|_| ())
+        self.link.run::<Vec<i64>>(&publish, ASIDE_LIMIT).await.map(|_| ())
     }
 
     /// Publishes each message on its channel and says how many received it.

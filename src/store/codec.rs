@@ -150,6 +150,9 @@ pub struct Hint {
     pub sent_ms: u64,
     #[prost(message, repeated, tag = "6")]
     pub users: Vec<ChangedUser>,
+    /// When it was sent, on the database's clock.
+    #[prost(int64, tag = "7")]
+    pub sent_at_ms: i64,
 }
 
 /// Field for field a `mpim.Delivery`, as far as one is published.

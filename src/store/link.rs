@@ -30,6 +30,8 @@ const PIPELINE_BUFFER: usize = 1024;
 pub enum LinkError {
     #[error("no answer within {0:?}")]
     NoAnswer(Duration),
+    #[error("it did not answer lately")]
+    Down,
     #[error("{0}")]
     Redis(#[from] RedisError),
 }
