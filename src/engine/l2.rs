@@ -5,6 +5,7 @@
 //! makes every record it holds a miss, and empties the memory of all nodes.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
@@ -19,8 +20,10 @@ use tracing::warn;
 
 use crate::clock::AtomicInstant;
 use crate::domain::id::UserId;
+use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
+use crate::engine::cache::L2_AGE;
 use crate::engine::hints::Hints;
 use crate::metrics::Metrics;
 use crate::store::connection::Connection;
@@ -51,23 +54,31 @@ pub struct L2 {
     checked: AtomicU64,
     checked_at: AtomicInstant,
     timeouts: AtomicU32,
+    /// Nothing is missing there for longer than answers say, and nothing that this node has answered.
+    complete: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
 impl L2 {
     pub fn new(shared: SharedCache, metrics: Arc<Metrics>) -> Arc<Self> {
         let (generation, checked, timeouts) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
-        Arc::new(Self { shared, generation, checked, checked_at: AtomicInstant::never(), timeouts, metrics })
+        let complete = AtomicBool::new(false);
+        Arc::new(Self { shared, generation, checked, checked_at: AtomicInstant::never(), timeouts, complete, metrics })
     }
 
-    /// Whether it is worth asking, and may be believed.
+    /// Whether callers may be answered from it.
+    pub fn is_believed(&self) -> bool {
+        self.is_usable() && self.complete.load(Ordering::Acquire)
+    }
+
+    /// Whether it answers, and is the server it should be.
     pub fn is_usable(&self) -> bool {
         self.checked.load(Ordering::Acquire) != 0
             && self.checked_at.age(Instant::now()) < CHECKED_FOR
             && self.timeouts.load(Ordering::Relaxed) < MAX_TIMEOUTS
     }
 
-    /// The records it has of `users`. Nothing if it cannot be believed, or takes too long.
+    /// The records it has of `users`. Nothing if it is not usable, or takes too long.
     pub async fn read(&self, users: &[UserId]) -> Records {
         if users.is_empty() || !self.is_usable() {
             return Records::new();
@@ -129,6 +140,7 @@ impl L2 {
     fn distrust(&self) {
         self.metrics.redis_error("cache");
         self.checked.store(0, Ordering::Release);
+        self.complete.store(false, Ordering::Release);
     }
 }
 
@@ -143,6 +155,8 @@ pub struct L2Check {
     away_since: Option<Instant>,
     /// Connection and identity of the last comparison that held.
     compared: Option<(u64, String)>,
+    /// Since when every answer from SQL has also been copied there.
+    usable_since: Timestamp,
 }
 
 impl L2Check {
@@ -153,7 +167,8 @@ impl L2Check {
         hints: Option<Arc<Hints>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { l2, database, cache, hints, metrics, connection: None, away_since: None, compared: None }
+        let (connection, away_since, compared, usable_since) = (None, None, None, Timestamp(0));
+        Self { l2, database, cache, hints, metrics, connection, away_since, compared, usable_since }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -197,6 +212,13 @@ impl L2Check {
                 warn!(generation, "Redis (cache) is another server than before, or has other data: the caches start anew");
             }
         }
+        let now = cluster.clock.now();
+        if !self.l2.is_usable() {
+            self.usable_since = now;
+        }
+        // What nodes could not show while they were cut off is missing, however fresh the rest may be.
+        let shown_until = self.usable_since.max(now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL)));
+        let complete = !connection.has_outbox_before(shown_until).await?;
         self.connection = Some(connection);
         if cluster.cache_identity != identity {
             return Ok(()); // another node sees another server; the next check will tell
@@ -208,6 +230,7 @@ impl L2Check {
             hints.set_generation(cluster.generation);
         }
         self.compared = Some((number, identity.to_owned()));
+        self.l2.complete.store(complete, Ordering::Release);
         self.l2.checked.store(number, Ordering::Release);
         self.l2.checked_at.set(asked);
         self.l2.timeouts.store(0, Ordering::Relaxed);

@@ -181,7 +181,7 @@ impl Loader {
 
     /// Answers what L2 has and may answer; returns the loads that have to go on to SQL.
     async fn ask_l2(&self, tickets: Vec<LoadTicket>, wanted: &[Wanted]) -> Vec<LoadTicket> {
-        let Some(l2) = &self.l2 else { return tickets };
+        let Some(l2) = self.l2.as_ref().filter(|l2| l2.is_believed()) else { return tickets };
         let asked: Vec<UserId> = wanted.iter().filter(|wanted| !wanted.past_l2).map(|wanted| wanted.user).collect();
         let mut found = l2.read(&asked).await;
         let table = self.lives.table();
