@@ -297,23 +297,34 @@ impl Repair {
             self.confirm_lagging(&l2).await;
         }
         let age = if self.outside.is_empty() { NOTHING_TO_SHOW_AGE } else { REPAIR_AGE };
-        let rows = connection.claim_outbox(&self.node_id, age, CLAIM_TERM, CLAIM_ROWS).await?;
-        let repaired = rows.len();
-        for (id, body) in rows {
-            self.repair(&mut connection, &id, &body).await?;
-            self.outside.metrics.outbox_repaired.inc();
+        let mut repaired = 0;
+        loop {
+            let rows = connection.claim_outbox(&self.node_id, age, CLAIM_TERM, CLAIM_ROWS).await?;
+            if rows.is_empty() {
+                break;
+            }
+            repaired += rows.len();
+            self.repair(&mut connection, rows).await?;
         }
         self.connection = Some(connection);
         Ok(repaired)
     }
 
-    async fn repair(&mut self, connection: &mut Connection, id: &OutboxId, body: &OutboxBody) -> Result<(), SqlError> {
-        let users: Vec<UserId> = body.users().into_iter().filter_map(|raw| UserId::parse(raw).ok()).collect();
-        self.outside.show_on(connection, &users).await?;
-        if self.outside.kick(&body.kicks).await.is_none() {
-            return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
+    /// A user in many rows is shown once.
+    async fn repair(&mut self, connection: &mut Connection, rows: Vec<(OutboxId, OutboxBody)>) -> Result<(), SqlError> {
+        let named = rows.iter().flat_map(|(_, body)| body.users());
+        let users: BTreeSet<UserId> = named.filter_map(|raw| UserId::parse(raw).ok()).collect();
+        for page in users.into_iter().collect::<Vec<_>>().chunks(MAX_CONFIRMED) {
+            self.outside.show_on(connection, page).await?;
         }
-        connection.delete_claimed(id, &self.node_id).await
+        for (id, body) in rows {
+            if self.outside.kick(&body.kicks).await.is_none() {
+                return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
+            }
+            connection.delete_claimed(&id, &self.node_id).await?;
+            self.outside.metrics.outbox_repaired.inc();
+        }
+        Ok(())
     }
 
     /// After the generation was raised, Redis may hold keys of long ago, or none: one node shows every user who has a route or
