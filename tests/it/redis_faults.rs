@@ -40,8 +40,8 @@ const OLDEST_ANSWER: Duration = Duration::from_secs(3);
 const ALLOWANCE: Duration = Duration::from_millis(500);
 const COLD: (&str, &str) = ("ROUTE__L1_CAPACITY", "1");
 
-async fn bind_all(node: &Node, users: RangeInclusive<i64>) {
-    let binds = users.map(|user| a_bind(user, PHONE, "c")).collect();
+async fn bind_all(node: &Node, users: RangeInclusive<i64>, conn: &str) {
+    let binds = users.map(|user| a_bind(user, PHONE, conn)).collect();
     let answer = node.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
     assert!(answer.results.iter().all(|bind| code(&bind.result) == Code::Ok));
 }
@@ -72,7 +72,7 @@ async fn without_the_cache_binds_and_queries_go_on_and_an_empty_one_is_filled_ag
     const RESTING: RangeInclusive<i64> = BUSY + 1..=BUSY + 200;
     let _turn = heavy().await;
     let cluster = Cluster::with_two_redis(2, &[]).await;
-    bind_all(cluster.node(), RESTING).await;
+    bind_all(cluster.node(), RESTING, "c").await;
     let traffic = Traffic::start(&cluster, BUSY);
     traffic.goes_on(300).await;
     cluster.cache().kill();
@@ -95,7 +95,7 @@ async fn old_data_comes_back(cluster: &Cluster, grow_old: impl AsyncFnOnce(), lo
     /// Longer than anything here is remembered or waited for.
     const WATCHED_FOR: Duration = Duration::from_secs(5);
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
-    bind_all(one, 1..=*LEFT_MEANWHILE.end()).await;
+    bind_all(one, 1..=*LEFT_MEANWHILE.end(), "c").await;
     everything_agrees_with_sql(cluster, 1..=*LEFT_MEANWHILE.end(), NOTICED_WITHIN).await;
     let traffic = Traffic::start(cluster, BUSY);
     grow_old().await;
@@ -267,9 +267,11 @@ async fn the_cache_freezes(more: &[(&str, &str)]) {
     }
     everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
     let node = &cluster.nodes[1];
+    let mut round = 0;
     eventually("the cache is read again", NOTICED_WITHIN, async || {
+        round += 1;
         let before = node.metric("im_presence_l2_hits_total").await;
-        bind_all(&cluster.nodes[0], 1..=BUSY).await;
+        bind_all(&cluster.nodes[0], 1..=BUSY, &format!("round-{round}")).await;
         for user in 1..=BUSY {
             node.query(user).await;
         }
