@@ -167,9 +167,10 @@ impl Cluster {
     /// One more node on the same stores.
     pub async fn add_node(&mut self, more: &[(&str, &str)]) {
         let mut settings = self.db.settings(more);
-        let own_cache = more.iter().any(|(key, _)| key.starts_with("REDIS_CACHE__"));
-        let redis = self.redis.iter().flat_map(Redis::settings);
-        settings.extend(redis.filter(|(key, _)| !(own_cache && key.starts_with("REDIS_CACHE__"))));
+        let section = |key: &str| key.split("__").next().unwrap_or_default().to_owned();
+        let given: Vec<String> = more.iter().map(|(key, _)| section(key)).collect();
+        // A Redis that `more` tells of is not the cluster's own.
+        settings.extend(self.redis.iter().flat_map(Redis::settings).filter(|(key, _)| !given.contains(&section(key))));
         self.nodes.push(Node::start(settings).await);
     }
 
