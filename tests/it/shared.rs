@@ -203,6 +203,13 @@ async fn a_node_that_was_restarted_and_cannot_hold_its_users_reads_them_from_red
     two.ended().await;
     two.restart().await;
     eventually("memory was warmed up", SHOWN_WITHIN, async || two.log().iter().any(|line| line.contains("memory is warm"))).await;
+    // Redis is believed once the node has seen that nothing waits to be shown there.
+    let mut asked = 0;
+    eventually("Redis is read", SHOWN_WITHIN, async || {
+        asked += 1;
+        two.query(1 + asked % USERS).await.source() == Source::Shared
+    })
+    .await;
     let mut shared = 0;
     for user in 1..=USERS {
         let answer = two.query(user).await;
