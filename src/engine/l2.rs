@@ -155,8 +155,9 @@ pub struct L2Check {
     away_since: Option<Instant>,
     /// Connection and identity of the last comparison that held.
     compared: Option<(u64, String)>,
-    /// Since when every answer from SQL has also been copied there.
-    usable_since: Timestamp,
+    /// Since when every answer from SQL has also been copied there. None: nobody was answered before the first check.
+    usable_since: Option<Timestamp>,
+    has_checked: bool,
 }
 
 impl L2Check {
@@ -167,8 +168,8 @@ impl L2Check {
         hints: Option<Arc<Hints>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (connection, away_since, compared, usable_since) = (None, None, None, Timestamp(0));
-        Self { l2, database, cache, hints, metrics, connection, away_since, compared, usable_since }
+        let (connection, away_since, compared, usable_since) = (None, None, None, None);
+        Self { l2, database, cache, hints, metrics, connection, away_since, compared, usable_since, has_checked: false }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -189,6 +190,7 @@ impl L2Check {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
             Err(error) => self.note_away(&error.to_string()).await,
         };
+        self.has_checked = true;
         if done.is_err() {
             self.connection = None;
             // Without SQL nobody can compare, but the same server on the same connection is as good as it was.
@@ -213,11 +215,12 @@ impl L2Check {
             }
         }
         let now = cluster.clock.now();
-        if !self.l2.is_usable() {
-            self.usable_since = now;
+        if !self.l2.is_usable() && self.has_checked {
+            self.usable_since = Some(now);
         }
         // What nodes could not show while they were cut off is missing, however fresh the rest may be.
-        let shown_until = self.usable_since.max(now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL)));
+        let allowed = now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL));
+        let shown_until = self.usable_since.map_or(allowed, |since| since.max(allowed));
         let complete = !connection.has_outbox_before(shown_until).await?;
         self.connection = Some(connection);
         if cluster.cache_identity != identity {
