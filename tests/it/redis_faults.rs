@@ -149,7 +149,7 @@ async fn a_replica_that_lagged_and_was_promoted_answers_nobody_and_is_put_right(
     let url = format!("redis://127.0.0.1:{}", switch.port);
     let cluster = Cluster::with_cache(2, &[COLD, ("REDIS_CACHE__URL", &url)], lagging).await;
     let lagging = cluster.cache();
-    // The helpers of the test ask the replica, which follows by the end of the first phase.
+    // The test asks the replica, which follows by the end of the first phase.
     lagging.replica_of(&master).await;
     let grow_old = async || lagging.promote().await;
     old_data_comes_back(&cluster, grow_old, || {}, async || switch.to(lagging.port)).await;

@@ -168,7 +168,7 @@ impl Cluster {
     pub async fn add_node(&mut self, more: &[(&str, &str)]) {
         let mut settings = self.db.settings(more);
         let section = |key: &str| key.split("__").next().unwrap_or_default().to_owned();
-        let given: Vec<String> = more.iter().map(|(key, _)| section(key)).collect();
+        let given: Vec<String> = more.iter().filter(|(key, _)| key.ends_with("__URL")).map(|(key, _)| section(key)).collect();
         // A Redis that `more` tells of is not the cluster's own.
         settings.extend(self.redis.iter().flat_map(Redis::settings).filter(|(key, _)| !given.contains(&section(key))));
         self.nodes.push(Node::start(settings).await);
