@@ -55,7 +55,7 @@ pub struct Metrics {
     pub outbox_repaired: Counter,
     redis_up: Family<ByUse, Gauge>,
     redis_errors: Family<ByUse, Counter>,
-    pub redis_memory: Family<ByUse, Gauge>,
+    redis_memory: Family<ByUse, Gauge>,
     pub deliveries: Family<ByOutcome, Counter>,
     pub stale_offers_rejected: Family<ByTier, Counter>,
     pub store_up: Gauge,
@@ -138,6 +138,10 @@ impl Metrics {
 
     pub fn redis_up(&self, r#use: &'static str, up: bool) {
         self.redis_up.get_or_create(&ByUse { r#use }).set(i64::from(up));
+    }
+
+    pub fn redis_memory(&self, r#use: &'static str, bytes: i64) {
+        self.redis_memory.get_or_create(&ByUse { r#use }).set(bytes);
     }
 
     /// Whether that Redis answered last time. None: it is not configured, or was not asked yet.

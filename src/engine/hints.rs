@@ -34,6 +34,8 @@ use crate::store::codec::Hint;
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Silence of a living node, or of this node's own echo, after which hints may be missing.
 const DEAF_AFTER: Duration = Duration::from_secs(3);
+/// How long a beat may be held up by asking the server for its memory.
+const MEMORY_LIMIT: Duration = Duration::from_millis(200);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const RESUBSCRIBE_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -135,6 +137,9 @@ impl Hints {
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
             if let Some(up) = stop.run_until_cancelled(self.beat()).await {
                 self.metrics.redis_up("queue", up);
+                if up && let Ok(bytes) = self.bus.link.used_memory(MEMORY_LIMIT).await {
+                    self.metrics.redis_memory("queue", bytes);
+                }
             }
         }
     }

@@ -186,6 +186,11 @@ impl L2Check {
         let asked = Instant::now();
         let identity = self.l2.shared.identity(CHECK_LIMIT).await;
         self.metrics.redis_up("cache", identity.is_ok());
+        if identity.is_ok()
+            && let Ok(bytes) = self.l2.shared.link.used_memory(CHECK_LIMIT).await
+        {
+            self.metrics.redis_memory("cache", bytes);
+        }
         let done = match &identity {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
             Err(error) => self.note_away(&error.to_string()).await,

@@ -79,6 +79,15 @@ impl Link {
         Err(result)
     }
 
+    /// How much memory the server uses, in bytes.
+    pub async fn used_memory(&self, limit: Duration) -> Result<i64, LinkError> {
+        let mut info = redis::pipe();
+        info.cmd("INFO").arg("memory");
+        let (text,): (String,) = self.run(&info, limit).await?;
+        let used = text.lines().find_map(|line| line.strip_prefix("used_memory:")?.parse().ok());
+        Ok(used.unwrap_or_default())
+    }
+
     /// The longest that connecting and writing may take.
     pub fn timeout(&self) -> Duration {
         self.timeout

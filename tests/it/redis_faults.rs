@@ -327,7 +327,7 @@ async fn the_cache_freezes(more: &[(&str, &str)]) {
     everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
     let node = &cluster.nodes[1];
     let mut round = 0;
-    eventually("the cache is read again", NOTICED_WITHIN, async || {
+    eventually("the cache is read again", 2 * NOTICED_WITHIN, async || {
         round += 1;
         let before = node.metric("im_presence_l2_hits_total").await;
         bind_all(&cluster.nodes[0], 1..=BUSY, &format!("round-{round}")).await;
