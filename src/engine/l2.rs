@@ -30,9 +30,9 @@ use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
-use crate::store::shared::Records;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
+use crate::store::users::Records;
 
 /// How long a reader waits for L2 before it asks SQL.
 const READ_BUDGET: Duration = Duration::from_millis(50);

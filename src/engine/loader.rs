@@ -19,7 +19,6 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::domain::gateway::Life;
-use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
@@ -34,6 +33,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::users::Records;
 
 /// Users read by one statement.
 const MAX_USERS_PER_LOAD: usize = 512;
@@ -214,25 +214,15 @@ impl Loader {
     /// Reads on the connection kept from before if it still works, else on a new one.
     async fn read(&self, connection: &mut Option<Connection>, users: &[UserId]) -> Result<Read, SqlError> {
         if let Some(kept) = connection {
-            match self.read_on(kept, users).await {
+            match kept.load_users_with_lives(users).await {
                 Err(SqlError::Lost(_)) => *connection = None,
                 done => return done,
             }
         }
         let mut fresh = self.database.connect(Purpose::General).await?;
-        let read = self.read_on(&mut fresh, users).await;
+        let read = fresh.load_users_with_lives(users).await;
         *connection = Some(fresh);
         read
-    }
-
-    /// Reads the users, and then the lives their routes name, so that the answer is as fresh as the record.
-    async fn read_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<Read, SqlError> {
-        let records = connection.load_users(users).await?.records;
-        let mut epochs: Vec<Epoch> = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).collect();
-        epochs.sort_unstable();
-        epochs.dedup();
-        let lives = connection.lives_by_epoch(&epochs).await?;
-        Ok((records, lives))
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {
@@ -240,7 +230,7 @@ impl Loader {
     }
 }
 
-type Read = (HashMap<UserId, UserRecord>, Vec<Arc<Life>>);
+type Read = (Records, Vec<Arc<Life>>);
 
 impl Queue {
     fn join(&mut self, user: UserId, fresh: bool) -> oneshot::Receiver<Answer> {

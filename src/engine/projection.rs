@@ -238,11 +238,8 @@ impl Outside {
     }
 
     async fn read(&self, connection: &mut Connection, users: &[UserId]) -> Result<Vec<(UserId, UserRecord, Shown)>, SqlError> {
-        let records = connection.load_users(users).await?.records;
-        let mut epochs: Vec<Epoch> = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).collect();
-        epochs.sort_unstable();
-        epochs.dedup();
-        self.lives.learn(&connection.lives_by_epoch(&epochs).await?);
+        let (records, lives) = connection.load_users_with_lives(users).await?;
+        self.lives.learn(&lives);
         Ok(records.into_iter().map(|(user, record)| self.shown(user, record)).collect())
     }
 

@@ -10,6 +10,7 @@ use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
+use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
 use crate::store::codec;
 use crate::store::connection::Connection;
@@ -17,8 +18,10 @@ use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
+use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::DatabaseClock;
+use crate::store::users::Records;
 use crate::store::users::clock_micros;
 use crate::store::users::corrupt;
 use crate::store::users::signed;
@@ -94,7 +97,7 @@ impl Connection {
         let mut lives = Vec::new();
         for (chunk, fill) in chunks(epochs) {
             let mut select = statement(repeated(&format!("{COLUMNS}epoch IN ("), "?", chunk.len() + fill, ")"));
-            for epoch in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
+            for epoch in filled(chunk, fill) {
                 select = select.bind(signed(epoch.0));
             }
             for row in self.fetch(select).await? {
@@ -104,13 +107,23 @@ impl Connection {
         Ok(lives)
     }
 
+    /// Loads users, and then the lives their routes name: as fresh as the records.
+    pub async fn load_users_with_lives(&mut self, users: &[UserId]) -> Result<(Records, Vec<Arc<Life>>), SqlError> {
+        let records = self.load_users(users).await?.records;
+        let mut epochs: Vec<Epoch> = records.values().flat_map(|record| &record.routes).map(|route| route.epoch).collect();
+        epochs.sort_unstable();
+        epochs.dedup();
+        let lives = self.lives_by_epoch(&epochs).await?;
+        Ok((records, lives))
+    }
+
     /// The lives that `gateways` live now. A gateway without one is left out.
     pub async fn current_lives(&mut self, gateways: &[GatewayAddr]) -> Result<Vec<Arc<Life>>, SqlError> {
         let mut lives = Vec::new();
         for (chunk, fill) in chunks(gateways) {
             let head = format!("{COLUMNS}alive = 1 AND gateway_addr IN (");
             let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
-            for gateway in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
+            for gateway in filled(chunk, fill) {
                 select = select.bind(gateway.to_string());
             }
             for row in self.fetch(select).await? {

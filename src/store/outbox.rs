@@ -11,6 +11,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
+use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::clock_micros;
 use crate::store::users::corrupt;
@@ -35,7 +36,7 @@ impl Connection {
         for (chunk, fill) in chunks(ids) {
             let sql = repeated("DELETE FROM outbox WHERE claimed_by = '' AND id IN (", "?", chunk.len() + fill, ")");
             let mut delete = statement(sql);
-            for id in chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten()) {
+            for id in filled(chunk, fill) {
                 delete = delete.bind(id.0.clone());
             }
             deleted += self.execute(delete).await?;

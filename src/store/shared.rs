@@ -4,7 +4,6 @@
 //! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
 //! it was before.
 
-use std::collections::HashMap;
 use std::time::Duration;
 
 use prost::Message;
@@ -20,6 +19,7 @@ use crate::store::codec::StoredRecord;
 use crate::store::keys;
 use crate::store::link::Link;
 use crate::store::link::LinkError;
+use crate::store::users::Records;
 
 /// A reader's copy of what SQL said: short-lived, because it may land after a newer record was evicted.
 const FILL_TTL: Duration = Duration::from_secs(10);
@@ -59,8 +59,6 @@ pub struct Shown {
     /// Whether the route ends by itself.
     pub unmanaged: bool,
 }
-
-pub type Records = HashMap<UserId, UserRecord>;
 
 pub struct SharedCache {
     pub link: Link,

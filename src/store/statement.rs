@@ -20,6 +20,11 @@ pub fn chunks<T>(mut rows: &[T]) -> impl Iterator<Item = (&[T], usize)> {
     })
 }
 
+/// The rows of a chunk, and its last one as often again as said.
+pub fn filled<T>(chunk: &[T], fill: usize) -> impl Iterator<Item = &T> {
+    chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten())
+}
+
 fn prev_power_of_two(n: usize) -> usize {
     1 << n.ilog2()
 }

@@ -21,12 +21,15 @@ use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
+use crate::store::statement::filled;
 use crate::store::statement::repeated;
+
+pub type Records = HashMap<UserId, UserRecord>;
 
 /// Records as one statement read them, and the database's clock then.
 #[derive(Debug, Default)]
 pub struct Loaded {
-    pub records: HashMap<UserId, UserRecord>,
+    pub records: Records,
     pub clock: DatabaseClock,
 }
 
@@ -229,10 +232,6 @@ impl Connection {
         let rows = self.fetch(statement("SELECT COUNT(DISTINCT user_id) FROM routes")).await?;
         Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
     }
-}
-
-fn filled<T>(chunk: &[T], fill: usize) -> impl Iterator<Item = &T> {
-    chunk.iter().chain(std::iter::repeat_n(chunk.last(), fill).flatten())
 }
 
 fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statement {
