@@ -21,11 +21,14 @@ use tonic_health::server::HealthReporter;
 use tracing::info;
 use tracing::warn;
 
+use crate::api::admin::Admin;
+use crate::api::gateway::Leases;
 use crate::api::http;
 use crate::api::listen;
 use crate::api::presence::Presence;
 use crate::app::assemble::Assembled;
 use crate::config::Config;
+use crate::engine::gateways::Gateways;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
@@ -67,6 +70,7 @@ pub struct App {
     stop: CancellationToken,
     server: JoinSet<()>,
     tasks: JoinSet<()>,
+    gateways: Arc<Gateways>,
 }
 
 /// Runs the daemon until SIGTERM or SIGINT. A second signal ends it at once.
@@ -114,13 +118,22 @@ impl App {
 
         let (metrics, lanes, cache) = (engine.metrics.clone(), engine.lanes.clone(), engine.cache.clone());
         let max_capacity = config.presence_service.max_capacity;
-        let operator =
-            http::Operator { metrics: metrics.clone(), cache, lanes: lanes.clone(), max_capacity, draining: draining.clone() };
-        tasks.spawn(serve::serve_admin(admin_listener, operator, stop.clone()));
+        let operator = http::Operator {
+            metrics: metrics.clone(),
+            cache,
+            lanes: lanes.clone(),
+            lives: engine.lives.clone(),
+            max_capacity,
+            draining: draining.clone(),
+        };
         let (directory, deliveries, lives) = (engine.directory, engine.deliveries, engine.lives);
+        let (gateways, heartbeats) = (engine.gateways, engine.heartbeats);
+        let for_operators = Admin { gateways: gateways.clone(), lives: lives.clone() };
+        tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
+        let leases = Leases { gateways: gateways.clone(), heartbeats, lives: lives.clone() };
         let max_message_bytes = config.delivery.max_message_bytes;
         let presence = Presence { lanes, directory, deliveries, lives, metrics: metrics.clone(), max_message_bytes };
-        let (health, routes) = serve::data_routes(presence).await;
+        let (health, routes) = serve::data_routes(presence, leases).await;
         let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, draining.clone());
         let mut server = JoinSet::new();
         server.spawn(serve::serve_data(routes, connections, draining.clone(), stop.clone()));
@@ -130,7 +143,7 @@ impl App {
             listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        Ok(Self { data, admin, health, draining, stop, server, tasks })
+        Ok(Self { data, admin, health, draining, stop, server, tasks, gateways })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
@@ -141,7 +154,10 @@ impl App {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
         self.stop.cancel();
-        let all = async { while self.tasks.join_next().await.is_some() {} };
+        let all = async {
+            self.gateways.finish().await;
+            while self.tasks.join_next().await.is_some() {}
+        };
         if timeout(LANES_DEADLINE, all).await.is_err() {
             warn!("the database took too long: changes that were not acknowledged are given up");
         }

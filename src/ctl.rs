@@ -1,6 +1,7 @@
 //! `im-presence ctl`: the calls of `PresenceService` from a shell, and what gateways hear. A plain client: it sees what any
 //! other client sees.
 
+mod gateways;
 mod listen;
 mod print;
 
@@ -23,6 +24,7 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 use tonic_types::StatusExt;
 
+use crate::ctl::gateways::Gateways;
 use crate::ctl::listen::Listen;
 use crate::pb;
 use crate::pb::BatchQueryRouteReq;
@@ -54,6 +56,7 @@ Examples:
   im-presence ctl --json batch-query --online-only - < ids.txt | jq -r '.users[].user_id'
   im-presence ctl listen 42 --redis redis://127.0.0.1:6379      as a gateway would
   im-presence ctl deliver 42 'dinner is ready'
+  im-presence ctl gateways                               who lives; see its own --help
 
 Exit codes: 0 done (query: the user is online; deliver: delivered; listen: stopped by Ctrl-C), 1 the call failed, 2 bad usage
 or an argument that the node refused, 3 the answer is no (query: not online; unbind: nothing to unbind; bind: refused by the
@@ -90,6 +93,7 @@ enum Command {
     Deliver(Deliver),
     /// Print what gateways are told for users, until Ctrl-C
     Listen(Listen),
+    Gateways(Gateways),
 }
 
 #[derive(Args)]
@@ -235,6 +239,7 @@ impl Ctl {
                 request.set_timeout(self.patience()); // tells the node until when a retry makes sense
                 self.connect().await?.deliver(request).await.map(|answer| self.delivered(deliver, answer.get_ref()))
             }
+            Command::Gateways(gateways) => gateways.call(self.json, self.patience()).await?,
             Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
         answer.map_err(|status| self.failed(&status))
@@ -245,14 +250,16 @@ impl Ctl {
     }
 
     async fn connect(&self) -> Result<PresenceServiceClient<Channel>, Outcome> {
-        let (addr, timeout) = (&self.addr, self.patience());
-        let endpoint = Endpoint::from_shared(format!("http://{addr}"))
-            .map_err(|_| Outcome { text: format!("--addr must be HOST:PORT, not {addr:?}"), exit: BAD_USAGE })?;
-        let channel = endpoint.connect_timeout(timeout).timeout(timeout).connect().await.map_err(|error| {
-            let why = root_cause(&error);
-            Outcome { text: format!("cannot reach {addr}: {why}; is the daemon running? see --addr"), exit: FAILED }
-        })?;
+        let channel = channel(&self.addr, self.patience(), "--addr").await?;
         Ok(PresenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+    }
+
+    /// Who is asked.
+    fn asked(&self) -> &str {
+        match &self.command {
+            Command::Gateways(gateways) => gateways.addr(),
+            _ => &self.addr,
+        }
     }
 
     fn bound(&self, bind: &Bind, answer: &pb::BindRouteResp) -> Outcome {
@@ -285,7 +292,7 @@ impl Ctl {
     }
 
     fn failed(&self, status: &tonic::Status) -> Outcome {
-        let (addr, timeout, message) = (&self.addr, self.timeout, status.message());
+        let (addr, timeout, message) = (self.asked(), self.timeout, status.message());
         let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
         let (text, exit) = match (status.code(), retry) {
             (tonic::Code::InvalidArgument, _) => (message.to_owned(), BAD_USAGE),
@@ -293,13 +300,23 @@ impl Ctl {
                 (format!("no answer from {addr} within {timeout} ms: it may be done or not; see --timeout"), FAILED)
             }
             (tonic::Code::Unimplemented, _) => {
-                (format!("{addr} does not offer this call; is it the gRPC port of presence_service? see --addr"), FAILED)
+                (format!("{addr} does not offer this call; is it the right port? see --addr and --admin"), FAILED)
             }
             (code, Some(delay)) => (format!("{addr} answers {code:?}: {message}; try again in {} ms", delay.as_millis()), FAILED),
             (code, None) => (format!("{addr} answers {code:?}: {message}"), FAILED),
         };
         Outcome { text, exit }
     }
+}
+
+/// Connects to the node at `addr`, which `option` names.
+async fn channel(addr: &str, timeout: Duration, option: &str) -> Result<Channel, Outcome> {
+    let endpoint = Endpoint::from_shared(format!("http://{addr}"))
+        .map_err(|_| Outcome { text: format!("{option} must be HOST:PORT, not {addr:?}"), exit: BAD_USAGE })?;
+    endpoint.connect_timeout(timeout).timeout(timeout).connect().await.map_err(|error| {
+        let why = root_cause(&error);
+        Outcome { text: format!("cannot reach {addr}: {why}; is the daemon running? see {option}"), exit: FAILED }
+    })
 }
 
 impl Bind {

@@ -31,6 +31,12 @@ label!(ByTier, tier);
 label!(ByDirection, direction);
 label!(ByUse, r#use);
 label!(ByOutcome, outcome);
+label!(ByState, state);
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ByGateway {
+    pub gateway: String,
+}
 
 pub struct Metrics {
     registry: Registry,
@@ -61,6 +67,12 @@ pub struct Metrics {
     pub store_up: Gauge,
     store_errors: Family<ByKind, Counter>,
     pub cache_generation: Gauge,
+    pub gateways: Family<ByState, Gauge>,
+    pub gateway_users: Family<ByGateway, Gauge>,
+    pub gateway_deaths: Family<ByCause, Counter>,
+    pub oldest_beat_ms: Gauge,
+    pub hold: Gauge,
+    pub sweep_backlog: Gauge,
     pub swept_routes: Counter,
     pub users_online: Gauge,
     pub outbox_rows: Gauge,
@@ -106,6 +118,12 @@ impl Metrics {
                 "raised whenever caches may hold what the database does not",
                 Gauge::default(),
             ),
+            gateways: r.gauges("gateways", "lives of gateways, by state"),
+            gateway_users: r.gauges("gateway_users", "connections that each registered gateway said it had"),
+            gateway_deaths: r.family("gateway_deaths", "lives that this node ended, by cause"),
+            oldest_beat_ms: r.add("gateway_oldest_beat_ms", "age of the oldest last beat of a living gateway", Gauge::default()),
+            hold: r.add("hold", "1 while no gateway is declared dead because too many are silent", Gauge::default()),
+            sweep_backlog: r.add("sweep_backlog", "routes of ended lives that are still to be removed", Gauge::default()),
             swept_routes: r.add("swept_routes", "routes removed because they were over", Counter::default()),
             users_online: r.add("users_online", "users with a route, counted once a minute", Gauge::default()),
             outbox_rows: r.add(

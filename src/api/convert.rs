@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::domain::gateway::Fence;
 use crate::domain::gateway::LifeTable;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
@@ -21,11 +22,18 @@ use crate::engine::directory::LiveRoute;
 use crate::engine::directory::Source;
 use crate::error::Error;
 use crate::pb;
+use crate::store::lives::Beat;
+use crate::store::lives::Profile;
 
 /// Users or binds in one batch.
 pub const MAX_BATCH: usize = 10_000;
 /// Users in one batch that asks for routes.
 pub const MAX_BATCH_WITH_ROUTES: usize = 2_000;
+
+const MAX_REGION_BYTES: usize = 128;
+const MAX_LABELS: usize = 16;
+const MAX_LABEL_NAME_BYTES: usize = 63;
+const MAX_LABEL_BYTES: usize = 255;
 
 const KEY_PREFIX: &str = "user:route:";
 
@@ -96,6 +104,45 @@ fn parse_route_key(user: UserId, key: &str) -> Result<Version, Error> {
 
 fn epoch(raw: u64) -> Option<Epoch> {
     (raw != 0).then_some(Epoch(raw))
+}
+
+pub fn gateway(raw: &str) -> Result<GatewayAddr, Error> {
+    GatewayAddr::parse(raw).map_err(invalid("gateway_addr"))
+}
+
+/// The epoch of a gateway that has registered.
+pub fn registered_epoch(raw: u64) -> Result<Epoch, Error> {
+    let reason = || "must be the epoch that RegisterGateway answered with, is 0".to_owned();
+    epoch(raw).ok_or_else(|| Error::Invalid { field: "gateway_epoch", reason: reason() })
+}
+
+/// What a gateway says of itself, and the life it wants to go on with.
+pub fn registration(request: pb::RegisterGatewayReq) -> Result<(Profile, Option<Epoch>), Error> {
+    let gateway = gateway(&request.gateway_addr)?;
+    at_most("region", request.region.len(), MAX_REGION_BYTES, "bytes")?;
+    at_most("labels", request.labels.len(), MAX_LABELS, "labels")?;
+    for (name, value) in &request.labels {
+        at_most("labels", name.len(), MAX_LABEL_NAME_BYTES, "bytes in a name")?;
+        at_most("labels", value.len(), MAX_LABEL_BYTES, "bytes in a value")?;
+    }
+    let (labels, epoch) = (request.labels.into_iter().collect(), epoch(request.gateway_epoch));
+    Ok((Profile { gateway, region: request.region, capacity: request.capacity, labels }, epoch))
+}
+
+pub fn beat(request: &pb::HeartbeatReq) -> Result<(GatewayAddr, Beat), Error> {
+    let gateway = gateway(&request.gateway_addr)?;
+    let (epoch, load) = (registered_epoch(request.gateway_epoch)?, request.load);
+    if !load.is_finite() || load < 0.0 {
+        return Err(Error::Invalid { field: "load", reason: format!("must be a number from 0 on, is {load}") });
+    }
+    Ok((gateway, Beat { epoch, connections: request.connections, load }))
+}
+
+pub fn at_most(field: &'static str, given: usize, limit: usize, of_what: &str) -> Result<(), Error> {
+    if given <= limit {
+        return Ok(());
+    }
+    Err(Error::Invalid { field, reason: format!("must be at most {limit} {of_what}, is {given}") })
 }
 
 fn client_ip(raw: &str) -> Result<Option<IpAddr>, Error> {
@@ -181,6 +228,17 @@ fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
         bound_at_ms: route.bound_at.0,
         route_key: route_key(user, route.bound_version),
         state: pb::RouteState::Unspecified.into(),
+    }
+}
+
+/// What a gateway is told whose life is over.
+pub fn fenced(fence: Fence) -> Option<pb::Result> {
+    match fence {
+        Fence::Expired => result(pb::Code::Fenced, "expired: the gateway's epoch is over; register, then bind again"),
+        Fence::Superseded => result(
+            pb::Code::Superseded,
+            "superseded: another process registered under this address; stop, or wait at least one lease before registering",
+        ),
     }
 }
 

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::cache::Cache;
 use crate::engine::lanes::Lanes;
+use crate::engine::lives::Lives;
 use crate::metrics::ByTier;
 use crate::metrics::Metrics;
 
@@ -26,6 +27,7 @@ pub struct Operator {
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
+    pub lives: Arc<Lives>,
     /// Users online above which the node says it is full; 0: no limit.
     pub max_capacity: u64,
     pub draining: CancellationToken,
@@ -49,9 +51,9 @@ async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
 }
 
 async fn healthz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
-    let users_online = operator.metrics.users_online.get();
+    let users_online = operator.lives.users_online();
     let full = operator.max_capacity > 0 && u64::try_from(users_online).unwrap_or(0) >= operator.max_capacity;
-    let healthy = operator.degraded().is_empty() && !full;
+    let healthy = operator.missing().is_empty() && !full;
     let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let max_capacity = operator.max_capacity;
     let body = json!({ "healthy": healthy, "store_up": operator.store_up(), "users_online": users_online, "max_capacity": max_capacity });
@@ -62,6 +64,7 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     let metrics = &operator.metrics;
     let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     metrics.l1_entries.set(gauge(operator.cache.len()));
+    metrics.users_online.set(operator.lives.users_online());
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
     let rejected = metrics.stale_offers_rejected.get_or_create_owned(&ByTier { tier: "l1" });
     rejected.inner().store(operator.cache.offers_rejected(), std::sync::atomic::Ordering::Relaxed);
@@ -69,8 +72,17 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
 }
 
 impl Operator {
-    /// What is configured and does not answer.
+    /// What an operator should look at, although this node goes on.
     fn degraded(&self) -> Vec<&'static str> {
+        let mut degraded = self.missing();
+        if self.metrics.hold.get() == 1 {
+            degraded.push("hold");
+        }
+        degraded
+    }
+
+    /// What is configured and does not answer.
+    fn missing(&self) -> Vec<&'static str> {
         let parts = [
             ("store", self.store_up()),
             ("redis_cache", self.metrics.is_redis_up("cache").unwrap_or(true)),

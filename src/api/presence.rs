@@ -63,6 +63,10 @@ impl PresenceService for Presence {
                 let result = convert::result(pb::Code::Ok, why);
                 ("not_bound", Ok(pb::UnbindRouteResp { result, unbound: false, version: version.0 }))
             }
+            Ok(Outcome::Fenced(fence)) => {
+                self.metrics.fenced.get_or_create(&ByWhat { what: "unbind" }).inc();
+                ("fenced", Ok(pb::UnbindRouteResp { result: convert::fenced(fence), ..Default::default() }))
+            }
             Ok(_) => ("error", Err(status(&Error::Internal { what: "an unbind had the outcome of another change" }))),
             Err(error) => ("error", Err(status(&error))),
         };
@@ -148,7 +152,7 @@ impl Presence {
                 }
             }
             Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
-            Outcome::Fenced => refused(pb::Code::Fenced, "expired: the gateway's epoch is over; register, then bind again"),
+            Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
             Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } => {
                 refused(pb::Code::Internal, "a bind had the outcome of another change")
             }
@@ -159,14 +163,14 @@ impl Presence {
         let result = match outcome {
             Ok(Outcome::Bound { .. }) => "ok",
             Ok(Outcome::Refused(_)) => "refused",
-            Ok(Outcome::Fenced) => "fenced",
+            Ok(Outcome::Fenced(_)) => "fenced",
             Ok(_) => "error",
             Err(Error::Overloaded { .. }) => "overloaded",
             Err(Error::Unavailable { .. }) => "unavailable",
             Err(Error::Invalid { .. } | Error::Internal { .. }) => "error",
         };
         self.metrics.binds.get_or_create(&ByResult { result }).inc();
-        if let Ok(Outcome::Fenced) = outcome {
+        if let Ok(Outcome::Fenced(_)) = outcome {
             self.metrics.fenced.get_or_create(&ByWhat { what: "bind" }).inc();
         }
         if let Ok(Outcome::Bound { kicked, .. }) = outcome {

@@ -22,7 +22,9 @@ use crate::engine::delivery::Format;
 use crate::engine::directory;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Hearing;
-use crate::engine::expiry::Expiry;
+use crate::engine::gateways::Gateways;
+use crate::engine::gateways::Terms;
+use crate::engine::heartbeats::Heartbeats;
 use crate::engine::hints::Hints;
 use crate::engine::l2::L2;
 use crate::engine::l2::L2Check;
@@ -30,11 +32,13 @@ use crate::engine::lanes;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
 use crate::engine::lives::Lives;
-use crate::engine::lives::LivesPoll;
 use crate::engine::loader::Loader;
 use crate::engine::projection::Outside;
 use crate::engine::projection::Repair;
+use crate::engine::sweep::Sweep;
 use crate::engine::warm_up::WarmUp;
+use crate::engine::watch::Seen;
+use crate::engine::watch::Watch;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::connection::Engine;
@@ -51,6 +55,8 @@ pub struct Assembled {
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
+    pub gateways: Arc<Gateways>,
+    pub heartbeats: Arc<Heartbeats>,
     pub lanes: Arc<Lanes>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
@@ -79,22 +85,6 @@ impl Assembled {
             tasks.spawn(hints.clone().keep_beating(stop.clone()));
             hints.heard_itself(HEAR_PATIENCE).await;
         }
-        let mut poll = LivesPoll::new(
-            database.clone(),
-            lives.clone(),
-            cache.clone(),
-            metrics.clone(),
-            (node_id.clone(), addr),
-            hints.clone(),
-        );
-        poll.step().await;
-        tasks.spawn(upkeep::keep_polling(poll, stop.clone()));
-        if let Some(l2) = &l2 {
-            let mut check = L2Check::new(l2.clone(), database.clone(), cache.clone(), hints.clone(), metrics.clone());
-            check.step().await;
-            tasks.spawn(check.keep_checking(stop.clone()));
-        }
-
         let outside = Arc::new(Outside {
             l2: l2.clone(),
             hints: hints.clone(),
@@ -105,6 +95,28 @@ impl Assembled {
             database: database.clone(),
             heartbeat_interval: config.gateway.heartbeat_interval,
         });
+        let terms = terms(config);
+        let gateways = Gateways::new(terms, &node_id, database.clone(), lives.clone(), outside.clone(), metrics.clone());
+        let mut watch = Watch {
+            database: database.clone(),
+            lives: lives.clone(),
+            cache: cache.clone(),
+            metrics: metrics.clone(),
+            gateways: gateways.clone(),
+            hints: hints.clone(),
+            node: (node_id.clone(), addr),
+            seen: Seen::default(),
+        };
+        watch.step().await;
+        tasks.spawn(upkeep::keep_watching(watch, stop.clone()));
+        let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
+        tasks.spawn(recorder.run(stop.clone()));
+        if let Some(l2) = &l2 {
+            let mut check = L2Check::new(l2.clone(), database.clone(), cache.clone(), hints.clone(), metrics.clone());
+            check.step().await;
+            tasks.spawn(check.keep_checking(stop.clone()));
+        }
+
         let tools = Arc::new(Tools {
             node_id: node_id.clone(),
             database: database.clone(),
@@ -122,11 +134,11 @@ impl Assembled {
         }
         let settings = directory_settings(config, database.engine, hints);
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
-        tasks.spawn(upkeep::keep_tidy(Expiry::new(tools, lanes.clone()), cache.clone(), stop.clone()));
+        tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), cache.clone(), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
         let settings = delivery_settings(config, &node_id);
         let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);
-        Ok(Self { node_id, database, metrics, cache, lives, lanes, directory, deliveries })
+        Ok(Self { node_id, database, metrics, cache, lives, gateways, heartbeats, lanes, directory, deliveries })
     }
 }
 
@@ -145,6 +157,11 @@ fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<Shar
 fn no_tls(redis: &config::Redis, section: &'static str) -> Result<(), StartError> {
     let tls = redis.tls || redis.url.as_ref().is_some_and(|url| url.expose().starts_with("rediss:"));
     if tls { Err(StartError::NoTls { section }) } else { Ok(()) }
+}
+
+fn terms(config: &Config) -> Terms {
+    let config::Gateway { heartbeat_interval, lease, doubt_share, doubt_for, .. } = config.gateway;
+    Terms { heartbeat_interval, lease, doubt_share, doubt_for }
 }
 
 fn lane_settings(config: &Config, engine: Engine) -> lanes::Settings {

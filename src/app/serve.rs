@@ -13,7 +13,7 @@ use tonic_health::server::health_reporter;
 use tracing::error;
 
 use crate::api::admin::Admin;
-use crate::api::gateway::Gateways;
+use crate::api::gateway::Leases;
 use crate::api::http;
 use crate::api::listen;
 use crate::api::presence::Presence;
@@ -33,7 +33,7 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything served on the data port.
-pub async fn data_routes(presence: Presence) -> (HealthReporter, Routes) {
+pub async fn data_routes(presence: Presence, leases: Leases) -> (HealthReporter, Routes) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<Presence>>().await;
     let reflection =
@@ -41,7 +41,7 @@ pub async fn data_routes(presence: Presence) -> (HealthReporter, Routes) {
     let mut routes = Routes::builder();
     routes
         .add_service(PresenceServiceServer::new(presence).max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(GatewayServiceServer::new(Gateways).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(health_service);
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);
@@ -73,9 +73,9 @@ pub async fn serve_data(
     }
 }
 
-pub async fn serve_admin(listener: TcpListener, operator: http::Operator, stop: CancellationToken) {
+pub async fn serve_admin(listener: TcpListener, operator: http::Operator, admin: Admin, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let grpc = Routes::new(AdminServiceServer::new(Admin)).into_axum_router().reset_fallback();
+    let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
     let served = stop.run_until_cancelled(axum::serve(listener, http::router(operator).merge(grpc)).into_future()).await;
     if let Some(Err(error)) = served {
         error!(%error, "the admin server ended");

@@ -4,43 +4,41 @@ use std::sync::Arc;
 
 use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::engine::cache::Cache;
-use crate::engine::expiry::CENSUS_INTERVAL;
-use crate::engine::expiry::EXPIRY_INTERVAL;
-use crate::engine::expiry::Expiry;
-use crate::engine::lives::LivesPoll;
-use crate::engine::lives::POLL_INTERVAL;
 use crate::engine::projection::REPAIR_INTERVAL;
 use crate::engine::projection::Repair;
 use crate::engine::projection::log_repair;
+use crate::engine::sweep::CENSUS_INTERVAL;
+use crate::engine::sweep::SWEEP_INTERVAL;
+use crate::engine::sweep::Sweep;
+use crate::engine::watch::Watch;
 
-pub async fn keep_polling(mut poll: LivesPoll, stop: CancellationToken) {
+pub async fn keep_watching(mut watch: Watch, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let mut ticks = interval(POLL_INTERVAL);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        stop.run_until_cancelled(poll.step()).await;
+    while stop.run_until_cancelled(sleep(watch.pause())).await.is_some() {
+        stop.run_until_cancelled(watch.step()).await;
     }
 }
 
-pub async fn keep_tidy(mut expiry: Expiry, cache: Arc<Cache>, stop: CancellationToken) {
+pub async fn keep_tidy(mut sweep: Sweep, cache: Arc<Cache>, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let (mut ticks, mut census) = (interval(EXPIRY_INTERVAL), interval(CENSUS_INTERVAL));
+    let (mut ticks, mut census) = (interval(SWEEP_INTERVAL), interval(CENSUS_INTERVAL));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let done = tokio::select! {
             () = stop.cancelled() => return,
             _ = ticks.tick() => {
                 cache.tidy();
-                stop.run_until_cancelled(expiry.step()).await.map(|done| done.map(|_| ()))
+                stop.run_until_cancelled(sweep.step()).await.map(|done| done.map(|_| ()))
             }
-            _ = census.tick() => stop.run_until_cancelled(expiry.census()).await,
+            _ = census.tick() => stop.run_until_cancelled(sweep.census()).await,
         };
         if let Some(Err(error)) = done {
-            warn!(%error, "tidying up failed; next try in {EXPIRY_INTERVAL:?}");
+            warn!(%error, "tidying up failed; next try in {SWEEP_INTERVAL:?}");
         }
     }
 }

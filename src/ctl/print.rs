@@ -97,6 +97,39 @@ pub fn delivered(user: i64, answer: &pb::DeliverResp) -> String {
     format!("the message for user {user} is delivered to {receivers}, after {attempts}, delivery id {id}")
 }
 
+pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
+    let alive = answer.lives.iter().filter(|life| life.alive).count();
+    let hold = match answer.hold {
+        true => {
+            format!("\nHOLD for {} ms more: no gateway is declared dead. {}", answer.hold_left_ms, harmless(&answer.hold_reason))
+        }
+        false => String::new(),
+    };
+    let rows: Vec<Vec<String>> = answer.lives.iter().map(life).collect();
+    let headers = ["GATEWAY", "EPOCH", "IS", "LEASE LEFT", "CONNECTIONS", "ROUTES", "REGION", "LABELS"];
+    let parts = [format!("{} live{hold}", counted(u32::try_from(alive).unwrap_or(u32::MAX), "gateway")), table(&headers, &rows)];
+    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
+}
+
+fn life(life: &pb::Life) -> Vec<String> {
+    let state = match (life.alive, life.managed, life.held) {
+        (false, ..) => "dead",
+        (true, false, _) => "unmanaged",
+        (true, true, true) => "held",
+        (true, true, false) => "alive",
+    };
+    let lease = if life.alive && life.managed { format!("{} ms", life.lease_left_ms) } else { "-".to_owned() };
+    let labels: std::collections::BTreeMap<_, _> = life.labels.iter().collect();
+    let labels: Vec<String> = labels.iter().map(|(name, value)| harmless(&format!("{name}={value}"))).collect();
+    let (connections, routes) = (life.connections.to_string(), life.routes.to_string());
+    let (region, labels) = (or_dash(&harmless(&life.region)), or_dash(&labels.join(",")));
+    vec![life.gateway_addr.clone(), life.epoch.to_string(), state.to_owned(), lease, connections, routes, region, labels]
+}
+
+pub fn purged(answer: &pb::PurgeGatewaysResp) -> String {
+    format!("{} declared dead{}", counted(answer.lives, "life").replace("lifes", "lives"), refusal(&answer.result))
+}
+
 /// A message that was heard on the channel of its user, on one line. Bytes that are no text are shown in hexadecimal.
 pub fn heard(delivery: &pb::Delivery) -> String {
     let (at, user) = (time(delivery.timestamp), delivery.user_id);

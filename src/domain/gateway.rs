@@ -26,8 +26,42 @@ pub struct Life {
     pub epoch: Epoch,
     pub gateway: GatewayAddr,
     pub kind: LifeKind,
-    pub alive: bool,
     pub lease_until: Timestamp,
+    pub last_beat: Timestamp,
+    /// It is asked to let its clients go.
+    pub draining: bool,
+    /// As it said with its last beat.
+    pub connections: u32,
+    /// None: it lives.
+    pub end: Option<End>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    pub at: Timestamp,
+    pub reason: EndReason,
+}
+
+/// Why a life ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum EndReason {
+    /// Its lease ran out.
+    Expired,
+    /// A process registered under its address.
+    Superseded,
+    Deregistered,
+    Operator,
+    /// Its lease ran out during a hold, or right after one: no sign of another mass expiry.
+    Held,
+}
+
+/// Why a gateway may not go on with an epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Fence {
+    /// The life is over and nobody took its place: register, and bind again.
+    Expired,
+    /// Another process has registered under the address: stop, or wait a lease.
+    Superseded,
 }
 
 /// What a route on a life is worth now.
@@ -40,13 +74,40 @@ pub enum Liveness {
 }
 
 impl Life {
+    /// A life that has just begun.
+    pub fn begun(epoch: Epoch, gateway: GatewayAddr, kind: LifeKind, lease_until: Timestamp) -> Self {
+        let (last_beat, draining, connections, end) = (Timestamp::default(), false, 0, None);
+        Self { epoch, gateway, kind, lease_until, last_beat, draining, connections, end }
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.end.is_none()
+    }
+
+    pub fn is_managed(&self) -> bool {
+        self.kind == LifeKind::Managed
+    }
+
     pub fn liveness(&self, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
-        match (self.alive, self.kind) {
+        match (self.is_alive(), self.kind) {
             (false, _) => Liveness::Over,
             (true, LifeKind::Unmanaged) => Liveness::OnTime,
             (true, LifeKind::Managed) if self.lease_until <= now.plus(heartbeat_interval + LATE_MARGIN) => Liveness::Late,
             (true, LifeKind::Managed) => Liveness::OnTime,
         }
+    }
+
+    /// The same life, over. The first end counts.
+    pub fn ended(&self, end: End) -> Self {
+        Self { end: self.end.or(Some(end)), ..self.clone() }
+    }
+}
+
+impl Fence {
+    /// Why a life of a gateway that lives `lives` now may not go on.
+    pub fn of<'a>(mut lives: impl Iterator<Item = &'a Life>) -> Self {
+        let taken = lives.any(|life| life.is_alive() && life.is_managed());
+        if taken { Self::Superseded } else { Self::Expired }
     }
 }
 
@@ -61,9 +122,14 @@ impl LifeTable {
         self.lives.get(&epoch)
     }
 
+    /// Whether `life` changes what a route on it is worth for good: it is unknown here, or has ended.
+    pub fn is_news(&self, life: &Life) -> bool {
+        self.lives.get(&life.epoch).is_none_or(|known| known.is_alive() && !life.is_alive())
+    }
+
     /// Takes `life` over, unless the table already knows that it has ended.
     pub fn learn(&mut self, life: Arc<Life>) {
-        let over = self.lives.get(&life.epoch).is_some_and(|known| !known.alive);
+        let over = self.lives.get(&life.epoch).is_some_and(|known| !known.is_alive());
         if !over {
             self.lives.insert(life.epoch, life);
         }
@@ -87,7 +153,8 @@ mod tests {
 
     fn life(kind: LifeKind, alive: bool, lease_until: i64) -> Life {
         let gateway = GatewayAddr::parse("gw-1:7000").unwrap();
-        Life { epoch: Epoch(1), gateway, kind, alive, lease_until: Timestamp(lease_until) }
+        let end = (!alive).then_some(End { at: Timestamp(1), reason: EndReason::Expired });
+        Life { end, ..Life::begun(Epoch(1), gateway, kind, Timestamp(lease_until)) }
     }
 
     #[test]
@@ -113,6 +180,6 @@ mod tests {
         table.learn(Arc::new(life(LifeKind::Managed, true, 1)));
         table.learn(Arc::new(life(LifeKind::Managed, false, 1)));
         table.learn(Arc::new(life(LifeKind::Managed, true, 2)));
-        assert!(!table.get(Epoch(1)).unwrap().alive);
+        assert!(!table.get(Epoch(1)).unwrap().is_alive());
     }
 }

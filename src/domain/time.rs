@@ -11,6 +11,11 @@ impl Timestamp {
         Self(self.0.saturating_add(millis(by)))
     }
 
+    /// How long ago `earlier` was; zero if it is later.
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_millis(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+
     pub fn minus(self, by: Duration) -> Self {
         Self(self.0.saturating_sub(millis(by)))
     }

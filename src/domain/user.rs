@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::LifeTable;
@@ -91,6 +92,15 @@ pub enum Unbind {
     Device { device: DeviceId, gateway: GatewayAddr, conn: Option<ConnId>, epoch: Option<Epoch> },
 }
 
+impl Unbind {
+    /// The life that its gateway claims to live.
+    pub fn epoch(&self) -> Option<Epoch> {
+        match self {
+            Self::Exact { epoch, .. } | Self::Device { epoch, .. } => *epoch,
+        }
+    }
+}
+
 /// One change asked of a user.
 #[derive(Debug)]
 pub enum Event<'a> {
@@ -127,7 +137,7 @@ pub enum Outcome {
     },
     Refused(Refusal),
     /// The life the gateway claims is over, or never was.
-    Fenced,
+    Fenced(Fence),
     Unbound {
         version: Version,
     },
@@ -287,7 +297,7 @@ impl UserRecord {
         }
         let version = self.version.next(context.clock);
         // The user was last seen when the route was still good, not when somebody tidied up.
-        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| route.expires_at);
+        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| context.end_of(route));
         let last_seen = ends.max().unwrap_or_default().min(context.now).max(self.last_seen);
         let next = UserRecord { version, status: self.status, last_seen, routes };
         Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
@@ -305,6 +315,11 @@ impl Context<'_> {
 
     fn is_live(&self, route: &Route) -> bool {
         self.liveness(route) != Liveness::Over
+    }
+
+    /// Until when a route that is over was good: its own time to live, or the last beat of its gateway.
+    fn end_of(&self, route: &Route) -> Option<Timestamp> {
+        route.expires_at.or_else(|| self.lives.get(route.epoch).map(|life| life.last_beat))
     }
 
     fn expiry(&self, life: &Life) -> Option<Timestamp> {

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::gateway::End;
+use crate::domain::gateway::EndReason;
 use crate::domain::policy::OnOverflow::KickOldest;
 use crate::domain::policy::OnOverflow::RefuseNew;
 
@@ -48,7 +50,8 @@ fn gateway(life: u64) -> GatewayAddr {
 fn life(epoch: u64) -> Life {
     let kind = if epoch == UNMANAGED { LifeKind::Unmanaged } else { LifeKind::Managed };
     let lease_until = NOW.plus(if epoch == LATE { BEAT } else { 3 * BEAT });
-    Life { epoch: Epoch(epoch), gateway: gateway(epoch), kind, alive: epoch != OVER, lease_until }
+    let end = (epoch == OVER).then_some(End { at: NOW, reason: EndReason::Expired });
+    Life { end, ..Life::begun(Epoch(epoch), gateway(epoch), kind, lease_until) }
 }
 
 fn route(had: Had, bound_version: u64) -> Route {
@@ -429,7 +432,7 @@ impl World {
                     ..bind("", "")
                 };
                 let event = Event::Bind { bind: &bind, life: &life, waited: Duration::from_millis(*waited_ms) };
-                if life.alive {
+                if life.is_alive() {
                     let before = self.record.clone();
                     let outcome = self.judged(&event);
                     self.judge_bind(&event, &before, &outcome);
@@ -450,7 +453,9 @@ impl World {
             Step::Sweep => self.judge_sweep(),
             Step::Clock(by) => self.now.0 += by,
             Step::Heartbeat(epoch) => self.change_life(*epoch, |life, now| life.lease_until = now.plus(3 * BEAT)),
-            Step::Dies(epoch) => self.change_life(*epoch, |life, _| life.alive = false),
+            Step::Dies(epoch) => {
+                self.change_life(*epoch, |life, now| life.end = Some(End { at: now, reason: EndReason::Expired }))
+            }
         }
     }
 

@@ -22,14 +22,17 @@ use tracing::info;
 use tracing::warn;
 
 use crate::clock::AtomicInstant;
+use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::cache::Cache;
 use crate::engine::lives::Lives;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
+use crate::store::bus::Heard;
 use crate::store::codec::ChangedUser;
 use crate::store::codec::Hint;
+use crate::store::codec::LivesHint;
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Silence of a living node, or of this node's own echo, after which hints may be missing.
@@ -164,8 +167,11 @@ impl Hints {
                     if !std::mem::replace(&mut hearing, true) {
                         info!("hears the other nodes again");
                     }
-                    while let Some(Some(hint)) = stop.run_until_cancelled(subscription.next()).await {
-                        self.take(&hint);
+                    while let Some(Some(heard)) = stop.run_until_cancelled(subscription.next()).await {
+                        match heard {
+                            Heard::Users(hint) => self.take(&hint),
+                            Heard::Lives(hint) => self.take_ended(&hint),
+                        }
                     }
                 }
                 Some(Err(error)) => {
@@ -207,6 +213,20 @@ impl Hints {
             }
         }
         self.note_heard(hint);
+    }
+
+    fn take_ended(&self, hint: &LivesHint) {
+        if hint.store_id != self.store_id {
+            self.metrics.hint("of_another_store");
+            return;
+        }
+        self.lives.learn_ended(&hint.ended.iter().copied().map(Epoch).collect::<Vec<_>>());
+    }
+
+    /// Tells the other nodes of lives that are over. False: it could not be told.
+    pub async fn tell_ended(&self, epochs: &[Epoch]) -> bool {
+        let hint = LivesHint { store_id: self.store_id.clone(), ended: epochs.iter().map(|epoch| epoch.0).collect() };
+        self.bus.lives_ended(&hint).await.is_ok()
     }
 
     /// Everything its sender had told when it sent this has been taken in. That may be long ago; the database's clock, which

@@ -6,6 +6,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -18,6 +20,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
+use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::user::Bind;
@@ -44,6 +47,17 @@ pub enum Change {
     Unbind(Unbind),
     /// Remove the routes that are not live.
     Sweep,
+}
+
+impl Change {
+    /// The life that whoever asks for it claims to live.
+    pub(super) fn epoch(&self) -> Option<Epoch> {
+        match self {
+            Self::Bind(bind) => bind.epoch,
+            Self::Unbind(unbind) => unbind.epoch(),
+            Self::Sweep => None,
+        }
+    }
 }
 
 /// What the lanes work by.
@@ -90,6 +104,7 @@ struct Entrance {
 
 pub struct Lanes {
     entrances: Vec<Entrance>,
+    taken: AtomicU64,
     metrics: Arc<Metrics>,
     max_event_age: Duration,
 }
@@ -106,7 +121,8 @@ impl Lanes {
             tasks.spawn(Lane::new(tools.clone(), from_callers, from_background, projector).run(shutdown.clone()));
             entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
         }
-        Arc::new(Self { entrances, metrics: tools.metrics.clone(), max_event_age: settings.max_event_age })
+        let taken = AtomicU64::new(0);
+        Arc::new(Self { entrances, taken, metrics: tools.metrics.clone(), max_event_age: settings.max_event_age })
     }
 
     /// Makes one change. When this returns an outcome, the change is durable.
@@ -150,6 +166,11 @@ impl Lanes {
         self.outcome(answer, received).await
     }
 
+    /// How many changes callers have asked for.
+    pub fn taken(&self) -> u64 {
+        self.taken.load(Ordering::Relaxed)
+    }
+
     /// Events that wait.
     pub fn depth(&self) -> usize {
         self.entrances.iter().map(|entrance| entrance.callers.max_capacity() - entrance.callers.capacity()).sum()
@@ -189,6 +210,7 @@ impl Lanes {
     }
 
     fn enter(&self, lane: usize, pending: Pending) -> Result<(), Error> {
+        self.taken.fetch_add(1, Ordering::Relaxed);
         self.entrances[lane].callers.try_send(pending).map_err(|error| match error {
             TrySendError::Full(_) => {
                 self.metrics.shed("changes");

@@ -1,11 +1,13 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `transaction`, `lane` with `lanes`, `expiry`.
+//! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `transaction`, `lane` with `lanes`,
+//! `sweep`, `gateways`, `heartbeats`, `watch`, `delivery`.
 
 pub mod cache;
 pub mod delivery;
 pub mod directory;
-pub mod expiry;
+pub mod gateways;
+pub mod heartbeats;
 pub mod hints;
 pub mod l2;
 mod lane;
@@ -13,5 +15,7 @@ pub mod lanes;
 pub mod lives;
 pub mod loader;
 pub mod projection;
+pub mod sweep;
 mod transaction;
 pub mod warm_up;
+pub mod watch;

@@ -20,6 +20,7 @@ use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tracing::warn;
 
+use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
@@ -62,6 +63,8 @@ const MAX_CONFIRMED: usize = 1_000;
 const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// So many rows left behind are given up for a new generation.
 const MAX_ROWS: i64 = 10_000;
+/// What nobody waits for has to be told within this time.
+const ASIDE_LIMIT: Duration = Duration::from_millis(200);
 /// Users that are shown at a time when all are.
 const PAGE: i64 = 512;
 
@@ -186,6 +189,26 @@ impl Outside {
             return Some(());
         }
         bus.publish(&orders, bus.link.timeout()).await.ok().map(|_| ())
+    }
+
+    /// Tells other services that gateways live. They see it with the next beat if it is lost.
+    pub async fn beaten(&self, lives: &[Arc<Life>], lease: Duration) {
+        if let Some(l2) = self.l2.as_ref().filter(|l2| l2.is_usable() && !lives.is_empty()) {
+            let _ = l2.shared().gateways_live(lives, lease, ASIDE_LIMIT).await;
+        }
+    }
+
+    /// Tells nodes and other services that lives are over. None: it could not be told to all.
+    pub async fn tell_ended(&self, epochs: &[Epoch]) -> Option<()> {
+        let (table, mut told) = (self.lives.table(), true);
+        if let Some(hints) = &self.hints {
+            told &= hints.tell_ended(epochs).await;
+        }
+        if let Some(l2) = &self.l2 {
+            let lives: Vec<_> = epochs.iter().filter_map(|epoch| table.get(*epoch).cloned()).collect();
+            told &= l2.is_usable() && l2.shared().gateways_over(&lives, ASIDE_LIMIT).await.is_ok();
+        }
+        told.then_some(())
     }
 
     /// Which of the winners have a newer record by now: what was said of them may have crossed what others said.
@@ -317,6 +340,10 @@ impl Repair {
         for (id, body) in rows {
             if self.outside.kick(&body.kicks).await.is_none() {
                 return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
+            }
+            let ended: Vec<Epoch> = body.ended.iter().copied().map(Epoch).collect();
+            if !ended.is_empty() && self.outside.tell_ended(&ended).await.is_none() {
+                return Err(SqlError::Lost("Redis cannot be reached".to_owned()));
             }
             connection.delete_claimed(&id, &self.node_id).await?;
             self.outside.metrics.outbox_repaired.inc();

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use tracing::error;
 
+use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
@@ -20,6 +21,7 @@ use crate::domain::user::Bind;
 use crate::domain::user::Context;
 use crate::domain::user::Event;
 use crate::domain::user::Outcome;
+use crate::domain::user::Unbind;
 use crate::domain::user::UserRecord;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Pending;
@@ -126,19 +128,28 @@ impl Transaction<'_> {
         let table = self.tools.lives.table();
         let unknown =
             records.values().flat_map(|record| &record.routes).map(|route| route.epoch).filter(|e| table.get(*e).is_none());
-        let mut epochs: Vec<Epoch> = binds().filter_map(|bind| bind.epoch).chain(unknown).collect();
+        let claimed = events.iter().filter_map(|event| event.change.epoch());
+        let mut epochs: Vec<Epoch> = claimed.chain(unknown).collect();
         epochs.sort_unstable();
         epochs.dedup();
         self.tools.lives.learn(&self.connection.lives_by_epoch(&epochs).await?);
 
+        // Also of events that claim a life which is over: whether another process has the address by now.
+        let table = self.tools.lives.table();
+        let is_over = |epoch: Epoch| table.get(epoch).is_none_or(|life| !life.is_alive());
         let mut gateways: Vec<GatewayAddr> =
-            binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
+            binds().filter(|bind| bind.epoch.is_none_or(is_over)).map(|bind| bind.gateway.clone()).collect();
+        let claimed = events.iter().filter_map(|event| event.change.epoch()).filter(|epoch| is_over(*epoch));
+        gateways.extend(claimed.filter_map(|epoch| table.get(epoch)).map(|life| life.gateway.clone()));
         gateways.sort_unstable();
         gateways.dedup();
         let lives = self.connection.current_lives(&gateways).await?;
         self.tools.lives.learn(&lives);
         let current: HashMap<_, _> = lives.into_iter().map(|life| (life.gateway.clone(), life)).collect();
-        let missing: Vec<_> = gateways.into_iter().filter(|gateway| !current.contains_key(gateway)).collect();
+        let mut missing: Vec<_> = binds().filter(|bind| bind.epoch.is_none()).map(|bind| bind.gateway.clone()).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        missing.retain(|gateway| !current.contains_key(gateway));
         if missing.is_empty() { Ok(current) } else { Err(Failure::NoLife(missing)) }
     }
 
@@ -164,9 +175,12 @@ impl Transaction<'_> {
                     let waited = event.received.elapsed();
                     catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Bind { bind, life: &life, waited }, &context)))
                 }
-                None => Ok(Applied { outcome: Outcome::Fenced, next: None }),
+                None => Ok(Applied { outcome: work.fenced(&bind.gateway), next: None }),
             },
-            Change::Unbind(unbind) => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Unbind(unbind), &context))),
+            Change::Unbind(unbind) => {
+                let applied = catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Unbind(unbind), &context)));
+                applied.map(|applied| work.fenced_unbind(unbind, applied, &table))
+            }
             Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
         };
         Some(match applied {
@@ -193,7 +207,7 @@ impl Transaction<'_> {
         let rows: Vec<OutboxId> = self.shown.iter().map(|row| row.id.clone()).collect();
         let all_deleted = self.connection.delete_outbox(&rows).await? == rows.len();
         let overtaken = if all_deleted { Vec::new() } else { self.shown.iter().flat_map(|row| row.users.clone()).collect() };
-        let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks };
+        let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks, ..OutboxBody::default() };
         for change in &changes {
             body.changed(change.user, change.after.version);
         }
@@ -218,8 +232,24 @@ impl Work<'_> {
     fn life_of(&self, bind: &Bind, table: &LifeTable) -> Option<Arc<Life>> {
         match bind.epoch {
             None => self.current.get(&bind.gateway).cloned(),
-            Some(epoch) => table.get(epoch).filter(|life| life.alive && life.gateway == bind.gateway).cloned(),
+            Some(epoch) => table.get(epoch).filter(|life| life.is_alive() && life.gateway == bind.gateway).cloned(),
         }
+    }
+
+    /// An unbind that found nothing is fenced if the life it claims is over: its gateway has to know.
+    fn fenced_unbind(&self, unbind: &Unbind, applied: Applied, table: &LifeTable) -> Applied {
+        let over = unbind.epoch().map(|epoch| table.get(epoch)).filter(|life| life.is_none_or(|life| !life.is_alive()));
+        match (over, &applied.outcome) {
+            (Some(life), Outcome::NotBound { .. }) => {
+                let current = life.and_then(|life| self.current.get(&life.gateway));
+                Applied { outcome: Outcome::Fenced(Fence::of(current.into_iter().map(|life| &**life))), next: None }
+            }
+            _ => applied,
+        }
+    }
+
+    fn fenced(&self, gateway: &GatewayAddr) -> Outcome {
+        Outcome::Fenced(Fence::of(self.current.get(gateway).into_iter().map(|life| &**life)))
     }
 
     fn keep(&mut self, user: UserId, applied: Applied) -> Outcome {

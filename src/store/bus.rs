@@ -14,6 +14,7 @@ use tokio_stream::StreamExt;
 use crate::config;
 use crate::domain::id::UserId;
 use crate::store::codec::Hint;
+use crate::store::codec::LivesHint;
 use crate::store::keys::Channels;
 use crate::store::link::Link;
 use crate::store::link::LinkError;
@@ -33,7 +34,15 @@ const ASIDE_LIMIT: Duration = Duration::from_millis(200);
 /// What a node listens to, confirmed by the server.
 pub struct Hearing {
     messages: PubSubStream,
+    /// The channel on which nodes tell of lives.
+    lives: String,
     _sink: PubSubSink,
+}
+
+/// What a node hears from another, or from itself.
+pub enum Heard {
+    Users(Hint),
+    Lives(LivesHint),
 }
 
 impl Bus {
@@ -67,6 +76,13 @@ impl Bus {
         self.link.run::<Vec<i64>>(&publish, ASIDE_LIMIT).await.map(|_| ())
     }
 
+    /// Tells the other nodes of lives that are over.
+    pub async fn lives_ended(&self, hint: &LivesHint) -> Result<(), LinkError> {
+        let mut publish = redis::pipe();
+        publish.cmd("PUBLISH").arg(self.channels.presence_gateway()).arg(hint.encode_to_vec());
+        self.link.run::<(i64,)>(&publish, ASIDE_LIMIT).await.map(|_| ())
+    }
+
     /// Publishes each message on its channel and says how many received it.
     pub async fn publish(&self, messages: &[(String, Vec<u8>)], limit: Duration) -> Result<Vec<u64>, LinkError> {
         let mut publish = redis::pipe();
@@ -80,18 +96,26 @@ impl Bus {
     pub async fn listen(&self) -> Result<Hearing, LinkError> {
         let (mut sink, messages) = self.link.subscriber().await?.split();
         let limit = self.link.timeout();
-        timeout(limit, sink.subscribe(self.channels.presence_hint())).await.map_err(|_| LinkError::NoAnswer(limit))??;
-        Ok(Hearing { messages, _sink: sink })
+        let channels = [self.channels.presence_hint(), self.channels.presence_gateway()];
+        timeout(limit, sink.subscribe(&channels)).await.map_err(|_| LinkError::NoAnswer(limit))??;
+        let [_, lives] = channels;
+        Ok(Hearing { messages, lives, _sink: sink })
     }
 }
 
 impl Hearing {
-    /// The next hint. None: the subscription has ended, or has been silent for too long.
-    pub async fn next(&mut self) -> Option<Hint> {
+    /// The next message. None: the subscription has ended, or has been silent for too long.
+    pub async fn next(&mut self) -> Option<Heard> {
         loop {
             let message = timeout(SILENCE, self.messages.next()).await.ok()??;
-            if let Ok(hint) = Hint::decode(message.get_payload_bytes()) {
-                return Some(hint);
+            let bytes = message.get_payload_bytes();
+            let heard = if message.get_channel_name() == self.lives {
+                LivesHint::decode(bytes).map(Heard::Lives)
+            } else {
+                Hint::decode(bytes).map(Heard::Users)
+            };
+            if let Ok(heard) = heard {
+                return Some(heard);
             }
         }
     }

@@ -1,9 +1,11 @@
 //! How domain values are written down: small numbers in columns, and the body of an outbox row.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 
 use prost::Message;
 
+use crate::domain::gateway::EndReason;
 use crate::domain::gateway::LifeKind;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
@@ -24,6 +26,9 @@ pub struct OutboxBody {
     pub changes: Vec<ChangedUser>,
     #[prost(message, repeated, tag = "2")]
     pub kicks: Vec<KickedRoute>,
+    /// Epochs of lives that ended.
+    #[prost(uint64, repeated, tag = "3")]
+    pub ended: Vec<u64>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -32,6 +37,13 @@ pub struct ChangedUser {
     pub user_id: i64,
     #[prost(uint64, tag = "2")]
     pub version: u64,
+}
+
+/// What a gateway says of itself when it registers, as it stands in a column.
+#[derive(Clone, PartialEq, Message)]
+pub struct Labels {
+    #[prost(btree_map = "string, string", tag = "1")]
+    pub labels: BTreeMap<String, String>,
 }
 
 /// A route that was removed by another device's bind; its gateway has to close the connection.
@@ -155,6 +167,15 @@ pub struct Hint {
     pub sent_at_ms: i64,
 }
 
+/// What nodes tell each other of gateways: epochs of lives that are over. Faster than reading the table; lost, it is read.
+#[derive(Clone, PartialEq, Message)]
+pub struct LivesHint {
+    #[prost(string, tag = "1")]
+    pub store_id: String,
+    #[prost(uint64, repeated, tag = "2")]
+    pub ended: Vec<u64>,
+}
+
 /// Field for field a `mpim.Delivery`, as far as one is published.
 #[derive(Clone, PartialEq, Message)]
 pub struct Envelope {
@@ -241,5 +262,6 @@ numbered!(
     Tablet = 7,
     Other = 8
 );
+numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
 numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3);

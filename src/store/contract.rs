@@ -2,13 +2,16 @@
 
 mod server;
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::collections::HashSet;
 use std::time::Duration;
 use std::time::Instant;
 
 use serde_json::json;
 
 use crate::config::Config;
+use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::id::ConnId;
@@ -30,6 +33,10 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
+use crate::store::lives::Beat;
+use crate::store::lives::Begun;
+use crate::store::lives::Ending;
+use crate::store::lives::Profile;
 use crate::store::users::UserChange;
 
 const DEADLINE: Duration = Duration::from_secs(10);
@@ -302,15 +309,164 @@ async fn begin_life(connection: &mut Connection, name: &str) -> Life {
     Life::clone(&lives[0])
 }
 
+const LEASE: Duration = Duration::from_secs(15);
+
+fn profile(name: &str) -> Profile {
+    let labels = BTreeMap::from([("zone".to_owned(), "süd".to_owned())]);
+    Profile { gateway: gateway(name), region: "eu".to_owned(), capacity: 10, labels }
+}
+
+async fn register(connection: &mut Connection, name: &str) -> Begun {
+    connection.begin_managed_life("node", &profile(name), LEASE, 5).await.unwrap().expect("not too often")
+}
+
+/// As if nobody had said so for a lease, and nothing had been written for a while (or it had, all the time).
+async fn lease_over(connection: &mut Connection, epoch: Epoch, continuous: bool) {
+    let (since, beat) = if continuous { ("last_beat - 60000", "last_beat") } else { ("last_beat", "last_beat - 4000") };
+    connection.beat_cluster().await.unwrap();
+    connection.execute(statement(format!("UPDATE cluster SET continuous_since = {since}, last_beat = {beat}"))).await.unwrap();
+    connection.execute(statement(format!("UPDATE lives SET lease_until = 1 WHERE epoch = {}", epoch.0))).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_registration_ends_the_former_life_and_five_are_enough() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let unmanaged = begin_life(connection, "gw-1:7000").await;
+        let first = register(connection, "gw-1:7000").await;
+        let ended = first.ended.expect("it had one");
+        assert_eq!(
+            ended.lives.iter().map(|life| (life.epoch, life.end.unwrap().reason)).collect::<Vec<_>>(),
+            [(unmanaged.epoch, EndReason::Superseded)]
+        );
+        assert_eq!(connection.count_outbox().await.unwrap(), 1, "the end is told until somebody has heard it");
+        assert!(first.life.is_managed() && first.life.is_alive());
+        assert_eq!(first.life.lease_until.since(first.life.last_beat), LEASE);
+        for _ in 0..4 {
+            register(connection, "gw-1:7000").await;
+        }
+        assert!(connection.begin_managed_life("node", &profile("gw-1:7000"), LEASE, 5).await.unwrap().is_none());
+        assert!(register(connection, "gw-2:7000").await.ended.is_none(), "another address is free to register");
+        assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap().len(), 1);
+
+        let listed = connection.list_lives(false).await.unwrap();
+        assert_eq!(listed.iter().map(|listed| listed.profile.gateway.as_str()).collect::<Vec<_>>(), ["gw-1:7000", "gw-2:7000"]);
+        assert_eq!(listed[0].profile.labels, profile("gw").labels);
+        assert_eq!(connection.list_lives(true).await.unwrap().len(), 7);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_beat_extends_what_lives_and_revives_nothing() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let (one, two) = (register(connection, "gw-1:7000").await.life, register(connection, "gw-2:7000").await.life);
+        lease_over(connection, one.epoch, true).await;
+        lease_over(connection, two.epoch, true).await;
+        connection.end_lives("node", &[two.epoch], Ending::Said(EndReason::Operator)).await.unwrap().expect("it lived");
+        let beats = [one.epoch, two.epoch, Epoch(7)].map(|epoch| Beat { epoch, connections: 3, load: 0.5 });
+        connection.beat_lives(&beats, LEASE).await.unwrap();
+        let mut lives = connection.lives_by_epoch(&[one.epoch, two.epoch, Epoch(7)]).await.unwrap();
+        lives.sort_by_key(|life| life.epoch);
+        let seen: Vec<_> =
+            lives.iter().map(|life| (life.is_alive(), life.lease_until > one.lease_until, life.connections)).collect();
+        assert_eq!(seen.len(), 2);
+        assert_eq!((seen[0].0, seen[0].2, seen[1]), (true, 3, (false, false, 0)));
+        assert!(lives[0].lease_until >= one.lease_until);
+
+        assert!(connection.resume_life(one.epoch, &profile("gw-1:7000"), LEASE).await.unwrap());
+        assert!(!connection.resume_life(two.epoch, &profile("gw-2:7000"), LEASE).await.unwrap(), "it is over");
+        assert!(!connection.resume_life(one.epoch, &profile("gw-3:7000"), LEASE).await.unwrap(), "it is another gateway's");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_lease_that_is_over_is_a_death_only_if_beats_could_be_written_all_the_time_and_no_hold_is_on() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let life = register(connection, "gw-1:7000").await.life;
+        let ending = Ending::Expired { lease: LEASE };
+        let dies = async |connection: &mut Connection| {
+            let ended = connection.end_lives("node", &[life.epoch], ending).await.unwrap();
+            ended.map(|ended| ended.lives[0].end.unwrap().reason)
+        };
+        connection.beat_cluster().await.unwrap();
+        assert_eq!(dies(connection).await, None, "its lease is not over");
+        lease_over(connection, life.epoch, false).await;
+        assert_eq!(dies(connection).await, None, "nobody could write lately");
+        connection.beat_cluster().await.unwrap();
+        assert_eq!(dies(connection).await, None, "not for a whole lease");
+
+        lease_over(connection, life.epoch, true).await;
+        assert!(connection.begin_hold(LEASE, LEASE, "test").await.unwrap());
+        assert!(!connection.begin_hold(LEASE, LEASE, "again").await.unwrap(), "one is on");
+        assert_eq!(dies(connection).await, None, "a hold is on");
+        let hold = connection.read_cluster().await.unwrap().hold;
+        assert_eq!((hold.is_by_doubt(), hold.reason.as_str()), (true, "doubt: test"));
+        assert!(connection.end_hold(&hold).await.unwrap());
+        assert!(!connection.end_hold(&hold).await.unwrap(), "it is over");
+        assert_eq!(connection.count_outbox().await.unwrap(), 0);
+        assert_eq!(dies(connection).await, Some(EndReason::Expired));
+        assert_eq!(dies(connection).await, None, "it died once");
+        assert_eq!(connection.count_outbox().await.unwrap(), 1, "told until somebody has heard it");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn after_a_hold_that_ended_by_time_the_dead_count_for_nothing_and_none_begins_for_a_lease() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let life = register(connection, "gw-1:7000").await.life;
+        lease_over(connection, life.epoch, true).await;
+        assert!(connection.begin_hold(Duration::ZERO, LEASE, "test").await.unwrap());
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        assert!(!connection.begin_hold(LEASE, LEASE, "again").await.unwrap(), "for one lease");
+        let ended = connection.end_lives("node", &[life.epoch], Ending::Expired { lease: LEASE }).await.unwrap().expect("dies");
+        assert_eq!(ended.lives[0].end.unwrap().reason, EndReason::Held);
+
+        connection.set_hold(LEASE, LEASE, "maintenance").await.unwrap();
+        let hold = connection.read_cluster().await.unwrap();
+        assert!(hold.hold.is_on(hold.clock.now()) && !hold.hold.is_by_doubt());
+        connection.set_hold(Duration::ZERO, LEASE, "").await.unwrap();
+        let hold = connection.read_cluster().await.unwrap();
+        assert!(!hold.hold.is_on(hold.clock.now()));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn routes_that_name_a_life_nobody_knows_are_found() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let life = register(connection, "gw-1:7000").await.life;
+        assert_eq!(connection.reopen_orphaned_lives().await.unwrap(), 0);
+        let route = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+            bound_version, bound_at_ms) VALUES (?, 'd', 0, ?, '', 0, '', 0, 1, 1)";
+        for (user, epoch) in [(1, life.epoch.0), (2, 77)] {
+            connection.execute(statement(route).bind(user).bind(epoch as i64)).await.unwrap();
+        }
+        connection.end_lives("node", &[life.epoch], Ending::Said(EndReason::Deregistered)).await.unwrap().expect("it lived");
+        connection.mark_swept(life.epoch).await.unwrap();
+        assert_eq!(connection.unswept_lives().await.unwrap().len(), 0);
+        assert_eq!(connection.reopen_orphaned_lives().await.unwrap(), 2, "one was swept, one never was");
+        let unswept: Vec<u64> = connection.unswept_lives().await.unwrap().iter().map(|life| life.epoch.0).collect();
+        assert_eq!(HashSet::from([77, life.epoch.0]), unswept.into_iter().collect());
+        assert_eq!(connection.users_of_life(life.epoch, 0, 10).await.unwrap().len(), 1);
+        assert_eq!(connection.count_routes().await.unwrap()[&life.epoch], 1);
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_gateway_lives_one_life_and_no_two_have_the_same_epoch() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
         assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap(), []);
         let first = begin_life(connection, "gw-1:7000").await;
-        let want =
-            Life { epoch: first.epoch, gateway: gateway("gw-1:7000"), kind: LifeKind::Unmanaged, alive: true, ..first.clone() };
-        assert_eq!(first, want);
+        assert_eq!(first, Life::begun(first.epoch, gateway("gw-1:7000"), LifeKind::Unmanaged, Timestamp(0)));
         assert_eq!(begin_life(connection, "gw-1:7000").await, first, "it has a life");
         let second = begin_life(connection, "GW-1:7000").await;
         assert!(second.epoch > first.epoch);
@@ -321,9 +477,9 @@ async fn a_gateway_lives_one_life_and_no_two_have_the_same_epoch() {
         let epochs = [first.epoch, second.epoch, third.epoch, Epoch(1)];
         let mut lives = connection.lives_by_epoch(&epochs).await.unwrap();
         lives.sort_by_key(|life| life.epoch);
-        let alive: Vec<(Epoch, bool)> = lives.iter().map(|life| (life.epoch, life.alive)).collect();
+        let alive: Vec<(Epoch, bool)> = lives.iter().map(|life| (life.epoch, life.is_alive())).collect();
         assert_eq!(alive, [(first.epoch, false), (second.epoch, true), (third.epoch, true)]);
-        assert_eq!(connection.read_lives().await.unwrap().len(), 3, "routes may still name the dead one");
+        assert_eq!(connection.read_lives(Duration::ZERO).await.unwrap().len(), 3, "routes may still name the dead one");
     })
     .await;
 }

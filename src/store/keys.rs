@@ -25,6 +25,11 @@ pub fn user_record(user: UserId) -> String {
     format!("user:record:{user}")
 }
 
+/// The epoch a gateway lives, for other services; it ends with the lease.
+pub fn gateway_heartbeat(addr: &str) -> String {
+    format!("gateway:heartbeat:{addr}")
+}
+
 /// Channels. Pub/Sub ignores database numbers: the prefix separates systems that share a Redis.
 #[derive(Clone, Debug)]
 pub struct Channels {
@@ -49,6 +54,11 @@ impl Channels {
     /// `<user_id>:<gateway_addr>` for each user that changed; an empty address is offline.
     pub fn presence_route(&self) -> String {
         format!("{}presence:route", self.prefix)
+    }
+
+    /// What nodes tell each other of gateways: who is dead.
+    pub fn presence_gateway(&self) -> String {
+        format!("{}presence:gateway", self.prefix)
     }
 
     /// What nodes tell each other: who changed, and that they are there.

@@ -1,106 +1,112 @@
-//! Lives of gateways and the row all nodes agree on.
+//! Lives of gateways: beginning, extending, ending, reading.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use crate::domain::gateway::End;
+use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
+use crate::store::cluster::MAX_SILENCE;
 use crate::store::codec;
+use crate::store::codec::Labels;
+use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
+use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::outbox::OutboxId;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
-use crate::store::users::DatabaseClock;
 use crate::store::users::Records;
 use crate::store::users::clock_micros;
+use crate::store::users::clock_millis;
 use crate::store::users::corrupt;
+use crate::store::users::duration_millis;
 use crate::store::users::signed;
 use crate::store::users::unsigned;
 
-/// What every node looks at once a second.
+const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason \
+    FROM lives WHERE ";
+
+/// What a gateway says of itself.
 #[derive(Clone, Debug)]
-pub struct ClusterRow {
-    pub clock: DatabaseClock,
-    /// Raised whenever caches may hold what the database does not know.
-    pub generation: u64,
-    /// The Redis server whose records belong to this generation.
-    pub cache_identity: String,
+pub struct Profile {
+    pub gateway: GatewayAddr,
+    pub region: String,
+    pub capacity: u32,
+    pub labels: BTreeMap<String, String>,
 }
 
-const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until FROM lives WHERE ";
+/// A heartbeat.
+#[derive(Clone, Debug)]
+pub struct Beat {
+    pub epoch: Epoch,
+    pub connections: u32,
+    pub load: f32,
+}
+
+/// A life that began, and those that it ended.
+#[derive(Debug)]
+pub struct Begun {
+    pub life: Arc<Life>,
+    pub ended: Option<Ended>,
+}
+
+/// Lives that ended, and the outbox row that says so until it is told.
+#[derive(Debug)]
+pub struct Ended {
+    pub lives: Vec<Arc<Life>>,
+    pub outbox: OutboxId,
+}
+
+/// On what condition lives end.
+#[derive(Clone, Copy, Debug)]
+pub enum Ending {
+    /// Their lease is over, and nothing speaks against believing that: the database took beats without a gap for a whole
+    /// lease, and no hold is on. The condition is part of the statement, because a database that stood still would run it when
+    /// it comes back, before any beat.
+    Expired { lease: Duration },
+    /// Their lease is over, and an operator says that they are dead.
+    Confirmed,
+    /// Whatever their lease says.
+    Said(EndReason),
+}
+
+/// What an operator is shown of a life.
+#[derive(Clone, Debug)]
+pub struct Listed {
+    pub life: Arc<Life>,
+    pub profile: Profile,
+    pub load: f64,
+    pub attached_node: String,
+}
 
 impl Connection {
-    pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
-        let sql = format!("SELECT {}, generation, cache_identity FROM cluster WHERE id = 1", clock_micros(self.engine()));
-        let rows = self.fetch(statement(sql)).await?;
-        let row = rows.first().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
-        Ok(ClusterRow {
-            clock: DatabaseClock::from_micros(row.try_get(0)?),
-            generation: unsigned(row.try_get(1)?),
-            cache_identity: row.try_get(2)?,
-        })
-    }
-
-    /// Raises the generation, unless another node did so meanwhile.
-    pub async fn raise_generation(&mut self, seen: u64) -> Result<(), SqlError> {
-        const SQL: &str = "UPDATE cluster SET generation = generation + 1 WHERE id = 1 AND generation = ?";
-        self.execute(statement(SQL).bind(signed(seen))).await.map(|_| ())
-    }
-
-    /// Raises the generation because the shared cache is another server than before, unless another node did so meanwhile.
-    pub async fn adopt_cache(&mut self, seen: &ClusterRow, identity: &str) -> Result<(), SqlError> {
-        const SQL: &str = "UPDATE cluster SET generation = generation + 1, cache_identity = ? WHERE id = 1 AND generation = ? AND cache_identity = ?";
-        let update = statement(SQL).bind(identity.to_owned()).bind(signed(seen.generation)).bind(seen.cache_identity.clone());
-        self.execute(update).await.map(|_| ())
-    }
-
-    /// Says that this node is there, and returns the nodes that said so within `term`.
-    pub async fn beat_node(&mut self, node_id: &str, addr: &str, term: Duration) -> Result<Vec<String>, SqlError> {
-        let now = format!("{} DIV 1000", clock_micros(self.engine()));
-        let now = if self.engine() == Engine::Sqlite { now.replace(" DIV ", " / ") } else { now };
-        let upsert = match self.engine() {
-            Engine::MySql => {
-                format!("INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) ON DUPLICATE KEY UPDATE seen_at = {now}")
-            }
-            Engine::Sqlite => format!(
-                "INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) ON CONFLICT (node_id) DO UPDATE SET seen_at = {now}"
-            ),
-        };
-        self.execute(statement(upsert).bind(node_id.to_owned()).bind(addr.to_owned())).await?;
-        let term = i64::try_from(term.as_millis()).unwrap_or(i64::MAX);
-        let rows = self.fetch(statement(format!("SELECT node_id FROM nodes WHERE seen_at > {now} - ?")).bind(term)).await?;
-        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
-    }
-
-    /// Removes a node that ends.
-    pub async fn remove_node(&mut self, node_id: &str) -> Result<(), SqlError> {
-        self.execute(statement("DELETE FROM nodes WHERE node_id = ?").bind(node_id.to_owned())).await.map(|_| ())
-    }
-
-    /// All lives that a route may still name: the living, and the dead whose routes are not swept yet.
-    pub async fn read_lives(&mut self) -> Result<Vec<Arc<Life>>, SqlError> {
-        let rows = self.fetch(statement(format!("{COLUMNS}alive = 1 OR swept_at = 0"))).await?;
-        rows.iter().map(read_life).collect()
+    /// All lives that a route may still name (the living, and the dead whose routes are not swept yet), and those that ended
+    /// within `lately`.
+    pub async fn read_lives(&mut self, lately: Duration) -> Result<Vec<Arc<Life>>, SqlError> {
+        let now = clock_millis(self.engine());
+        let select = statement(format!("{COLUMNS}alive = 1 OR swept_at = 0 OR ended_at > {now} - ?"));
+        self.fetch(select.bind(duration_millis(lately))).await?.iter().map(read_life).collect()
     }
 
     pub async fn lives_by_epoch(&mut self, epochs: &[Epoch]) -> Result<Vec<Arc<Life>>, SqlError> {
         let mut lives = Vec::new();
         for (chunk, fill) in chunks(epochs) {
-            let mut select = statement(repeated(&format!("{COLUMNS}epoch IN ("), "?", chunk.len() + fill, ")"));
-            for epoch in filled(chunk, fill) {
-                select = select.bind(signed(epoch.0));
-            }
-            for row in self.fetch(select).await? {
+            let sql = repeated(&format!("{COLUMNS}epoch IN ("), "?", chunk.len() + fill, ")");
+            for row in self.fetch(bind_epochs(statement(sql), chunk, fill)).await? {
                 lives.push(read_life(&row)?);
             }
         }
@@ -136,29 +142,222 @@ impl Connection {
     /// Begins an unmanaged life of `gateway`, unless it has a life by now. A transaction of its own: the lock on the one row
     /// that issues epochs must not be held for the length of a batch.
     pub async fn begin_unmanaged_life(&mut self, gateway: &GatewayAddr) -> Result<(), SqlError> {
+        const INSERT: &str = "INSERT INTO lives (epoch, gateway_addr, kind, alive) \
+            SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
+            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1)";
+        self.begin().await?;
+        self.issue_epoch().await?;
+        let kind = codec::kind_to_i32(LifeKind::Unmanaged);
+        self.execute(statement(INSERT).bind(gateway.to_string()).bind(kind).bind(gateway.to_string())).await?;
+        self.commit().await
+    }
+
+    /// Begins a life with a lease and ends whatever life the address had. None: it has begun `limit` lives within the last
+    /// `lease`, so that two processes which fight over an address do not storm the database.
+    pub async fn begin_managed_life(
+        &mut self,
+        node_id: &str,
+        profile: &Profile,
+        lease: Duration,
+        limit: i64,
+    ) -> Result<Option<Begun>, SqlError> {
+        let (now, addr) = (clock_millis(self.engine()), || profile.gateway.to_string());
+        self.begin().await?;
+        self.issue_epoch().await?; // locks: registrations are made one after the other
+        let recent = format!("SELECT COUNT(*) FROM lives WHERE gateway_addr = ? AND kind = 1 AND epoch > ({now} - ?) * 1000");
+        let rows = self.fetch(statement(recent).bind(addr()).bind(duration_millis(lease))).await?;
+        if rows.first().map_or(Ok(0), |row| row.try_get::<i64, _>(0))? >= limit {
+            self.rollback().await?;
+            return Ok(None);
+        }
+        let former: Vec<Epoch> =
+            self.current_lives(std::slice::from_ref(&profile.gateway)).await?.iter().map(|life| life.epoch).collect();
+        let ended = self.end(node_id, &former, Ending::Said(EndReason::Superseded)).await?;
+        let insert = format!(
+            "INSERT INTO lives (epoch, gateway_addr, kind, alive, lease_until, last_beat, region, capacity, labels) \
+             SELECT next_epoch, ?, 1, 1, {now} + ?, {now}, ?, ?, ? FROM cluster WHERE id = 1"
+        );
+        let insert = statement(insert).bind(addr()).bind(duration_millis(lease)).bind(profile.region.clone());
+        self.execute(insert.bind(i64::from(profile.capacity)).bind(labels(profile))).await?;
+        let begun = self.current_lives(std::slice::from_ref(&profile.gateway)).await?;
+        self.commit().await?;
+        let life = begun.into_iter().next().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
+        Ok(Some(Begun { life, ended }))
+    }
+
+    async fn issue_epoch(&mut self) -> Result<(), SqlError> {
         let greatest = match self.engine() {
             Engine::MySql => "GREATEST",
             Engine::Sqlite => "MAX",
         };
         let clock = clock_micros(self.engine());
-        self.begin().await?;
         let issue = format!("UPDATE cluster SET next_epoch = {greatest}(next_epoch + 1, {clock}) WHERE id = 1");
-        self.execute(statement(issue)).await?;
-        const INSERT: &str = "INSERT INTO lives (epoch, gateway_addr, kind, alive) \
-            SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
-            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1)";
-        let kind = codec::kind_to_i32(LifeKind::Unmanaged);
-        self.execute(statement(INSERT).bind(gateway.to_string()).bind(kind).bind(gateway.to_string())).await?;
-        self.commit().await
+        self.execute(statement(issue)).await.map(|_| ())
+    }
+
+    /// Goes on with a life: extends its lease, and takes over what its gateway says of itself now. False: it is over.
+    pub async fn resume_life(&mut self, epoch: Epoch, profile: &Profile, lease: Duration) -> Result<bool, SqlError> {
+        let now = clock_millis(self.engine());
+        let sql = format!(
+            "UPDATE lives SET lease_until = {now} + ?, last_beat = {now}, region = ?, capacity = ?, labels = ? \
+             WHERE epoch = ? AND gateway_addr = ? AND alive = 1"
+        );
+        let resume = statement(sql).bind(duration_millis(lease)).bind(profile.region.clone());
+        let resume = resume.bind(i64::from(profile.capacity)).bind(labels(profile)).bind(signed(epoch.0));
+        Ok(self.execute(resume.bind(profile.gateway.to_string())).await? == 1)
+    }
+
+    /// Extends the leases of those that live; what is over stays over. One statement for up to 512 beats, by primary key.
+    pub async fn beat_lives(&mut self, beats: &[Beat], lease: Duration) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        for (chunk, fill) in chunks(beats) {
+            let rows = chunk.len() + fill;
+            let set = format!("lease_until = {now} + ?, last_beat = {now}, connections = beat.said, load_average = beat.busy");
+            let sql = match self.engine() {
+                Engine::MySql => {
+                    let row = "SELECT CAST(? AS SIGNED) AS id, CAST(? AS SIGNED) AS said, CAST(? AS DOUBLE) AS busy";
+                    let rest = format!(" UNION ALL {row}").repeat(rows - 1);
+                    let join = "STRAIGHT_JOIN lives FORCE INDEX (PRIMARY) ON lives.epoch = beat.id";
+                    format!("UPDATE ({row}{rest}) AS beat {join} SET {set} WHERE lives.alive = 1")
+                }
+                Engine::Sqlite => {
+                    let beats = format!("WITH beat (id, said, busy) AS (VALUES (?,?,?){})", ",(?,?,?)".repeat(rows - 1));
+                    format!("{beats} UPDATE lives SET {set} FROM beat WHERE lives.epoch = beat.id AND lives.alive = 1")
+                }
+            };
+            let mut update = statement(sql);
+            for beat in filled(chunk, fill) {
+                let load = f64::from(beat.load);
+                update = update.bind(signed(beat.epoch.0)).bind(i64::from(beat.connections)).bind(load);
+            }
+            self.execute(update.bind(duration_millis(lease))).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends those of `epochs` (at most 512) that live and for which `ending` holds, in one transaction with the outbox row
+    /// that tells of it. None: there were none.
+    pub async fn end_lives(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
+        self.begin().await?;
+        let ended = self.end(node_id, epochs, ending).await?;
+        if ended.is_none() {
+            self.rollback().await?;
+            return Ok(None);
+        }
+        self.commit().await?;
+        Ok(ended)
+    }
+
+    async fn end(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
+        let Some((chunk, fill)) = chunks(epochs).next() else { return Ok(None) };
+        let now = clock_millis(self.engine());
+        let (reason, condition) = match ending {
+            Ending::Expired { .. } => {
+                ("CASE WHEN (SELECT hold_rearm FROM cluster WHERE id = 1) > {now} THEN 5 ELSE 1 END", GUARD)
+            }
+            Ending::Confirmed => ("4", "AND kind = 1 AND lease_until < {now}"),
+            Ending::Said(_) => ("?", ""),
+        };
+        let head = format!(
+            "UPDATE lives SET alive = 0, ended_at = {now}, end_reason = {reason} WHERE alive = 1 {condition} AND epoch IN ("
+        );
+        let mut update = statement(repeated(&head.replace("{now}", now), "?", chunk.len() + fill, ")"));
+        match ending {
+            Ending::Expired { lease } => update = update.bind(duration_millis(MAX_SILENCE)).bind(duration_millis(lease)),
+            Ending::Said(reason) => update = update.bind(codec::end_to_i32(reason)),
+            Ending::Confirmed => {}
+        }
+        if self.execute(bind_epochs(update, chunk, fill)).await? == 0 {
+            return Ok(None);
+        }
+        let mut lives = self.lives_by_epoch(chunk).await?;
+        lives.retain(|life| !life.is_alive());
+        let body = OutboxBody { ended: lives.iter().map(|life| life.epoch.0).collect(), ..OutboxBody::default() };
+        Ok(Some(Ended { lives, outbox: self.add_outbox(node_id, &body).await? }))
+    }
+
+    /// Lives that are over and whose routes may still be there, oldest end first.
+    pub async fn unswept_lives(&mut self) -> Result<Vec<Arc<Life>>, SqlError> {
+        let rows = self.fetch(statement(format!("{COLUMNS}alive = 0 AND swept_at = 0 ORDER BY ended_at"))).await?;
+        rows.iter().map(read_life).collect()
+    }
+
+    /// No route names the life any more, and none will.
+    pub async fn mark_swept(&mut self, epoch: Epoch) -> Result<(), SqlError> {
+        let sql = format!("UPDATE lives SET swept_at = {} WHERE epoch = ? AND alive = 0", clock_millis(self.engine()));
+        self.execute(statement(sql).bind(signed(epoch.0))).await.map(|_| ())
+    }
+
+    /// Forgets lives that were swept longer than `term` ago.
+    pub async fn forget_lives(&mut self, term: Duration) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let delete = format!("DELETE FROM lives WHERE alive = 0 AND swept_at > 0 AND swept_at < {now} - ?");
+        self.execute(statement(delete).bind(duration_millis(term))).await.map(|_| ())
+    }
+
+    /// Puts lives back on the sweep's list that routes name although nobody expects it: they were swept, or are unknown.
+    /// That takes a database that was tampered with or set back. Returns how many.
+    pub async fn reopen_orphaned_lives(&mut self) -> Result<u64, SqlError> {
+        const REOPEN: &str = "UPDATE lives SET swept_at = 0 WHERE alive = 0 AND swept_at > 0 \
+            AND EXISTS (SELECT 1 FROM routes WHERE routes.epoch = lives.epoch)";
+        const MISSING: &str = "SELECT named.epoch FROM (SELECT DISTINCT epoch FROM routes) AS named \
+            LEFT JOIN lives ON lives.epoch = named.epoch WHERE lives.epoch IS NULL LIMIT 100";
+        let mut reopened = self.execute(statement(REOPEN)).await?;
+        for row in self.fetch(statement(MISSING)).await? {
+            let now = clock_millis(self.engine());
+            let insert = format!(
+                "INSERT INTO lives (epoch, gateway_addr, kind, alive, ended_at, end_reason) VALUES (?, 'unknown', 1, 0, {now}, 4)"
+            );
+            reopened += self.execute(statement(insert).bind(row.try_get::<i64, _>(0)?)).await?;
+        }
+        Ok(reopened)
+    }
+
+    /// Every life as an operator sees it, by address; also those that ended, if asked for, the newest first.
+    pub async fn list_lives(&mut self, include_dead: bool) -> Result<Vec<Listed>, SqlError> {
+        let columns = COLUMNS.replace(" FROM", ", region, capacity, labels, load_average, attached_node FROM");
+        let which = if include_dead { "1 = 1" } else { "alive = 1" };
+        let rows = self.fetch(statement(format!("{columns}{which} ORDER BY gateway_addr, epoch DESC"))).await?;
+        rows.iter().map(read_listed).collect()
     }
 }
 
+/// Beats could be written without a gap for one lease, lately too, and no hold is on.
+const GUARD: &str = "AND kind = 1 AND lease_until < {now} AND EXISTS (SELECT 1 FROM cluster WHERE id = 1 \
+    AND last_beat > {now} - ? AND continuous_since < {now} - ? AND hold_until < {now})";
+
+fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize) -> Statement {
+    for epoch in filled(chunk, fill) {
+        statement = statement.bind(signed(epoch.0));
+    }
+    statement
+}
+
+fn labels(profile: &Profile) -> Vec<u8> {
+    Labels { labels: profile.labels.clone() }.encode_to_vec()
+}
+
 fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
+    let alive = row.try_get::<i32, _>(3)? == 1;
+    let at = Timestamp(row.try_get(8)?);
+    let reason = codec::end_from_i32(row.try_get(9)?).unwrap_or(EndReason::Expired);
     Ok(Arc::new(Life {
         epoch: Epoch(unsigned(row.try_get(0)?)),
         gateway: GatewayAddr::parse(row.try_get(1)?).map_err(|error| corrupt("gateway_addr", error))?,
         kind: codec::kind_from_i32(row.try_get(2)?).ok_or_else(|| corrupt("kind", "is none we know"))?,
-        alive: row.try_get::<i32, _>(3)? == 1,
         lease_until: Timestamp(row.try_get(4)?),
+        last_beat: Timestamp(row.try_get(5)?),
+        draining: row.try_get::<i32, _>(6)? == 1,
+        connections: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
+        end: (!alive).then_some(End { at, reason }),
     }))
+}
+
+fn read_listed(row: &AnyRow) -> Result<Listed, SqlError> {
+    let life = read_life(row)?;
+    let labels = row.try_get::<Option<Vec<u8>>, _>(12)?.unwrap_or_default();
+    let labels = Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels;
+    let capacity = u32::try_from(row.try_get::<i64, _>(11)?).unwrap_or(u32::MAX);
+    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(10)?, capacity, labels };
+    Ok(Listed { life, profile, load: row.try_get(13)?, attached_node: row.try_get(14)? })
 }

@@ -1,6 +1,7 @@
 //! The outside: SQL, the only truth. Statements stand here and nowhere else; rows become domain values before they leave.
 
 pub mod bus;
+pub mod cluster;
 pub mod codec;
 pub mod connection;
 pub mod database;

@@ -4,6 +4,7 @@
 //! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
 //! it was before.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
@@ -11,6 +12,7 @@ use redis::Pipeline;
 use redis::Script;
 
 use crate::config;
+use crate::domain::gateway::Life;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::status::Status;
@@ -50,6 +52,9 @@ if ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
 else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
 return 1";
 
+/// KEYS: a key. ARGV: a value. Deletes the key if it has that value.
+const FORGET: &str = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
+
 /// What a user's keys say to other services.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shown {
@@ -63,6 +68,7 @@ pub struct Shown {
 pub struct SharedCache {
     pub link: Link,
     script: Script,
+    forget: Script,
     store_id: String,
     route_ttl: Duration,
     status_ttl: Duration,
@@ -72,8 +78,8 @@ pub struct SharedCache {
 impl SharedCache {
     pub fn new(redis: &config::Redis, route: &config::Route, store_id: &str) -> Result<Self, LinkError> {
         let (route_ttl, status_ttl, mpim_keys) = (route.route_ttl, route.status_ttl, route.mpim_keys);
-        let script = Script::new(WRITE);
-        Ok(Self { link: Link::new(redis)?, script, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
+        let (script, forget) = (Script::new(WRITE), Script::new(FORGET));
+        Ok(Self { link: Link::new(redis)?, script, forget, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
     }
 
     /// Who the server is (another answer means that its data may be other data), and the number of the connection that told.
@@ -119,6 +125,27 @@ impl SharedCache {
         }
         let written: Vec<i64> = self.link.run(&pipe, self.link.timeout()).await?;
         Ok(records.iter().zip(written).filter(|(_, written)| *written == 1).map(|((user, ..), _)| *user).collect())
+    }
+
+    /// Says that gateways live, for as long as their leases do.
+    pub async fn gateways_live(&self, lives: &[Arc<Life>], lease: Duration, limit: Duration) -> Result<(), LinkError> {
+        let mut pipe = redis::pipe();
+        for life in lives {
+            let key = keys::gateway_heartbeat(life.gateway.as_str());
+            pipe.cmd("SET").arg(key).arg(life.epoch.0).arg("PX").arg(u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
+        }
+        self.link.run::<Vec<String>>(&pipe, limit).await.map(|_| ())
+    }
+
+    /// Says that lives are over, unless their gateways live another one by now.
+    pub async fn gateways_over(&self, lives: &[Arc<Life>], limit: Duration) -> Result<(), LinkError> {
+        let mut pipe = redis::pipe();
+        pipe.load_script(&self.forget).ignore();
+        for life in lives {
+            let mut call = self.forget.key(keys::gateway_heartbeat(life.gateway.as_str()));
+            pipe.invoke_script(call.arg(life.epoch.0));
+        }
+        self.link.run::<Vec<i64>>(&pipe, limit).await.map(|_| ())
     }
 
     /// Some of the users that have a `user:route` key, and where to go on; 0 is the begin and the end.

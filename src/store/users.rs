@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -65,6 +66,18 @@ pub(super) fn clock_micros(engine: Engine) -> &'static str {
         Engine::MySql => "CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)",
         Engine::Sqlite => "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
     }
+}
+
+/// The same clock in milliseconds: what is stored.
+pub(super) fn clock_millis(engine: Engine) -> &'static str {
+    match engine {
+        Engine::MySql => "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)",
+        Engine::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
+    }
+}
+
+pub(super) fn duration_millis(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
 impl Connection {
@@ -225,6 +238,26 @@ impl Connection {
         const SQL: &str = "SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?";
         let rows = self.fetch(statement(SQL).bind(after).bind(limit)).await?;
         rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+    }
+
+    /// Up to `limit` users with a route on a life, by number, after `after`. By index and cursor: the rows of users already
+    /// swept are not looked at again.
+    pub async fn users_of_life(&mut self, epoch: Epoch, after: i64, limit: i64) -> Result<Vec<UserId>, SqlError> {
+        const SQL: &str = "SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ \
+            WHERE epoch = ? AND user_id > ? ORDER BY user_id LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(signed(epoch.0)).bind(after).bind(limit)).await?;
+        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+    }
+
+    /// How many routes there are on each life that has one.
+    pub async fn count_routes(&mut self) -> Result<HashMap<Epoch, u64>, SqlError> {
+        let rows = self.fetch(statement("SELECT epoch, COUNT(*) FROM routes GROUP BY epoch")).await?;
+        rows.iter().map(|row| Ok((Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?)))).collect()
+    }
+
+    pub async fn count_routes_of(&mut self, epoch: Epoch) -> Result<i64, SqlError> {
+        let rows = self.fetch(statement("SELECT COUNT(*) FROM routes WHERE epoch = ?").bind(signed(epoch.0))).await?;
+        Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
     }
 
     /// How many users have a route.

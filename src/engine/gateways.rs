@@ -1,0 +1,332 @@
+//! Lives of gateways as gateways and operators change them: registering, going on, deregistering, holding, purging.
+//!
+//! Each change is a task of its own that a caller who gives up does not cancel, on a connection that they share one after the
+//! other: registrations wait for each other in the database anyway.
+
+use std::collections::HashSet;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::Mutex;
+use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
+use tracing::info;
+use tracing::warn;
+
+use crate::domain::gateway::EndReason;
+use crate::domain::gateway::Fence;
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeTable;
+use crate::domain::gateway::Liveness;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::engine::lives::Lives;
+use crate::engine::projection::Outside;
+use crate::error::Error;
+use crate::metrics::ByCause;
+use crate::metrics::ByGateway;
+use crate::metrics::ByState;
+use crate::metrics::ByWhat;
+use crate::metrics::Metrics;
+use crate::store::cluster::Hold;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+use crate::store::lives::Ended;
+use crate::store::lives::Ending;
+use crate::store::lives::Listed;
+use crate::store::lives::Profile;
+
+/// Registrations of one address within one lease. Room for a process that crashes and starts again, none for two processes
+/// that take the address from each other.
+const MAX_REGISTRATIONS: i64 = 5;
+/// Changes that may wait for their turn.
+const MAX_WAITING: usize = 1024;
+/// Lives that one statement ends.
+const ENDED_AT_ONCE: usize = 256;
+
+/// What gateways promise, and what is done about those that do not keep it.
+#[derive(Clone, Copy, Debug)]
+pub struct Terms {
+    pub heartbeat_interval: Duration,
+    pub lease: Duration,
+    /// Of all gateways, 0 to 1: if more are silent, they are not believed dead at once.
+    pub doubt_share: f64,
+    pub doubt_for: Duration,
+}
+
+type Change<'a, T> = Pin<Box<dyn Future<Output = Result<T, SqlError>> + Send + 'a>>;
+
+pub struct Gateways {
+    pub terms: Terms,
+    node_id: String,
+    database: Arc<Database>,
+    lives: Arc<Lives>,
+    pub(super) outside: Arc<Outside>,
+    pub(super) metrics: Arc<Metrics>,
+    connection: Mutex<Option<Connection>>,
+    waiting: Arc<Semaphore>,
+    changes: TaskTracker,
+    /// Gateways that metrics name.
+    shown: std::sync::Mutex<HashSet<ByGateway>>,
+}
+
+/// Everything an operator sees.
+pub struct Listing {
+    pub lives: Vec<(Listed, u64)>,
+    pub hold: Option<Hold>,
+}
+
+impl Gateways {
+    pub fn new(
+        terms: Terms,
+        node_id: &str,
+        database: Arc<Database>,
+        lives: Arc<Lives>,
+        outside: Arc<Outside>,
+        metrics: Arc<Metrics>,
+    ) -> Arc<Self> {
+        let (node_id, connection, waiting) = (node_id.to_owned(), Mutex::default(), Arc::new(Semaphore::new(MAX_WAITING)));
+        let (changes, shown) = (TaskTracker::new(), std::sync::Mutex::default());
+        Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, shown })
+    }
+
+    /// Begins a life of a gateway; whatever life its address had is over.
+    ///
+    /// # Errors
+    /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
+    pub async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let begun = connection.begin_managed_life(&this.node_id, &profile, this.terms.lease, MAX_REGISTRATIONS).await?;
+                let Some(begun) = begun else { return Ok(None) };
+                let (epoch, gateway) = (begun.life.epoch.0, &begun.life.gateway);
+                info!(gateway.addr = %gateway, gateway.epoch = epoch, "gateway {gateway} registered");
+                this.lives.learn(std::slice::from_ref(&begun.life));
+                this.outside.beaten(std::slice::from_ref(&begun.life), this.terms.lease).await;
+                if let Some(ended) = begun.ended {
+                    this.tell(connection, ended).await?;
+                }
+                Ok(Some(begun.life))
+            })
+        })
+        .await?
+        .ok_or_else(|| Error::Overloaded {
+            what: "this address has registered too often within a lease; is another process using it?",
+            retry_after: self.terms.lease,
+        })
+    }
+
+    /// Goes on with a life, on this node.
+    pub async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                if connection.resume_life(epoch, &profile, this.terms.lease).await? {
+                    return Ok(Ok(()));
+                }
+                this.fence(connection, &profile.gateway, "register").await.map(Err)
+            })
+        })
+        .await
+    }
+
+    /// Ends a life because its gateway says so.
+    pub async fn deregister(self: &Arc<Self>, gateway: GatewayAddr, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let own = connection.lives_by_epoch(&[epoch]).await?.into_iter().any(|life| life.gateway == gateway);
+                if own && this.end(connection, &[epoch], Ending::Said(EndReason::Deregistered)).await? > 0 {
+                    return Ok(Ok(()));
+                }
+                this.fence(connection, &gateway, "deregister").await.map(Err)
+            })
+        })
+        .await
+    }
+
+    /// Every life, with the number of its routes.
+    pub async fn list(self: &Arc<Self>, include_dead: bool) -> Result<Listing, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let routes = connection.count_routes().await?;
+                let listed = connection.list_lives(include_dead).await?.into_iter();
+                let lives = listed.map(|listed| (routes.get(&listed.life.epoch).copied().unwrap_or(0), listed));
+                let lives = lives.map(|(routes, listed)| (listed, routes)).collect();
+                let cluster = connection.read_cluster().await?;
+                this.lives.clock.learn(cluster.clock.now(), std::time::Instant::now());
+                let hold = Some(cluster.hold).filter(|hold| hold.is_on(cluster.clock.now()));
+                Ok(Listing { lives, hold })
+            })
+        })
+        .await
+    }
+
+    /// Declares the named lives dead now, whatever their leases say. Returns how many.
+    pub async fn purge(self: &Arc<Self>, epochs: Vec<Epoch>) -> Result<usize, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let mut ended = 0;
+                for epochs in epochs.chunks(ENDED_AT_ONCE) {
+                    ended += this.end(connection, epochs, Ending::Said(EndReason::Operator)).await?;
+                }
+                Ok(ended)
+            })
+        })
+        .await
+    }
+
+    /// Ends the hold and declares dead whose lease is over. None: no hold is on.
+    pub async fn confirm_hold(self: &Arc<Self>) -> Result<Option<usize>, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let cluster = connection.read_cluster().await?;
+                let now = cluster.clock.now();
+                if !cluster.hold.is_on(now) {
+                    return Ok(None);
+                }
+                connection.set_hold(Duration::ZERO, this.terms.lease, "").await?;
+                let lives = connection.read_lives(Duration::ZERO).await?.into_iter();
+                let over = lives.filter(|life| life.is_managed() && life.is_alive() && life.lease_until < now);
+                let mut ended = 0;
+                for epochs in over.map(|life| life.epoch).collect::<Vec<_>>().chunks(ENDED_AT_ONCE) {
+                    ended += this.end(connection, epochs, Ending::Confirmed).await?;
+                }
+                Ok(Some(ended))
+            })
+        })
+        .await
+    }
+
+    /// Begins, prolongs or (zero) calls off a hold.
+    pub async fn hold(self: &Arc<Self>, length: Duration, reason: String) -> Result<(), Error> {
+        let lease = self.terms.lease;
+        self.change(move |connection| Box::pin(async move { connection.set_hold(length, lease, &reason).await })).await
+    }
+
+    /// Ends those of `epochs` for which `ending` holds, and tells everybody. Returns how many.
+    pub(super) async fn end(&self, connection: &mut Connection, epochs: &[Epoch], ending: Ending) -> Result<usize, SqlError> {
+        let Some(ended) = connection.end_lives(&self.node_id, epochs, ending).await? else { return Ok(0) };
+        let count = ended.lives.len();
+        self.tell(connection, ended).await?;
+        Ok(count)
+    }
+
+    async fn tell(&self, connection: &mut Connection, ended: Ended) -> Result<(), SqlError> {
+        for life in &ended.lives {
+            let (gateway, epoch, cause) = (&life.gateway, life.epoch.0, life.end.map_or("unknown", |end| cause(end.reason)));
+            warn!(gateway.addr = %gateway, gateway.epoch = epoch, cause, "a life of gateway {gateway} is over: its users are offline");
+            self.metrics.gateway_deaths.get_or_create(&ByCause { cause }).inc();
+        }
+        self.lives.learn(&ended.lives);
+        let epochs: Vec<Epoch> = ended.lives.iter().map(|life| life.epoch).collect();
+        if self.outside.tell_ended(&epochs).await.is_some() {
+            connection.delete_outbox(&[ended.outbox]).await?;
+        }
+        Ok(())
+    }
+
+    /// Why a gateway may not go on with an epoch.
+    pub(super) async fn fence(
+        &self,
+        connection: &mut Connection,
+        gateway: &GatewayAddr,
+        what: &'static str,
+    ) -> Result<Fence, SqlError> {
+        self.metrics.fenced.get_or_create(&ByWhat { what }).inc();
+        let lives = connection.current_lives(std::slice::from_ref(gateway)).await?;
+        Ok(Fence::of(lives.iter().map(|life| &**life)))
+    }
+
+    /// Runs a change to its end, whether its caller waits for it or not.
+    async fn change<T: Send + 'static>(
+        self: &Arc<Self>,
+        change: impl for<'a> FnOnce(&'a mut Connection) -> Change<'a, T> + Send + 'static,
+    ) -> Result<T, Error> {
+        let Ok(place) = self.waiting.clone().try_acquire_owned() else {
+            self.metrics.shed("registrations");
+            return Err(Error::overloaded("too many gateways register at once"));
+        };
+        let this = self.clone();
+        let task = self.changes.spawn(async move {
+            let _place = place;
+            let mut kept = this.connection.lock().await;
+            let mut connection = match kept.take() {
+                Some(connection) => connection,
+                None => this.connect().await?,
+            };
+            if connection.ping().await.is_err() {
+                connection = this.connect().await?; // the server ends idle sessions
+            }
+            let done = change(&mut connection).await?; // after an error nobody knows what state it is in
+            *kept = Some(connection);
+            Ok::<T, SqlError>(done)
+        });
+        match task.await {
+            Ok(Ok(done)) => Ok(done),
+            Ok(Err(error)) => {
+                warn!(%error, "a gateway's registration was not stored");
+                self.metrics.store_error("gateways");
+                Err(Error::unavailable("the database did not confirm it"))
+            }
+            Err(_) => Err(Error::Internal { what: "this change of a gateway cannot be made" }),
+        }
+    }
+
+    pub(super) async fn connect(&self) -> Result<Connection, SqlError> {
+        self.database.connect(Purpose::Lane).await
+    }
+
+    /// Waits for the changes that are under way.
+    pub async fn finish(&self) {
+        self.changes.close();
+        self.changes.wait().await;
+    }
+
+    /// Shows the lives in the metrics.
+    pub(super) fn show(&self, table: &LifeTable, held: bool) {
+        let now = self.lives.clock.now();
+        let state = |life: &Life| match life.liveness(now, self.terms.heartbeat_interval) {
+            Liveness::OnTime if life.is_managed() => "alive",
+            Liveness::OnTime => "unmanaged",
+            Liveness::Late => "late",
+            Liveness::Over => "over",
+        };
+        for name in ["alive", "late", "unmanaged", "over"] {
+            let count = table.iter().filter(|life| state(life) == name).count();
+            self.metrics.gateways.get_or_create(&ByState { state: name }).set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        let living = || table.iter().filter(|life| life.is_managed() && life.is_alive());
+        let oldest = living().map(|life| now.since(life.last_beat)).max().unwrap_or_default();
+        self.metrics.oldest_beat_ms.set(i64::try_from(oldest.as_millis()).unwrap_or(i64::MAX));
+        self.metrics.hold.set(i64::from(held));
+        let mut shown = self.shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut named = HashSet::new();
+        for life in living() {
+            let gateway = ByGateway { gateway: life.gateway.to_string() };
+            self.metrics.gateway_users.get_or_create(&gateway).set(i64::from(life.connections));
+            named.insert(gateway);
+        }
+        for gone in shown.difference(&named) {
+            self.metrics.gateway_users.remove(gone);
+        }
+        *shown = named;
+    }
+}
+
+pub(super) fn cause(reason: EndReason) -> &'static str {
+    match reason {
+        EndReason::Expired => "expired",
+        EndReason::Superseded => "superseded",
+        EndReason::Deregistered => "deregistered",
+        EndReason::Operator => "operator",
+        EndReason::Held => "held",
+    }
+}

@@ -1,0 +1,178 @@
+//! Removes routes that are over: those of dead gateways, and those on unmanaged lives whose time is up. They are offline the
+//! moment that is so; this is tidying up, done by one node at a time, through the lanes, which look at each route again under
+//! its user's lock. It gives way to callers.
+//!
+//! A bind may still commit while its life ends. So a life is only done with when a pass that began well after its end found
+//! nothing: longer after than any transaction can live.
+
+use std::collections::BTreeSet;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tracing::debug;
+use tracing::info;
+use tracing::warn;
+
+use crate::domain::gateway::Life;
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::domain::user::Outcome;
+use crate::engine::lanes::Change;
+use crate::engine::lanes::Lanes;
+use crate::engine::lanes::Tools;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+
+/// How often a node looks whether there is something to remove.
+pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a node that stops keeps the others from going on.
+const TERM: Duration = Duration::from_secs(10);
+/// Users at a time.
+const PAGE: i64 = 1024;
+/// Rests between pages while callers are served, in lengths of the page before: the sweep takes a quarter of the time.
+const REST: u32 = 3;
+/// Calls since the page before from which on callers are being served.
+const BUSY: u64 = 16;
+/// No transaction lives longer than this: neither on the server (wait_timeout, 10 s) nor here.
+const STRAGGLERS: Duration = Duration::from_secs(20);
+/// Nodes, and lives that were swept, are remembered for this long.
+const MEMORY: Duration = Duration::from_secs(3600);
+/// How often a node looks for what nobody expects, and counts users and outbox rows.
+pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
+
+pub struct Sweep {
+    pub tools: Arc<Tools>,
+    pub lanes: Arc<Lanes>,
+    connection: Option<Connection>,
+    /// Ended lives of which a pass has found nothing, perhaps too early to be sure.
+    empty: HashSet<Epoch>,
+    served: u64,
+}
+
+impl Sweep {
+    pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
+        Self { tools, lanes, connection: None, empty: HashSet::new(), served: 0 }
+    }
+
+    /// Removes what is over, if it is this node's turn. Returns how many routes.
+    pub async fn step(&mut self) -> Result<usize, SqlError> {
+        let mut connection = self.connected().await?;
+        let mut removed = self.expired(&mut connection).await?;
+        if connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+            for life in connection.unswept_lives().await? {
+                removed += self.life(&mut connection, &life).await?;
+            }
+        }
+        self.connection = Some(connection);
+        Ok(removed)
+    }
+
+    /// Routes on unmanaged lives.
+    async fn expired(&mut self, connection: &mut Connection) -> Result<usize, SqlError> {
+        let mut removed = 0;
+        while connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+            let began = Instant::now();
+            let users = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
+            let last = users.len() < PAGE as usize;
+            removed += self.sweep(users).await;
+            if last {
+                break;
+            }
+            self.rest(began).await;
+        }
+        if removed > 0 {
+            debug!(routes = removed, "expired routes removed");
+        }
+        Ok(removed)
+    }
+
+    /// One pass over the routes of a life that is over.
+    async fn life(&mut self, connection: &mut Connection, life: &Life) -> Result<usize, SqlError> {
+        let (epoch, now) = (life.epoch, self.tools.lives.clock.now());
+        let sure = life.end.is_some_and(|end| now.since(end.at) >= STRAGGLERS);
+        if !sure && self.empty.contains(&epoch) {
+            return Ok(0);
+        }
+        let (mut after, mut removed, began) = (0, 0, Instant::now());
+        while connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+            let began = Instant::now();
+            let users = connection.users_of_life(epoch, after, PAGE).await?;
+            let Some(last) = users.last() else { break };
+            if after == 0 {
+                let routes = connection.count_routes_of(epoch).await?;
+                self.tools.metrics.sweep_backlog.set(routes);
+            }
+            after = last.get();
+            let swept = self.sweep(users).await;
+            self.tools.metrics.sweep_backlog.dec_by(i64::try_from(swept).unwrap_or(0));
+            removed += swept;
+            self.rest(began).await;
+        }
+        self.tools.metrics.sweep_backlog.set(0);
+        if after > 0 {
+            let (gateway, duration_ms) = (&life.gateway, began.elapsed().as_millis() as u64);
+            info!(gateway.addr = %gateway, gateway.epoch = epoch.0, routes = removed, duration_ms, "routes of a dead gateway removed");
+        } else if sure {
+            connection.mark_swept(epoch).await?;
+            self.empty.remove(&epoch);
+        } else {
+            self.empty.insert(epoch);
+        }
+        Ok(removed)
+    }
+
+    async fn sweep(&mut self, users: Vec<UserId>) -> usize {
+        let mut sweeps = JoinSet::new();
+        for user in users.into_iter().collect::<BTreeSet<_>>() {
+            let lanes = self.lanes.clone();
+            sweeps.spawn(async move { lanes.submit_in_background(user, Change::Sweep).await });
+        }
+        let mut removed = 0;
+        while let Some(done) = sweeps.join_next().await {
+            if let Ok(Ok(Outcome::Swept { routes })) = done {
+                removed += routes;
+            }
+        }
+        self.tools.metrics.swept_routes.inc_by(removed as u64);
+        removed
+    }
+
+    /// Leaves most of the time to callers, if there are any.
+    async fn rest(&mut self, began: Instant) {
+        let served = self.tools.metrics.l1_hits.get() + self.tools.metrics.l1_misses.get() + self.lanes.taken();
+        if served - std::mem::replace(&mut self.served, served) >= BUSY {
+            sleep(began.elapsed() * REST).await;
+        }
+    }
+
+    /// Counts users online and rows in the outbox, and looks for what nobody expects.
+    pub async fn census(&mut self) -> Result<(), SqlError> {
+        let mut connection = self.connected().await?;
+        self.tools.lives.count_users(connection.count_users_online().await?);
+        self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
+        if connection.claim_job("orphans", &self.tools.node_id, CENSUS_INTERVAL / 2).await? {
+            connection.forget_lives(MEMORY).await?;
+            connection.forget_nodes(MEMORY).await?;
+            match connection.reopen_orphaned_lives().await? {
+                0 => {}
+                lives => {
+                    warn!(lives, "routes name lives that nobody knows: the database was changed from outside; they are removed")
+                }
+            }
+        }
+        self.connection = Some(connection);
+        Ok(())
+    }
+
+    async fn connected(&mut self) -> Result<Connection, SqlError> {
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.tools.database.connect(Purpose::General).await,
+        }
+    }
+}

@@ -1,0 +1,168 @@
+//! Once a second every node says that the database takes writes, reads all lives, and looks who has died.
+//!
+//! A death is declared by one conditional statement on the database's clock; whichever node comes first has declared it. The
+//! watch also wakes right after the next lease ends, so users of a dead gateway are offline everywhere within milliseconds
+//! of that. When too many gateways are silent at once, a hold in the database keeps every node from declaring anybody dead.
+
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tracing::info;
+use tracing::warn;
+
+use crate::domain::doubt::Silence;
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeTable;
+use crate::domain::id::Epoch;
+use crate::domain::time::Timestamp;
+use crate::engine::cache::Cache;
+use crate::engine::gateways::Gateways;
+use crate::engine::hints::Hints;
+use crate::engine::lives::Lives;
+use crate::metrics::Metrics;
+use crate::store::cluster::ClusterRow;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+use crate::store::lives::Ending;
+
+/// How often the table is read whole.
+pub const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How long after the end of a lease the watch wakes: clocks are compared in whole milliseconds.
+const AFTER_LEASE: Duration = Duration::from_millis(3);
+/// A node that has not said for this long that it is there is not missed on the bus.
+const NODE_TERM: Duration = Duration::from_secs(3);
+/// Lives that one statement declares dead.
+const DEATHS_AT_ONCE: usize = 256;
+
+pub struct Watch {
+    pub database: Arc<Database>,
+    pub lives: Arc<Lives>,
+    pub cache: Arc<Cache>,
+    pub metrics: Arc<Metrics>,
+    pub gateways: Arc<Gateways>,
+    pub hints: Option<Arc<Hints>>,
+    /// This node's id, and where other nodes reach it.
+    pub node: (String, String),
+    pub seen: Seen,
+}
+
+/// What the last look has left.
+#[derive(Default)]
+pub struct Seen {
+    connection: Option<Connection>,
+    generation: Option<u64>,
+    reported_down: bool,
+    /// Since when no more gateways are silent than may be.
+    normal_since: Option<Timestamp>,
+    held: bool,
+}
+
+impl Watch {
+    /// Looks once.
+    pub async fn step(&mut self) {
+        let result = self.look().await;
+        self.metrics.store_up.set(i64::from(result.is_ok()));
+        match result {
+            Ok(()) if self.seen.reported_down => {
+                self.seen.reported_down = false;
+                info!("the database answers again");
+            }
+            Ok(()) => {}
+            Err(error) => {
+                self.metrics.store_error("poll");
+                if !std::mem::replace(&mut self.seen.reported_down, true) {
+                    warn!(%error, "the database does not answer: cached users are answered with their age, binds are refused");
+                }
+            }
+        }
+    }
+
+    /// How long until the next look: a second, or until a lease ends.
+    pub fn pause(&self) -> Duration {
+        let (table, now) = (self.lives.table(), self.lives.clock.now());
+        let leases = table.iter().filter(|life| life.is_managed() && life.is_alive()).map(|life| life.lease_until);
+        let next = leases.filter(|end| *end >= now).min().map(|end| end.since(now) + AFTER_LEASE);
+        next.unwrap_or(WATCH_INTERVAL).min(WATCH_INTERVAL)
+    }
+
+    async fn look(&mut self) -> Result<(), SqlError> {
+        let mut connection = match self.seen.connection.take() {
+            Some(connection) => connection,
+            None => self.database.connect(Purpose::Lane).await?,
+        };
+        connection.beat_cluster().await?;
+        let asked = Instant::now();
+        let cluster = connection.read_cluster().await?;
+        self.lives.clock.learn(cluster.clock.now(), asked);
+        self.note_generation(cluster.generation);
+        let asked = Instant::now();
+        let lives = connection.read_lives(self.gateways.terms.lease).await?;
+        self.lives.replace(lives, asked);
+        if let Some(hints) = &self.hints {
+            hints.set_generation(cluster.generation);
+            hints.nodes_alive(connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?.into_iter());
+        }
+        let table = self.lives.table();
+        if !self.doubt(&mut connection, &table, &cluster).await? {
+            self.bury(&mut connection, &table, cluster.clock.now()).await?;
+        }
+        self.gateways.show(&self.lives.table(), self.seen.held);
+        self.seen.connection = Some(connection);
+        Ok(())
+    }
+
+    fn note_generation(&mut self, generation: u64) {
+        self.metrics.cache_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
+        if self.seen.generation.replace(generation).is_some_and(|known| known != generation) {
+            warn!(generation, "the caches' generation was raised: memory is not trusted any more");
+            self.cache.distrust();
+        }
+    }
+
+    /// Begins or ends the hold, as the gateways' silence tells. True: nobody may be declared dead now.
+    async fn doubt(&mut self, connection: &mut Connection, table: &LifeTable, cluster: &ClusterRow) -> Result<bool, SqlError> {
+        let (terms, now, hold) = (&self.gateways.terms, cluster.clock.now(), &cluster.hold);
+        let silence = Silence::of(table.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
+        let doubtful = silence.is_doubtful(terms.doubt_share);
+        let normal_since = if doubtful { None } else { Some(self.seen.normal_since.unwrap_or(now)) };
+        self.seen.normal_since = normal_since;
+        if self.seen.held != hold.is_on(now) {
+            self.seen.held = hold.is_on(now);
+            match self.seen.held {
+                true => warn!(until_ms = hold.until.0, "no gateway is declared dead: {}", hold.reason),
+                false => info!("the hold is over: gateways whose lease is over are declared dead"),
+            }
+        }
+        let normal_again = normal_since.is_some_and(|since| now.since(since) >= terms.heartbeat_interval);
+        if hold.is_on(now) && hold.is_by_doubt() && normal_again {
+            if connection.end_hold(hold).await? {
+                info!("the gateways are heard again: the hold ends early");
+            }
+            return Ok(false);
+        }
+        if hold.is_on(now) || !doubtful || hold.rearm >= now {
+            return Ok(hold.is_on(now));
+        }
+        let (silent, all) = (silence.silent(), silence.all());
+        let why = format!("{silent} of {all} gateways fell silent within a lease");
+        if connection.begin_hold(terms.doubt_for, terms.lease, &why).await? {
+            warn!(silent, gateways = all, "{why}: none is declared dead for {:?}; see ctl gateways", terms.doubt_for);
+        }
+        Ok(true)
+    }
+
+    /// Declares dead whose lease is over.
+    async fn bury(&mut self, connection: &mut Connection, table: &LifeTable, now: Timestamp) -> Result<(), SqlError> {
+        let over = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && life.lease_until < now;
+        let mut epochs: Vec<Epoch> = table.iter().filter(over).map(|life| life.epoch).collect();
+        epochs.sort_unstable();
+        let ending = Ending::Expired { lease: self.gateways.terms.lease };
+        for epochs in epochs.chunks(DEATHS_AT_ONCE) {
+            self.gateways.end(connection, epochs, ending).await?;
+        }
+        Ok(())
+    }
+}
