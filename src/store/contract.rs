@@ -438,6 +438,21 @@ async fn after_a_hold_that_ended_by_time_the_dead_count_for_nothing_and_none_beg
 }
 
 #[tokio::test]
+async fn any_number_of_lives_ends_at_once() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let mut epochs = Vec::new();
+        for n in 0..100 {
+            epochs.push(register(connection, &format!("gw-{n}:7000")).await.life.epoch);
+        }
+        let ended = connection.end_lives("node", &epochs, Ending::Said(EndReason::Operator)).await.unwrap().expect("they lived");
+        assert_eq!(ended.lives.len(), 100);
+        assert_eq!(connection.list_lives(false).await.unwrap().len(), 0);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn routes_that_name_a_life_nobody_knows_are_found() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;

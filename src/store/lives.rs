@@ -235,7 +235,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Ends those of `epochs` (at most 512) that live and for which `ending` holds, in one transaction with the outbox row
+    /// Ends those of `epochs` that live and for which `ending` holds, in one transaction with the outbox row
     /// that tells of it. None: there were none.
     pub async fn end_lives(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
         self.begin().await?;
@@ -249,28 +249,14 @@ impl Connection {
     }
 
     async fn end(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
-        let Some((chunk, fill)) = chunks(epochs).next() else { return Ok(None) };
-        let now = clock_millis(self.engine());
-        let (reason, condition) = match ending {
-            Ending::Expired { .. } => {
-                ("CASE WHEN (SELECT hold_rearm FROM cluster WHERE id = 1) > {now} THEN 5 ELSE 1 END", GUARD)
-            }
-            Ending::Confirmed => ("4", "AND kind = 1 AND lease_until < {now}"),
-            Ending::Said(_) => ("?", ""),
-        };
-        let head = format!(
-            "UPDATE lives SET alive = 0, ended_at = {now}, end_reason = {reason} WHERE alive = 1 {condition} AND epoch IN ("
-        );
-        let mut update = statement(repeated(&head.replace("{now}", now), "?", chunk.len() + fill, ")"));
-        match ending {
-            Ending::Expired { lease } => update = update.bind(duration_millis(MAX_SILENCE)).bind(duration_millis(lease)),
-            Ending::Said(reason) => update = update.bind(codec::end_to_i32(reason)),
-            Ending::Confirmed => {}
+        let mut ended = 0;
+        for (chunk, fill) in chunks(epochs) {
+            ended += self.execute(bind_epochs(end_statement(self.engine(), ending, chunk.len() + fill), chunk, fill)).await?;
         }
-        if self.execute(bind_epochs(update, chunk, fill)).await? == 0 {
+        if ended == 0 {
             return Ok(None);
         }
-        let mut lives = self.lives_by_epoch(chunk).await?;
+        let mut lives = self.lives_by_epoch(epochs).await?;
         lives.retain(|life| !life.is_alive());
         let body = OutboxBody { ended: lives.iter().map(|life| life.epoch.0).collect(), ..OutboxBody::default() };
         Ok(Some(Ended { lives, outbox: self.add_outbox(node_id, &body).await? }))
@@ -325,6 +311,23 @@ impl Connection {
 /// Beats could be written without a gap for one lease, lately too, and no hold is on.
 const GUARD: &str = "AND kind = 1 AND lease_until < {now} AND EXISTS (SELECT 1 FROM cluster WHERE id = 1 \
     AND last_beat > {now} - ? AND continuous_since < {now} - ? AND hold_until < {now})";
+
+fn end_statement(engine: Engine, ending: Ending, epochs: usize) -> Statement {
+    let (reason, condition) = match ending {
+        Ending::Expired { .. } => ("CASE WHEN (SELECT hold_rearm FROM cluster WHERE id = 1) > {now} THEN 5 ELSE 1 END", GUARD),
+        Ending::Confirmed => ("4", "AND kind = 1 AND lease_until < {now}"),
+        Ending::Said(_) => ("?", ""),
+    };
+    let head = format!(
+        "UPDATE lives SET alive = 0, ended_at = {{now}}, end_reason = {reason} WHERE alive = 1 {condition} AND epoch IN ("
+    );
+    let update = statement(repeated(&head.replace("{now}", clock_millis(engine)), "?", epochs, ")"));
+    match ending {
+        Ending::Expired { lease } => update.bind(duration_millis(MAX_SILENCE)).bind(duration_millis(lease)),
+        Ending::Said(reason) => update.bind(codec::end_to_i32(reason)),
+        Ending::Confirmed => update,
+    }
+}
 
 fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize) -> Statement {
     for epoch in filled(chunk, fill) {
