@@ -9,6 +9,7 @@ use tonic::Status;
 
 use crate::api::convert;
 use crate::api::status::status;
+use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
@@ -17,7 +18,6 @@ use crate::engine::lives::Lives;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
-use crate::store::lives::Listed;
 
 const MAX_REASON_BYTES: usize = 200;
 /// Epochs in one call.
@@ -72,8 +72,8 @@ impl AdminService for Admin {
 }
 
 impl Admin {
-    fn life(&self, listed: Listed, routes: u64, held: bool, now: Timestamp) -> pb::Life {
-        let Listed { life, profile, load, attached_node } = listed;
+    fn life(&self, listed: LifeDetails, routes: u64, held: bool, now: Timestamp) -> pb::Life {
+        let LifeDetails { life, profile, load } = listed;
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),
@@ -86,7 +86,7 @@ impl Admin {
             connections: life.connections,
             load: load as f32,
             routes,
-            attached_node,
+            attached_node: life.attached.as_deref().unwrap_or_default().to_owned(),
             labels: profile.labels.into_iter().collect(),
             held: held && late,
         }

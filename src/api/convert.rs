@@ -3,8 +3,10 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::LifeTable;
+use crate::domain::gateway::Profile;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -22,8 +24,6 @@ use crate::engine::directory::LiveRoute;
 use crate::engine::directory::Source;
 use crate::error::Error;
 use crate::pb;
-use crate::store::lives::Beat;
-use crate::store::lives::Profile;
 
 /// Users or binds in one batch.
 pub const MAX_BATCH: usize = 10_000;

@@ -1,6 +1,7 @@
 //! Gateways live by leases. A route names one *life* of a gateway by its epoch, so one fact ("this life is over") takes all
 //! its users offline at once, on every node. That fact never changes back: it may be believed from anywhere, late or twice.
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +35,35 @@ pub struct Life {
     pub connections: u32,
     /// None: it lives.
     pub end: Option<End>,
+    /// The node that has its stream, if it has one.
+    pub attached: Option<Arc<str>>,
+    /// Numbers its streams; only the newest counts.
+    pub attach_no: u64,
+}
+
+/// What a gateway says of itself.
+#[derive(Clone, Debug)]
+pub struct Profile {
+    pub gateway: GatewayAddr,
+    pub region: String,
+    pub capacity: u32,
+    pub labels: BTreeMap<String, String>,
+}
+
+/// A heartbeat.
+#[derive(Clone, Debug)]
+pub struct Beat {
+    pub epoch: Epoch,
+    pub connections: u32,
+    pub load: f32,
+}
+
+/// What an operator is shown of a life.
+#[derive(Clone, Debug)]
+pub struct LifeDetails {
+    pub life: Arc<Life>,
+    pub profile: Profile,
+    pub load: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +107,8 @@ impl Life {
     /// A life that has just begun.
     pub fn begun(epoch: Epoch, gateway: GatewayAddr, kind: LifeKind, lease_until: Timestamp) -> Self {
         let (last_beat, draining, connections, end) = (Timestamp::default(), false, 0, None);
-        Self { epoch, gateway, kind, lease_until, last_beat, draining, connections, end }
+        let (attached, attach_no) = (None, 0);
+        Self { epoch, gateway, kind, lease_until, last_beat, draining, connections, end, attached, attach_no }
     }
 
     pub fn is_alive(&self) -> bool {
@@ -122,15 +153,18 @@ impl LifeTable {
         self.lives.get(&epoch)
     }
 
-    /// Whether `life` changes what a route on it is worth for good: it is unknown here, or has ended.
+    /// Whether `life` tells more than that a lease was extended: it is unknown here, has ended, or has another stream.
     pub fn is_news(&self, life: &Life) -> bool {
-        self.lives.get(&life.epoch).is_none_or(|known| known.is_alive() && !life.is_alive())
+        self.lives.get(&life.epoch).is_none_or(|known| known.is_alive() && (!life.is_alive() || known.attach_no < life.attach_no))
     }
 
-    /// Takes `life` over, unless the table already knows that it has ended.
+    /// Takes `life` over, unless the table already knows that it has ended, or of a newer stream.
     pub fn learn(&mut self, life: Arc<Life>) {
-        let over = self.lives.get(&life.epoch).is_some_and(|known| !known.is_alive());
-        if !over {
+        let outdated = self
+            .lives
+            .get(&life.epoch)
+            .is_some_and(|known| !known.is_alive() || (life.is_alive() && known.attach_no > life.attach_no));
+        if !outdated {
             self.lives.insert(life.epoch, life);
         }
     }

@@ -17,8 +17,10 @@ use tracing::warn;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Liveness;
+use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::engine::lives::Lives;
@@ -36,8 +38,6 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::lives::Ended;
 use crate::store::lives::Ending;
-use crate::store::lives::Listed;
-use crate::store::lives::Profile;
 
 /// Registrations of one address within one lease. Room for a process that crashes and starts again, none for two processes
 /// that take the address from each other.
@@ -75,7 +75,7 @@ pub struct Gateways {
 
 /// Everything an operator sees.
 pub struct Listing {
-    pub lives: Vec<(Listed, u64)>,
+    pub lives: Vec<(LifeDetails, u64)>,
     pub hold: Option<Hold>,
 }
 

@@ -14,6 +14,7 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
@@ -22,7 +23,6 @@ use crate::engine::gateways::Gateways;
 use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
-use crate::store::lives::Beat;
 
 /// How long a heartbeat waits for others.
 const MERGE: Duration = Duration::from_millis(250);

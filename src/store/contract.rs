@@ -11,9 +11,11 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::config::Config;
+use crate::domain::gateway::Beat;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
+use crate::domain::gateway::Profile;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -33,10 +35,8 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
-use crate::store::lives::Beat;
 use crate::store::lives::Begun;
 use crate::store::lives::Ending;
-use crate::store::lives::Profile;
 use crate::store::users::UserChange;
 
 const DEADLINE: Duration = Duration::from_secs(10);

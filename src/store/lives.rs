@@ -1,6 +1,5 @@
 //! Lives of gateways: beginning, extending, ending, reading.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,10 +7,13 @@ use prost::Message;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use crate::domain::gateway::Beat;
 use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::LifeKind;
+use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
@@ -37,25 +39,8 @@ use crate::store::users::duration_millis;
 use crate::store::users::signed;
 use crate::store::users::unsigned;
 
-const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason \
-    FROM lives WHERE ";
-
-/// What a gateway says of itself.
-#[derive(Clone, Debug)]
-pub struct Profile {
-    pub gateway: GatewayAddr,
-    pub region: String,
-    pub capacity: u32,
-    pub labels: BTreeMap<String, String>,
-}
-
-/// A heartbeat.
-#[derive(Clone, Debug)]
-pub struct Beat {
-    pub epoch: Epoch,
-    pub connections: u32,
-    pub load: f32,
-}
+const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason, attach_no, \
+    attached_node FROM lives WHERE ";
 
 /// A life that began, and those that it ended.
 #[derive(Debug)]
@@ -82,15 +67,6 @@ pub enum Ending {
     Confirmed,
     /// Whatever their lease says.
     Said(EndReason),
-}
-
-/// What an operator is shown of a life.
-#[derive(Clone, Debug)]
-pub struct Listed {
-    pub life: Arc<Life>,
-    pub profile: Profile,
-    pub load: f64,
-    pub attached_node: String,
 }
 
 impl Connection {
@@ -207,6 +183,40 @@ impl Connection {
         Ok(self.execute(resume.bind(profile.gateway.to_string())).await? == 1)
     }
 
+    /// Notes that a gateway has a stream to this node from now on, and extends its lease. Returns the stream's number; None:
+    /// the life is over.
+    pub async fn attach_life(&mut self, epoch: Epoch, node_id: &str, lease: Duration) -> Result<Option<Arc<Life>>, SqlError> {
+        let now = clock_millis(self.engine());
+        let sql = format!(
+            "UPDATE lives SET attached_node = ?, attach_no = attach_no + 1, lease_until = {now} + ?, last_beat = {now} \
+             WHERE epoch = ? AND alive = 1"
+        );
+        self.begin().await?; // the number is read before anybody else can raise it
+        let attach = statement(sql).bind(node_id.to_owned()).bind(duration_millis(lease)).bind(signed(epoch.0));
+        let attached = self.execute(attach).await? == 1;
+        let life = self.lives_by_epoch(&[epoch]).await?.pop().filter(|_| attached);
+        self.commit().await?;
+        Ok(life)
+    }
+
+    /// Notes that a stream has ended, unless the gateway has a newer one. `grace`: what is left of its lease, if the stream
+    /// broke; None: this node has ended it.
+    pub async fn detach_life(&mut self, epoch: Epoch, node_id: &str, no: u64, grace: Option<Duration>) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let lease = match grace {
+            Some(_) => format!(", lease_until = CASE WHEN lease_until < {now} + ? THEN lease_until ELSE {now} + ? END"),
+            None => String::new(),
+        };
+        let sql = format!(
+            "UPDATE lives SET attached_node = ''{lease} WHERE epoch = ? AND attached_node = ? AND attach_no = ? AND alive = 1"
+        );
+        let mut detach = statement(sql);
+        if let Some(grace) = grace {
+            detach = detach.bind(duration_millis(grace)).bind(duration_millis(grace));
+        }
+        self.execute(detach.bind(signed(epoch.0)).bind(node_id.to_owned()).bind(signed(no))).await.map(|_| ())
+    }
+
     /// Extends the leases of those that live; what is over stays over. One statement for up to 512 beats, by primary key.
     pub async fn beat_lives(&mut self, beats: &[Beat], lease: Duration) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
@@ -300,8 +310,8 @@ impl Connection {
     }
 
     /// Every life as an operator sees it, by address; also those that ended, if asked for, the newest first.
-    pub async fn list_lives(&mut self, include_dead: bool) -> Result<Vec<Listed>, SqlError> {
-        let columns = COLUMNS.replace(" FROM", ", region, capacity, labels, load_average, attached_node FROM");
+    pub async fn list_lives(&mut self, include_dead: bool) -> Result<Vec<LifeDetails>, SqlError> {
+        let columns = COLUMNS.replace(" FROM", ", region, capacity, labels, load_average FROM");
         let which = if include_dead { "1 = 1" } else { "alive = 1" };
         let rows = self.fetch(statement(format!("{columns}{which} ORDER BY gateway_addr, epoch DESC"))).await?;
         rows.iter().map(read_listed).collect()
@@ -353,14 +363,16 @@ fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
         draining: row.try_get::<i32, _>(6)? == 1,
         connections: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
         end: (!alive).then_some(End { at, reason }),
+        attach_no: unsigned(row.try_get(10)?),
+        attached: Some(row.try_get::<&str, _>(11)?).filter(|node| !node.is_empty()).map(Arc::from),
     }))
 }
 
-fn read_listed(row: &AnyRow) -> Result<Listed, SqlError> {
+fn read_listed(row: &AnyRow) -> Result<LifeDetails, SqlError> {
     let life = read_life(row)?;
-    let labels = row.try_get::<Option<Vec<u8>>, _>(12)?.unwrap_or_default();
+    let labels = row.try_get::<Option<Vec<u8>>, _>(14)?.unwrap_or_default();
     let labels = Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels;
-    let capacity = u32::try_from(row.try_get::<i64, _>(11)?).unwrap_or(u32::MAX);
-    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(10)?, capacity, labels };
-    Ok(Listed { life, profile, load: row.try_get(13)?, attached_node: row.try_get(14)? })
+    let capacity = u32::try_from(row.try_get::<i64, _>(13)?).unwrap_or(u32::MAX);
+    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(12)?, capacity, labels };
+    Ok(LifeDetails { life, profile, load: row.try_get(15)? })
 }
