@@ -5,7 +5,7 @@ use std::error::Error;
 use std::fs;
 use std::path::PathBuf;
 
-const FILES: [&str; 3] = ["mpim/presence.proto", "mpim/gateway.proto", "mpim/admin.proto"];
+const FILES: [&str; 4] = ["mpim/presence.proto", "mpim/gateway.proto", "mpim/admin.proto", "mpim/node.proto"];
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut compiler = protox::Compiler::new(["proto"])?;

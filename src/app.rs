@@ -16,15 +16,20 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::info;
 use tracing::warn;
 
 use crate::api::admin::Admin;
+use crate::api::attach::Tools;
+use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
 use crate::api::http;
 use crate::api::listen;
+use crate::api::node::Caller;
+use crate::api::node::Node;
 use crate::api::presence::Presence;
 use crate::app::assemble::Assembled;
 use crate::config::Config;
@@ -126,14 +131,34 @@ impl App {
             max_capacity,
             draining: draining.clone(),
         };
-        let (directory, deliveries, lives) = (engine.directory, engine.deliveries, engine.lives);
-        let (gateways, heartbeats) = (engine.gateways, engine.heartbeats);
+        let (directory, deliveries, lives, gateways) = (engine.directory, engine.deliveries, engine.lives, engine.gateways);
         let for_operators = Admin { gateways: gateways.clone(), lives: lives.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
-        let leases = Leases { gateways: gateways.clone(), heartbeats, lives: lives.clone() };
-        let max_message_bytes = config.delivery.max_message_bytes;
-        let presence = Presence { lanes, directory, deliveries, lives, metrics: metrics.clone(), max_message_bytes };
-        let (health, routes) = serve::data_routes(presence, leases).await;
+        let (store_id, max_message_bytes) = (engine.database.store_id.clone(), config.delivery.max_message_bytes);
+        let caller = Caller { store_id: store_id.clone(), lives: lives.clone() };
+        tasks.spawn(Arc::new(caller).run(engine.peer_calls, stop.clone()));
+        let binder = Arc::new(Binder { lanes, lives: lives.clone(), metrics: metrics.clone() });
+        let stream_tools = Arc::new(Tools {
+            attaching: engine.attaching,
+            heartbeats: engine.heartbeats.clone(),
+            binder: binder.clone(),
+            acks: engine.acks.clone(),
+            peers: engine.peers,
+            lives: lives.clone(),
+            draining: draining.clone(),
+        });
+        let services = serve::Services {
+            presence: Presence { binder, directory, deliveries, metrics: metrics.clone(), max_message_bytes },
+            leases: Leases {
+                gateways: gateways.clone(),
+                heartbeats: engine.heartbeats,
+                lives: lives.clone(),
+                stream_tools,
+                attached: TaskTracker::new(),
+            },
+            node: Node { store_id, streams: engine.streams, acks: engine.acks, lives },
+        };
+        let (health, routes) = serve::data_routes(services).await;
         let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, draining.clone());
         let mut server = JoinSet::new();
         server.spawn(serve::serve_data(routes, connections, draining.clone(), stop.clone()));

@@ -1,6 +1,7 @@
 //! `im-presence ctl`: the calls of `PresenceService` from a shell, and what gateways hear. A plain client: it sees what any
 //! other client sees.
 
+mod gateway;
 mod gateways;
 mod listen;
 mod print;
@@ -24,6 +25,7 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 use tonic_types::StatusExt;
 
+use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
 use crate::ctl::listen::Listen;
 use crate::pb;
@@ -54,6 +56,7 @@ Examples:
   im-presence ctl unbind 42 --gateway gw-1:7000 --device phone
   im-presence ctl batch-query 1 2 3 --routes
   im-presence ctl --json batch-query --online-only - < ids.txt | jq -r '.users[].user_id'
+  im-presence ctl gateway gw-1:7000 42                   a gateway in this terminal, with user 42 on it
   im-presence ctl listen 42 --redis redis://127.0.0.1:6379      as a gateway would
   im-presence ctl deliver 42 'dinner is ready'
   im-presence ctl gateways                               who lives; see its own --help
@@ -93,6 +96,8 @@ enum Command {
     Deliver(Deliver),
     /// Print what gateways are told for users, until Ctrl-C
     Listen(Listen),
+    /// Be a gateway in this terminal: attach, bind users, print what comes for them and acknowledge it, until Ctrl-C
+    Gateway(Gateway),
     Gateways(Gateways),
 }
 
@@ -185,6 +190,9 @@ struct Deliver {
     /// What kind of message it is; receivers see it if delivery.payload = envelope
     #[arg(long = "type", value_name = "TYPE", default_value = "", hide_default_value = true)]
     message_type: String,
+    /// Wait so long, in milliseconds, for a device to acknowledge it; 0: a gateway that takes it is enough
+    #[arg(long, value_name = "MS", default_value_t = 0, hide_default_value = true)]
+    ack_timeout_ms: u32,
     /// The message's own id: the same message again to the same node is then delivered once
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     message_id: String,
@@ -240,6 +248,7 @@ impl Ctl {
                 self.connect().await?.deliver(request).await.map(|answer| self.delivered(deliver, answer.get_ref()))
             }
             Command::Gateways(gateways) => gateways.call(self.json, self.patience()).await?,
+            Command::Gateway(gateway) => return gateway.live(&self.addr, self.json, self.patience()).await,
             Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
         answer.map_err(|status| self.failed(&status))
@@ -386,6 +395,7 @@ impl Deliver {
             message_type: self.message_type.clone(),
             payload: payload.into(),
             message_id: self.message_id.clone(),
+            ack_timeout_ms: self.ack_timeout_ms,
             ..Default::default()
         })
     }

@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -32,6 +33,7 @@ label!(ByDirection, direction);
 label!(ByUse, r#use);
 label!(ByOutcome, outcome);
 label!(ByState, state);
+label!(ByStage, stage);
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ByGateway {
@@ -79,13 +81,16 @@ pub struct Metrics {
     shed: Family<ByWhat, Counter>,
     pub fenced: Family<ByWhat, Counter>,
     pub connections: Gauge,
+    pub streams: Gauge,
+    pub stream_queue_depth: Gauge,
+    pub acks: Family<ByResult, Counter>,
+    delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
 }
 
 impl Metrics {
     pub fn new() -> Arc<Self> {
         let mut registry = Registry::with_prefix("im_presence");
         let mut r = Register(&mut registry);
-        let seconds = || Histogram::new(exponential_buckets(0.000_05, 2.0, 18)); // 50 us to 6.5 s
         Arc::new(Self {
             binds: r.family("binds", "binds by result"),
             unbinds: r.family("unbinds", "unbinds by result"),
@@ -134,6 +139,14 @@ impl Metrics {
             shed: r.family("shed", "turned away for overload, by what it was"),
             fenced: r.family("fenced", "refused because the gateway's life was over, by what it was"),
             connections: r.add("connections", "client connections", Gauge::default()),
+            streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),
+            stream_queue_depth: r.add("stream_queue_depth", "messages that wait for attached gateways to read", Gauge::default()),
+            acks: r.family("acks", "acknowledgements of deliveries, by what they came to"),
+            delivery_seconds: r.add(
+                "delivery_seconds",
+                "time of a delivery, by stage",
+                Family::new_with_constructor(seconds as fn() -> Histogram),
+            ),
             registry,
         })
     }
@@ -167,6 +180,11 @@ impl Metrics {
         self.redis_up.get(&ByUse { r#use }).map(|gauge| gauge.get() == 1)
     }
 
+    /// How long one stage of a delivery took.
+    pub fn delivery_stage(&self, stage: &'static str, took: Duration) {
+        self.delivery_seconds.get_or_create(&ByStage { stage }).observe(took.as_secs_f64());
+    }
+
     pub fn shed(&self, what: &'static str) {
         self.shed.get_or_create(&ByWhat { what }).inc();
     }
@@ -177,6 +195,11 @@ impl Metrics {
         encode(&mut text, &self.registry)?;
         Ok(text)
     }
+}
+
+/// From 50 us to 6.5 s.
+fn seconds() -> Histogram {
+    Histogram::new(exponential_buckets(0.000_05, 2.0, 18))
 }
 
 struct Register<'a>(&'a mut Registry);

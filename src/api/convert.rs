@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
+use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Profile;
 use crate::domain::id::ConnId;
@@ -16,12 +17,18 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::policy::Refusal;
 use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
 use crate::domain::user::Bind;
 use crate::domain::user::Platform;
 use crate::domain::user::Route;
 use crate::domain::user::Unbind;
+use crate::engine::acks::Ack;
 use crate::engine::directory::LiveRoute;
 use crate::engine::directory::Source;
+use crate::engine::gateways::Terms;
+use crate::engine::streams::Envelope;
+use crate::engine::streams::KickOrder;
+use crate::engine::streams::Order;
 use crate::error::Error;
 use crate::pb;
 
@@ -30,6 +37,8 @@ pub const MAX_BATCH: usize = 10_000;
 /// Users in one batch that asks for routes.
 pub const MAX_BATCH_WITH_ROUTES: usize = 2_000;
 
+/// A node's name, a dash and a number.
+const MAX_DELIVERY_ID_BYTES: usize = 128;
 const MAX_REGION_BYTES: usize = 128;
 const MAX_LABELS: usize = 16;
 const MAX_LABEL_NAME_BYTES: usize = 63;
@@ -240,6 +249,79 @@ pub fn fenced(fence: Fence) -> Option<pb::Result> {
             "superseded: another process registered under this address; stop, or wait at least one lease before registering",
         ),
     }
+}
+
+/// What a gateway is told that has its life.
+pub fn welcome(epoch: Epoch, terms: &Terms) -> pb::RegisterGatewayResp {
+    pb::RegisterGatewayResp {
+        result: result(pb::Code::Ok, ""),
+        gateway_epoch: epoch.0,
+        heartbeat_interval_ms: millis(terms.heartbeat_interval),
+        lease_ms: millis(terms.lease),
+    }
+}
+
+/// What a gateway is told whose lease was extended.
+pub fn beaten(life: &Life, now: Timestamp) -> pb::HeartbeatResp {
+    let lease_ms = millis(life.lease_until.since(now));
+    pb::HeartbeatResp { result: result(pb::Code::Ok, ""), draining: life.draining, lease_ms }
+}
+
+pub fn ack(ack: &pb::DeliveryAck) -> Result<Ack, Error> {
+    at_most("delivery_id", ack.delivery_id.len(), MAX_DELIVERY_ID_BYTES, "bytes")?;
+    let device = DeviceId::parse(&ack.device_id).map_err(invalid("device_id"))?;
+    Ok(Ack { delivery_id: ack.delivery_id.clone(), user: user_id(ack.user_id)?, device, not_here: ack.not_here })
+}
+
+pub fn ack_to_pb(ack: &Ack) -> pb::DeliveryAck {
+    let (delivery_id, device_id) = (ack.delivery_id.clone(), ack.device.to_string());
+    pb::DeliveryAck { delivery_id, user_id: ack.user.get(), device_id, not_here: ack.not_here }
+}
+
+pub fn order(epoch: Epoch, order: &Order) -> pb::Order {
+    let body = match order {
+        Order::Delivery(envelope) => pb::order::Body::Delivery(delivery(envelope)),
+        Order::Kick(order) => pb::order::Body::Kick(kick(order)),
+    };
+    pb::Order { gateway_epoch: epoch.0, body: Some(body) }
+}
+
+pub fn delivery(envelope: &Envelope) -> pb::Delivery {
+    pb::Delivery {
+        delivery_id: envelope.delivery_id.clone(),
+        user_id: envelope.user_id,
+        message: envelope.message.clone(),
+        message_type: envelope.message_type.clone(),
+        payload: envelope.payload.clone().into(),
+        timestamp: envelope.timestamp,
+        device_ids: envelope.device_ids.clone(),
+        wants_ack: envelope.wants_ack,
+        message_id: envelope.message_id.clone(),
+        inbox_seq: 0,
+    }
+}
+
+pub fn envelope(delivery: pb::Delivery) -> Envelope {
+    Envelope {
+        delivery_id: delivery.delivery_id,
+        user_id: delivery.user_id,
+        message: delivery.message,
+        message_type: delivery.message_type,
+        payload: delivery.payload.into(),
+        timestamp: delivery.timestamp,
+        device_ids: delivery.device_ids,
+        wants_ack: delivery.wants_ack,
+        message_id: delivery.message_id,
+    }
+}
+
+pub fn kick(kick: &KickOrder) -> pb::Kick {
+    let (device_id, route_key) = (kick.device_id.clone(), kick.route_key.clone());
+    pb::Kick { user_id: kick.user_id, device_id, route_key, reason: kick.reason }
+}
+
+pub fn kick_order(kick: pb::Kick) -> KickOrder {
+    KickOrder { user_id: kick.user_id, device_id: kick.device_id, route_key: kick.route_key, reason: kick.reason }
 }
 
 pub fn refusal(refusal: Refusal) -> &'static str {

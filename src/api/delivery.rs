@@ -50,22 +50,19 @@ fn parse_timeout(text: &str) -> Option<Duration> {
 
 pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliveries) -> Result<(UserId, Message), Status> {
     let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
-    if request.ack_timeout_ms > 0 {
-        return Err(Status::unimplemented("ack_timeout_ms: acknowledgements are not served yet; leave it 0"));
-    }
     if !request.device_ids.is_empty() && !deliveries.can_address_devices() {
-        let reason = "needs delivery.payload = envelope".to_owned();
+        let reason = "needs gateways that attach, or delivery.payload = envelope".to_owned();
         return Err(status(&Error::Invalid { field: "device_ids", reason }));
     }
-    for device in &request.device_ids {
-        DeviceId::parse(device).map_err(|error| invalid("device_ids", &error))?;
-    }
+    let devices = request.device_ids.iter().map(|device| DeviceId::parse(device));
+    let device_ids = devices.collect::<Result<_, _>>().map_err(|error| invalid("device_ids", &error))?;
     let message = Message {
         text: request.message,
         binary: request.payload.to_vec(),
         message_type: request.message_type,
         message_id: request.message_id,
-        device_ids: request.device_ids,
+        device_ids,
+        ack_timeout: (request.ack_timeout_ms > 0).then(|| Duration::from_millis(request.ack_timeout_ms.into())),
     };
     check(&message, request.store_offline, max_bytes)?;
     Ok((user, message))
@@ -79,6 +76,7 @@ pub fn batch_message(request: pb::BatchDeliverReq, max_bytes: usize) -> Result<(
         message_type: request.message_type,
         message_id: request.message_id,
         device_ids: Vec::new(),
+        ack_timeout: None,
     };
     check(&message, request.store_offline, max_bytes)?;
     Ok((users, message))
@@ -109,35 +107,38 @@ fn invalid(field: &'static str, error: &InvalidId) -> Status {
 pub fn delivered(reports: Vec<Result<Report, Error>>) -> Result<pb::DeliverResp, Status> {
     let report =
         reports.into_iter().next().unwrap_or_else(|| Err(Error::unavailable("not delivered"))).map_err(|error| status(&error))?;
-    let (code, msg, receivers) = said(&report);
+    let (code, msg) = said(&report);
     Ok(pb::DeliverResp {
         result: convert::result(code, msg),
-        delivered: receivers > 0,
+        delivered: report.outcome == Outcome::Delivered,
         timestamp: report.timestamp.0,
         delivery_id: report.delivery_id,
-        receivers,
+        receivers: u32::try_from(report.receivers).unwrap_or(u32::MAX),
+        acked_devices: report.acked.iter().map(DeviceId::to_string).collect(),
+        stored: false,
         attempts: report.attempts,
-        ..Default::default()
     })
 }
 
 pub fn batch_delivered(users: &[UserId], reports: &[Result<Report, Error>]) -> pb::BatchDeliverResp {
     let users = users.iter().zip(reports).map(|(user, report)| {
-        let (code, msg, receivers) = match report {
+        let (code, msg) = match report {
             Ok(report) => said(report),
-            Err(error) => (item_code(error).0, "could not be delivered now; repeat it", 0),
+            Err(error) => (item_code(error).0, "could not be delivered now; repeat it"),
         };
-        let result = convert::result(code, msg);
-        pb::UserDelivery { user_id: user.get(), result, delivered: receivers > 0, stored: false, receivers }
+        let delivered = report.as_ref().is_ok_and(|report| report.outcome == Outcome::Delivered);
+        let receivers = report.as_ref().map_or(0, |report| u32::try_from(report.receivers).unwrap_or(u32::MAX));
+        pb::UserDelivery { user_id: user.get(), result: convert::result(code, msg), delivered, stored: false, receivers }
     });
     pb::BatchDeliverResp { users: users.collect() }
 }
 
-fn said(report: &Report) -> (pb::Code, &'static str, u32) {
+fn said(report: &Report) -> (pb::Code, &'static str) {
     match report.outcome {
-        Outcome::Delivered { receivers } => (pb::Code::Ok, "", u32::try_from(receivers).unwrap_or(u32::MAX)),
-        Outcome::Offline => (pb::Code::NotFound, "the user has no live route", 0),
-        Outcome::Undelivered => (pb::Code::Undelivered, "nobody has subscribed to the user's channel", 0),
+        Outcome::Delivered => (pb::Code::Ok, ""),
+        Outcome::Offline => (pb::Code::NotFound, "the user has no live route"),
+        Outcome::Undelivered if report.receivers > 0 => (pb::Code::Undelivered, "no device acknowledged it in time"),
+        Outcome::Undelivered => (pb::Code::Undelivered, "no gateway took it: none is attached or has subscribed"),
     }
 }
 

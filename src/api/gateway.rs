@@ -1,14 +1,22 @@
-//! `GatewayService`: leases. Streams and the inbox answer UNIMPLEMENTED yet.
+//! `GatewayService`: leases, streams, acknowledgements. The inbox answers UNIMPLEMENTED yet.
 
 use std::sync::Arc;
 
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
+use tonic::Streaming;
+use tonic::codegen::BoxStream;
 
+use crate::api::attach::OUTGOING;
+use crate::api::attach::Stream;
+use crate::api::attach::Tools;
+use crate::api::attach::take_acks;
 use crate::api::convert;
 use crate::api::status::status;
-use crate::domain::gateway::Life;
 use crate::engine::gateways::Gateways;
 use crate::engine::heartbeats::Heartbeats;
 use crate::engine::lives::Lives;
@@ -19,6 +27,9 @@ pub struct Leases {
     pub gateways: Arc<Gateways>,
     pub heartbeats: Arc<Heartbeats>,
     pub lives: Arc<Lives>,
+    pub stream_tools: Arc<Tools>,
+    /// Owns the streams; they end when the node drains.
+    pub attached: TaskTracker,
 }
 
 #[tonic::async_trait]
@@ -32,14 +43,8 @@ impl GatewayService for Leases {
             None => Ok(self.gateways.register(profile).await.map_err(|error| status(&error))?.epoch),
             Some(epoch) => self.gateways.resume(profile, epoch).await.map_err(|error| status(&error))?.map(|()| epoch),
         };
-        let terms = &self.gateways.terms;
         Ok(Response::new(match epoch {
-            Ok(epoch) => pb::RegisterGatewayResp {
-                result: convert::result(pb::Code::Ok, ""),
-                gateway_epoch: epoch.0,
-                heartbeat_interval_ms: convert::millis(terms.heartbeat_interval),
-                lease_ms: convert::millis(terms.lease),
-            },
+            Ok(epoch) => convert::welcome(epoch, &self.gateways.terms),
             Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
         }))
     }
@@ -48,7 +53,7 @@ impl GatewayService for Leases {
         let (gateway, beat) = convert::beat(request.get_ref()).map_err(|error| status(&error))?;
         let beaten = self.heartbeats.beat(gateway, beat).await.map_err(|error| status(&error))?;
         Ok(Response::new(match beaten {
-            Ok(life) => self.beaten(&life),
+            Ok(life) => convert::beaten(&life, self.lives.clock.now()),
             Err(fence) => pb::HeartbeatResp { result: convert::fenced(fence), ..Default::default() },
         }))
     }
@@ -64,11 +69,18 @@ impl GatewayService for Leases {
         let result = done.map_or_else(convert::fenced, |()| convert::result(pb::Code::Ok, ""));
         Ok(Response::new(pb::DeregisterGatewayResp { result }))
     }
-}
 
-impl Leases {
-    fn beaten(&self, life: &Life) -> pb::HeartbeatResp {
-        let lease_ms = convert::millis(life.lease_until.since(self.lives.clock.now()));
-        pb::HeartbeatResp { result: convert::result(pb::Code::Ok, ""), draining: life.draining, lease_ms }
+    async fn attach(&self, request: Request<Streaming<pb::GatewayFrame>>) -> Result<Response<BoxStream<pb::NodeFrame>>, Status> {
+        let (out, frames) = mpsc::channel(OUTGOING);
+        self.attached.spawn(Stream::new(self.stream_tools.clone(), out).run(request.into_inner()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
+    }
+
+    async fn ack_delivery(&self, request: Request<pb::AckDeliveryReq>) -> Result<Response<pb::AckDeliveryResp>, Status> {
+        let acks = request.into_inner().acks;
+        convert::batch_size("acks", acks.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
+        let acks = acks.iter().map(convert::ack).collect::<Result<_, _>>().map_err(|error| status(&error))?;
+        take_acks(&self.stream_tools.acks, &self.stream_tools.peers, acks);
+        Ok(Response::new(pb::AckDeliveryResp { result: convert::result(pb::Code::Ok, "") }))
     }
 }

@@ -1,10 +1,13 @@
 //! The protocols: gRPC for gateways and services, HTTP for operators. They translate and decide nothing.
 
 pub mod admin;
+pub mod attach;
+pub mod binder;
 pub mod convert;
 pub mod delivery;
 pub mod gateway;
 pub mod http;
 pub mod listen;
+pub mod node;
 pub mod presence;
 pub mod status;

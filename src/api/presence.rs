@@ -8,34 +8,27 @@ use tonic::Request;
 use tonic::Response;
 use tonic::Status;
 
+use crate::api::binder::Binder;
+use crate::api::binder::not_bound_now;
 use crate::api::convert;
 use crate::api::delivery;
 use crate::api::status::item_code;
 use crate::api::status::status;
 use crate::domain::id::UserId;
-use crate::domain::policy::Reason;
-use crate::domain::user::Outcome;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Source;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Lanes;
-use crate::engine::lives::Lives;
 use crate::error::Error;
-use crate::metrics::ByReason;
-use crate::metrics::ByResult;
 use crate::metrics::BySource;
-use crate::metrics::ByWhat;
 use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;
 
 pub struct Presence {
-    pub lanes: Arc<Lanes>,
+    pub binder: Arc<Binder>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
-    pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
     pub max_message_bytes: usize,
 }
@@ -43,35 +36,13 @@ pub struct Presence {
 #[tonic::async_trait]
 impl PresenceService for Presence {
     async fn bind_route(&self, request: Request<pb::BindRouteReq>) -> Result<Response<pb::BindRouteResp>, Status> {
-        let began = Instant::now();
         let (user, bind) = convert::bind(request.get_ref()).map_err(|error| status(&error))?;
-        let outcome = self.lanes.submit(user, Change::Bind(bind)).await;
-        self.metrics.bind_seconds.observe(began.elapsed().as_secs_f64());
-        self.count_bind(&outcome);
-        outcome.map(|outcome| Response::new(self.bound(user, outcome))).map_err(|error| status(&error))
+        self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error))
     }
 
     async fn unbind_route(&self, request: Request<pb::UnbindRouteReq>) -> Result<Response<pb::UnbindRouteResp>, Status> {
         let (user, unbind) = convert::unbind(request.get_ref()).map_err(|error| status(&error))?;
-        let outcome = self.lanes.submit(user, Change::Unbind(unbind)).await;
-        let (result, response) = match outcome {
-            Ok(Outcome::Unbound { version }) => (
-                "unbound",
-                Ok(pb::UnbindRouteResp { result: convert::result(pb::Code::Ok, ""), unbound: true, version: version.0 }),
-            ),
-            Ok(Outcome::NotBound { version, why }) => {
-                let result = convert::result(pb::Code::Ok, why);
-                ("not_bound", Ok(pb::UnbindRouteResp { result, unbound: false, version: version.0 }))
-            }
-            Ok(Outcome::Fenced(fence)) => {
-                self.metrics.fenced.get_or_create(&ByWhat { what: "unbind" }).inc();
-                ("fenced", Ok(pb::UnbindRouteResp { result: convert::fenced(fence), ..Default::default() }))
-            }
-            Ok(_) => ("error", Err(status(&Error::Internal { what: "an unbind had the outcome of another change" }))),
-            Err(error) => ("error", Err(status(&error))),
-        };
-        self.metrics.unbinds.get_or_create(&ByResult { result }).inc();
-        response.map(Response::new)
+        self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error))
     }
 
     async fn query_route(&self, request: Request<pb::QueryRouteReq>) -> Result<Response<pb::QueryRouteResp>, Status> {
@@ -106,15 +77,10 @@ impl PresenceService for Presence {
         let binds = request.into_inner().binds;
         convert::batch_size("binds", binds.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
         let binds: Vec<_> = binds.iter().map(convert::bind).collect::<Result<_, _>>().map_err(|error| status(&error))?;
-        let users: Vec<UserId> = binds.iter().map(|(user, _)| *user).collect();
-        let outcomes = self.lanes.submit_many(binds.into_iter().map(|(user, bind)| (user, Change::Bind(bind))).collect()).await;
-        outcomes.iter().for_each(|outcome| self.count_bind(outcome));
-        unless_all_failed(&outcomes)?;
-        let results = users.into_iter().zip(outcomes).map(|(user, outcome)| match outcome {
-            Ok(outcome) => self.bound(user, outcome),
-            Err(error) => not_bound_now(&error),
-        });
-        Ok(Response::new(pb::BatchBindRouteResp { results: results.collect() }))
+        let answers = self.binder.bind_many(binds).await;
+        unless_all_failed(&answers)?;
+        let results = answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
+        Ok(Response::new(pb::BatchBindRouteResp { results }))
     }
 
     async fn batch_query_route(
@@ -138,48 +104,6 @@ impl PresenceService for Presence {
 }
 
 impl Presence {
-    fn bound(&self, user: UserId, outcome: Outcome) -> pb::BindRouteResp {
-        match outcome {
-            Outcome::Bound { bound_version, version, epoch, kicked } => {
-                let lives = self.lives.table();
-                pb::BindRouteResp {
-                    result: convert::result(pb::Code::Ok, ""),
-                    route_key: convert::route_key(user, bound_version),
-                    version: version.0,
-                    kicked: kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect(),
-                    gateway_epoch: epoch.0,
-                    retry_after_ms: 0,
-                }
-            }
-            Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
-            Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
-            Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } => {
-                refused(pb::Code::Internal, "a bind had the outcome of another change")
-            }
-        }
-    }
-
-    fn count_bind(&self, outcome: &Result<Outcome, Error>) {
-        let result = match outcome {
-            Ok(Outcome::Bound { .. }) => "ok",
-            Ok(Outcome::Refused(_)) => "refused",
-            Ok(Outcome::Fenced(_)) => "fenced",
-            Ok(_) => "error",
-            Err(Error::Overloaded { .. }) => "overloaded",
-            Err(Error::Unavailable { .. }) => "unavailable",
-            Err(Error::Invalid { .. } | Error::Internal { .. }) => "error",
-        };
-        self.metrics.binds.get_or_create(&ByResult { result }).inc();
-        if let Ok(Outcome::Fenced(_)) = outcome {
-            self.metrics.fenced.get_or_create(&ByWhat { what: "bind" }).inc();
-        }
-        if let Ok(Outcome::Bound { kicked, .. }) = outcome {
-            for (_, reason) in kicked {
-                self.metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
-            }
-        }
-    }
-
     fn count_batch(&self, answers: &[Result<Answer, Error>]) {
         for source in [Source::Local, Source::Shared, Source::Durable] {
             let users = answers.iter().flatten().filter(|answer| answer.source == source).count();
@@ -198,15 +122,6 @@ fn unless_all_failed<T>(results: &[Result<T, Error>]) -> Result<(), Status> {
         Some(Err(error)) if results.iter().all(Result::is_err) => Err(status(error)),
         _ => Ok(()),
     }
-}
-
-fn refused(code: pb::Code, why: &str) -> pb::BindRouteResp {
-    pb::BindRouteResp { result: convert::result(code, why), ..Default::default() }
-}
-
-fn not_bound_now(error: &Error) -> pb::BindRouteResp {
-    let (code, retry_after) = item_code(error);
-    pb::BindRouteResp { retry_after_ms: convert::millis(retry_after), ..refused(code, &error.to_string()) }
 }
 
 fn queried(user: UserId, answer: &Answer) -> pb::QueryRouteResp {
@@ -253,13 +168,5 @@ fn by_source(source: Source) -> BySource {
             Source::Shared => "shared",
             Source::Durable => "durable",
         },
-    }
-}
-
-fn reason_label(reason: Reason) -> &'static str {
-    match reason {
-        Reason::Replaced => "replaced",
-        Reason::DeviceLimit => "device_limit",
-        Reason::PlatformLimit => "platform_limit",
     }
 }

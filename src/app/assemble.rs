@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -15,6 +16,8 @@ use crate::config::OnOverflow;
 use crate::config::Payload;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
+use crate::engine::acks::Acks;
+use crate::engine::attaching::Attaching;
 use crate::engine::cache::Cache;
 use crate::engine::delivery;
 use crate::engine::delivery::Deliveries;
@@ -26,6 +29,7 @@ use crate::engine::gateways::Gateways;
 use crate::engine::gateways::Terms;
 use crate::engine::heartbeats::Heartbeats;
 use crate::engine::hints::Hints;
+use crate::engine::kicks::Kicks;
 use crate::engine::l2::L2;
 use crate::engine::l2::L2Check;
 use crate::engine::lanes;
@@ -33,8 +37,12 @@ use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
 use crate::engine::lives::Lives;
 use crate::engine::loader::Loader;
+use crate::engine::outlets::Outlets;
+use crate::engine::peers::Call;
+use crate::engine::peers::Peers;
 use crate::engine::projection::Outside;
 use crate::engine::projection::Repair;
+use crate::engine::streams::Streams;
 use crate::engine::sweep::Sweep;
 use crate::engine::warm_up::WarmUp;
 use crate::engine::watch::Seen;
@@ -57,6 +65,12 @@ pub struct Assembled {
     pub lives: Arc<Lives>,
     pub gateways: Arc<Gateways>,
     pub heartbeats: Arc<Heartbeats>,
+    pub attaching: Arc<Attaching>,
+    pub streams: Arc<Streams>,
+    pub peers: Arc<Peers>,
+    /// Calls to other nodes, for whoever speaks the protocol.
+    pub peer_calls: mpsc::Receiver<Call>,
+    pub acks: Arc<Acks>,
     pub lanes: Arc<Lanes>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
@@ -85,10 +99,17 @@ impl Assembled {
             tasks.spawn(hints.clone().keep_beating(stop.clone()));
             hints.heard_itself(HEAR_PATIENCE).await;
         }
+        let ((peers, peer_calls), streams) = (Peers::new(), Streams::new(metrics.clone()));
+        let acks = Acks::new(&node_id, metrics.clone());
+        let outlets = Outlets { node_id: node_id.clone(), streams: streams.clone(), peers: peers.clone(), bus: bus.clone() };
+        let outlets = Arc::new(outlets);
+        let (kicks, unheard) = Kicks::new(outlets.clone(), lives.clone(), metrics.clone());
+        tasks.spawn(kicks.clone().keep_repeating(unheard, stop.clone()));
         let outside = Arc::new(Outside {
             l2: l2.clone(),
             hints: hints.clone(),
             bus: bus.clone(),
+            kicks,
             cache: cache.clone(),
             lives: lives.clone(),
             metrics: metrics.clone(),
@@ -104,6 +125,8 @@ impl Assembled {
             metrics: metrics.clone(),
             gateways: gateways.clone(),
             hints: hints.clone(),
+            peers: peers.clone(),
+            streams: streams.clone(),
             node: (node_id.clone(), addr),
             seen: Seen::default(),
         };
@@ -136,9 +159,34 @@ impl Assembled {
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
         tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), cache.clone(), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
-        let settings = delivery_settings(config, &node_id);
-        let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);
-        Ok(Self { node_id, database, metrics, cache, lives, gateways, heartbeats, lanes, directory, deliveries })
+        let deliveries = Deliveries::new(
+            outlets,
+            acks.clone(),
+            directory.clone(),
+            lanes.clone(),
+            lives.clone(),
+            metrics.clone(),
+            delivery_settings(config),
+        );
+        let attaching = Attaching { gateways: gateways.clone(), streams: streams.clone(), grace: config.gateway.stream_grace };
+        let attaching = Arc::new(attaching);
+        Ok(Self {
+            node_id,
+            database,
+            metrics,
+            cache,
+            lives,
+            gateways,
+            heartbeats,
+            attaching,
+            streams,
+            peers,
+            peer_calls,
+            acks,
+            lanes,
+            directory,
+            deliveries,
+        })
     }
 }
 
@@ -194,11 +242,11 @@ fn directory_settings(config: &Config, engine: Engine, hints: Option<Arc<Hints>>
     }
 }
 
-fn delivery_settings(config: &Config, node_id: &str) -> delivery::Settings {
+fn delivery_settings(config: &Config) -> delivery::Settings {
     let format = match config.delivery.payload {
         Payload::Raw => Format::Raw,
         Payload::Envelope => Format::Envelope,
     };
     let (max_retries, retry_interval) = (config.route.max_retries, config.route.retry_interval);
-    delivery::Settings { format, max_retries, retry_interval, node_id: node_id.to_owned() }
+    delivery::Settings { format, max_retries, retry_interval }
 }

@@ -16,14 +16,18 @@ use crate::api::admin::Admin;
 use crate::api::gateway::Leases;
 use crate::api::http;
 use crate::api::listen;
+use crate::api::node::Node;
 use crate::api::presence::Presence;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
+use crate::pb::node_service_server::NodeServiceServer;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
 /// Largest request.
 const MAX_REQUEST_BYTES: usize = 4 * 1024 * 1024;
+/// Largest request of another node, which puts many calls into one.
+const MAX_FORWARD_BYTES: usize = 64 * 1024 * 1024;
 /// Calls in progress on one connection.
 const MAX_CALLS_PER_CONNECTION: u32 = 1024;
 /// Storms of calls cancelled by their deadline must not end the connection.
@@ -32,16 +36,24 @@ const MAX_PENDING_RESETS: usize = 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// What the data port offers.
+pub struct Services {
+    pub presence: Presence,
+    pub leases: Leases,
+    pub node: Node,
+}
+
 /// Everything served on the data port.
-pub async fn data_routes(presence: Presence, leases: Leases) -> (HealthReporter, Routes) {
+pub async fn data_routes(services: Services) -> (HealthReporter, Routes) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<Presence>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
     let mut routes = Routes::builder();
     routes
-        .add_service(PresenceServiceServer::new(presence).max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(GatewayServiceServer::new(services.leases).max_decoding_message_size(MAX_REQUEST_BYTES))
+        .add_service(NodeServiceServer::new(services.node).max_decoding_message_size(MAX_FORWARD_BYTES))
         .add_service(health_service);
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);

@@ -93,8 +93,14 @@ pub fn delivered(user: i64, answer: &pb::DeliverResp) -> String {
     if !answer.delivered {
         return format!("the message was not delivered to user {user}{}, after {attempts}", refusal(&answer.result));
     }
-    let (receivers, id) = (counted(answer.receivers, "subscriber"), &answer.delivery_id);
-    format!("the message for user {user} is delivered to {receivers}, after {attempts}, delivery id {id}")
+    let (receivers, id) = (counted(answer.receivers, "receiver"), &answer.delivery_id);
+    let acked = match &answer.acked_devices[..] {
+        [] => String::new(),
+        devices => {
+            format!(", acknowledged by {}", devices.iter().map(|device| format!("{device:?}")).collect::<Vec<_>>().join(" "))
+        }
+    };
+    format!("the message for user {user} is delivered to {receivers}{acked}, after {attempts}, delivery id {id}")
 }
 
 pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
@@ -202,7 +208,7 @@ fn or_dash(text: &str) -> String {
 }
 
 /// ` (CODE_REFUSED): why`
-fn refusal(result: &Option<pb::Result>) -> String {
+pub fn refusal(result: &Option<pb::Result>) -> String {
     let name = match code(result) {
         Code::Ok => String::new(),
         code => format!(" ({})", code.as_str_name()),

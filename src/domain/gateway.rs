@@ -153,9 +153,12 @@ impl LifeTable {
         self.lives.get(&epoch)
     }
 
-    /// Whether `life` tells more than that a lease was extended: it is unknown here, has ended, or has another stream.
+    /// Whether `life` tells more than that a lease was extended: it is unknown here, has ended, or its stream has changed.
     pub fn is_news(&self, life: &Life) -> bool {
-        self.lives.get(&life.epoch).is_none_or(|known| known.is_alive() && (!life.is_alive() || known.attach_no < life.attach_no))
+        self.lives.get(&life.epoch).is_none_or(|known| {
+            let stream = life.attach_no >= known.attach_no && life.attached != known.attached;
+            known.is_alive() && (!life.is_alive() || stream || life.attach_no > known.attach_no)
+        })
     }
 
     /// Takes `life` over, unless the table already knows that it has ended, or of a newer stream.

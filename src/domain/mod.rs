@@ -4,6 +4,7 @@ pub mod doubt;
 pub mod gateway;
 pub mod id;
 pub mod policy;
+pub mod session;
 pub mod status;
 pub mod time;
 pub mod user;

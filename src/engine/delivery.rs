@@ -1,29 +1,46 @@
-//! Handing messages to the gateways that hold a user's devices: published on `user:<id>`, receivers counted.
+//! Handing messages to the gateways that hold a user's devices: down the streams of those that attach, on `user:<id>` for the
+//! others; receivers are counted, and devices may acknowledge.
 //!
-//! Nobody heard it, or memory knows no live route: the user is looked up past every cache before the answer is no. Then it
-//! is tried again, never beyond the caller's deadline. Only delivered outcomes are remembered, so a repeated message is
-//! never lost and seldom doubled; receivers drop what they have seen by its message id.
+//! Nobody took it, or memory knows no live route: the user is looked up past every cache before the answer is no. Then it
+//! is tried again, never beyond the caller's deadline, and only for devices that have not acknowledged. Only delivered outcomes
+//! are remembered, so a repeated message is never lost and seldom doubled; receivers drop what they have seen by its id. One
+//! user's messages wait for each other, so a retry keeps its place.
 
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
 use prost::Message as _;
+use tokio::sync::Mutex;
 use tokio::sync::OwnedMutexGuard;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
+use tokio::time::timeout_at;
 
+use crate::domain::id::DeviceId;
+use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
+use crate::domain::id::Version;
 use crate::domain::time::Timestamp;
+use crate::domain::user::Unbind;
+use crate::engine::acks::Acks;
+use crate::engine::acks::Answered;
+use crate::engine::acks::Expected;
+use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
+use crate::engine::lanes::Change;
+use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
+use crate::engine::outlets::Addressed;
+use crate::engine::outlets::Outlets;
+use crate::engine::streams::Handed;
+use crate::engine::streams::Order;
 use crate::error::Error;
 use crate::metrics::ByOutcome;
 use crate::metrics::Metrics;
-use crate::store::bus::Bus;
 use crate::store::codec::Envelope;
 
 /// Deliveries, counted in users, that may be under way at a time.
@@ -31,6 +48,9 @@ const MAX_UNDER_WAY: usize = 50_000;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+/// Users whose messages wait for each other, and routes that were refused once: remembered for a while after.
+const QUEUED: u64 = 100_000;
+const QUEUED_FOR: Duration = Duration::from_secs(60);
 
 /// How a message stands on `user:<id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,7 +66,6 @@ pub struct Settings {
     pub format: Format,
     pub max_retries: u32,
     pub retry_interval: Duration,
-    pub node_id: String,
 }
 
 /// A message to deliver.
@@ -58,17 +77,19 @@ pub struct Message {
     /// Empty: never a repeat.
     pub message_id: String,
     /// Empty: all devices.
-    pub device_ids: Vec<String>,
+    pub device_ids: Vec<DeviceId>,
+    /// How long devices have for an acknowledgement. None: nobody waits for one.
+    pub ack_timeout: Option<Duration>,
 }
 
 /// What came of a message to one user.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Outcome {
-    /// So many subscribers took it.
-    Delivered { receivers: u64 },
-    /// The user has no live route.
+    /// A gateway took it; a device acknowledged it, if that was asked for.
+    Delivered,
+    /// The user has no live route to the devices in question.
     Offline,
-    /// There are live routes, but nobody took it.
+    /// There are live routes, but nobody took it, or no device acknowledged it.
     Undelivered,
 }
 
@@ -78,51 +99,82 @@ pub struct Report {
     pub delivery_id: String,
     pub timestamp: Timestamp,
     pub attempts: u32,
+    /// Gateways that took it at the last attempt.
+    pub receivers: u64,
+    pub acked: BTreeSet<DeviceId>,
 }
 
-type Remembered = Arc<tokio::sync::Mutex<Option<Report>>>;
+type Remembered = Arc<Mutex<Option<Report>>>;
+type Done = HashMap<UserId, Result<Report, Error>>;
 
 pub struct Deliveries {
-    bus: Option<Arc<Bus>>,
+    outlets: Arc<Outlets>,
+    acks: Arc<Acks>,
     directory: Arc<Directory>,
+    lanes: Arc<Lanes>,
     lives: Arc<Lives>,
     metrics: Arc<Metrics>,
     settings: Settings,
     under_way: Semaphore,
     outcomes: moka::sync::Cache<(UserId, String), Remembered>,
-    counter: AtomicU64,
+    /// Held while a message for this user is on its way.
+    queues: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
+    /// Routes of which their gateway has said once that the device is not there.
+    refused: moka::sync::Cache<(UserId, Version), ()>,
+}
+
+/// One user's part of a delivery, through all attempts.
+struct Parcel<'a> {
+    user: UserId,
+    report: Report,
+    expected: Option<Expected<'a>>,
+}
+
+/// Where a parcel goes.
+#[derive(Default)]
+struct Targets {
+    /// Live routes to the devices in question that have not acknowledged.
+    routes: BTreeMap<DeviceId, Version>,
+    streams: BTreeMap<Epoch, Arc<str>>,
+    /// There are gateways without a stream among them.
+    channel: bool,
 }
 
 impl Deliveries {
+    #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
     pub fn new(
-        bus: Option<Arc<Bus>>,
+        outlets: Arc<Outlets>,
+        acks: Arc<Acks>,
         directory: Arc<Directory>,
+        lanes: Arc<Lanes>,
         lives: Arc<Lives>,
         metrics: Arc<Metrics>,
         settings: Settings,
     ) -> Arc<Self> {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
-        let (under_way, counter) = (Semaphore::new(MAX_UNDER_WAY), AtomicU64::new(0));
-        Arc::new(Self { bus, directory, lives, metrics, settings, under_way, outcomes, counter })
+        let queues = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
+        let refused = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_live(QUEUED_FOR).build();
+        let under_way = Semaphore::new(MAX_UNDER_WAY);
+        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, refused })
     }
 
-    /// Whether messages can be addressed to single devices.
+    /// Whether messages can be addressed to single devices: on the channels only in an envelope.
     pub fn can_address_devices(&self) -> bool {
-        self.settings.format == Format::Envelope
+        self.settings.format == Format::Envelope || self.lives.table().iter().any(|life| life.attached.is_some())
     }
 
     /// Delivers `message` to each of `users` by `deadline`; a user named twice gets it once. In the order of `users`.
     ///
     /// # Errors
-    /// The whole call when too much is under way or there is no queue; a user's own when it cannot be looked up or the queue
-    /// cannot be reached.
+    /// The whole call when too much is under way; a user's own when it cannot be looked up, or the queue, which its gateways
+    /// listen to, cannot be reached.
     pub async fn deliver(
         &self,
         users: &[UserId],
         message: &Message,
         deadline: Instant,
     ) -> Result<Vec<Result<Report, Error>>, Error> {
-        let Some(bus) = &self.bus else { return Err(Error::unavailable("no [redis_queue] is configured to deliver through")) };
+        let began = Instant::now();
         let share = u32::try_from(users.len()).unwrap_or(u32::MAX);
         let Ok(_share) = self.under_way.try_acquire_many(share) else {
             self.metrics.shed("deliveries");
@@ -133,12 +185,14 @@ impl Deliveries {
         distinct.dedup();
         let (mut done, mut turns) = self.take_turns(&distinct, message).await;
         distinct.retain(|user| !done.contains_key(user));
-        done.extend(self.attempt(bus, distinct, message, deadline).await);
+        let _places = self.queue_up(&distinct, deadline).await?;
+        done.extend(self.attempt(&distinct, message, deadline).await);
         for (user, turn) in &mut turns {
             if let Some(Ok(report)) = done.get(user).filter(|report| is_delivered(report)) {
                 **turn = Some(report.clone());
             }
         }
+        self.metrics.delivery_stage("total", began.elapsed());
         let answers =
             users.iter().map(|user| done.get(user).cloned().unwrap_or_else(|| Err(Error::unavailable("not delivered"))));
         Ok(answers.collect())
@@ -146,8 +200,8 @@ impl Deliveries {
 
     /// Waits for deliveries of the same message that are under way, and returns what is known of it already. While its turn
     /// is held, a repeat waits.
-    async fn take_turns(&self, users: &[UserId], message: &Message) -> (HashMap<UserId, Result<Report, Error>>, Turns) {
-        let (mut done, mut turns) = (HashMap::new(), Vec::new());
+    async fn take_turns(&self, users: &[UserId], message: &Message) -> (Done, Vec<(UserId, OwnedMutexGuard<Option<Report>>)>) {
+        let (mut done, mut turns) = (Done::new(), Vec::new());
         if message.message_id.is_empty() {
             return (done, turns);
         }
@@ -164,132 +218,197 @@ impl Deliveries {
         (done, turns)
     }
 
-    async fn attempt(
-        &self,
-        bus: &Bus,
-        mut users: Vec<UserId>,
-        message: &Message,
-        deadline: Instant,
-    ) -> HashMap<UserId, Result<Report, Error>> {
-        let mut done = HashMap::new();
+    /// Waits for the messages before this one, user by user in the order of their numbers, so that no two calls wait for each
+    /// other.
+    async fn queue_up(&self, users: &[UserId], deadline: Instant) -> Result<Vec<OwnedMutexGuard<()>>, Error> {
+        let mut places = Vec::with_capacity(users.len());
+        for user in users {
+            let queue = self.queues.get_with(*user, Arc::default);
+            let place = timeout_at(deadline.into(), queue.lock_owned()).await;
+            places.push(place.map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))?);
+        }
+        Ok(places)
+    }
+
+    async fn attempt(&self, users: &[UserId], message: &Message, deadline: Instant) -> Done {
+        let mut done = Done::new();
+        let mut parcels: Vec<Parcel<'_>> = users.iter().map(|user| self.parcel(*user)).collect();
         let mut past_caches = false;
         // The second attempt follows at once, past every cache; only those after it are retries that wait.
         for attempts in 1..=self.settings.max_retries.max(1) + 1 {
-            if users.is_empty() {
+            if parcels.is_empty() {
                 break;
             }
+            parcels.iter_mut().for_each(|parcel| parcel.report.attempts = attempts);
             let no_time = Instant::now() + self.settings.retry_interval >= deadline;
             let last = past_caches && (attempts > self.settings.max_retries || no_time);
-            let live = self.live(&users, past_caches, &mut done, attempts).await;
-            users = self.publish(bus, live, message, attempts, last, deadline, &mut done).await;
-            if !users.is_empty() && !last {
-                sleep(if past_caches { self.settings.retry_interval } else { Duration::ZERO }).await;
+            let live = self.live(parcels, message, past_caches, &mut done).await;
+            let tried = self.hand_out(live, message, deadline).await;
+            parcels = Vec::new();
+            for (parcel, result) in tried {
+                match result {
+                    Err(_) | Ok(Outcome::Undelivered) if !last => parcels.push(parcel),
+                    Err(error) => {
+                        done.insert(parcel.user, Err(error));
+                    }
+                    Ok(outcome) => {
+                        done.insert(parcel.user, Ok(Report { outcome, ..parcel.report }));
+                    }
+                }
             }
-            past_caches = true;
             if last {
                 break;
             }
+            if !parcels.is_empty() && past_caches {
+                sleep(self.settings.retry_interval).await;
+            }
+            past_caches = true;
         }
-        for report in done.values() {
-            self.count(report);
-        }
+        done.values().for_each(|report| self.count(report));
         done
     }
 
-    /// Those of `users` who have a live route, looked up past every cache if need be. The others are done.
-    async fn live(
+    fn parcel(&self, user: UserId) -> Parcel<'_> {
+        let (outcome, delivery_id, timestamp) = (Outcome::Undelivered, self.acks.next_id(), self.lives.clock.now());
+        let report = Report { outcome, delivery_id, timestamp, attempts: 0, receivers: 0, acked: BTreeSet::new() };
+        Parcel { user, report, expected: None }
+    }
+
+    /// Those who have a live route, looked up past every cache if need be, with where they are. The others are done.
+    async fn live<'a>(
         &self,
-        users: &[UserId],
+        parcels: Vec<Parcel<'a>>,
+        message: &Message,
         past_caches: bool,
-        done: &mut HashMap<UserId, Result<Report, Error>>,
-        attempts: u32,
-    ) -> Vec<UserId> {
-        let mut live = Vec::new();
-        let mut doubted = Vec::new();
+        done: &mut Done,
+    ) -> Vec<(Parcel<'a>, Targets)> {
+        let (mut live, mut doubted) = (Vec::new(), Vec::new());
         let first_look = if past_caches { Some(Duration::ZERO) } else { None };
-        for (user, answer) in users.iter().zip(self.directory.get_many(users, first_look).await) {
-            match answer {
-                Ok(answer) if answer.live_routes().next().is_some() => live.push(*user),
-                _ => doubted.push(*user),
+        let users: Vec<UserId> = parcels.iter().map(|parcel| parcel.user).collect();
+        for (parcel, answer) in parcels.into_iter().zip(self.directory.get_many(&users, first_look).await) {
+            match answer.map(|answer| Targets::of(&answer, message, &parcel.report.acked)) {
+                Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
+                _ => doubted.push(parcel),
             }
         }
-        for (user, answer) in doubted.iter().zip(self.directory.get_many(&doubted, Some(Duration::ZERO)).await) {
-            match answer {
-                Ok(answer) if answer.live_routes().next().is_some() => live.push(*user),
+        let users: Vec<UserId> = doubted.iter().map(|parcel| parcel.user).collect();
+        for (parcel, answer) in doubted.into_iter().zip(self.directory.get_many(&users, Some(Duration::ZERO)).await) {
+            match answer.map(|answer| Targets::of(&answer, message, &parcel.report.acked)) {
+                Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
                 Ok(_) => {
-                    done.insert(*user, Ok(self.report(Outcome::Offline, attempts)));
+                    done.insert(parcel.user, Ok(Report { outcome: Outcome::Offline, ..parcel.report }));
                 }
                 Err(error) => {
-                    done.insert(*user, Err(error));
+                    done.insert(parcel.user, Err(error));
                 }
             }
         }
         live
     }
 
-    /// Publishes to `users` and returns whom to try again.
-    #[allow(clippy::too_many_arguments)] // one attempt needs all of it, and nothing else does
-    async fn publish(
-        &self,
-        bus: &Bus,
-        users: Vec<UserId>,
+    /// Hands the message to every gateway concerned, and waits for devices if that is asked for.
+    async fn hand_out<'a>(
+        &'a self,
+        mut live: Vec<(Parcel<'a>, Targets)>,
         message: &Message,
-        attempts: u32,
-        last: bool,
         deadline: Instant,
-        done: &mut HashMap<UserId, Result<Report, Error>>,
-    ) -> Vec<UserId> {
-        if users.is_empty() {
-            return users;
-        }
-        let reports: Vec<Report> = users.iter().map(|_| self.report(Outcome::Undelivered, attempts)).collect();
-        let bodies =
-            users.iter().zip(&reports).map(|(user, report)| (bus.channels.user(*user), self.body(*user, message, report)));
-        let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
-        let received = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
-        let mut again = Vec::new();
-        for (i, (user, report)) in users.into_iter().zip(reports).enumerate() {
-            match received.as_ref().map(|received| received[i]) {
-                Ok(receivers) if receivers > 0 => {
-                    done.insert(user, Ok(Report { outcome: Outcome::Delivered { receivers }, ..report }));
-                }
-                _ if !last => again.push(user),
-                Ok(_) => {
-                    done.insert(user, Ok(report));
-                }
-                Err(_) => {
-                    done.insert(user, Err(Error::unavailable("the queue (redis_queue) cannot be reached")));
-                }
+    ) -> Vec<(Parcel<'a>, Result<Outcome, Error>)> {
+        let began = Instant::now();
+        if message.ack_timeout.is_some() {
+            for (parcel, targets) in &mut live {
+                let devices = targets.routes.keys().cloned().collect();
+                parcel.expected = Some(self.acks.expect(&parcel.report.delivery_id, parcel.user, devices));
             }
         }
-        again
-    }
-
-    fn body(&self, user: UserId, message: &Message, report: &Report) -> Vec<u8> {
-        if self.settings.format == Format::Raw {
-            return if message.binary.is_empty() { message.text.clone().into_bytes() } else { message.binary.clone() };
+        let (streams, channels) = tokio::join!(self.down_streams(&live, message), self.on_channels(&live, message, deadline));
+        self.metrics.delivery_stage("handed", began.elapsed());
+        let mut tried = Vec::with_capacity(live.len());
+        for ((mut parcel, targets), (taken, received)) in live.into_iter().zip(streams.into_iter().zip(channels)) {
+            parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
+            let result = match (received, parcel.report.receivers) {
+                (Err(error), 0) => Err(error),
+                (_, 0) => Ok(Outcome::Undelivered),
+                _ => Ok(self.acknowledged(&mut parcel, &targets, message, deadline).await),
+            };
+            tried.push((parcel, result));
         }
-        let envelope = Envelope {
-            delivery_id: report.delivery_id.clone(),
-            user_id: user.get(),
-            message: message.text.clone(),
-            message_type: message.message_type.clone(),
-            payload: message.binary.clone(),
-            timestamp: report.timestamp.0,
-            device_ids: message.device_ids.clone(),
-            message_id: message.message_id.clone(),
-        };
-        envelope.encode_to_vec()
+        tried
     }
 
-    fn report(&self, outcome: Outcome, attempts: u32) -> Report {
-        let delivery_id = format!("{}-{}", self.settings.node_id, self.counter.fetch_add(1, Ordering::Relaxed));
-        Report { outcome, delivery_id, timestamp: self.lives.clock.now(), attempts }
+    /// How many streams of each parcel's gateways took it.
+    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], message: &Message) -> Vec<u64> {
+        let (mut owners, mut orders) = (Vec::new(), Vec::new());
+        for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
+            let envelope = Arc::new(envelope(message, parcel));
+            for (epoch, node) in &targets.streams {
+                owners.push(i);
+                orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope.clone()) });
+            }
+        }
+        let mut taken = vec![0; live.len()];
+        for (owner, handed) in owners.into_iter().zip(self.outlets.hand(orders).await) {
+            taken[owner] += u64::from(handed == Handed::Taken);
+        }
+        taken
+    }
+
+    /// How many subscribers each parcel had, where it has gateways without a stream.
+    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], message: &Message, deadline: Instant) -> Vec<Result<u64, Error>> {
+        let mut received: Vec<Result<u64, Error>> = live.iter().map(|_| Ok(0)).collect();
+        let unaddressed = message.device_ids.is_empty() || self.settings.format == Format::Envelope;
+        let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && unaddressed).collect();
+        let Some(bus) = &self.outlets.bus else {
+            let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
+            places.into_iter().for_each(|i| received[i] = Err(none()));
+            return received;
+        };
+        if places.is_empty() {
+            return received;
+        }
+        let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(message, &live[*i].0)));
+        let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
+        let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
+        for (n, i) in places.into_iter().enumerate() {
+            let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
+            received[i] = published.as_ref().map(|published| published[n]).map_err(unreachable);
+        }
+        received
+    }
+
+    /// Waits for devices to acknowledge, if that is asked for.
+    async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, message: &Message, deadline: Instant) -> Outcome {
+        let (Some(patience), Some(expected)) = (message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
+        let began = Instant::now();
+        let Answered { acked, not_here } = expected.answers((began + patience).min(deadline)).await;
+        self.metrics.delivery_stage("acknowledged", began.elapsed());
+        for version in not_here.iter().filter_map(|device| targets.routes.get(device)) {
+            self.note_refused(parcel.user, *version).await;
+        }
+        parcel.report.acked.extend(acked);
+        if parcel.report.acked.is_empty() { Outcome::Undelivered } else { Outcome::Delivered }
+    }
+
+    /// A gateway says that a device is not there. The second time its route is unbound: exactly this one.
+    async fn note_refused(&self, user: UserId, bound_version: Version) {
+        if self.refused.get(&(user, bound_version)).is_none() {
+            return self.refused.insert((user, bound_version), ());
+        }
+        self.refused.invalidate(&(user, bound_version));
+        let unbind = Change::Unbind(Unbind::Exact { bound_version, conn: None, epoch: None });
+        let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
+    }
+
+    fn body(&self, message: &Message, parcel: &Parcel<'_>) -> Vec<u8> {
+        match self.settings.format {
+            Format::Raw if message.binary.is_empty() => message.text.clone().into_bytes(),
+            Format::Raw => message.binary.clone(),
+            Format::Envelope => envelope(message, parcel).encode_to_vec(),
+        }
     }
 
     fn count(&self, report: &Result<Report, Error>) {
         let outcome = match report.as_ref().map(|report| &report.outcome) {
-            Ok(Outcome::Delivered { .. }) => "delivered",
+            Ok(Outcome::Delivered) => "delivered",
             Ok(Outcome::Offline) => "offline",
             Ok(Outcome::Undelivered) => "undelivered",
             Err(_) => "error",
@@ -298,8 +417,40 @@ impl Deliveries {
     }
 }
 
-type Turns = Vec<(UserId, OwnedMutexGuard<Option<Report>>)>;
+impl Targets {
+    fn of(answer: &Answer, message: &Message, acked: &BTreeSet<DeviceId>) -> Self {
+        let mut targets = Self::default();
+        for live in answer.live_routes() {
+            let device = &live.route.device;
+            if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
+                continue;
+            }
+            targets.routes.insert(device.clone(), live.route.bound_version);
+            match Outlets::stream_of(live.life) {
+                Some((epoch, node)) => {
+                    targets.streams.insert(epoch, node);
+                }
+                None => targets.channel = true,
+            }
+        }
+        targets
+    }
+}
+
+fn envelope(message: &Message, parcel: &Parcel<'_>) -> Envelope {
+    Envelope {
+        delivery_id: parcel.report.delivery_id.clone(),
+        user_id: parcel.user.get(),
+        message: message.text.clone(),
+        message_type: message.message_type.clone(),
+        payload: message.binary.clone(),
+        timestamp: parcel.report.timestamp.0,
+        device_ids: message.device_ids.iter().map(DeviceId::to_string).collect(),
+        wants_ack: message.ack_timeout.is_some(),
+        message_id: message.message_id.clone(),
+    }
+}
 
 fn is_delivered(report: &Result<Report, Error>) -> bool {
-    matches!(report, Ok(Report { outcome: Outcome::Delivered { .. }, .. }))
+    matches!(report, Ok(Report { outcome: Outcome::Delivered, .. }))
 }

@@ -134,6 +134,34 @@ impl Gateways {
         .await
     }
 
+    /// Notes that a gateway has its stream here from now on.
+    pub async fn attach(self: &Arc<Self>, gateway: GatewayAddr, epoch: Epoch) -> Result<Result<Arc<Life>, Fence>, Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                let Some(life) = connection.attach_life(epoch, &this.node_id, this.terms.lease).await? else {
+                    return this.fence(connection, &gateway, "attach").await.map(Err);
+                };
+                this.lives.learn(std::slice::from_ref(&life));
+                Ok(Ok(life))
+            })
+        })
+        .await
+    }
+
+    /// Notes that stream number `no` has ended. `grace`: what is left of the lease, if it broke.
+    pub async fn detach(self: &Arc<Self>, epoch: Epoch, no: u64, grace: Option<Duration>) -> Result<(), Error> {
+        let this = self.clone();
+        self.change(move |connection| {
+            Box::pin(async move {
+                connection.detach_life(epoch, &this.node_id, no, grace).await?;
+                this.lives.learn(&connection.lives_by_epoch(&[epoch]).await?);
+                Ok(())
+            })
+        })
+        .await
+    }
+
     /// Ends a life because its gateway says so.
     pub async fn deregister(self: &Arc<Self>, gateway: GatewayAddr, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();

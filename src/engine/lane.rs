@@ -225,7 +225,7 @@ impl Lane {
                 }
             });
         }
-        if outside.is_empty() {
+        if outside.is_empty() && committed.kicks.is_empty() {
             self.shown.push(ShownRow { id: outbox, users: Vec::new() });
             return answer(answers);
         }

@@ -95,6 +95,12 @@ pub(super) struct Pending {
     _share: Option<OwnedSemaphorePermit>,
 }
 
+/// A change that has its place in a lane.
+pub struct Begun {
+    received: Instant,
+    answer: oneshot::Receiver<Result<Outcome, Error>>,
+}
+
 struct Entrance {
     callers: mpsc::Sender<Pending>,
     background: mpsc::Sender<Pending>,
@@ -131,10 +137,22 @@ impl Lanes {
     /// [`Error::Overloaded`]: nothing was done. [`Error::Unavailable`]: it may or may not have been done; repeating it is
     /// harmless. [`Error::Internal`]: this change cannot be stored.
     pub async fn submit(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
+        let begun = self.begin(user, change)?;
+        self.finish(begun).await
+    }
+
+    /// The first half of [`Lanes::submit`]: takes the change's place in the lane. Changes begun one after the other are made in
+    /// this order.
+    pub fn begin(&self, user: UserId, change: Change) -> Result<Begun, Error> {
         let received = Instant::now();
         let (pending, answer) = Pending::new(user, change, received, None);
         self.enter(self.lane_of(user), pending)?;
-        self.outcome(answer, received).await
+        Ok(Begun { received, answer })
+    }
+
+    /// The second half: waits for the outcome.
+    pub async fn finish(&self, begun: Begun) -> Result<Outcome, Error> {
+        self.outcome(begun.answer, begun.received).await
     }
 
     /// Makes many changes; each has its own outcome. In the order given, per user.

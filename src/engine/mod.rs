@@ -1,20 +1,27 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
 //! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `transaction`, `lane` with `lanes`,
-//! `sweep`, `gateways`, `heartbeats`, `watch`, `delivery`.
+//! `sweep`, `gateways`, `heartbeats`, `watch`, `streams`, `peers`,
+//! `outlets`, `kicks`, `acks`, `delivery`.
 
+pub mod acks;
+pub mod attaching;
 pub mod cache;
 pub mod delivery;
 pub mod directory;
 pub mod gateways;
 pub mod heartbeats;
 pub mod hints;
+pub mod kicks;
 pub mod l2;
 mod lane;
 pub mod lanes;
 pub mod lives;
 pub mod loader;
+pub mod outlets;
+pub mod peers;
 pub mod projection;
+pub mod streams;
 pub mod sweep;
 mod transaction;
 pub mod warm_up;

@@ -15,7 +15,6 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
-use prost::Message;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tracing::warn;
@@ -29,6 +28,7 @@ use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
 use crate::engine::hints::Hints;
+use crate::engine::kicks::Kicks;
 use crate::engine::l2::L2;
 use crate::engine::lives::Lives;
 use crate::metrics::Metrics;
@@ -83,6 +83,7 @@ pub struct Outside {
     pub l2: Option<Arc<L2>>,
     pub hints: Option<Arc<Hints>>,
     pub bus: Option<Arc<Bus>>,
+    pub kicks: Arc<Kicks>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
@@ -178,17 +179,7 @@ impl Outside {
 
     /// Tells gateways to close the connections of routes that other devices' binds removed.
     async fn kick(&self, kicks: &[KickedRoute]) -> Option<()> {
-        let Some(bus) = &self.bus else { return Some(()) };
-        let table = self.lives.table();
-        let order = |kick: &KickedRoute| {
-            let life = table.get(Epoch(kick.epoch))?;
-            Some((bus.channels.gateway(life.gateway.as_str()), kick.as_frame().encode_to_vec()))
-        };
-        let orders: Vec<_> = kicks.iter().filter_map(order).collect();
-        if orders.is_empty() {
-            return Some(());
-        }
-        bus.publish(&orders, bus.link.timeout()).await.ok().map(|_| ())
+        self.kicks.send(kicks).await.ok()
     }
 
     /// Tells other services that gateways live. They see it with the next beat if it is lost.

@@ -20,6 +20,8 @@ use crate::engine::cache::Cache;
 use crate::engine::gateways::Gateways;
 use crate::engine::hints::Hints;
 use crate::engine::lives::Lives;
+use crate::engine::peers::Peers;
+use crate::engine::streams::Streams;
 use crate::metrics::Metrics;
 use crate::store::cluster::ClusterRow;
 use crate::store::connection::Connection;
@@ -44,6 +46,8 @@ pub struct Watch {
     pub metrics: Arc<Metrics>,
     pub gateways: Arc<Gateways>,
     pub hints: Option<Arc<Hints>>,
+    pub peers: Arc<Peers>,
+    pub streams: Arc<Streams>,
     /// This node's id, and where other nodes reach it.
     pub node: (String, String),
     pub seen: Seen,
@@ -101,11 +105,14 @@ impl Watch {
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
         self.lives.replace(lives, asked);
+        let nodes = connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?;
+        self.peers.set_nodes(&nodes);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);
-            hints.nodes_alive(connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?.into_iter());
+            hints.nodes_alive(nodes.into_iter().map(|(id, _)| id));
         }
         let table = self.lives.table();
+        self.streams.end_unless(|epoch, no| table.get(epoch).is_none_or(|life| life.is_alive() && life.attach_no <= no));
         if !self.doubt(&mut connection, &table, &cluster).await? {
             self.bury(&mut connection, &table, cluster.clock.now()).await?;
         }

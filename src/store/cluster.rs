@@ -118,8 +118,8 @@ impl Connection {
         self.execute(update).await.map(|_| ())
     }
 
-    /// Says that this node is there, and returns the nodes that said so within `term`.
-    pub async fn beat_node(&mut self, node_id: &str, addr: &str, term: Duration) -> Result<Vec<String>, SqlError> {
+    /// Says that this node is there, and returns id and address of the nodes that said so within `term`.
+    pub async fn beat_node(&mut self, node_id: &str, addr: &str, term: Duration) -> Result<Vec<(String, String)>, SqlError> {
         let now = clock_millis(self.engine());
         let known = match self.engine() {
             Engine::MySql => "ON DUPLICATE KEY UPDATE",
@@ -127,9 +127,9 @@ impl Connection {
         };
         let upsert = format!("INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) {known} seen_at = {now}");
         self.execute(statement(upsert).bind(node_id.to_owned()).bind(addr.to_owned())).await?;
-        let select = format!("SELECT node_id FROM nodes WHERE seen_at > {now} - ?");
+        let select = format!("SELECT node_id, addr FROM nodes WHERE seen_at > {now} - ?");
         let rows = self.fetch(statement(select).bind(duration_millis(term))).await?;
-        rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
+        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
     }
 
     /// Forgets nodes that have not been there for `term`.

@@ -176,7 +176,7 @@ pub struct LivesHint {
     pub ended: Vec<u64>,
 }
 
-/// Field for field a `mpim.Delivery`, as far as one is published.
+/// Field for field a `mpim.Delivery`.
 #[derive(Clone, PartialEq, Message)]
 pub struct Envelope {
     #[prost(string, tag = "1")]
@@ -193,16 +193,22 @@ pub struct Envelope {
     pub timestamp: i64,
     #[prost(string, repeated, tag = "7")]
     pub device_ids: Vec<String>,
+    #[prost(bool, tag = "8")]
+    pub wants_ack: bool,
     #[prost(string, tag = "9")]
     pub message_id: String,
 }
 
 impl KickedRoute {
+    /// The order to the gateway.
+    pub fn order(&self) -> KickOrder {
+        let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
+        KickOrder { user_id: self.user_id, device_id: self.device_id.clone(), route_key, reason: self.reason }
+    }
+
     /// The order to a gateway that does not attach: a `NodeFrame` with a `Kick`, as `gateway.proto` has it.
     pub fn as_frame(&self) -> KickFrame {
-        let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
-        let kick = KickOrder { user_id: self.user_id, device_id: self.device_id.clone(), route_key, reason: self.reason };
-        KickFrame { kick: Some(kick) }
+        KickFrame { kick: Some(self.order()) }
     }
 }
 
@@ -215,15 +221,15 @@ pub struct KickFrame {
 
 /// Field for field a `mpim.Kick`.
 #[derive(Clone, PartialEq, Message)]
-struct KickOrder {
+pub struct KickOrder {
     #[prost(int64, tag = "1")]
-    user_id: i64,
+    pub user_id: i64,
     #[prost(string, tag = "2")]
-    device_id: String,
+    pub device_id: String,
     #[prost(string, tag = "3")]
-    route_key: String,
+    pub route_key: String,
     #[prost(int32, tag = "4")]
-    reason: i32,
+    pub reason: i32,
 }
 
 impl OutboxBody {

@@ -1,0 +1,262 @@
+//! `GatewayService.Attach`: moves frames between a gateway's socket and the engine. What may come when is decided by
+//! [`Session`]; here nothing is.
+//!
+//! Answers go before orders, and a gateway that does not read them is not read from: nothing here grows without bound.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio::time::sleep_until;
+use tokio_stream::StreamExt;
+use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::Streaming;
+
+use crate::api::binder::Binder;
+use crate::api::convert;
+use crate::domain::session::Frame;
+use crate::domain::session::Session;
+use crate::engine::acks::Acks;
+use crate::engine::attaching::Attaching;
+use crate::engine::attaching::End;
+use crate::engine::heartbeats::Heartbeats;
+use crate::engine::lanes::Change;
+use crate::engine::lives::Lives;
+use crate::engine::peers::Peers;
+use crate::engine::streams::Attached;
+use crate::engine::streams::Order;
+use crate::error::Error;
+use crate::pb;
+use crate::pb::gateway_frame::Body as Up;
+use crate::pb::node_frame::Body as Down;
+
+/// Frames that wait for the transport; more only when the gateway reads.
+pub const OUTGOING: usize = 16;
+/// Binds, unbinds and heartbeats of one stream that are under way or whose answers wait.
+const MAX_IN_FLIGHT: usize = 1_024;
+/// A gateway says hello within this time.
+const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// How long a gateway has for its last frames, once this node stops.
+const DRAIN_TIME: Duration = Duration::from_secs(1);
+/// The same, as it is told.
+const DRAIN_DEADLINE_MS: u32 = 1_000;
+
+pub type Outgoing = mpsc::Sender<Result<pb::NodeFrame, Status>>;
+
+/// What streams work with.
+pub struct Tools {
+    pub attaching: Arc<Attaching>,
+    pub heartbeats: Arc<Heartbeats>,
+    pub binder: Arc<Binder>,
+    pub acks: Arc<Acks>,
+    pub peers: Arc<Peers>,
+    pub lives: Arc<Lives>,
+    /// This node stops: streams end, leases stay.
+    pub draining: CancellationToken,
+}
+
+/// One gateway's stream.
+pub struct Stream {
+    tools: Arc<Tools>,
+    session: Session,
+    attached: Option<Attached>,
+    in_flight: JoinSet<pb::NodeFrame>,
+    answers: VecDeque<pb::NodeFrame>,
+    out: Outgoing,
+}
+
+impl Stream {
+    pub fn new(tools: Arc<Tools>, out: Outgoing) -> Self {
+        let (session, in_flight, answers) = (Session::default(), JoinSet::new(), VecDeque::new());
+        Self { tools, session, attached: None, in_flight, answers, out }
+    }
+
+    /// Serves the gateway until one of both ends it.
+    pub async fn run(mut self, mut frames: Streaming<pb::GatewayFrame>) {
+        let (end, status) = self.serve(&mut frames).await;
+        if let Some((epoch, no)) = self.session.end() {
+            self.tools.attaching.detach(epoch, no, end).await;
+        }
+        if let Some(status) = status {
+            let _ = self.out.try_send(Err(status)); // a gateway that does not read will see the end without a reason
+        }
+    }
+
+    async fn serve(&mut self, frames: &mut Streaming<pb::GatewayFrame>) -> (End, Option<Status>) {
+        let (tools, out) = (self.tools.clone(), self.out.clone());
+        let hello_by = Instant::now() + HELLO_LIMIT;
+        let mut drain_until: Option<Instant> = None;
+        loop {
+            let may_read = self.in_flight.len() + self.answers.len() < MAX_IN_FLIGHT;
+            let is_attached = self.attached.is_some();
+            let replaced = self.attached.as_ref().map(|attached| attached.replaced.clone()).unwrap_or_default();
+            tokio::select! {
+                biased;
+                () = replaced.cancelled() => return (End::Ours, Some(Status::aborted("a newer stream of this gateway, or the end of its life, ended this one"))),
+                () = tools.draining.cancelled(), if drain_until.is_none() => {
+                    let reason = pb::Reason::Restart.into();
+                    self.answers.push_back(frame(0, Down::Drain(pb::Drain { deadline_ms: DRAIN_DEADLINE_MS, reason })));
+                    drain_until = Some(Instant::now() + DRAIN_TIME);
+                }
+                () = until(drain_until) => return (End::Ours, Some(Status::unavailable("this node stops: attach to another one with your epoch"))),
+                () = sleep_until(hello_by.into()), if !is_attached => return (End::Ours, Some(Status::deadline_exceeded("no hello came in time"))),
+                place = out.reserve(), if !self.answers.is_empty() => match (place, self.answers.pop_front()) {
+                    (Ok(place), Some(answer)) => place.send(Ok(answer)),
+                    _ => return (End::Theirs, None),
+                },
+                Some(done) = self.in_flight.join_next() => self.answers.extend(done.ok().filter(|frame| frame.seq != 0)),
+                read = frames.next(), if may_read => match read {
+                    Some(Ok(frame)) => if let Err(status) = self.take(frame).await {
+                        return (End::Theirs, Some(status));
+                    },
+                    Some(Err(_)) | None => return (End::Theirs, None),
+                },
+                order = next_order(&out, self.attached.as_mut()), if is_attached => match order {
+                    Some((place, order)) => place.send(Ok(frame(0, told(order)))),
+                    None => return (End::Theirs, None),
+                },
+            }
+        }
+    }
+
+    /// Takes one frame.
+    ///
+    /// # Errors
+    /// The frame is illegal where it stands, or what it says is invalid: the stream ends.
+    async fn take(&mut self, frame: pb::GatewayFrame) -> Result<(), Status> {
+        let seq = frame.seq;
+        let (kind, name) = match &frame.body {
+            Some(Up::Hello(_)) => (Frame::Hello, "hello"),
+            Some(Up::Heartbeat(_)) => (Frame::Heartbeat, "heartbeat"),
+            Some(Up::Bind(_)) => (Frame::Bind, "bind"),
+            Some(Up::Unbind(_)) => (Frame::Unbind, "unbind"),
+            Some(Up::Ack(_)) => (Frame::Ack, "ack"),
+            None => {
+                return Err(Status::invalid_argument(format!("frame {seq}: it is empty, or of a kind this node does not know")));
+            }
+        };
+        let illegal = |why: &dyn std::fmt::Display| Status::invalid_argument(format!("{name} (seq {seq}): {why}"));
+        self.session.allows(kind).map_err(|why| illegal(&why))?;
+        match frame.body {
+            Some(Up::Hello(hello)) => self.hello(seq, hello).await.map_err(|error| match error {
+                Error::Invalid { .. } => illegal(&error),
+                error => crate::api::status::status(&error),
+            }),
+            Some(Up::Heartbeat(beat)) => self.heartbeat(seq, beat).map_err(|why| illegal(&why)),
+            Some(Up::Bind(bind)) => self.bind(seq, bind).map_err(|why| illegal(&why)),
+            Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
+            Some(Up::Ack(ack)) => self.ack(&ack).map_err(|why| illegal(&why)),
+            None => Ok(()),
+        }
+    }
+
+    async fn hello(&mut self, seq: u64, hello: pb::RegisterGatewayReq) -> Result<(), Error> {
+        let (profile, epoch) = convert::registration(hello)?;
+        let gateway = profile.gateway.clone();
+        let welcome = match self.tools.attaching.attach(profile, epoch).await? {
+            Ok((life, attached)) => {
+                self.session.attach(gateway, life.epoch, life.attach_no);
+                self.attached = Some(attached);
+                convert::welcome(life.epoch, &self.tools.attaching.terms())
+            }
+            Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
+        };
+        self.answers.push_back(frame(seq, Down::Welcome(welcome)));
+        Ok(())
+    }
+
+    fn heartbeat(&mut self, seq: u64, mut beat: pb::HeartbeatReq) -> Result<(), String> {
+        let (gateway, epoch) =
+            self.session.speaks_for(&beat.gateway_addr, beat.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        (beat.gateway_addr, beat.gateway_epoch) = (gateway.to_string(), epoch.0);
+        let (gateway, beat) = convert::beat(&beat).map_err(|error| error.to_string())?;
+        let tools = self.tools.clone();
+        self.answer(seq, async move {
+            let answer = match tools.heartbeats.beat(gateway, beat).await {
+                Ok(Ok(life)) => convert::beaten(&life, tools.lives.clock.now()),
+                Ok(Err(fence)) => pb::HeartbeatResp { result: convert::fenced(fence), ..Default::default() },
+                Err(error) => {
+                    pb::HeartbeatResp { result: convert::result(pb::Code::Unavailable, error.to_string()), ..Default::default() }
+                }
+            };
+            Down::Heartbeat(answer)
+        });
+        Ok(())
+    }
+
+    fn bind(&mut self, seq: u64, mut bind: pb::BindRouteReq) -> Result<(), String> {
+        let (gateway, epoch) =
+            self.session.speaks_for(&bind.gateway_addr, bind.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        (bind.gateway_addr, bind.gateway_epoch) = (gateway.to_string(), epoch.0);
+        let (user, bind) = convert::bind(&bind).map_err(|error| error.to_string())?;
+        let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Bind(bind)));
+        self.answer(seq, async move { Down::Bound(binder.finish_bind(user, begun).await) });
+        Ok(())
+    }
+
+    fn unbind(&mut self, seq: u64, mut unbind: pb::UnbindRouteReq) -> Result<(), String> {
+        let (gateway, epoch) =
+            self.session.speaks_for(&unbind.gateway_addr, unbind.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        (unbind.gateway_addr, unbind.gateway_epoch) = (gateway.to_string(), epoch.0);
+        let (user, unbind) = convert::unbind(&unbind).map_err(|error| error.to_string())?;
+        let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Unbind(unbind)));
+        self.answer(seq, async move { Down::Unbound(binder.finish_unbind(begun).await) });
+        Ok(())
+    }
+
+    fn ack(&self, ack: &pb::DeliveryAck) -> Result<(), String> {
+        let ack = convert::ack(ack).map_err(|error| error.to_string())?;
+        take_acks(&self.tools.acks, &self.tools.peers, vec![ack]);
+        Ok(())
+    }
+
+    /// Answers with the same seq once it is known what to say.
+    fn answer(&mut self, seq: u64, body: impl Future<Output = Down> + Send + 'static) {
+        self.in_flight.spawn(async move { frame(seq, body.await) });
+    }
+}
+
+/// Each acknowledgement goes to the node that waits for it.
+pub fn take_acks(acks: &Acks, peers: &Peers, taken: Vec<crate::engine::acks::Ack>) {
+    let mut elsewhere: std::collections::HashMap<String, Vec<_>> = std::collections::HashMap::new();
+    for ack in taken {
+        match Acks::origin(&ack.delivery_id) {
+            Some(node) if !acks.is_own(&ack.delivery_id) => elsewhere.entry(node.to_owned()).or_default().push(ack),
+            _ => acks.take(ack), // of nobody: counted as unknown
+        }
+    }
+    for (node, acks) in elsewhere {
+        peers.pass_acks(&node, acks);
+    }
+}
+
+type Place<'a> = mpsc::Permit<'a, Result<pb::NodeFrame, Status>>;
+
+/// The next order, once there is a place for it. None: the gateway is gone.
+async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(Place<'a>, Order)> {
+    let (place, attached) = (out.reserve().await.ok()?, attached?);
+    let order = attached.orders.recv().await?;
+    Some((place, order))
+}
+
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn told(order: Order) -> Down {
+    match order {
+        Order::Delivery(envelope) => Down::Delivery(convert::delivery(&envelope)),
+        Order::Kick(kick) => Down::Kick(convert::kick(&kick)),
+    }
+}
+
+fn frame(seq: u64, body: Down) -> pb::NodeFrame {
+    pb::NodeFrame { seq, body: Some(body) }
+}

@@ -1,0 +1,186 @@
+//! `NodeService`: what other nodes hand to gateways that are attached here, and the client that hands to them.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tonic::Request;
+use tonic::Response;
+use tonic::Status;
+use tonic::transport::Channel;
+use tonic::transport::Endpoint;
+
+use crate::api::convert;
+use crate::domain::id::Epoch;
+use crate::engine::acks::Ack;
+use crate::engine::acks::Acks;
+use crate::engine::lives::Lives;
+use crate::engine::peers::Call;
+use crate::engine::peers::FORWARD_LIMIT;
+use crate::engine::streams::Handed;
+use crate::engine::streams::Order;
+use crate::engine::streams::Streams;
+use crate::pb;
+use crate::pb::node_service_client::NodeServiceClient;
+use crate::pb::node_service_server::NodeService;
+
+/// Calls under way to one node.
+const IN_FLIGHT: usize = 16;
+/// Calls for one node that wait; what comes then is not handed over.
+const QUEUE: usize = 1_024;
+/// Calls whose orders go together.
+const TOGETHER: usize = 256;
+
+/// Serves other nodes.
+pub struct Node {
+    pub store_id: String,
+    pub streams: Arc<Streams>,
+    pub acks: Arc<Acks>,
+    pub lives: Arc<Lives>,
+}
+
+#[tonic::async_trait]
+impl NodeService for Node {
+    async fn forward(&self, request: Request<pb::ForwardReq>) -> Result<Response<pb::ForwardResp>, Status> {
+        let request = request.into_inner();
+        self.check_store(&request.store_id)?;
+        let now = self.lives.clock.now().0;
+        // A node that stood still must not hand over what its sender has given up or repeated since.
+        let late = now > request.sent_at_ms.saturating_add(request.good_for_ms.into());
+        let hand = |order| if late { pb::Handed::NotHere } else { self.hand(order) };
+        let outcomes = request.orders.into_iter().map(|order| hand(order).into()).collect();
+        Ok(Response::new(pb::ForwardResp { outcomes }))
+    }
+
+    async fn forward_acks(&self, request: Request<pb::ForwardAcksReq>) -> Result<Response<pb::ForwardAcksResp>, Status> {
+        let request = request.into_inner();
+        self.check_store(&request.store_id)?;
+        for ack in request.acks.iter().filter_map(|ack| convert::ack(ack).ok()) {
+            self.acks.take(ack);
+        }
+        Ok(Response::new(pb::ForwardAcksResp { result: convert::result(pb::Code::Ok, "") }))
+    }
+}
+
+impl Node {
+    fn check_store(&self, store_id: &str) -> Result<(), Status> {
+        match store_id == self.store_id {
+            true => Ok(()),
+            false => Err(Status::failed_precondition("this node belongs to another store")),
+        }
+    }
+
+    fn hand(&self, order: pb::Order) -> pb::Handed {
+        let order_for = Epoch(order.gateway_epoch);
+        let handed = match order.body {
+            Some(pb::order::Body::Delivery(delivery)) => {
+                self.streams.hand(order_for, Order::Delivery(Arc::new(convert::envelope(delivery))))
+            }
+            Some(pb::order::Body::Kick(kick)) => self.streams.hand(order_for, Order::Kick(convert::kick_order(kick))),
+            None => Handed::NotHere,
+        };
+        match handed {
+            Handed::Taken => pb::Handed::Taken,
+            Handed::Full => pb::Handed::Full,
+            Handed::NotHere => pb::Handed::NotHere,
+        }
+    }
+}
+
+/// Calls other nodes for the engine, each over one connection, until `stop`.
+pub struct Caller {
+    pub store_id: String,
+    pub lives: Arc<Lives>,
+}
+
+/// Orders that go together, and who waits for which of the outcomes.
+#[derive(Default)]
+struct Together {
+    orders: Vec<(Epoch, Order)>,
+    answers: Vec<(usize, oneshot::Sender<Vec<Handed>>)>,
+    acks: Vec<Ack>,
+}
+
+impl Caller {
+    pub async fn run(self: Arc<Self>, mut calls: mpsc::Receiver<Call>, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        let mut nodes: HashMap<Arc<str>, mpsc::Sender<Call>> = HashMap::new();
+        let mut tasks = JoinSet::new();
+        while let Some(Some(call)) = stop.run_until_cancelled(calls.recv()).await {
+            let addr = match &call {
+                Call::Forward { addr, .. } | Call::Acks { addr, .. } => addr.clone(),
+            };
+            let node = nodes.entry(addr).or_insert_with_key(|addr| {
+                let (sender, queue) = mpsc::channel(QUEUE);
+                tasks.spawn(self.clone().call_node(addr.clone(), queue));
+                sender
+            });
+            let _ = node.try_send(call); // full: dropped, which its sender takes for "not handed over"
+        }
+        drop(nodes);
+        while tasks.join_next().await.is_some() {}
+    }
+
+    async fn call_node(self: Arc<Self>, addr: Arc<str>, mut queue: mpsc::Receiver<Call>) {
+        let Ok(endpoint) = Endpoint::from_shared(format!("http://{addr}")) else { return };
+        let channel = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT).tcp_nodelay(true).connect_lazy();
+        let (client, in_flight) = (NodeServiceClient::new(channel), Arc::new(Semaphore::new(IN_FLIGHT)));
+        let (mut calls, mut waiting) = (JoinSet::new(), Vec::new());
+        while queue.recv_many(&mut waiting, TOGETHER).await > 0 {
+            let Ok(place) = in_flight.clone().acquire_owned().await else { return };
+            let together = Together::of(waiting.drain(..));
+            let (this, client) = (self.clone(), client.clone());
+            calls.spawn(async move {
+                this.call(client, together).await;
+                drop(place);
+            });
+            while calls.try_join_next().is_some() {}
+        }
+        while calls.join_next().await.is_some() {}
+    }
+
+    async fn call(&self, mut client: NodeServiceClient<Channel>, together: Together) {
+        if !together.acks.is_empty() {
+            let acks = together.acks.iter().map(convert::ack_to_pb).collect();
+            let _ = client.forward_acks(pb::ForwardAcksReq { store_id: self.store_id.clone(), acks }).await; // lost: repeated
+        }
+        if together.orders.is_empty() {
+            return;
+        }
+        let request = pb::ForwardReq {
+            store_id: self.store_id.clone(),
+            sent_at_ms: self.lives.clock.now().0,
+            good_for_ms: convert::millis(FORWARD_LIMIT),
+            orders: together.orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
+        };
+        let Ok(answer) = client.forward(request).await else { return }; // whoever waits hears that nobody answers
+        let mut outcomes = answer.into_inner().outcomes.into_iter().map(|outcome| match pb::Handed::try_from(outcome) {
+            Ok(pb::Handed::Taken) => Handed::Taken,
+            Ok(pb::Handed::Full) => Handed::Full,
+            Ok(pb::Handed::NotHere | pb::Handed::Unspecified) | Err(_) => Handed::NotHere,
+        });
+        for (count, answer) in together.answers {
+            let _ = answer.send(outcomes.by_ref().take(count).collect()); // whoever gave up needs no answer
+        }
+    }
+}
+
+impl Together {
+    fn of(calls: impl Iterator<Item = Call>) -> Self {
+        let mut together = Self::default();
+        for call in calls {
+            match call {
+                Call::Forward { orders, answer, .. } => {
+                    together.answers.push((orders.len(), answer));
+                    together.orders.extend(orders);
+                }
+                Call::Acks { acks, .. } => together.acks.extend(acks),
+            }
+        }
+        together
+    }
+}

@@ -1,0 +1,192 @@
+//! Deliveries of this node that wait for a device to acknowledge them. A delivery's id names the node that sent it, so an
+//! acknowledgement that comes to another node finds its way.
+
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use tokio::time::timeout_at;
+
+use crate::domain::id::DeviceId;
+use crate::domain::id::UserId;
+use crate::metrics::ByResult;
+use crate::metrics::Metrics;
+
+/// What a gateway says of a delivery.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ack {
+    pub delivery_id: String,
+    pub user: UserId,
+    pub device: DeviceId,
+    /// The device is not on this gateway any more.
+    pub not_here: bool,
+}
+
+/// Which devices have answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Answered {
+    pub acked: BTreeSet<DeviceId>,
+    pub not_here: BTreeSet<DeviceId>,
+}
+
+struct Waiting {
+    user: UserId,
+    /// Who is expected to answer.
+    devices: BTreeSet<DeviceId>,
+    answered: Answered,
+    changed: Arc<Notify>,
+}
+
+pub struct Acks {
+    node_id: String,
+    counter: AtomicU64,
+    waiting: Mutex<HashMap<String, Waiting>>,
+    metrics: Arc<Metrics>,
+}
+
+/// A delivery that waits. Dropping it ends that.
+pub struct Expected<'a> {
+    acks: &'a Acks,
+    delivery_id: String,
+    changed: Arc<Notify>,
+}
+
+impl Acks {
+    pub fn new(node_id: &str, metrics: Arc<Metrics>) -> Arc<Self> {
+        let (counter, waiting) = (AtomicU64::new(0), Mutex::default());
+        Arc::new(Self { node_id: node_id.to_owned(), counter, waiting, metrics })
+    }
+
+    /// An id that no delivery had before.
+    pub fn next_id(&self) -> String {
+        format!("{}-{}", self.node_id, self.counter.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// The node that made a delivery's id. None: no node did.
+    pub fn origin(delivery_id: &str) -> Option<&str> {
+        delivery_id.rsplit_once('-').filter(|(_, number)| number.parse::<u64>().is_ok()).map(|(node, _)| node)
+    }
+
+    pub fn is_own(&self, delivery_id: &str) -> bool {
+        Self::origin(delivery_id) == Some(&self.node_id)
+    }
+
+    /// From now on `devices` may acknowledge the delivery.
+    pub fn expect(&self, delivery_id: &str, user: UserId, devices: BTreeSet<DeviceId>) -> Expected<'_> {
+        let (changed, answered) = (Arc::new(Notify::new()), Answered::default());
+        let waiting = Waiting { user, devices, answered, changed: changed.clone() };
+        self.lock().insert(delivery_id.to_owned(), waiting);
+        Expected { acks: self, delivery_id: delivery_id.to_owned(), changed }
+    }
+
+    /// Takes what a gateway says. What nobody waits for, or what is about another user or device, changes nothing.
+    pub fn take(&self, ack: Ack) {
+        let mut waiting = self.lock();
+        let entry = waiting.get_mut(&ack.delivery_id);
+        let expected = entry.filter(|waiting| waiting.user == ack.user && waiting.devices.contains(&ack.device));
+        let result = match (&expected, ack.not_here) {
+            (None, _) => "unknown",
+            (Some(_), true) => "not_here",
+            (Some(_), false) => "acked",
+        };
+        self.metrics.acks.get_or_create(&ByResult { result }).inc();
+        if let Some(waiting) = expected {
+            let answered = &mut waiting.answered;
+            if ack.not_here {
+                answered.not_here.insert(ack.device)
+            } else {
+                answered.acked.insert(ack.device)
+            };
+            waiting.changed.notify_one();
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Waiting>> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Expected<'_> {
+    /// Waits until every device has answered, or until `until`. An answer that is there counts, however late it is asked for.
+    pub async fn answers(&self, until: Instant) -> Answered {
+        loop {
+            let (answered, complete) = self.look();
+            if complete || timeout_at(until.into(), self.changed.notified()).await.is_err() {
+                return if complete { answered } else { self.look().0 };
+            }
+        }
+    }
+
+    fn look(&self) -> (Answered, bool) {
+        let waiting = self.acks.lock();
+        let Some(waiting) = waiting.get(&self.delivery_id) else { return (Answered::default(), true) };
+        let answered = &waiting.answered;
+        let all = waiting.devices.iter().all(|device| answered.acked.contains(device) || answered.not_here.contains(device));
+        (answered.clone(), all)
+    }
+}
+
+impl Drop for Expected<'_> {
+    fn drop(&mut self) {
+        self.acks.lock().remove(&self.delivery_id);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn device(name: &str) -> DeviceId {
+        DeviceId::parse(name).unwrap()
+    }
+
+    fn ack(delivery_id: &str, user: i64, name: &str) -> Ack {
+        Ack { delivery_id: delivery_id.to_owned(), user: UserId::parse(user).unwrap(), device: device(name), not_here: false }
+    }
+
+    #[tokio::test]
+    async fn only_the_right_device_of_the_right_user_acknowledges() {
+        let acks = Acks::new("node-1", Metrics::new());
+        let id = acks.next_id();
+        let expected = acks.expect(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
+        for wrong in [ack("node-1-77", 1, "phone"), ack(&id, 2, "phone"), ack(&id, 1, "laptop")] {
+            acks.take(wrong);
+        }
+        let soon = || Instant::now() + Duration::from_millis(5);
+        assert_eq!(expected.answers(soon()).await, Answered::default());
+        acks.take(ack(&id, 1, "phone"));
+        assert_eq!(expected.answers(soon()).await.acked, BTreeSet::from([device("phone")]));
+        acks.take(Ack { not_here: true, ..ack(&id, 1, "pad") });
+        let long_ago = Instant::now();
+        assert_eq!(expected.answers(long_ago).await.not_here, BTreeSet::from([device("pad")]), "it is there");
+        drop(expected);
+        assert!(acks.is_empty(), "nothing is left behind");
+    }
+
+    #[test]
+    fn an_id_names_its_node() {
+        let acks = Acks::new("7f-a", Metrics::new());
+        assert!(acks.is_own(&acks.next_id()));
+        assert_eq!(Acks::origin("7f-a-12"), Some("7f-a"));
+        for nonsense in ["", "-", "x", "node-x", "12"] {
+            assert!(!acks.is_own(nonsense), "{nonsense}");
+        }
+    }
+}

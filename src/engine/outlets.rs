@@ -1,0 +1,62 @@
+//! Ways to a gateway: its stream here, its stream on another node, or the channels it has subscribed to.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use crate::domain::gateway::Life;
+use crate::domain::id::Epoch;
+use crate::engine::peers::Peers;
+use crate::engine::streams::Handed;
+use crate::engine::streams::Order;
+use crate::engine::streams::Streams;
+use crate::store::bus::Bus;
+
+pub struct Outlets {
+    pub node_id: String,
+    pub streams: Arc<Streams>,
+    pub peers: Arc<Peers>,
+    pub bus: Option<Arc<Bus>>,
+}
+
+/// An order for a gateway that has a stream, and the node that has it.
+pub struct Addressed {
+    pub epoch: Epoch,
+    pub node: Arc<str>,
+    pub order: Order,
+}
+
+/// Orders for one other node, and their places among all.
+type Elsewhere = (Vec<usize>, Vec<(Epoch, Order)>);
+
+impl Outlets {
+    /// Whether the gateway has a stream, as far as is known.
+    pub fn stream_of(life: &Life) -> Option<(Epoch, Arc<str>)> {
+        life.attached.clone().map(|node| (life.epoch, node))
+    }
+
+    /// Hands each order to its stream, in their order per gateway; nodes are asked at the same time.
+    pub async fn hand(&self, orders: Vec<Addressed>) -> Vec<Handed> {
+        let mut outcomes = vec![Handed::NotHere; orders.len()];
+        let mut elsewhere: HashMap<Arc<str>, Elsewhere> = HashMap::new();
+        for (i, Addressed { epoch, node, order }) in orders.into_iter().enumerate() {
+            if *node == *self.node_id {
+                outcomes[i] = self.streams.hand(epoch, order);
+            } else {
+                let (places, orders) = elsewhere.entry(node).or_default();
+                places.push(i);
+                orders.push((epoch, order));
+            }
+        }
+        let mut calls = tokio::task::JoinSet::new();
+        for (node, (places, orders)) in elsewhere {
+            let peers = self.peers.clone();
+            calls.spawn(async move { (places, peers.forward(&node, orders).await) });
+        }
+        while let Some(done) = calls.join_next().await {
+            for (i, outcome) in done.into_iter().flat_map(|(places, handed)| places.into_iter().zip(handed)) {
+                outcomes[i] = outcome;
+            }
+        }
+        outcomes
+    }
+}
