@@ -41,6 +41,7 @@
 
 pub mod api;
 pub mod app;
+pub mod client;
 pub mod clock;
 pub mod config;
 pub mod ctl;
