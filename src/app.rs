@@ -153,6 +153,7 @@ impl App {
                 gateways: gateways.clone(),
                 heartbeats: engine.heartbeats,
                 lives: lives.clone(),
+                inboxes: engine.inboxes,
                 stream_tools,
                 attached: TaskTracker::new(),
             },

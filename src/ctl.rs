@@ -193,6 +193,9 @@ struct Deliver {
     /// Wait so long, in milliseconds, for a device to acknowledge it; 0: a gateway that takes it is enough
     #[arg(long, value_name = "MS", default_value_t = 0, hide_default_value = true)]
     ack_timeout_ms: u32,
+    /// Store it for a user who cannot be reached now
+    #[arg(long)]
+    store_offline: bool,
     /// The message's own id: the same message again to the same node is then delivered once
     #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
     message_id: String,
@@ -396,6 +399,7 @@ impl Deliver {
             payload: payload.into(),
             message_id: self.message_id.clone(),
             ack_timeout_ms: self.ack_timeout_ms,
+            store_offline: self.store_offline,
             ..Default::default()
         })
     }

@@ -91,7 +91,7 @@ impl Binder {
             }
             Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
             Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
-            Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } => {
+            Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } | Outcome::Inbox(_) => {
                 refused(pb::Code::Internal, "a bind had the outcome of another change")
             }
         }

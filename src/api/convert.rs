@@ -26,6 +26,7 @@ use crate::engine::acks::Ack;
 use crate::engine::directory::LiveRoute;
 use crate::engine::directory::Source;
 use crate::engine::gateways::Terms;
+use crate::engine::inbox::StoredMessage;
 use crate::engine::streams::Envelope;
 use crate::engine::streams::KickOrder;
 use crate::engine::streams::Order;
@@ -297,8 +298,33 @@ pub fn delivery(envelope: &Envelope) -> pb::Delivery {
         device_ids: envelope.device_ids.clone(),
         wants_ack: envelope.wants_ack,
         message_id: envelope.message_id.clone(),
-        inbox_seq: 0,
+        inbox_seq: envelope.inbox_seq,
     }
+}
+
+/// A message that is pulled out of an inbox. It is acknowledged by its number.
+pub fn stored_delivery(user: UserId, stored: StoredMessage) -> pb::Delivery {
+    let StoredMessage { seq, message, stored_at } = stored;
+    let (text, payload) = match message.is_binary {
+        true => (String::new(), message.body),
+        false => (String::from_utf8_lossy(&message.body).into_owned(), Vec::new()),
+    };
+    pb::Delivery {
+        delivery_id: String::new(),
+        user_id: user.get(),
+        message: text,
+        message_type: message.message_type,
+        payload: payload.into(),
+        timestamp: stored_at.0,
+        device_ids: message.devices.into_iter().flatten().map(|device| device.to_string()).collect(),
+        wants_ack: false,
+        message_id: message.message_id,
+        inbox_seq: seq,
+    }
+}
+
+pub fn device_id(raw: &str) -> Result<DeviceId, Error> {
+    DeviceId::parse(raw).map_err(invalid("device_id"))
 }
 
 pub fn envelope(delivery: pb::Delivery) -> Envelope {
@@ -312,6 +338,7 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
         device_ids: delivery.device_ids,
         wants_ack: delivery.wants_ack,
         message_id: delivery.message_id,
+        inbox_seq: delivery.inbox_seq,
     }
 }
 

@@ -18,6 +18,7 @@ use crate::engine::delivery::Deliveries;
 use crate::engine::delivery::Message;
 use crate::engine::delivery::Outcome;
 use crate::engine::delivery::Report;
+use crate::engine::delivery::Storing;
 use crate::error::Error;
 use crate::pb;
 
@@ -63,8 +64,9 @@ pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliverie
         message_id: request.message_id,
         device_ids,
         ack_timeout: (request.ack_timeout_ms > 0).then(|| Duration::from_millis(request.ack_timeout_ms.into())),
+        store: request.store_offline.then(|| storing(request.expire_after_s)),
     };
-    check(&message, request.store_offline, max_bytes)?;
+    check(&message, max_bytes)?;
     Ok((user, message))
 }
 
@@ -77,15 +79,17 @@ pub fn batch_message(request: pb::BatchDeliverReq, max_bytes: usize) -> Result<(
         message_id: request.message_id,
         device_ids: Vec::new(),
         ack_timeout: None,
+        store: request.store_offline.then(|| storing(0)),
     };
-    check(&message, request.store_offline, max_bytes)?;
+    check(&message, max_bytes)?;
     Ok((users, message))
 }
 
-fn check(message: &Message, store_offline: bool, max_bytes: usize) -> Result<(), Status> {
-    if store_offline {
-        return Err(Status::unimplemented("store_offline: the inbox is not served yet; leave it false"));
-    }
+fn storing(expire_after_s: u32) -> Storing {
+    Storing { expires_after: (expire_after_s > 0).then(|| Duration::from_secs(expire_after_s.into())) }
+}
+
+fn check(message: &Message, max_bytes: usize) -> Result<(), Status> {
     check_ascii(&message.message_type, 0, MAX_TYPE_BYTES).map_err(|error| invalid("message_type", &error))?;
     check_ascii(&message.message_id, 0, MAX_NAME_BYTES).map_err(|error| invalid("message_id", &error))?;
     if !message.text.is_empty() && !message.binary.is_empty() {
@@ -115,7 +119,7 @@ pub fn delivered(reports: Vec<Result<Report, Error>>) -> Result<pb::DeliverResp,
         delivery_id: report.delivery_id,
         receivers: u32::try_from(report.receivers).unwrap_or(u32::MAX),
         acked_devices: report.acked.iter().map(DeviceId::to_string).collect(),
-        stored: false,
+        stored: report.outcome == Outcome::Stored,
         attempts: report.attempts,
     })
 }
@@ -128,14 +132,16 @@ pub fn batch_delivered(users: &[UserId], reports: &[Result<Report, Error>]) -> p
         };
         let delivered = report.as_ref().is_ok_and(|report| report.outcome == Outcome::Delivered);
         let receivers = report.as_ref().map_or(0, |report| u32::try_from(report.receivers).unwrap_or(u32::MAX));
-        pb::UserDelivery { user_id: user.get(), result: convert::result(code, msg), delivered, stored: false, receivers }
+        let stored = report.as_ref().is_ok_and(|report| report.outcome == Outcome::Stored);
+        pb::UserDelivery { user_id: user.get(), result: convert::result(code, msg), delivered, stored, receivers }
     });
     pb::BatchDeliverResp { users: users.collect() }
 }
 
 fn said(report: &Report) -> (pb::Code, &'static str) {
     match report.outcome {
-        Outcome::Delivered => (pb::Code::Ok, ""),
+        Outcome::Delivered | Outcome::Stored => (pb::Code::Ok, ""),
+        Outcome::InboxFull => (pb::Code::Undelivered, "the user cannot be reached, and the inbox is full"),
         Outcome::Offline => (pb::Code::NotFound, "the user has no live route"),
         Outcome::Undelivered if report.receivers > 0 => (pb::Code::Undelivered, "no device acknowledged it in time"),
         Outcome::Undelivered => (pb::Code::Undelivered, "no gateway took it: none is attached or has subscribed"),

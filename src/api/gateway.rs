@@ -1,4 +1,4 @@
-//! `GatewayService`: leases, streams, acknowledgements. The inbox answers UNIMPLEMENTED yet.
+//! `GatewayService`: leases, streams, acknowledgements, the inbox.
 
 use std::sync::Arc;
 
@@ -17,16 +17,24 @@ use crate::api::attach::Tools;
 use crate::api::attach::take_acks;
 use crate::api::convert;
 use crate::api::status::status;
+use crate::domain::id::DeviceId;
+use crate::domain::id::UserId;
 use crate::engine::gateways::Gateways;
 use crate::engine::heartbeats::Heartbeats;
+use crate::engine::inbox::Inboxes;
 use crate::engine::lives::Lives;
 use crate::pb;
 use crate::pb::gateway_service_server::GatewayService;
+
+/// Messages of one answer, if the caller does not say how many; and at most.
+const PULLED: usize = 20;
+const MAX_PULLED: usize = 50;
 
 pub struct Leases {
     pub gateways: Arc<Gateways>,
     pub heartbeats: Arc<Heartbeats>,
     pub lives: Arc<Lives>,
+    pub inboxes: Arc<Inboxes>,
     pub stream_tools: Arc<Tools>,
     /// Owns the streams; they end when the node drains.
     pub attached: TaskTracker,
@@ -83,4 +91,27 @@ impl GatewayService for Leases {
         take_acks(&self.stream_tools.acks, &self.stream_tools.peers, acks);
         Ok(Response::new(pb::AckDeliveryResp { result: convert::result(pb::Code::Ok, "") }))
     }
+
+    async fn pull_inbox(&self, request: Request<pb::PullInboxReq>) -> Result<Response<pb::PullInboxResp>, Status> {
+        let request = request.get_ref();
+        let (user, device) = inbox_of(request.user_id, &request.device_id)?;
+        convert::at_most("limit", request.limit as usize, MAX_PULLED, "messages").map_err(|error| status(&error))?;
+        let limit = if request.limit == 0 { PULLED } else { request.limit as usize };
+        let pulled = self.inboxes.pull(user, request.after_seq, limit, &device).await;
+        let (messages, more) = pulled.map_err(|error| status(&error))?;
+        let deliveries = messages.into_iter().map(|stored| convert::stored_delivery(user, stored)).collect();
+        Ok(Response::new(pb::PullInboxResp { result: convert::result(pb::Code::Ok, ""), deliveries, more }))
+    }
+
+    async fn ack_inbox(&self, request: Request<pb::AckInboxReq>) -> Result<Response<pb::AckInboxResp>, Status> {
+        let request = request.get_ref();
+        let (user, device) = inbox_of(request.user_id, &request.device_id)?;
+        self.inboxes.read_up_to(user, request.up_to_seq, device).await.map_err(|error| status(&error))?;
+        Ok(Response::new(pb::AckInboxResp { result: convert::result(pb::Code::Ok, "") }))
+    }
+}
+
+fn inbox_of(user_id: i64, device_id: &str) -> Result<(UserId, DeviceId), Status> {
+    let user = convert::user_id(user_id).map_err(|error| status(&error))?;
+    Ok((user, convert::device_id(device_id).map_err(|error| status(&error))?))
 }

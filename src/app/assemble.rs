@@ -14,6 +14,7 @@ use crate::config;
 use crate::config::Config;
 use crate::config::OnOverflow;
 use crate::config::Payload;
+use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
 use crate::engine::acks::Acks;
@@ -29,6 +30,9 @@ use crate::engine::gateways::Gateways;
 use crate::engine::gateways::Terms;
 use crate::engine::heartbeats::Heartbeats;
 use crate::engine::hints::Hints;
+use crate::engine::inbox::DRAINERS;
+use crate::engine::inbox::Drains;
+use crate::engine::inbox::Inboxes;
 use crate::engine::kicks::Kicks;
 use crate::engine::l2::L2;
 use crate::engine::l2::L2Check;
@@ -71,6 +75,7 @@ pub struct Assembled {
     /// Calls to other nodes, for whoever speaks the protocol.
     pub peer_calls: mpsc::Receiver<Call>,
     pub acks: Arc<Acks>,
+    pub inboxes: Arc<Inboxes>,
     pub lanes: Arc<Lanes>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
@@ -140,6 +145,7 @@ impl Assembled {
             tasks.spawn(check.keep_checking(stop.clone()));
         }
 
+        let drains = Arc::new(Drains::default());
         let tools = Arc::new(Tools {
             node_id: node_id.clone(),
             database: database.clone(),
@@ -147,6 +153,7 @@ impl Assembled {
             lives: lives.clone(),
             metrics: metrics.clone(),
             outside: outside.clone(),
+            drains: drains.clone(),
             settings: lane_settings(config, database.engine),
         });
         let lanes = Lanes::start(&tools, tasks, stop);
@@ -168,6 +175,20 @@ impl Assembled {
             metrics.clone(),
             delivery_settings(config),
         );
+        let inboxes = Inboxes::new(
+            &node_id,
+            drains,
+            deliveries.clone(),
+            directory.clone(),
+            lanes.clone(),
+            lives.clone(),
+            metrics.clone(),
+            database.clone(),
+        );
+        for _ in 0..DRAINERS {
+            tasks.spawn(inboxes.clone().keep_draining(stop.clone()));
+        }
+        tasks.spawn(upkeep::keep_looking(inboxes.clone(), stop.clone()));
         let attaching = Attaching { gateways: gateways.clone(), streams: streams.clone(), grace: config.gateway.stream_grace };
         let attaching = Arc::new(attaching);
         Ok(Self {
@@ -183,6 +204,7 @@ impl Assembled {
             peers,
             peer_calls,
             acks,
+            inboxes,
             lanes,
             directory,
             deliveries,
@@ -223,6 +245,11 @@ fn lane_settings(config: &Config, engine: Engine) -> lanes::Settings {
         queue: config.store.queue,
         max_event_age: config.store.max_event_age,
         policy,
+        inbox: Limits {
+            messages: config.delivery.inbox_max_messages,
+            bytes: config.delivery.inbox_max_bytes,
+            ttl: config.delivery.inbox_ttl,
+        },
         route_ttl: config.route.route_ttl,
         heartbeat_interval: config.gateway.heartbeat_interval,
     }

@@ -9,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::engine::cache::Cache;
+use crate::engine::inbox::Inboxes;
+use crate::engine::inbox::LOOK_INTERVAL;
 use crate::engine::projection::REPAIR_INTERVAL;
 use crate::engine::projection::Repair;
 use crate::engine::projection::log_repair;
@@ -39,6 +41,17 @@ pub async fn keep_tidy(mut sweep: Sweep, cache: Arc<Cache>, stop: CancellationTo
         };
         if let Some(Err(error)) = done {
             warn!(%error, "tidying up failed; next try in {SWEEP_INTERVAL:?}");
+        }
+    }
+}
+
+pub async fn keep_looking(inboxes: Arc<Inboxes>, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(inboxes.look()).await {
+            warn!(%error, "looking for stored messages failed; next try in {LOOK_INTERVAL:?}");
         }
     }
 }

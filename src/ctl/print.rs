@@ -90,6 +90,9 @@ pub fn listed(with_routes: bool, answer: &pb::BatchQueryRouteResp) -> String {
 
 pub fn delivered(user: i64, answer: &pb::DeliverResp) -> String {
     let attempts = counted(answer.attempts, "attempt");
+    if answer.stored {
+        return format!("the message for user {user} is stored until a device has it");
+    }
     if !answer.delivered {
         return format!("the message was not delivered to user {user}{}, after {attempts}", refusal(&answer.result));
     }

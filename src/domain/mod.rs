@@ -3,6 +3,7 @@
 pub mod doubt;
 pub mod gateway;
 pub mod id;
+pub mod inbox;
 pub mod policy;
 pub mod session;
 pub mod status;

@@ -13,6 +13,10 @@ use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::Version;
+use crate::domain::inbox::Inbox;
+use crate::domain::inbox::InboxChange;
+use crate::domain::inbox::InboxOutcome;
+use crate::domain::inbox::Limits;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::policy::Reason;
 use crate::domain::policy::Refusal;
@@ -66,6 +70,10 @@ pub struct UserRecord {
     pub status: Status,
     pub last_seen: Timestamp,
     pub routes: Vec<Route>,
+    /// The greatest number that a stored message of the user ever had.
+    pub inbox_seq: u64,
+    /// How many messages are stored.
+    pub inbox_pending: u64,
 }
 
 /// A gateway says that a device has connected to it.
@@ -149,6 +157,7 @@ pub enum Outcome {
     Swept {
         routes: usize,
     },
+    Inbox(InboxOutcome),
 }
 
 /// The outcome, and the record to store if it differs from the one before.
@@ -235,7 +244,7 @@ impl UserRecord {
         }
         let epoch = new.epoch;
         routes.push(new);
-        let next = UserRecord { version, status: self.status, last_seen: context.now, routes };
+        let next = self.changed(version, context.now, routes);
         Applied { outcome: Outcome::Bound { bound_version: version, version, epoch, kicked }, next: Some(next) }
     }
 
@@ -281,7 +290,7 @@ impl UserRecord {
         let gone = route.bound_version;
         let version = self.version.next(context.clock);
         let routes = self.routes.iter().filter(|route| route.bound_version != gone).cloned().collect();
-        let next = UserRecord { version, status: self.status, last_seen: context.now, routes };
+        let next = self.changed(version, context.now, routes);
         Applied { outcome: Outcome::Unbound { version }, next: Some(next) }
     }
 
@@ -299,8 +308,30 @@ impl UserRecord {
         // The user was last seen when the route was still good, not when somebody tidied up.
         let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| context.end_of(route));
         let last_seen = ends.max().unwrap_or_default().min(context.now).max(self.last_seen);
-        let next = UserRecord { version, status: self.status, last_seen, routes };
+        let next = self.changed(version, last_seen, routes);
         Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
+    }
+
+    fn changed(&self, version: Version, last_seen: Timestamp, routes: Vec<Route>) -> Self {
+        let Self { status, inbox_seq, inbox_pending, .. } = *self;
+        Self { version, status, last_seen, routes, inbox_seq, inbox_pending }
+    }
+
+    /// Changes the inbox, and notes in the record that it has changed: readers have to know whether messages wait.
+    pub fn change_inbox(&self, change: &InboxChange, inbox: &mut Inbox, limits: &Limits, context: &Context<'_>) -> Applied {
+        let outcome = inbox.apply(change, self.inbox_seq, context.clock, context.now, limits);
+        let inbox_seq = match outcome {
+            InboxOutcome::Stored { seq, .. } => seq.max(self.inbox_seq),
+            InboxOutcome::Full | InboxOutcome::Removed { .. } => self.inbox_seq,
+        };
+        let has_changed = (inbox_seq, inbox.len()) != (self.inbox_seq, self.inbox_pending);
+        let next = has_changed.then(|| Self {
+            version: self.version.next(context.clock),
+            inbox_seq,
+            inbox_pending: inbox.len(),
+            ..self.clone()
+        });
+        Applied { outcome: Outcome::Inbox(outcome), next }
     }
 
     fn live<'a>(&'a self, context: &'a Context<'_>) -> impl Iterator<Item = &'a Route> {

@@ -24,7 +24,11 @@ use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
+use crate::domain::inbox::InboxChange;
+use crate::domain::inbox::InboxOutcome;
+use crate::domain::inbox::NewMessage;
 use crate::domain::time::Timestamp;
+use crate::domain::user as lane;
 use crate::domain::user::Unbind;
 use crate::engine::acks::Acks;
 use crate::engine::acks::Answered;
@@ -42,12 +46,15 @@ use crate::error::Error;
 use crate::metrics::ByOutcome;
 use crate::metrics::Metrics;
 use crate::store::codec::Envelope;
+use crate::store::inbox::StoredMessage;
 
 /// Deliveries, counted in users, that may be under way at a time.
 const MAX_UNDER_WAY: usize = 50_000;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
+/// How long devices have to acknowledge a message from the inbox.
+const STORED_ACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// Users whose messages wait for each other, and routes that were refused once: remembered for a while after.
 const QUEUED: u64 = 100_000;
 const QUEUED_FOR: Duration = Duration::from_secs(60);
@@ -80,6 +87,15 @@ pub struct Message {
     pub device_ids: Vec<DeviceId>,
     /// How long devices have for an acknowledgement. None: nobody waits for one.
     pub ack_timeout: Option<Duration>,
+    /// Store it for a user who cannot be reached. None: do not.
+    pub store: Option<Storing>,
+}
+
+/// How a message is stored.
+#[derive(Clone, Copy, Debug)]
+pub struct Storing {
+    /// None: as long as is allowed.
+    pub expires_after: Option<Duration>,
 }
 
 /// What came of a message to one user.
@@ -91,6 +107,10 @@ pub enum Outcome {
     Offline,
     /// There are live routes, but nobody took it, or no device acknowledged it.
     Undelivered,
+    /// It waits in the user's inbox.
+    Stored,
+    /// It could be neither delivered nor stored: the inbox is full.
+    InboxFull,
 }
 
 #[derive(Clone, Debug)]
@@ -126,6 +146,9 @@ pub struct Deliveries {
 /// One user's part of a delivery, through all attempts.
 struct Parcel<'a> {
     user: UserId,
+    message: Arc<Message>,
+    /// Its number in the user's inbox; 0: it does not come from there.
+    inbox_seq: u64,
     report: Report,
     expected: Option<Expected<'a>>,
 }
@@ -138,6 +161,10 @@ struct Targets {
     streams: BTreeMap<Epoch, Arc<str>>,
     /// There are gateways without a stream among them.
     channel: bool,
+    /// None of the gateways has been heard lately.
+    all_suspect: bool,
+    /// Messages wait in the user's inbox: what can be stored queues up behind them.
+    has_stored: bool,
 }
 
 impl Deliveries {
@@ -186,9 +213,9 @@ impl Deliveries {
         let (mut done, mut turns) = self.take_turns(&distinct, message).await;
         distinct.retain(|user| !done.contains_key(user));
         let _places = self.queue_up(&distinct, deadline).await?;
-        done.extend(self.attempt(&distinct, message, deadline).await);
+        done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         for (user, turn) in &mut turns {
-            if let Some(Ok(report)) = done.get(user).filter(|report| is_delivered(report)) {
+            if let Some(Ok(report)) = done.get(user).filter(|report| is_settled(report)) {
                 **turn = Some(report.clone());
             }
         }
@@ -230,9 +257,9 @@ impl Deliveries {
         Ok(places)
     }
 
-    async fn attempt(&self, users: &[UserId], message: &Message, deadline: Instant) -> Done {
-        let mut done = Done::new();
-        let mut parcels: Vec<Parcel<'_>> = users.iter().map(|user| self.parcel(*user)).collect();
+    async fn attempt(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
+        let (mut done, mut to_store) = (Done::new(), Vec::new());
+        let mut parcels: Vec<Parcel<'_>> = users.iter().map(|user| self.parcel(*user, message.clone(), 0)).collect();
         let mut past_caches = false;
         // The second attempt follows at once, past every cache; only those after it are retries that wait.
         for attempts in 1..=self.settings.max_retries.max(1) + 1 {
@@ -242,18 +269,19 @@ impl Deliveries {
             parcels.iter_mut().for_each(|parcel| parcel.report.attempts = attempts);
             let no_time = Instant::now() + self.settings.retry_interval >= deadline;
             let last = past_caches && (attempts > self.settings.max_retries || no_time);
-            let live = self.live(parcels, message, past_caches, &mut done).await;
-            let tried = self.hand_out(live, message, deadline).await;
+            let (live, queued): (Vec<_>, Vec<_>) = self
+                .live(parcels, past_caches, &mut done)
+                .await
+                .into_iter()
+                .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
+            to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
             parcels = Vec::new();
-            for (parcel, result) in tried {
+            for (parcel, all_suspect, result) in self.hand_out(live, deadline).await {
+                // A gateway that is late and does not take it is probably dead: the inbox is where it should wait.
+                let give_up = last || (all_suspect && parcel.message.store.is_some());
                 match result {
-                    Err(_) | Ok(Outcome::Undelivered) if !last => parcels.push(parcel),
-                    Err(error) => {
-                        done.insert(parcel.user, Err(error));
-                    }
-                    Ok(outcome) => {
-                        done.insert(parcel.user, Ok(Report { outcome, ..parcel.report }));
-                    }
+                    Err(_) | Ok(Outcome::Undelivered) if !give_up => parcels.push(parcel),
+                    result => parcel.end(result, &mut done),
                 }
             }
             if last {
@@ -264,82 +292,115 @@ impl Deliveries {
             }
             past_caches = true;
         }
+        if message.store.is_some() {
+            let unreached =
+                |result: &Result<Report, Error>| !result.as_ref().is_ok_and(|report| report.outcome == Outcome::Delivered);
+            let again = users.iter().filter(|user| done.get(user).is_some_and(unreached));
+            to_store.extend(again.map(|user| self.parcel(*user, message.clone(), 0)));
+            self.store(to_store, &mut done).await;
+        }
         done.values().for_each(|report| self.count(report));
         done
     }
 
-    fn parcel(&self, user: UserId) -> Parcel<'_> {
+    fn parcel(&self, user: UserId, message: Arc<Message>, inbox_seq: u64) -> Parcel<'_> {
         let (outcome, delivery_id, timestamp) = (Outcome::Undelivered, self.acks.next_id(), self.lives.clock.now());
         let report = Report { outcome, delivery_id, timestamp, attempts: 0, receivers: 0, acked: BTreeSet::new() };
-        Parcel { user, report, expected: None }
+        Parcel { user, message, inbox_seq, report, expected: None }
+    }
+
+    /// Stores what could not be delivered, each under its user's lock.
+    async fn store(&self, parcels: Vec<Parcel<'_>>, done: &mut Done) {
+        let changes = parcels.iter().map(|parcel| (parcel.user, Change::Inbox(InboxChange::Store(parcel.message.to_store()))));
+        let outcomes = self.lanes.submit_many(changes.collect()).await;
+        for (parcel, outcome) in parcels.into_iter().zip(outcomes) {
+            let result = match outcome {
+                Ok(lane::Outcome::Inbox(InboxOutcome::Stored { .. })) => Ok(Outcome::Stored),
+                Ok(lane::Outcome::Inbox(InboxOutcome::Full)) => Ok(Outcome::InboxFull),
+                Ok(_) => Err(Error::Internal { what: "storing a message had the outcome of another change" }),
+                Err(error) => Err(error),
+            };
+            let attempts = done.get(&parcel.user).and_then(|known| known.as_ref().ok()).map_or(0, |report| report.attempts);
+            Parcel { report: Report { attempts, ..parcel.report.clone() }, ..parcel }.end(result, done);
+        }
+    }
+
+    /// Brings stored messages to a user's devices, in their order. Returns which were acknowledged; on channels without
+    /// envelopes, where nobody can acknowledge, which were received.
+    pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: Vec<StoredMessage>) -> Vec<u64> {
+        let _place = self.queues.get_with(user, Arc::default).lock_owned().await;
+        let mut live = Vec::with_capacity(window.len());
+        for stored in window {
+            let mut message = Message::stored(stored.message);
+            let targets = Targets::of(answer, &message, &BTreeSet::new());
+            let can_acknowledge = !targets.streams.is_empty() || self.settings.format == Format::Envelope;
+            message.ack_timeout = can_acknowledge.then_some(STORED_ACK_TIMEOUT);
+            let mut parcel = self.parcel(user, Arc::new(message), stored.seq);
+            parcel.report.timestamp = stored.stored_at;
+            if !targets.routes.is_empty() {
+                live.push((parcel, targets));
+            }
+        }
+        let tried = self.hand_out(live, Instant::now() + STORED_ACK_TIMEOUT).await;
+        let is_done = |result: &Result<Outcome, Error>| *result == Ok(Outcome::Delivered);
+        tried.into_iter().filter(|(.., result)| is_done(result)).map(|(parcel, ..)| parcel.inbox_seq).collect()
     }
 
     /// Those who have a live route, looked up past every cache if need be, with where they are. The others are done.
-    async fn live<'a>(
-        &self,
-        parcels: Vec<Parcel<'a>>,
-        message: &Message,
-        past_caches: bool,
-        done: &mut Done,
-    ) -> Vec<(Parcel<'a>, Targets)> {
+    async fn live<'a>(&self, parcels: Vec<Parcel<'a>>, past_caches: bool, done: &mut Done) -> Vec<(Parcel<'a>, Targets)> {
         let (mut live, mut doubted) = (Vec::new(), Vec::new());
         let first_look = if past_caches { Some(Duration::ZERO) } else { None };
         let users: Vec<UserId> = parcels.iter().map(|parcel| parcel.user).collect();
         for (parcel, answer) in parcels.into_iter().zip(self.directory.get_many(&users, first_look).await) {
-            match answer.map(|answer| Targets::of(&answer, message, &parcel.report.acked)) {
+            match answer.map(|answer| Targets::of(&answer, &parcel.message, &parcel.report.acked)) {
                 Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
                 _ => doubted.push(parcel),
             }
         }
         let users: Vec<UserId> = doubted.iter().map(|parcel| parcel.user).collect();
         for (parcel, answer) in doubted.into_iter().zip(self.directory.get_many(&users, Some(Duration::ZERO)).await) {
-            match answer.map(|answer| Targets::of(&answer, message, &parcel.report.acked)) {
+            match answer.map(|answer| Targets::of(&answer, &parcel.message, &parcel.report.acked)) {
                 Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
-                Ok(_) => {
-                    done.insert(parcel.user, Ok(Report { outcome: Outcome::Offline, ..parcel.report }));
-                }
-                Err(error) => {
-                    done.insert(parcel.user, Err(error));
-                }
+                Ok(_) => parcel.end(Ok(Outcome::Offline), done),
+                Err(error) => parcel.end(Err(error), done),
             }
         }
         live
     }
 
-    /// Hands the message to every gateway concerned, and waits for devices if that is asked for.
+    /// Hands messages to every gateway concerned, in their order, and waits for devices if that is asked for. Says of each
+    /// also whether none of its gateways has been heard lately.
     async fn hand_out<'a>(
         &'a self,
         mut live: Vec<(Parcel<'a>, Targets)>,
-        message: &Message,
         deadline: Instant,
-    ) -> Vec<(Parcel<'a>, Result<Outcome, Error>)> {
+    ) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
         let began = Instant::now();
-        if message.ack_timeout.is_some() {
-            for (parcel, targets) in &mut live {
-                let devices = targets.routes.keys().cloned().collect();
-                parcel.expected = Some(self.acks.expect(&parcel.report.delivery_id, parcel.user, devices));
-            }
+        for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
+            let devices = targets.routes.keys().cloned().collect();
+            parcel.expected = Some(self.acks.expect(&parcel.report.delivery_id, parcel.user, devices));
         }
-        let (streams, channels) = tokio::join!(self.down_streams(&live, message), self.on_channels(&live, message, deadline));
+        let (streams, channels) = tokio::join!(self.down_streams(&live), self.on_channels(&live, deadline));
         self.metrics.delivery_stage("handed", began.elapsed());
+        let handed = Instant::now();
         let mut tried = Vec::with_capacity(live.len());
         for ((mut parcel, targets), (taken, received)) in live.into_iter().zip(streams.into_iter().zip(channels)) {
             parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
             let result = match (received, parcel.report.receivers) {
                 (Err(error), 0) => Err(error),
                 (_, 0) => Ok(Outcome::Undelivered),
-                _ => Ok(self.acknowledged(&mut parcel, &targets, message, deadline).await),
+                _ => Ok(self.acknowledged(&mut parcel, &targets, handed, deadline).await),
             };
-            tried.push((parcel, result));
+            tried.push((parcel, targets.all_suspect, result));
         }
         tried
     }
 
     /// How many streams of each parcel's gateways took it.
-    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], message: &Message) -> Vec<u64> {
+    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)]) -> Vec<u64> {
         let (mut owners, mut orders) = (Vec::new(), Vec::new());
         for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
-            let envelope = Arc::new(envelope(message, parcel));
+            let envelope = Arc::new(parcel.envelope());
             for (epoch, node) in &targets.streams {
                 owners.push(i);
                 orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope.clone()) });
@@ -353,10 +414,11 @@ impl Deliveries {
     }
 
     /// How many subscribers each parcel had, where it has gateways without a stream.
-    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], message: &Message, deadline: Instant) -> Vec<Result<u64, Error>> {
+    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<Result<u64, Error>> {
         let mut received: Vec<Result<u64, Error>> = live.iter().map(|_| Ok(0)).collect();
-        let unaddressed = message.device_ids.is_empty() || self.settings.format == Format::Envelope;
-        let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && unaddressed).collect();
+        // Raw bytes cannot say which device they are for.
+        let says_it_all = |message: &Message| message.device_ids.is_empty() || self.settings.format == Format::Envelope;
+        let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && says_it_all(&live[*i].0.message)).collect();
         let Some(bus) = &self.outlets.bus else {
             let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
             places.into_iter().for_each(|i| received[i] = Err(none()));
@@ -365,7 +427,7 @@ impl Deliveries {
         if places.is_empty() {
             return received;
         }
-        let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(message, &live[*i].0)));
+        let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0)));
         let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
         let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
         for (n, i) in places.into_iter().enumerate() {
@@ -376,11 +438,10 @@ impl Deliveries {
     }
 
     /// Waits for devices to acknowledge, if that is asked for.
-    async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, message: &Message, deadline: Instant) -> Outcome {
-        let (Some(patience), Some(expected)) = (message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
-        let began = Instant::now();
-        let Answered { acked, not_here } = expected.answers((began + patience).min(deadline)).await;
-        self.metrics.delivery_stage("acknowledged", began.elapsed());
+    async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, handed: Instant, deadline: Instant) -> Outcome {
+        let (Some(patience), Some(expected)) = (parcel.message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
+        let Answered { acked, not_here } = expected.answers((handed + patience).min(deadline)).await;
+        self.metrics.delivery_stage("acknowledged", handed.elapsed());
         for version in not_here.iter().filter_map(|device| targets.routes.get(device)) {
             self.note_refused(parcel.user, *version).await;
         }
@@ -398,11 +459,12 @@ impl Deliveries {
         let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
     }
 
-    fn body(&self, message: &Message, parcel: &Parcel<'_>) -> Vec<u8> {
+    fn body(&self, parcel: &Parcel<'_>) -> Vec<u8> {
+        let message = &parcel.message;
         match self.settings.format {
             Format::Raw if message.binary.is_empty() => message.text.clone().into_bytes(),
             Format::Raw => message.binary.clone(),
-            Format::Envelope => envelope(message, parcel).encode_to_vec(),
+            Format::Envelope => parcel.envelope().encode_to_vec(),
         }
     }
 
@@ -411,21 +473,72 @@ impl Deliveries {
             Ok(Outcome::Delivered) => "delivered",
             Ok(Outcome::Offline) => "offline",
             Ok(Outcome::Undelivered) => "undelivered",
+            Ok(Outcome::Stored) => "stored",
+            Ok(Outcome::InboxFull) => "inbox_full",
             Err(_) => "error",
         };
         self.metrics.deliveries.get_or_create(&ByOutcome { outcome }).inc();
     }
 }
 
+impl Message {
+    /// A message as it comes out of an inbox.
+    fn stored(stored: NewMessage) -> Self {
+        let (text, binary) = match stored.is_binary {
+            true => (String::new(), stored.body),
+            false => (String::from_utf8_lossy(&stored.body).into_owned(), Vec::new()),
+        };
+        let device_ids = stored.devices.into_iter().flatten().collect();
+        let NewMessage { message_type, message_id, .. } = stored;
+        Self { text, binary, message_type, message_id, device_ids, ack_timeout: None, store: None }
+    }
+
+    fn to_store(&self) -> NewMessage {
+        let is_binary = !self.binary.is_empty();
+        let body = if is_binary { self.binary.clone() } else { self.text.clone().into_bytes() };
+        NewMessage {
+            message_id: self.message_id.clone(),
+            message_type: self.message_type.clone(),
+            body,
+            is_binary,
+            devices: (!self.device_ids.is_empty()).then(|| self.device_ids.iter().cloned().collect()),
+            expires_after: self.store.and_then(|store| store.expires_after),
+        }
+    }
+}
+
+impl Parcel<'_> {
+    fn end(self, result: Result<Outcome, Error>, done: &mut Done) {
+        done.insert(self.user, result.map(|outcome| Report { outcome, ..self.report }));
+    }
+
+    fn envelope(&self) -> Envelope {
+        let message = &self.message;
+        Envelope {
+            delivery_id: self.report.delivery_id.clone(),
+            user_id: self.user.get(),
+            message: message.text.clone(),
+            message_type: message.message_type.clone(),
+            payload: message.binary.clone(),
+            timestamp: self.report.timestamp.0,
+            device_ids: message.device_ids.iter().map(DeviceId::to_string).collect(),
+            wants_ack: message.ack_timeout.is_some(),
+            message_id: message.message_id.clone(),
+            inbox_seq: self.inbox_seq,
+        }
+    }
+}
+
 impl Targets {
     fn of(answer: &Answer, message: &Message, acked: &BTreeSet<DeviceId>) -> Self {
-        let mut targets = Self::default();
+        let mut targets = Self { all_suspect: true, has_stored: answer.has_stored_messages(), ..Self::default() };
         for live in answer.live_routes() {
             let device = &live.route.device;
             if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
                 continue;
             }
             targets.routes.insert(device.clone(), live.route.bound_version);
+            targets.all_suspect &= live.suspect;
             match Outlets::stream_of(live.life) {
                 Some((epoch, node)) => {
                     targets.streams.insert(epoch, node);
@@ -437,20 +550,7 @@ impl Targets {
     }
 }
 
-fn envelope(message: &Message, parcel: &Parcel<'_>) -> Envelope {
-    Envelope {
-        delivery_id: parcel.report.delivery_id.clone(),
-        user_id: parcel.user.get(),
-        message: message.text.clone(),
-        message_type: message.message_type.clone(),
-        payload: message.binary.clone(),
-        timestamp: parcel.report.timestamp.0,
-        device_ids: message.device_ids.iter().map(DeviceId::to_string).collect(),
-        wants_ack: message.ack_timeout.is_some(),
-        message_id: message.message_id.clone(),
-    }
-}
-
-fn is_delivered(report: &Result<Report, Error>) -> bool {
-    matches!(report, Ok(Report { outcome: Outcome::Delivered, .. }))
+/// Whether a repeat is answered with this.
+fn is_settled(report: &Result<Report, Error>) -> bool {
+    matches!(report, Ok(Report { outcome: Outcome::Delivered | Outcome::Stored, .. }))
 }

@@ -109,6 +109,11 @@ impl Answer {
         self.entry.record.status.shown(self.live_routes().next().is_some())
     }
 
+    /// Whether messages wait in the user's inbox.
+    pub fn has_stored_messages(&self) -> bool {
+        self.entry.record.inbox_pending > 0
+    }
+
     pub fn version(&self) -> Version {
         self.entry.record.version
     }

@@ -46,8 +46,9 @@ use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::outbox::OutboxId;
 
-/// Events of one transaction. The largest event is below 1 KiB, so a batch is below 1 MiB.
+/// Events of one transaction, and their size: it has to fit into the server's packets and logs.
 const MAX_BATCH: usize = 1024;
+const MAX_BATCH_BYTES: usize = 1024 * 1024;
 /// What callers leave of a batch to the background, if it has something to do.
 const BACKGROUND_SHARE: usize = MAX_BATCH / 8;
 /// How often a part of a batch is tried against deadlocks and locks of others.
@@ -145,10 +146,12 @@ impl Lane {
 
     /// All that is queued, up to the limit: callers first, but not all of it while the background has something to do.
     fn fill(&mut self, first: Pending) -> Vec<Pending> {
+        let mut bytes = first.change.bytes();
         let mut batch = vec![first];
-        let take = |queue: &mut mpsc::Receiver<Pending>, batch: &mut Vec<Pending>, limit: usize| {
-            while batch.len() < limit {
+        let mut take = |queue: &mut mpsc::Receiver<Pending>, batch: &mut Vec<Pending>, limit: usize| {
+            while batch.len() < limit && bytes < MAX_BATCH_BYTES {
                 let Ok(event) = queue.try_recv() else { break };
+                bytes += event.change.bytes();
                 batch.push(event);
             }
         };
@@ -214,6 +217,9 @@ impl Lane {
         for (user, record) in &committed.records {
             self.tools.cache.committed(*user, record.clone(), committed.complete_at, outside.l2.is_some());
         }
+        for (user, _) in committed.records.iter().filter(|(_, record)| record.inbox_pending > 0 && !record.routes.is_empty()) {
+            self.tools.drains.wake(*user);
+        }
         let answers = events.into_iter().zip(committed.outcomes);
         let Some(outbox) = committed.outbox else { return answer(answers) };
         self.shown.clear();
@@ -232,8 +238,8 @@ impl Lane {
         let (in_l2, confirmed) = oneshot::channel();
         let committed_at = Instant::now();
         let versions: Vec<_> = committed.records.iter().map(|(user, record)| (*user, record.version)).collect();
-        let (records, kicks) = (committed.records, committed.kicks);
-        self.projector.hand_over(Batch { records, kicks, outbox, committed: committed_at, in_l2 });
+        let (records, kicks, stored) = (committed.records, committed.kicks, committed.stored);
+        self.projector.hand_over(Batch { records, kicks, stored, outbox, committed: committed_at, in_l2 });
         let Some(l2) = outside.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
         self.answering.spawn(async move {

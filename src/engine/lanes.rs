@@ -22,12 +22,15 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
+use crate::domain::inbox::InboxChange;
+use crate::domain::inbox::Limits;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::user::Bind;
 use crate::domain::user::Outcome;
 use crate::domain::user::Unbind;
 use crate::engine::cache::Cache;
 use crate::engine::cache::WriteGuard;
+use crate::engine::inbox::Drains;
 use crate::engine::lane::Lane;
 use crate::engine::lives::Lives;
 use crate::engine::projection::Outside;
@@ -37,6 +40,8 @@ use crate::store::database::Database;
 
 /// Events a batch call puts into a lane at a time.
 const BATCH_SHARE: usize = 256;
+/// A change without a text, rounded up.
+const SMALL_BYTES: usize = 512;
 /// Background events that may wait in a lane.
 const BACKGROUND_QUEUE: usize = 1024;
 
@@ -47,15 +52,28 @@ pub enum Change {
     Unbind(Unbind),
     /// Remove the routes that are not live.
     Sweep,
+    Inbox(InboxChange),
 }
 
 impl Change {
+    /// What it adds to a transaction, roughly.
+    pub(super) fn bytes(&self) -> usize {
+        match self {
+            Self::Inbox(InboxChange::Store(message)) => SMALL_BYTES + message.body.len(),
+            Self::Bind(_) | Self::Unbind(_) | Self::Sweep | Self::Inbox(_) => SMALL_BYTES,
+        }
+    }
+
+    pub(super) fn is_of_inbox(&self) -> bool {
+        matches!(self, Self::Inbox(_))
+    }
+
     /// The life that whoever asks for it claims to live.
     pub(super) fn epoch(&self) -> Option<Epoch> {
         match self {
             Self::Bind(bind) => bind.epoch,
             Self::Unbind(unbind) => unbind.epoch(),
-            Self::Sweep => None,
+            Self::Sweep | Self::Inbox(_) => None,
         }
     }
 }
@@ -69,6 +87,7 @@ pub struct Settings {
     /// Older events are dropped: their callers were told to repeat them, and may have done so elsewhere.
     pub max_event_age: Duration,
     pub policy: DevicePolicy,
+    pub inbox: Limits,
     pub route_ttl: Duration,
     pub heartbeat_interval: Duration,
 }
@@ -81,6 +100,8 @@ pub struct Tools {
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
     pub outside: Arc<Outside>,
+    /// Who has messages waiting, and a way to get them.
+    pub drains: Arc<Drains>,
     pub settings: Settings,
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Order of the files: `cache`, `hints`, `l2`, `lives`, `loader`, `directory`, `projection`, `transaction`, `lane` with `lanes`,
 //! `sweep`, `gateways`, `heartbeats`, `watch`, `streams`, `peers`,
-//! `outlets`, `kicks`, `acks`, `delivery`.
+//! `outlets`, `kicks`, `acks`, `delivery`, `inbox`.
 
 pub mod acks;
 pub mod attaching;
@@ -12,6 +12,7 @@ pub mod directory;
 pub mod gateways;
 pub mod heartbeats;
 pub mod hints;
+pub mod inbox;
 pub mod kicks;
 pub mod l2;
 mod lane;

@@ -35,6 +35,7 @@ use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
+use crate::store::codec::StoredNotice;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
@@ -72,6 +73,7 @@ const PAGE: i64 = 512;
 pub struct Batch {
     pub records: Vec<(UserId, UserRecord)>,
     pub kicks: Vec<KickedRoute>,
+    pub stored: Vec<StoredNotice>,
     pub outbox: OutboxId,
     pub committed: Instant,
     /// Told when L2 has it.
@@ -150,6 +152,7 @@ impl Outside {
         let winners = winners?;
         self.announce(&records, &winners).await;
         self.kick(&batch.kicks).await?;
+        self.notify_stored(&batch.stored).await?;
         let overtaken = self.overtaken(&records, &winners).await.ok()?;
         if !overtaken.is_empty() {
             self.show_now(&overtaken).await.ok()?;
@@ -180,6 +183,14 @@ impl Outside {
     /// Tells gateways to close the connections of routes that other devices' binds removed.
     async fn kick(&self, kicks: &[KickedRoute]) -> Option<()> {
         self.kicks.send(kicks).await.ok()
+    }
+
+    /// Tells push services of stored messages.
+    async fn notify_stored(&self, stored: &[StoredNotice]) -> Option<()> {
+        let Some(bus) = self.bus.as_ref().filter(|_| !stored.is_empty()) else { return Some(()) };
+        let channel = bus.channels.presence_offline();
+        let notices: Vec<_> = stored.iter().map(|notice| (channel.clone(), notice.as_json().into_bytes())).collect();
+        bus.publish(&notices, bus.link.timeout()).await.ok().map(|_| ())
     }
 
     /// Tells other services that gateways live. They see it with the next beat if it is lost.
@@ -329,7 +340,8 @@ impl Repair {
             self.outside.show_on(connection, page).await?;
         }
         for (id, body) in rows {
-            if self.outside.kick(&body.kicks).await.is_none() {
+            let told = self.outside.kick(&body.kicks).await.is_some() && self.outside.notify_stored(&body.stored).await.is_some();
+            if !told {
                 return Err(SqlError::Lost("Redis (queue) cannot be reached".to_owned()));
             }
             let ended: Vec<Epoch> = body.ended.iter().copied().map(Epoch).collect();

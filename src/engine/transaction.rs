@@ -2,6 +2,7 @@
 //! outbox row, COMMIT.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
@@ -16,6 +17,10 @@ use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::domain::inbox::Inbox;
+use crate::domain::inbox::InboxChange;
+use crate::domain::inbox::InboxOutcome;
+use crate::domain::inbox::NewMessage;
 use crate::domain::user::Applied;
 use crate::domain::user::Bind;
 use crate::domain::user::Context;
@@ -30,9 +35,11 @@ use crate::engine::projection::ShownRow;
 use crate::error::Error;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
+use crate::store::codec::StoredNotice;
 use crate::store::codec::reason_to_i32;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
+use crate::store::inbox::Addition;
 use crate::store::outbox::OutboxId;
 use crate::store::users::DatabaseClock;
 use crate::store::users::UserChange;
@@ -64,14 +71,15 @@ pub(super) struct Committed {
     pub complete_at: Instant,
     pub outbox: Option<OutboxId>,
     pub kicks: Vec<KickedRoute>,
+    pub stored: Vec<StoredNotice>,
     /// Rows of this lane were taken over by another node while it stood still: these users have to be shown again.
     pub overtaken: Vec<UserId>,
 }
 
 impl Committed {
     fn nothing() -> Self {
-        let (outcomes, records, kicks, overtaken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, overtaken }
+        let (outcomes, records, kicks, stored, overtaken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, stored, overtaken }
     }
 }
 
@@ -93,14 +101,20 @@ impl Transaction<'_> {
         self.connection.lock_users(&users).await?;
         let loaded = self.connection.load_users(&users).await?;
         let current = self.read_lives(events, &loaded.records).await?;
-        let mut work = Work { current, before: &loaded.records, after: HashMap::new(), kicks: Vec::new() };
+        let with_inbox: BTreeSet<UserId> =
+            events.iter().filter(|event| event.change.is_of_inbox()).map(|event| event.user).collect();
+        let inboxes = self.connection.load_inboxes(&with_inbox.into_iter().collect::<Vec<_>>()).await?;
+        let before = &loaded.records;
+        let mut work = Work { current, before, after: HashMap::new(), kicks: Vec::new(), inboxes, messages: Vec::new() };
         let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
         if work.after.is_empty() {
             self.connection.rollback().await?;
             return Ok(Committed { outcomes, ..Committed::nothing() });
         }
+        let stored = self.write_inboxes(&mut work, loaded.clock).await?;
         let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
-        let (outbox, overtaken) = self.write(&loaded.records, &after, work.kicks.clone()).await?;
+        let body = OutboxBody { kicks: work.kicks.clone(), stored: stored.clone(), ..OutboxBody::default() };
+        let (outbox, overtaken) = self.write(&loaded.records, &after, body).await?;
         let max_age = self.tools.settings.max_event_age;
         let late = |(event, outcome): (&Pending, &Option<_>)| outcome.is_some() && event.received.elapsed() >= max_age;
         if events.iter().zip(&outcomes).any(late) {
@@ -110,7 +124,7 @@ impl Transaction<'_> {
         match self.connection.commit().await {
             Ok(()) => {
                 let (records, kicks) = (after.into_iter().collect(), work.kicks);
-                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, overtaken })
+                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, stored, overtaken })
             }
             Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
             Err(error) => Err(Failure::Uncertain(error)),
@@ -154,7 +168,7 @@ impl Transaction<'_> {
     }
 
     /// Applies one event to what the events before it have left. A panic in the rules costs its own event and no other.
-    fn apply(&self, event: &Pending, clock: DatabaseClock, work: &mut Work<'_>) -> Option<Result<Outcome, Error>> {
+    fn apply<'e>(&self, event: &'e Pending, clock: DatabaseClock, work: &mut Work<'e>) -> Option<Result<Outcome, Error>> {
         if !event.is_wanted(self.tools.settings.max_event_age) {
             return None;
         }
@@ -182,6 +196,15 @@ impl Transaction<'_> {
                 applied.map(|applied| work.fenced_unbind(unbind, applied, &table))
             }
             Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
+            Change::Inbox(change) => {
+                let inbox = work.inboxes.entry(event.user).or_default();
+                let limits = &settings.inbox;
+                let applied = catch_unwind(AssertUnwindSafe(|| record.change_inbox(change, inbox, limits, &context)));
+                if let (InboxChange::Store(message), Ok(applied)) = (change, &applied) {
+                    work.note_stored(event.user, message, &applied.outcome);
+                }
+                applied
+            }
         };
         Some(match applied {
             Ok(applied) => Ok(work.keep(event.user, applied)),
@@ -192,11 +215,32 @@ impl Transaction<'_> {
         })
     }
 
+    /// Writes down which messages came and went. Returns what push services are to be told.
+    async fn write_inboxes(&mut self, work: &mut Work<'_>, clock: DatabaseClock) -> Result<Vec<StoredNotice>, SqlError> {
+        let (mut additions, mut stored) = (Vec::new(), Vec::new());
+        for (user, seq, message) in &work.messages {
+            let inbox = work.inboxes.get(user).filter(|inbox| inbox.added.contains(seq));
+            let Some(kept) = inbox.and_then(|inbox| inbox.get(*seq)) else { continue };
+            additions.push(Addition { user: *user, seq: *seq, message, expires_at: kept.expires_at });
+            stored.push(StoredNotice {
+                user_id: user.get(),
+                message_id: message.message_id.clone(),
+                message_type: message.message_type.clone(),
+                stored_at_ms: clock.now().0,
+            });
+        }
+        for (user, inbox) in &work.inboxes {
+            self.connection.remove_messages(*user, &inbox.removed).await?;
+        }
+        self.connection.add_messages(&additions, clock.now()).await?;
+        Ok(stored)
+    }
+
     async fn write(
         &mut self,
         before: &HashMap<UserId, UserRecord>,
         after: &BTreeMap<UserId, UserRecord>,
-        kicks: Vec<KickedRoute>,
+        mut body: OutboxBody,
     ) -> Result<(OutboxId, Vec<UserId>), SqlError> {
         let absent = UserRecord::default();
         let mut changes = Vec::with_capacity(after.len());
@@ -207,7 +251,6 @@ impl Transaction<'_> {
         let rows: Vec<OutboxId> = self.shown.iter().map(|row| row.id.clone()).collect();
         let all_deleted = self.connection.delete_outbox(&rows).await? == rows.len();
         let overtaken = if all_deleted { Vec::new() } else { self.shown.iter().flat_map(|row| row.users.clone()).collect() };
-        let mut body = OutboxBody { changes: Vec::with_capacity(changes.len()), kicks, ..OutboxBody::default() };
         for change in &changes {
             body.changed(change.user, change.after.version);
         }
@@ -221,9 +264,18 @@ struct Work<'a> {
     before: &'a HashMap<UserId, UserRecord>,
     after: HashMap<UserId, UserRecord>,
     kicks: Vec<KickedRoute>,
+    inboxes: HashMap<UserId, Inbox>,
+    /// Messages that were stored, with their numbers.
+    messages: Vec<(UserId, u64, &'a NewMessage)>,
 }
 
-impl Work<'_> {
+impl<'a> Work<'a> {
+    fn note_stored(&mut self, user: UserId, message: &'a NewMessage, outcome: &Outcome) {
+        if let Outcome::Inbox(InboxOutcome::Stored { seq, again: false }) = outcome {
+            self.messages.push((user, *seq, message));
+        }
+    }
+
     fn record(&self, user: UserId) -> UserRecord {
         self.after.get(&user).or_else(|| self.before.get(&user)).cloned().unwrap_or_default()
     }

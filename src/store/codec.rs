@@ -29,6 +29,43 @@ pub struct OutboxBody {
     /// Epochs of lives that ended.
     #[prost(uint64, repeated, tag = "3")]
     pub ended: Vec<u64>,
+    /// Messages that were stored.
+    #[prost(message, repeated, tag = "4")]
+    pub stored: Vec<StoredNotice>,
+}
+
+/// Tells push services of a stored message.
+#[derive(Clone, PartialEq, Message)]
+pub struct StoredNotice {
+    #[prost(int64, tag = "1")]
+    pub user_id: i64,
+    #[prost(string, tag = "2")]
+    pub message_id: String,
+    #[prost(string, tag = "3")]
+    pub message_type: String,
+    #[prost(int64, tag = "4")]
+    pub stored_at_ms: i64,
+}
+
+impl StoredNotice {
+    /// As it is published: 64-bit numbers are strings, because JavaScript reads them.
+    pub fn as_json(&self) -> String {
+        let Self { user_id, message_id, message_type, stored_at_ms } = self;
+        serde_json::json!({
+            "user_id": user_id.to_string(),
+            "message_id": message_id,
+            "message_type": message_type,
+            "stored_at_ms": stored_at_ms.to_string(),
+        })
+        .to_string()
+    }
+}
+
+/// The devices a stored message is for.
+#[derive(Clone, PartialEq, Message)]
+pub struct Devices {
+    #[prost(string, repeated, tag = "1")]
+    pub ids: Vec<String>,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -70,6 +107,10 @@ pub struct StoredRecord {
     last_seen_ms: i64,
     #[prost(message, repeated, tag = "3")]
     routes: Vec<StoredRoute>,
+    #[prost(uint64, tag = "4")]
+    inbox_seq: u64,
+    #[prost(uint64, tag = "5")]
+    inbox_pending: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -99,7 +140,8 @@ struct StoredRoute {
 impl From<&UserRecord> for StoredRecord {
     fn from(record: &UserRecord) -> Self {
         let routes = record.routes.iter().map(StoredRoute::from).collect();
-        Self { status: status_to_i32(record.status), last_seen_ms: record.last_seen.0, routes }
+        let UserRecord { inbox_seq, inbox_pending, .. } = *record;
+        Self { status: status_to_i32(record.status), last_seen_ms: record.last_seen.0, routes, inbox_seq, inbox_pending }
     }
 }
 
@@ -124,7 +166,9 @@ impl StoredRecord {
     /// None: this is no record of ours.
     pub fn into_record(self, version: Version) -> Option<UserRecord> {
         let routes = self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?;
-        Some(UserRecord { version, status: status_from_i32(self.status)?, last_seen: Timestamp(self.last_seen_ms), routes })
+        let (status, last_seen) = (status_from_i32(self.status)?, Timestamp(self.last_seen_ms));
+        let Self { inbox_seq, inbox_pending, .. } = self;
+        Some(UserRecord { version, status, last_seen, routes, inbox_seq, inbox_pending })
     }
 }
 
@@ -197,6 +241,9 @@ pub struct Envelope {
     pub wants_ack: bool,
     #[prost(string, tag = "9")]
     pub message_id: String,
+    /// The message's number in the user's inbox; 0: it is not stored.
+    #[prost(uint64, tag = "10")]
+    pub inbox_seq: u64,
 }
 
 impl KickedRoute {

@@ -56,6 +56,11 @@ impl Channels {
         format!("{}presence:route", self.prefix)
     }
 
+    /// JSON for each stored message, for push services.
+    pub fn presence_offline(&self) -> String {
+        format!("{}presence:offline", self.prefix)
+    }
+
     /// What nodes tell each other of gateways: who is dead.
     pub fn presence_gateway(&self) -> String {
         format!("{}presence:gateway", self.prefix)

@@ -124,8 +124,8 @@ impl Connection {
     pub async fn load_users(&mut self, users: &[UserId]) -> Result<Loaded, SqlError> {
         let head = format!(
             "SELECT u.user_id, u.version, u.status, u.last_seen_ms, {}, r.device_id, r.platform, r.epoch, r.conn_id, \
-             r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms \
-             FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
+             r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms, \
+             u.inbox_seq, u.inbox_pending FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
              ON r.user_id = u.user_id WHERE u.user_id IN (",
             clock_micros(self.engine())
         );
@@ -206,20 +206,22 @@ impl Connection {
     async fn upsert_users(&mut self, changes: &[UserChange<'_>]) -> Result<(), SqlError> {
         let tail = match self.engine() {
             Engine::MySql => {
-                " ON DUPLICATE KEY UPDATE version = VALUES(version), status = VALUES(status), last_seen_ms = VALUES(last_seen_ms)"
+                " ON DUPLICATE KEY UPDATE version = VALUES(version), status = VALUES(status), last_seen_ms = VALUES(last_seen_ms), \
+                 inbox_seq = VALUES(inbox_seq), inbox_pending = VALUES(inbox_pending)"
             }
             Engine::Sqlite => {
                 " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, status = excluded.status, \
-                 last_seen_ms = excluded.last_seen_ms"
+                 last_seen_ms = excluded.last_seen_ms, inbox_seq = excluded.inbox_seq, inbox_pending = excluded.inbox_pending"
             }
         };
         for (chunk, fill) in chunks(changes) {
-            let head = "INSERT INTO users (user_id, version, status, last_seen_ms) VALUES ";
-            let mut insert = statement(repeated(head, "(?,?,?,?)", chunk.len() + fill, tail));
+            let head = "INSERT INTO users (user_id, version, status, last_seen_ms, inbox_seq, inbox_pending) VALUES ";
+            let mut insert = statement(repeated(head, "(?,?,?,?,?,?)", chunk.len() + fill, tail));
             for change in filled(chunk, fill) {
                 let after = change.after;
                 insert = insert.bind(change.user.get()).bind(signed(after.version.0));
                 insert = insert.bind(codec::status_to_i32(after.status)).bind(after.last_seen.0);
+                insert = insert.bind(signed(after.inbox_seq)).bind(signed(after.inbox_pending));
             }
             self.execute(insert).await?;
         }
@@ -229,15 +231,13 @@ impl Connection {
     /// Up to `limit` users with a route that ended before `now`, those that ended first first.
     pub async fn expired_users(&mut self, now: Timestamp, limit: i64) -> Result<Vec<UserId>, SqlError> {
         const SQL: &str = "SELECT user_id FROM routes WHERE expires_at_ms <= ? ORDER BY expires_at_ms LIMIT ?";
-        let rows = self.fetch(statement(SQL).bind(now.0).bind(limit)).await?;
-        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+        self.users_of(statement(SQL).bind(now.0).bind(limit)).await
     }
 
     /// Up to `limit` users with a route, by number, after `after`.
     pub async fn users_with_routes(&mut self, after: i64, limit: i64) -> Result<Vec<UserId>, SqlError> {
         const SQL: &str = "SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?";
-        let rows = self.fetch(statement(SQL).bind(after).bind(limit)).await?;
-        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+        self.users_of(statement(SQL).bind(after).bind(limit)).await
     }
 
     /// Up to `limit` users with a route on a life, by number, after `after`. By index and cursor: the rows of users already
@@ -245,14 +245,18 @@ impl Connection {
     pub async fn users_of_life(&mut self, epoch: Epoch, after: i64, limit: i64) -> Result<Vec<UserId>, SqlError> {
         const SQL: &str = "SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ \
             WHERE epoch = ? AND user_id > ? ORDER BY user_id LIMIT ?";
-        let rows = self.fetch(statement(SQL).bind(signed(epoch.0)).bind(after).bind(limit)).await?;
-        rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
+        self.users_of(statement(SQL).bind(signed(epoch.0)).bind(after).bind(limit)).await
     }
 
     /// How many routes there are on each life that has one.
     pub async fn count_routes(&mut self) -> Result<HashMap<Epoch, u64>, SqlError> {
         let rows = self.fetch(statement("SELECT epoch, COUNT(*) FROM routes GROUP BY epoch")).await?;
         rows.iter().map(|row| Ok((Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?)))).collect()
+    }
+
+    /// The users that a statement selects.
+    pub(super) async fn users_of(&mut self, select: Statement) -> Result<Vec<UserId>, SqlError> {
+        self.fetch(select).await?.iter().map(|row| user_id(row.try_get(0)?)).collect()
     }
 
     pub async fn count_routes_of(&mut self, epoch: Epoch) -> Result<i64, SqlError> {
@@ -299,6 +303,8 @@ fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
             status: codec::status_from_i32(row.try_get(2)?).unwrap_or_default(),
             last_seen: Timestamp(row.try_get(3)?),
             routes: Vec::new(),
+            inbox_seq: unsigned(row.try_get(15)?),
+            inbox_pending: unsigned(row.try_get(16)?),
         }),
     };
     if let Some(device) = row.try_get::<Option<&str>, _>(5)? {

@@ -1,0 +1,321 @@
+//! Bringing stored messages to devices: in their order, a window at a time, again until a device has acknowledged them.
+//!
+//! A user is drained when a bind commits while messages wait, or when a message is stored while a live route is there; both
+//! are seen under the user's row lock, so neither can miss the other. Besides, one node looks regularly for users who are
+//! online and have messages: after a crash, and for devices that did not acknowledge.
+
+use std::collections::HashMap;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+use tracing::warn;
+
+use crate::domain::id::DeviceId;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::inbox::InboxChange;
+use crate::domain::inbox::InboxOutcome;
+use crate::domain::user::Outcome;
+use crate::engine::delivery::Deliveries;
+use crate::engine::directory::Directory;
+use crate::engine::lanes::Change;
+use crate::engine::lanes::Lanes;
+use crate::engine::lives::Lives;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+pub use crate::store::inbox::StoredMessage;
+
+/// Users drained at the same time.
+pub const DRAINERS: usize = 8;
+/// Users that may wait to be drained; further ones are found by the next regular look.
+const QUEUE: usize = 100_000;
+/// Messages on their way to one user.
+const WINDOW: i64 = 64;
+/// How often one node looks for users to drain and messages that are over.
+pub const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// How long a node that stops keeps the others from looking.
+const TERM: Duration = Duration::from_secs(10);
+/// Users at a time.
+const PAGE: i64 = 512;
+/// After nobody acknowledged, the same devices are left alone: from, to, doubling.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Busy,
+    /// Busy, and asked for again meanwhile.
+    BusyAgain,
+}
+
+#[derive(Default)]
+struct Users {
+    order: VecDeque<UserId>,
+    states: HashMap<UserId, State>,
+}
+
+/// Who is to be drained.
+#[derive(Default)]
+pub struct Drains {
+    users: Mutex<Users>,
+    wake: Notify,
+}
+
+impl Drains {
+    /// Has a user drained soon.
+    pub fn wake(&self, user: UserId) {
+        let mut users = self.lock();
+        match users.states.get(&user) {
+            Some(State::Waiting | State::BusyAgain) => return,
+            Some(State::Busy) => {
+                users.states.insert(user, State::BusyAgain);
+                return;
+            }
+            None if users.order.len() >= QUEUE => return,
+            None => users.enqueue(user),
+        }
+        drop(users);
+        self.wake.notify_one();
+    }
+
+    async fn next(&self) -> UserId {
+        loop {
+            if let Some(user) = self.take() {
+                return user;
+            }
+            self.wake.notified().await;
+        }
+    }
+
+    fn take(&self) -> Option<UserId> {
+        let mut users = self.lock();
+        let user = users.order.pop_front()?;
+        users.states.insert(user, State::Busy);
+        if !users.order.is_empty() {
+            self.wake.notify_one();
+        }
+        Some(user)
+    }
+
+    fn done(&self, user: UserId) {
+        let mut users = self.lock();
+        if users.states.remove(&user) == Some(State::BusyAgain) {
+            users.enqueue(user);
+            self.wake.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Users> {
+        self.users.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Users {
+    fn enqueue(&mut self, user: UserId) {
+        self.states.insert(user, State::Waiting);
+        self.order.push_back(user);
+    }
+}
+
+/// Devices that did not acknowledge: the newest route then, when to try again, and the pause after that.
+type Silent = (Version, Instant, Duration);
+
+pub struct Inboxes {
+    drains: Arc<Drains>,
+    deliveries: Arc<Deliveries>,
+    directory: Arc<Directory>,
+    lanes: Arc<Lanes>,
+    lives: Arc<Lives>,
+    metrics: Arc<Metrics>,
+    database: Arc<Database>,
+    silent: moka::sync::Cache<UserId, Silent>,
+    node_id: String,
+}
+
+impl Inboxes {
+    #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
+    pub fn new(
+        node_id: &str,
+        drains: Arc<Drains>,
+        deliveries: Arc<Deliveries>,
+        directory: Arc<Directory>,
+        lanes: Arc<Lanes>,
+        lives: Arc<Lives>,
+        metrics: Arc<Metrics>,
+        database: Arc<Database>,
+    ) -> Arc<Self> {
+        let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
+        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, node_id: node_id.to_owned() })
+    }
+
+    /// Up to `limit` messages for a device after number `after`, and whether there are more.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read.
+    pub async fn pull(
+        &self,
+        user: UserId,
+        after: u64,
+        limit: usize,
+        device: &DeviceId,
+    ) -> Result<(Vec<StoredMessage>, bool), Error> {
+        let unavailable = |_| Error::unavailable("the inbox cannot be read now");
+        let mut connection = self.database.connect(Purpose::General).await.map_err(unavailable)?;
+        let (mut found, mut after) = (Vec::new(), after);
+        loop {
+            let page = connection.read_inbox(user, after, WINDOW).await.map_err(unavailable)?;
+            let Some(last) = page.last() else { return Ok((found, false)) };
+            after = last.seq;
+            let is_for_it = |stored: &StoredMessage| stored.message.devices.as_ref().is_none_or(|all| all.contains(device));
+            found.extend(page.into_iter().filter(is_for_it));
+            if found.len() > limit {
+                found.truncate(limit);
+                return Ok((found, true));
+            }
+        }
+    }
+
+    /// A device has read everything up to number `seq`. Returns how many messages that were.
+    ///
+    /// # Errors
+    /// As for any change of a user.
+    pub async fn read_up_to(&self, user: UserId, seq: u64, device: DeviceId) -> Result<usize, Error> {
+        self.change(user, InboxChange::ReadUpTo { seq, device }).await
+    }
+
+    async fn change(&self, user: UserId, change: InboxChange) -> Result<usize, Error> {
+        match self.lanes.submit(user, Change::Inbox(change)).await? {
+            Outcome::Inbox(InboxOutcome::Removed { messages }) => Ok(messages),
+            _ => Err(Error::Internal { what: "a change of an inbox had the outcome of another one" }),
+        }
+    }
+
+    /// Drains users until `stop`.
+    pub async fn keep_draining(self: Arc<Self>, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        let mut connection = None;
+        while let Some(user) = stop.run_until_cancelled(self.drains.next()).await {
+            let drained = stop.run_until_cancelled(self.drain(&mut connection, user)).await;
+            self.drains.done(user);
+            if let Some(Err(error)) = drained {
+                connection = None;
+                debug!(%error, user.id = %user, "an inbox could not be drained now");
+            }
+        }
+    }
+
+    /// Brings one window of messages to a user. What is acknowledged is removed, which has the user drained again.
+    async fn drain(&self, connection: &mut Option<Connection>, user: UserId) -> Result<(), Error> {
+        let answer = self.directory.get(user, None).await?;
+        let Some(newest) = answer.newest().map(|live| live.route.bound_version) else { return Ok(()) };
+        let silent = self.silent.get(&user).filter(|(route, ..)| *route == newest);
+        if silent.is_some_and(|(_, until, _)| until > Instant::now()) {
+            return Ok(());
+        }
+        let mut after = 0;
+        let window = loop {
+            let mut window =
+                self.read(connection, user, after).await.map_err(|_| Error::unavailable("the inbox cannot be read now"))?;
+            match window.last() {
+                Some(last) => after = last.seq,
+                // Nothing is for the devices that are here; or there is nothing at all, and it is counted anew.
+                None => return self.change(user, InboxChange::Expire).await.map(|_| ()),
+            }
+            let is_here = |device: &DeviceId| answer.live_routes().any(|live| live.route.device == *device);
+            window.retain(|stored| stored.message.devices.as_ref().is_none_or(|devices| devices.iter().any(is_here)));
+            if !window.is_empty() {
+                break window;
+            }
+        };
+        let acknowledged = self.deliveries.push_stored(user, &answer, window).await;
+        if acknowledged.is_empty() {
+            let pause = silent.map_or(PAUSES.0, |(.., pause)| (pause * 2).min(PAUSES.1));
+            self.silent.insert(user, (newest, Instant::now() + pause, pause));
+            return Ok(());
+        }
+        self.silent.invalidate(&user);
+        self.change(user, InboxChange::Acknowledged(acknowledged)).await.map(|_| ())
+    }
+
+    /// Reads on the connection kept from before if it still works, else on a new one.
+    async fn read(&self, connection: &mut Option<Connection>, user: UserId, after: u64) -> Result<Vec<StoredMessage>, SqlError> {
+        if let Some(kept) = connection
+            && let Ok(window) = kept.read_inbox(user, after, WINDOW).await
+        {
+            return Ok(window);
+        }
+        let mut fresh = self.database.connect(Purpose::General).await?;
+        let window = fresh.read_inbox(user, after, WINDOW).await?;
+        *connection = Some(fresh);
+        Ok(window)
+    }
+
+    /// Looks for users who are online and have messages, and for messages that are over, if it is this node's turn.
+    pub async fn look(&self) -> Result<(), SqlError> {
+        let mut connection = self.database.connect(Purpose::General).await?;
+        let mut after = 0;
+        while connection.claim_job("inbox", &self.node_id, TERM).await? {
+            let users = connection.reachable_users_with_messages(after, PAGE).await?;
+            let Some(last) = users.last() else { break };
+            after = last.get();
+            users.iter().for_each(|user| self.drains.wake(*user));
+        }
+        while connection.claim_job("inbox", &self.node_id, TERM).await? {
+            let users = connection.users_with_old_messages(self.lives.clock.now(), PAGE).await?;
+            for user in &users {
+                if self.lanes.submit_in_background(*user, Change::Inbox(InboxChange::Expire)).await.is_err() {
+                    warn!(user.id = %user, "messages that are over could not be removed now");
+                    return Ok(());
+                }
+            }
+            if users.len() < PAGE as usize {
+                break;
+            }
+        }
+        let (messages, oldest) = connection.count_messages().await?;
+        self.metrics.inbox_messages.set(messages);
+        let age = oldest.map(|oldest| self.lives.clock.now().since(oldest)).unwrap_or_default();
+        self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(id: i64) -> UserId {
+        UserId::parse(id).unwrap()
+    }
+
+    #[test]
+    fn a_user_is_drained_by_one_at_a_time_and_again_if_asked_for_meanwhile() {
+        let drains = Drains::default();
+        drains.wake(user(1));
+        drains.wake(user(1));
+        drains.wake(user(2));
+        assert_eq!(drains.take(), Some(user(1)));
+        assert_eq!(drains.take(), Some(user(2)));
+        drains.wake(user(1)); // while it is being drained
+        drains.wake(user(1));
+        assert_eq!(drains.take(), None);
+        drains.done(user(2));
+        drains.done(user(1));
+        assert_eq!(drains.take(), Some(user(1)));
+        drains.done(user(1));
+        assert_eq!(drains.take(), None);
+        assert!(drains.lock().states.is_empty());
+    }
+}
