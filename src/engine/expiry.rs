@@ -13,9 +13,8 @@ use crate::domain::user::Outcome;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
-use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
+use crate::store::database::Kept;
 
 /// How often a node looks whether there is something to remove.
 pub const EXPIRY_INTERVAL: Duration = Duration::from_secs(1);
@@ -31,17 +30,17 @@ pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Expiry {
     pub tools: Arc<Tools>,
     pub lanes: Arc<Lanes>,
-    connection: Option<Connection>,
+    kept: Kept,
 }
 
 impl Expiry {
     pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
-        Self { tools, lanes, connection: None }
+        Self { kept: Kept::new(tools.database.clone()), tools, lanes }
     }
 
     /// Removes what is over, if it is this node's turn. Returns how many routes.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let mut removed = 0;
         while connection.claim_job("expiry", &self.tools.node_id, TERM).await? {
             let found = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
@@ -55,7 +54,7 @@ impl Expiry {
         if removed > 0 {
             debug!(routes = removed, "expired routes removed");
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(removed)
     }
 
@@ -77,17 +76,10 @@ impl Expiry {
 
     /// Counts users online and rows in the outbox.
     pub async fn census(&mut self) -> Result<(), SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         self.tools.metrics.users_online.set(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(())
-    }
-
-    async fn connected(&mut self) -> Result<Connection, SqlError> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => self.tools.database.connect(Purpose::General).await,
-        }
     }
 }

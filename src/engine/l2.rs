@@ -26,10 +26,9 @@ use crate::engine::cache::Cache;
 use crate::engine::cache::L2_AGE;
 use crate::engine::hints::Hints;
 use crate::metrics::Metrics;
-use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::database::Kept;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
 use crate::store::users::Records;
@@ -147,11 +146,10 @@ impl L2 {
 /// Checks once a second who the server is.
 pub struct L2Check {
     l2: Arc<L2>,
-    database: Arc<Database>,
+    kept: Kept,
     cache: Arc<Cache>,
     hints: Option<Arc<Hints>>,
     metrics: Arc<Metrics>,
-    connection: Option<Connection>,
     away_since: Option<Instant>,
     /// Connection and identity of the last comparison that held.
     compared: Option<(u64, String)>,
@@ -168,8 +166,8 @@ impl L2Check {
         hints: Option<Arc<Hints>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (connection, away_since, compared, usable_since) = (None, None, None, None);
-        Self { l2, database, cache, hints, metrics, connection, away_since, compared, usable_since, has_checked: false }
+        let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
+        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked: false }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -197,7 +195,6 @@ impl L2Check {
         };
         self.has_checked = true;
         if done.is_err() {
-            self.connection = None;
             // Without SQL nobody can compare, but the same server on the same connection is as good as it was.
             if identity.ok().is_some_and(|now| self.compared.as_ref() == Some(&now)) {
                 self.l2.checked_at.set(asked);
@@ -206,7 +203,7 @@ impl L2Check {
     }
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let mut cluster = connection.read_cluster().await?;
         let first = cluster.cache_identity.is_empty();
         if cluster.cache_identity != identity {
@@ -227,7 +224,7 @@ impl L2Check {
         let allowed = now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL));
         let shown_until = self.usable_since.map_or(allowed, |since| since.max(allowed));
         let complete = !connection.has_outbox_before(shown_until).await?;
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         if cluster.cache_identity != identity {
             return Ok(()); // another node sees another server; the next check will tell
         }
@@ -258,7 +255,7 @@ impl L2Check {
         if since.elapsed() < AWAY_LIMIT {
             return Ok(());
         }
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let cluster = connection.read_cluster().await?;
         let old = cluster.clock.now().minus(AWAY_LIMIT);
         // Rows that old say that no other node reaches it either.
@@ -269,14 +266,7 @@ impl L2Check {
             }
             connection.void_outbox_without_cache(old).await?;
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(())
-    }
-
-    async fn connected(&mut self) -> Result<Connection, SqlError> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => self.database.connect(Purpose::General).await,
-        }
     }
 }

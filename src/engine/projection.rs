@@ -35,9 +35,9 @@ use crate::store::bus::Bus;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::database::Kept;
 use crate::store::outbox::OutboxId;
 use crate::store::shared::Shown;
 
@@ -122,8 +122,9 @@ impl Outside {
         let (outside, shown) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
         let done = Arc::clone(&shown);
         tasks.spawn(async move {
+            let mut kept = Kept::new(outside.database.clone());
             while let Some(batch) = queue.recv().await {
-                if let Some(row) = outside.project(batch).await {
+                if let Some(row) = outside.project(batch, &mut kept).await {
                     lock(&done).push(row);
                 }
             }
@@ -132,7 +133,7 @@ impl Outside {
     }
 
     /// Shows a batch. Returns its row if there is nothing left to do.
-    async fn project(&self, batch: Batch) -> Option<ShownRow> {
+    async fn project(&self, batch: Batch, kept: &mut Kept) -> Option<ShownRow> {
         if batch.committed.elapsed() > LATE {
             return None;
         }
@@ -146,9 +147,9 @@ impl Outside {
         let winners = winners?;
         self.announce(&records, &winners).await;
         self.kick(&batch.kicks).await?;
-        let overtaken = self.overtaken(&records, &winners).await.ok()?;
+        let overtaken = self.overtaken(&records, &winners, kept).await.ok()?;
         if !overtaken.is_empty() {
-            self.show_now(&overtaken).await.ok()?;
+            self.show_kept(kept, &overtaken).await.ok()?;
         }
         Some(ShownRow { id: batch.outbox, users: versions.into_iter().map(|(user, _)| user).collect() })
     }
@@ -193,6 +194,7 @@ impl Outside {
         &self,
         records: &[(UserId, UserRecord, Shown)],
         winners: &BTreeSet<UserId>,
+        kept: &mut Kept,
     ) -> Result<Vec<UserId>, SqlError> {
         let users: Vec<UserId> = winners.iter().copied().collect();
         if users.is_empty() || self.is_empty() {
@@ -200,7 +202,12 @@ impl Outside {
         }
         let now: HashMap<UserId, UserRecord> = match &self.l2 {
             Some(l2) => l2.read(&users).await,
-            None => self.database.connect(Purpose::General).await?.load_users(&users).await?.records,
+            None => {
+                let mut connection = kept.take().await?;
+                let records = connection.load_users(&users).await?.records;
+                kept.give_back(connection);
+                records
+            }
         };
         let newer = |(user, record, _): &(UserId, UserRecord, Shown)| {
             let known = now.get(user).map(|now| now.version);
@@ -211,8 +218,14 @@ impl Outside {
 
     /// Shows `users` as SQL has them now, and looks again until nothing has changed meanwhile.
     pub async fn show_now(&self, users: &[UserId]) -> Result<(), SqlError> {
-        let mut connection = self.database.connect(Purpose::General).await?;
-        self.show_on(&mut connection, users).await
+        self.show_kept(&mut Kept::new(self.database.clone()), users).await
+    }
+
+    async fn show_kept(&self, kept: &mut Kept, users: &[UserId]) -> Result<(), SqlError> {
+        let mut connection = kept.take().await?;
+        self.show_on(&mut connection, users).await?;
+        kept.give_back(connection);
+        Ok(())
     }
 
     async fn show_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<(), SqlError> {
@@ -261,22 +274,19 @@ impl Outside {
 pub struct Repair {
     pub outside: Arc<Outside>,
     pub node_id: String,
-    connection: Option<Connection>,
+    kept: Kept,
     /// The generation of which everybody was shown, as far as this node knows.
     all_shown: u64,
 }
 
 impl Repair {
     pub fn new(outside: Arc<Outside>, node_id: &str) -> Self {
-        Self { outside, node_id: node_id.to_owned(), connection: None, all_shown: 0 }
+        Self { kept: Kept::new(outside.database.clone()), outside, node_id: node_id.to_owned(), all_shown: 0 }
     }
 
     /// Repairs every row that was left behind. Returns how many.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.outside.database.connect(Purpose::General).await?,
-        };
+        let mut connection = self.kept.take().await?;
         let waiting = connection.count_outbox().await?;
         self.outside.metrics.outbox_rows.set(waiting);
         if waiting > MAX_ROWS {
@@ -287,7 +297,7 @@ impl Repair {
         }
         if let Some(l2) = self.outside.l2.clone() {
             if !l2.is_usable() {
-                self.connection = Some(connection);
+                self.kept.give_back(connection);
                 return Ok(0); // the rows wait until L2 is back, or is given up
             }
             self.show_everybody(&mut connection, &l2).await?;
@@ -303,7 +313,7 @@ impl Repair {
             repaired += rows.len();
             self.repair(&mut connection, rows).await?;
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(repaired)
     }
 
