@@ -88,6 +88,11 @@ impl Link {
         Ok(used.unwrap_or_default())
     }
 
+    /// The number of the database that keys are in.
+    pub fn database(&self) -> i64 {
+        self.client.get_connection_info().redis_settings().db()
+    }
+
     /// The longest that connecting and writing may take.
     pub fn timeout(&self) -> Duration {
         self.timeout

@@ -76,7 +76,7 @@ impl SharedCache {
         Ok(Self { link: Link::new(redis)?, script, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
     }
 
-    /// Who the server is (another answer means that its data may be other data), and the number of the connection that told.
+    /// Who the server is and which of its databases is used (another answer means that its data may be other data), and the number of the connection that told.
     pub async fn identity(&self, limit: Duration) -> Result<(u64, String), LinkError> {
         let mut info = redis::pipe();
         info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
@@ -85,7 +85,8 @@ impl SharedCache {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned));
             line.unwrap_or_default()
         };
-        Ok((number, format!("{}:{}", field(&server, "run_id"), field(&replication, "master_replid"))))
+        let (server, replication) = (field(&server, "run_id"), field(&replication, "master_replid"));
+        Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
 
     /// The records of `users` as far as Redis has them in `generation`, and the number of the connection that answered.
