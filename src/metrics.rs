@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
@@ -57,7 +58,7 @@ pub struct Metrics {
     redis_errors: Family<ByUse, Counter>,
     redis_memory: Family<ByUse, Gauge>,
     pub deliveries: Family<ByOutcome, Counter>,
-    pub stale_offers_rejected: Family<ByTier, Counter>,
+    stale_offers_rejected: Family<ByTier, Counter>,
     pub store_up: Gauge,
     store_errors: Family<ByKind, Counter>,
     pub cache_generation: Gauge,
@@ -147,6 +148,16 @@ impl Metrics {
     /// Whether that Redis answered last time. None: it is not configured, or was not asked yet.
     pub fn is_redis_up(&self, r#use: &'static str) -> Option<bool> {
         self.redis_up.get(&ByUse { r#use }).map(|gauge| gauge.get() == 1)
+    }
+
+    /// Records that were kept out of a cache, or passed over in one.
+    pub fn rejected(&self, tier: &'static str, records: u64) {
+        self.stale_offers_rejected.get_or_create(&ByTier { tier }).inc_by(records);
+    }
+
+    /// The same, as counted elsewhere so far.
+    pub fn rejected_so_far(&self, tier: &'static str, records: u64) {
+        self.stale_offers_rejected.get_or_create(&ByTier { tier }).inner().store(records, Ordering::Relaxed);
     }
 
     pub fn shed(&self, what: &'static str) {

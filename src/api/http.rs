@@ -18,7 +18,6 @@ use tokio_util::sync::CancellationToken;
 
 use crate::engine::cache::Cache;
 use crate::engine::lanes::Lanes;
-use crate::metrics::ByTier;
 use crate::metrics::Metrics;
 
 #[derive(Clone)]
@@ -63,8 +62,7 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     metrics.l1_entries.set(gauge(operator.cache.len()));
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
-    let rejected = metrics.stale_offers_rejected.get_or_create_owned(&ByTier { tier: "l1" });
-    rejected.inner().store(operator.cache.offers_rejected(), std::sync::atomic::Ordering::Relaxed);
+    metrics.rejected_so_far("l1", operator.cache.offers_rejected());
     metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }
 

@@ -8,6 +8,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::StartError;
+use crate::app::neighbours;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
@@ -70,6 +71,9 @@ impl Assembled {
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
         let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
         let l2 = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
+        if database.engine == Engine::Sqlite {
+            neighbours::must_not_be(&database.store_id, l2.as_ref(), bus.as_deref()).await?;
+        }
         let l2 = l2.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&*node_id, &*database.store_id);
         let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));

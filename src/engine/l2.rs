@@ -83,11 +83,13 @@ impl L2 {
             return Records::new();
         }
         match self.shared.read(users, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
-            Ok((number, records)) if number == self.checked.load(Ordering::Acquire) => {
+            Ok(found) if found.connection == self.checked.load(Ordering::Acquire) => {
                 self.timeouts.store(0, Ordering::Relaxed);
-                self.metrics.l2_hits.inc_by(records.len() as u64);
-                self.metrics.l2_misses.inc_by((users.len() - records.len()) as u64);
-                records
+                self.metrics.l2_hits.inc_by(found.records.len() as u64);
+                self.metrics.l2_misses.inc_by((users.len() - found.records.len()) as u64);
+                self.metrics.rejected("l2", found.outdated);
+                self.metrics.rejected("another_store", found.foreign);
+                found.records
             }
             Ok(_) => Records::new(), // a new connection, to who knows which server
             Err(_) => {
@@ -156,6 +158,8 @@ pub struct L2Check {
     /// Since when every answer from SQL has also been copied there. None: nobody was answered before the first check.
     usable_since: Option<Timestamp>,
     has_checked: bool,
+    /// Another store that uses the same server.
+    other_store: Option<String>,
 }
 
 impl L2Check {
@@ -167,7 +171,8 @@ impl L2Check {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
-        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked: false }
+        let (has_checked, other_store) = (false, None);
+        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked, other_store }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -188,6 +193,7 @@ impl L2Check {
             && let Ok(bytes) = self.l2.shared.link.used_memory(CHECK_LIMIT).await
         {
             self.metrics.redis_memory("cache", bytes);
+            self.look_for_other_stores().await;
         }
         let done = match &identity {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
@@ -200,6 +206,18 @@ impl L2Check {
                 self.l2.checked_at.set(asked);
             }
         }
+    }
+
+    async fn look_for_other_stores(&mut self) {
+        let Ok(other) = self.l2.shared.claim(CHECK_LIMIT).await else { return };
+        if let Some(store) = other.as_ref().filter(|store| self.other_store.as_ref() != Some(store)) {
+            warn!(
+                store.id = %store,
+                "another store uses this Redis (cache) too: its records are ignored, but the keys of both mix: \
+                 give one of them another redis_cache.database"
+            );
+        }
+        self.other_store = other;
     }
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {

@@ -25,6 +25,8 @@ use crate::store::users::Records;
 const FILL_TTL: Duration = Duration::from_secs(10);
 /// "No such user" is remembered for a moment only.
 const ABSENT_TTL: Duration = Duration::from_secs(2);
+/// How long a store that says nothing any more keeps others away.
+const CLAIM_TTL: Duration = Duration::from_secs(10);
 /// Keys the server looks at for one answer of a scan.
 const SCAN_PAGE: u32 = 1_000;
 /// Digits of a generation and of a version in the header, so that text compares as numbers do.
@@ -49,6 +51,30 @@ else redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5]) end
 if ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
 else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
 return 1";
+
+/// KEYS: the store's name. ARGV: a store's id, its TTL. Says whose this Redis is: the first store's, as long as its nodes renew it.
+const CLAIM: &str = r"
+local owner = redis.call('GET', KEYS[1])
+if owner and owner ~= ARGV[1] then return owner end
+redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+return ARGV[1]";
+
+/// What Redis has of some users.
+pub struct Found {
+    /// The connection that answered.
+    pub connection: u64,
+    pub records: Records,
+    /// Records that were left out: of another generation, and of another store.
+    pub outdated: u64,
+    pub foreign: u64,
+}
+
+/// Why a record is none.
+enum Unfit {
+    Outdated,
+    Foreign,
+    Unreadable,
+}
 
 /// What a user's keys say to other services.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,14 +115,32 @@ impl SharedCache {
         Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
 
-    /// The records of `users` as far as Redis has them in `generation`, and the number of the connection that answered.
-    pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<(u64, Records), LinkError> {
+    /// Says that this store uses this Redis, for a while. Returns the id of another one that said so before.
+    pub async fn claim(&self, limit: Duration) -> Result<Option<String>, LinkError> {
+        let mut claim = redis::pipe();
+        claim.cmd("EVAL").arg(CLAIM).arg(1).arg(keys::STORE).arg(&self.store_id).arg(CLAIM_TTL.as_secs());
+        let (owner,): (String,) = self.link.run(&claim, limit).await?;
+        Ok(Some(owner).filter(|owner| *owner != self.store_id))
+    }
+
+    /// The records of `users` as far as Redis has them in `generation`.
+    pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<Found, LinkError> {
         let mut get = redis::pipe();
         get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
-        let (number, (found,)): (_, (Vec<Option<Vec<u8>>>,)) = self.link.run_numbered(&get, limit).await?;
-        let decode = |bytes: Option<Vec<u8>>| bytes.and_then(|bytes| self.decode(&bytes, generation));
-        let records = users.iter().zip(found).filter_map(|(user, bytes)| Some((*user, decode(bytes)?)));
-        Ok((number, records.collect()))
+        let (connection, (answers,)): (_, (Vec<Option<Vec<u8>>>,)) = self.link.run_numbered(&get, limit).await?;
+        let mut found = Found { connection, records: Records::new(), outdated: 0, foreign: 0 };
+        for (user, bytes) in users.iter().zip(answers) {
+            let Some(bytes) = bytes else { continue };
+            match self.decode(&bytes, generation) {
+                Ok(record) => {
+                    found.records.insert(*user, record);
+                }
+                Err(Unfit::Outdated) => found.outdated += 1,
+                Err(Unfit::Foreign) => found.foreign += 1,
+                Err(Unfit::Unreadable) => {}
+            }
+        }
+        Ok(found)
     }
 
     /// Copies what a reader loaded, for the next reader.
@@ -155,11 +199,19 @@ impl SharedCache {
         bytes
     }
 
-    fn decode(&self, bytes: &[u8], generation: u64) -> Option<UserRecord> {
-        let (header, body) = bytes.split_at_checked(HEADER_BYTES)?;
-        let of = |range: std::ops::Range<usize>| std::str::from_utf8(&header[range]).ok()?.parse::<u64>().ok();
-        let ours = &header[2 * DIGITS..] == self.store_id.as_bytes() && of(0..DIGITS)? == generation;
-        StoredRecord::decode(body).ok().filter(|_| ours)?.into_record(Version(of(DIGITS..2 * DIGITS)?))
+    fn decode(&self, bytes: &[u8], generation: u64) -> Result<UserRecord, Unfit> {
+        let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(Unfit::Unreadable)?;
+        let (numbers, store) = header.split_at(2 * DIGITS);
+        let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
+        let (of, version) = numbers.split_at(DIGITS);
+        if store != self.store_id.as_bytes() {
+            return Err(Unfit::Foreign);
+        }
+        if number(of) != Some(generation) {
+            return Err(Unfit::Outdated);
+        }
+        let record = StoredRecord::decode(body).ok().zip(number(version));
+        record.and_then(|(record, version)| record.into_record(Version(version))).ok_or(Unfit::Unreadable)
     }
 }
 

@@ -7,6 +7,7 @@ mod contention;
 mod crash;
 mod deliver;
 mod harness;
+mod neighbours;
 mod redis_faults;
 mod running;
 mod shared;

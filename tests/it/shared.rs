@@ -58,7 +58,7 @@ async fn other_services_find_a_user_by_the_keys_they_know_whichever_node_was_tol
         let ttl = redis.ttl(&status).await;
         assert!((290..=300).contains(&ttl), "{status} outlives the route by status_ttl: {ttl}");
     }
-    assert_eq!(redis.keys("*").await.len(), 4, "two statuses and two records: {:?}", redis.keys("*").await);
+    assert_eq!(redis.keys("user:*").await.len(), 4, "two statuses and two records: {:?}", redis.keys("user:*").await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,10 +85,10 @@ async fn without_mpim_keys_only_the_record_is_written() {
     let bound = cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
     changes.hears(&format!("{ALICE}:{GATEWAY}"), SHOWN_WITHIN).await;
     let redis = cluster.cache().client().await;
-    assert_eq!(redis.keys("*").await, ["user:record:1"]);
+    assert_eq!(redis.keys("user:*").await, ["user:record:1"]);
     cluster.node().unbind(an_unbind(ALICE, bound.route_key)).await;
     changes.hears(&format!("{ALICE}:"), SHOWN_WITHIN).await;
-    assert_eq!(redis.keys("*").await, ["user:record:1"]);
+    assert_eq!(redis.keys("user:*").await, ["user:record:1"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -221,4 +221,20 @@ async fn a_node_that_was_restarted_and_cannot_hold_its_users_reads_them_from_red
     }
     println!("{shared} of {USERS} users were read from Redis");
     assert!(shared >= USERS / 2, "{shared}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_another_database_of_the_same_redis_everybody_is_shown_anew() {
+    let mut cluster = Cluster::with_redis(1, &[]).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    everything_agrees_with_sql(&cluster, ALICE..=ALICE, SHOWN_WITHIN).await;
+    let mut before = cluster.nodes.remove(0);
+    before.terminate();
+    before.ended().await;
+    let other = format!("redis://127.0.0.1:{}/1", cluster.cache().port);
+    cluster.add_node(&[("REDIS_CACHE__URL", &other)]).await;
+    let redis = cluster.cache().client().await;
+    redis.run::<()>(&["SELECT", "1"]).await;
+    let shown = async || redis.get("user:route:1").await.as_deref() == Some(GATEWAY);
+    eventually("she is shown there, too", SHOWN_WITHIN, shown).await;
 }
