@@ -125,8 +125,9 @@ impl App {
 
         let (metrics, lanes, cache) = (engine.metrics.clone(), engine.lanes.clone(), engine.cache.clone());
         let max_capacity = config.presence_service.max_capacity;
+        let (hints, draining_too) = (engine.hints, draining.clone());
         let operator =
-            http::Operator { metrics: metrics.clone(), cache, lanes: lanes.clone(), max_capacity, draining: draining.clone() };
+            http::Operator { metrics: metrics.clone(), cache, lanes: lanes.clone(), hints, max_capacity, draining: draining_too };
         tasks.spawn(serve::serve_admin(admin_listener, operator, stop.clone()));
         let (directory, deliveries, lives) = (engine.directory, engine.deliveries, engine.lives);
         let max_message_bytes = config.delivery.max_message_bytes;

@@ -3,9 +3,10 @@
 //! * `/livez` is 200 as long as the process answers. It looks at nothing outside.
 //! * `/readyz` is 503 only if this node cannot do its job: it is draining. Whatever else is missing is named in `degraded`:
 //!   the loss of a database must not empty the load balancer, because every node has lost it.
-//! * `/healthz`: the database and each Redis that is configured answer, and fewer users are online than `max_capacity`.
+//! * `/healthz`: the database and each Redis that is configured answer, the nodes hear each other, and fewer users are online than `max_capacity`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Json;
 use axum::Router;
@@ -17,6 +18,7 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::cache::Cache;
+use crate::engine::hints::Hints;
 use crate::engine::lanes::Lanes;
 use crate::metrics::Metrics;
 
@@ -25,6 +27,8 @@ pub struct Operator {
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
+    /// None: there is nobody to hear.
+    pub hints: Option<Arc<Hints>>,
     /// Users online above which the node says it is full; 0: no limit.
     pub max_capacity: u64,
     pub draining: CancellationToken,
@@ -67,12 +71,13 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
 }
 
 impl Operator {
-    /// What is configured and does not answer.
+    /// What is configured and does not answer; `hints`: this node does not hear itself, or one of the others.
     fn degraded(&self) -> Vec<&'static str> {
         let parts = [
             ("store", self.store_up()),
             ("redis_cache", self.metrics.is_redis_up("cache").unwrap_or(true)),
             ("redis_queue", self.metrics.is_redis_up("queue").unwrap_or(true)),
+            ("hints", self.hints.as_ref().is_none_or(|hints| hints.complete_since(Instant::now()).is_some())),
         ];
         parts.into_iter().filter(|(_, up)| !up).map(|(part, _)| part).collect()
     }

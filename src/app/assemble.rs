@@ -53,6 +53,7 @@ pub struct Assembled {
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
     pub lanes: Arc<Lanes>,
+    pub hints: Option<Arc<Hints>>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
 }
@@ -124,13 +125,13 @@ impl Assembled {
         for _ in 0..config.store.connections {
             tasks.spawn(loader.clone().work(stop.clone()));
         }
-        let settings = directory_settings(config, database.engine, hints);
+        let settings = directory_settings(config, database.engine, hints.clone());
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
         tasks.spawn(upkeep::keep_tidy(Expiry::new(tools, lanes.clone()), cache.clone(), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
         let settings = delivery_settings(config, &node_id);
         let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);
-        Ok(Self { node_id, database, metrics, cache, lives, lanes, directory, deliveries })
+        Ok(Self { node_id, database, metrics, cache, lives, lanes, hints, directory, deliveries })
     }
 }
 
