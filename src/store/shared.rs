@@ -102,7 +102,8 @@ impl SharedCache {
         Ok(Self { link: Link::new(redis)?, script, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
     }
 
-    /// Who the server is and which of its databases is used (another answer means that its data may be other data), and the number of the connection that told.
+    /// Who the server is and which of its databases is used (another answer means that its data may be other data), and the
+    /// number of the connection that told.
     pub async fn identity(&self, limit: Duration) -> Result<(u64, String), LinkError> {
         let mut info = redis::pipe();
         info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
