@@ -147,6 +147,27 @@ async fn a_gateway_that_comes_during_the_retries_gets_the_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_in_a_hurry_costs_nobody_the_connection_to_the_queue() {
+    let cluster = Cluster::with_two_redis(1, &[]).await;
+    let node = cluster.node();
+    node.bind(a_bind(ALICE, PHONE, "c")).await;
+    let _gateway = cluster.queue().subscribe(&[ALICES_CHANNEL]).await;
+    let redis = cluster.queue().client().await;
+    let connections = async || {
+        let stats = redis.run::<String>(&["INFO", "stats"]).await;
+        let made = stats.lines().find_map(|line| line.strip_prefix("total_connections_received:").map(str::to_owned));
+        made.and_then(|made| made.parse::<u64>().ok()).expect("a number")
+    };
+    let before = connections().await;
+    for _ in 0..50 {
+        let mut request = Request::new(a_message(ALICE, "hello"));
+        request.set_timeout(Duration::from_millis(10));
+        let _ = node.presence().deliver(request).await; // done in time or not
+    }
+    assert_eq!(connections().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_envelope_says_for_which_devices_the_message_is() {
     let cluster = Cluster::with_redis(1, &[("DELIVERY__PAYLOAD", "envelope")]).await;
     let node = cluster.node();
