@@ -174,8 +174,14 @@ async fn the_queue_freezes(more: &[(&str, &str)]) {
     let traffic = Traffic::start(&cluster, BUSY);
     traffic.goes_on(300).await;
     cluster.queue().stop();
+    for node in &cluster.nodes {
+        deliver_answers_within(node, Duration::from_millis(600)).await;
+    }
     sleep(STANDS_STILL).await; // the fault itself
     degraded_becomes(&cluster, &["redis_queue", "hints"]).await;
+    for node in &cluster.nodes {
+        deliver_answers_within(node, Duration::from_millis(300)).await;
+    }
     cluster.queue().cont();
     degraded_becomes(&cluster, &[]).await;
     traffic.goes_on(300).await;
@@ -187,6 +193,17 @@ async fn the_queue_freezes(more: &[(&str, &str)]) {
     }
     hints_work_again(&cluster).await;
     everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+}
+
+/// There is no queue to deliver by, and the caller is told so before its deadline.
+async fn deliver_answers_within(node: &Node, limit: Duration) {
+    let message = DeliverReq { user_id: 1, message: "hello".to_owned(), ..Default::default() };
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(limit);
+    let began = Instant::now();
+    let refused = node.presence().deliver(request).await.expect_err("the queue stands still");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused:?} after {:?}", began.elapsed());
+    assert!(began.elapsed() < limit, "{:?} of {limit:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
