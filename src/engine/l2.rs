@@ -29,8 +29,10 @@ use crate::metrics::Metrics;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::database::Kept;
+use crate::store::link::LinkError;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
+use crate::store::shared::Versions;
 use crate::store::users::Records;
 
 /// How long a reader waits for L2 before it asks SQL.
@@ -77,25 +79,44 @@ impl L2 {
             && self.timeouts.load(Ordering::Relaxed) < MAX_TIMEOUTS
     }
 
-    /// The records it has of `users`. Nothing if it is not usable, or takes too long.
+    /// The records it has of `users`, for readers. Nothing if it is not usable, or takes too long.
     pub async fn read(&self, users: &[UserId]) -> Records {
         if users.is_empty() || !self.is_usable() {
             return Records::new();
         }
-        match self.shared.read(users, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
-            Ok(found) if found.connection == self.checked.load(Ordering::Acquire) => {
-                self.timeouts.store(0, Ordering::Relaxed);
+        let found = self.shared.read(users, self.generation(), READ_BUDGET).await;
+        match self.answered(found.map(|found| (found.connection, found))) {
+            Some(found) => {
                 self.metrics.l2_hits.inc_by(found.records.len() as u64);
                 self.metrics.l2_misses.inc_by((users.len() - found.records.len()) as u64);
                 self.metrics.rejected("l2", found.outdated);
                 self.metrics.rejected("another_store", found.foreign);
                 found.records
             }
-            Ok(_) => Records::new(), // a new connection, to who knows which server
+            None => Records::new(),
+        }
+    }
+
+    /// The versions it has of `users`. Nothing if it is not usable, or takes too long.
+    pub async fn versions(&self, users: &[UserId]) -> Versions {
+        if users.is_empty() || !self.is_usable() {
+            return Versions::new();
+        }
+        self.answered(self.shared.versions(users, self.generation(), READ_BUDGET).await).unwrap_or_default()
+    }
+
+    /// What a connection said, if its server was checked.
+    fn answered<T>(&self, said: Result<(u64, T), LinkError>) -> Option<T> {
+        match said {
+            Ok((connection, found)) if connection == self.checked.load(Ordering::Acquire) => {
+                self.timeouts.store(0, Ordering::Relaxed);
+                Some(found)
+            }
+            Ok(_) => None, // a new connection, to who knows which server
             Err(_) => {
                 self.timeouts.fetch_add(1, Ordering::Relaxed);
                 self.distrust();
-                Records::new()
+                None
             }
         }
     }

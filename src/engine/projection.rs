@@ -200,18 +200,17 @@ impl Outside {
         if users.is_empty() || self.is_empty() {
             return Ok(Vec::new());
         }
-        let now: HashMap<UserId, UserRecord> = match &self.l2 {
-            Some(l2) => l2.read(&users).await,
+        let now = match &self.l2 {
+            Some(l2) => l2.versions(&users).await,
             None => {
                 let mut connection = kept.take().await?;
                 let records = connection.load_users(&users).await?.records;
                 kept.give_back(connection);
-                records
+                records.into_iter().map(|(user, record)| (user, record.version)).collect()
             }
         };
         let newer = |(user, record, _): &(UserId, UserRecord, Shown)| {
-            let known = now.get(user).map(|now| now.version);
-            (winners.contains(user) && known.is_none_or(|known| known > record.version)).then_some(*user)
+            (winners.contains(user) && now.get(user).is_none_or(|now| *now > record.version)).then_some(*user)
         };
         Ok(records.iter().filter_map(newer).collect())
     }
@@ -370,12 +369,12 @@ impl Repair {
         let lagging = self.outside.cache.lagging();
         for page in lagging.chunks(MAX_CONFIRMED) {
             let users: Vec<UserId> = page.iter().map(|(user, _)| *user).collect();
-            let known = l2.read(&users).await;
+            let known = l2.versions(&users).await;
             if !l2.is_usable() {
                 return;
             }
             for (user, lag) in page {
-                self.outside.cache.confirmed(*user, known.get(user).map_or(*lag, |record| record.version));
+                self.outside.cache.confirmed(*user, known.get(user).copied().unwrap_or(*lag));
             }
         }
     }

@@ -4,6 +4,7 @@
 //! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
 //! it was before.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use prost::Message;
@@ -69,6 +70,8 @@ pub struct Found {
     pub foreign: u64,
 }
 
+pub type Versions = HashMap<UserId, Version>;
+
 /// Why a record is none.
 enum Unfit {
     Outdated,
@@ -126,9 +129,7 @@ impl SharedCache {
 
     /// The records of `users` as far as Redis has them in `generation`.
     pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<Found, LinkError> {
-        let mut get = redis::pipe();
-        get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
-        let (connection, (answers,)): (_, (Vec<Option<Vec<u8>>>,)) = self.link.run_numbered(&get, limit).await?;
+        let (connection, answers) = self.get(users, limit).await?;
         let mut found = Found { connection, records: Records::new(), outdated: 0, foreign: 0 };
         for (user, bytes) in users.iter().zip(answers) {
             let Some(bytes) = bytes else { continue };
@@ -142,6 +143,21 @@ impl SharedCache {
             }
         }
         Ok(found)
+    }
+
+    /// The versions of those records only, and the connection that answered.
+    pub async fn versions(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<(u64, Versions), LinkError> {
+        let (connection, answers) = self.get(users, limit).await?;
+        let version = |bytes: Option<Vec<u8>>| Some(self.header(&bytes?, generation).ok()?.0);
+        let versions = users.iter().zip(answers).filter_map(|(user, bytes)| Some((*user, version(bytes)?)));
+        Ok((connection, versions.collect()))
+    }
+
+    async fn get(&self, users: &[UserId], limit: Duration) -> Result<(u64, Vec<Option<Vec<u8>>>), LinkError> {
+        let mut get = redis::pipe();
+        get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
+        let (connection, (answers,)) = self.link.run_numbered(&get, limit).await?;
+        Ok((connection, answers))
     }
 
     /// Copies what a reader loaded, for the next reader.
@@ -201,6 +217,13 @@ impl SharedCache {
     }
 
     fn decode(&self, bytes: &[u8], generation: u64) -> Result<UserRecord, Unfit> {
+        let (version, body) = self.header(bytes, generation)?;
+        let record = StoredRecord::decode(body).ok();
+        record.and_then(|record| record.into_record(version)).ok_or(Unfit::Unreadable)
+    }
+
+    /// The version of a record of this store and `generation`, and its body.
+    fn header<'a>(&self, bytes: &'a [u8], generation: u64) -> Result<(Version, &'a [u8]), Unfit> {
         let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(Unfit::Unreadable)?;
         let (numbers, store) = header.split_at(2 * DIGITS);
         let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
@@ -211,8 +234,7 @@ impl SharedCache {
         if number(of) != Some(generation) {
             return Err(Unfit::Outdated);
         }
-        let record = StoredRecord::decode(body).ok().zip(number(version));
-        record.and_then(|(record, version)| record.into_record(Version(version))).ok_or(Unfit::Unreadable)
+        Ok((Version(number(version).ok_or(Unfit::Unreadable)?), body))
     }
 }
 

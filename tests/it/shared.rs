@@ -181,6 +181,7 @@ async fn what_a_node_does_not_remember_it_reads_from_redis_and_says_so() {
     two.query_sql(BOB).await; // now it knows the gateway, without which no record makes sense
     let bound = one.bind(a_bind(ALICE, PHONE, "c")).await;
     changes.hears(&format!("{ALICE}:{GATEWAY}"), SHOWN_WITHIN).await;
+    assert_eq!(one.metric("im_presence_l2_hits_total").await, 0.0, "nobody has asked it; looking after its own is no hit");
     let answer = two.query(ALICE).await;
     assert_eq!((answer.version, answer.source(), answer.age_ms), (bound.version, Source::Shared, SHARED_AGE_MS));
     assert_eq!((answer.gateway_addr.as_str(), answer.routes[0].conn_id.as_str()), (GATEWAY, "c"));
