@@ -9,6 +9,7 @@ use tokio::time::timeout_at;
 
 use crate::app::StartError;
 use crate::store::bus::Bus;
+use crate::store::shared::Owner;
 use crate::store::shared::SharedCache;
 
 /// How long a Redis may take to say whose it is. One that does not answer is nobody's.
@@ -20,7 +21,7 @@ const LISTEN_FOR: Duration = Duration::from_millis(1_300);
 /// When nodes of another store are there.
 pub async fn must_not_be(store_id: &str, cache: Option<&SharedCache>, bus: Option<&Bus>) -> Result<(), StartError> {
     if let Some(cache) = cache
-        && let Ok(Some(store)) = cache.claim(ASK_LIMIT).await
+        && let Ok(Owner::Another(store)) = cache.claim(ASK_LIMIT).await
     {
         return Err(StartError::CacheTaken { store });
     }

@@ -30,6 +30,7 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::database::Kept;
 use crate::store::link::LinkError;
+use crate::store::shared::Owner;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
 use crate::store::shared::Versions;
@@ -43,6 +44,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const CHECK_LIMIT: Duration = Duration::from_millis(500);
 /// How long a check is good for.
 const CHECKED_FOR: Duration = Duration::from_secs(3);
+/// The store's name is there for longer after it was written.
+const CLAIMED_FOR: Duration = Duration::from_secs(5);
 /// A fill whose load is older than this might undo something.
 const FILL_LIMIT: Duration = Duration::from_secs(1);
 /// After this long without L2 what waits in the outbox is given up for a new generation.
@@ -179,8 +182,10 @@ pub struct L2Check {
     /// Since when every answer from SQL has also been copied there. None: nobody was answered before the first check.
     usable_since: Option<Timestamp>,
     has_checked: bool,
-    /// Another store that uses the same server.
-    other_store: Option<String>,
+    /// Whose the server was, which it was, and when that was asked last.
+    claimed: Option<(Owner, String, Instant)>,
+    /// What was there is gone.
+    emptied: bool,
 }
 
 impl L2Check {
@@ -192,8 +197,8 @@ impl L2Check {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
-        let (has_checked, other_store) = (false, None);
-        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked, other_store }
+        let (has_checked, claimed, emptied) = (false, None, false);
+        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked, claimed, emptied }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -214,7 +219,9 @@ impl L2Check {
             && let Ok(bytes) = self.l2.shared.link.used_memory(CHECK_LIMIT).await
         {
             self.metrics.redis_memory("cache", bytes);
-            self.look_for_other_stores().await;
+        }
+        if let Ok((_, identity)) = &identity {
+            self.claim(identity).await;
         }
         let done = match &identity {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
@@ -229,16 +236,23 @@ impl L2Check {
         }
     }
 
-    async fn look_for_other_stores(&mut self) {
-        let Ok(other) = self.l2.shared.claim(CHECK_LIMIT).await else { return };
-        if let Some(store) = other.as_ref().filter(|store| self.other_store.as_ref() != Some(store)) {
+    /// Says that this store uses the server, warns of others that do, and notices if all that was there is gone.
+    async fn claim(&mut self, identity: &str) {
+        let Ok(owner) = self.l2.shared.claim(CHECK_LIMIT).await else { return };
+        let before = self.claimed.replace((owner.clone(), identity.to_owned(), Instant::now()));
+        let was_ours = |(owner, of, at): &(Owner, String, Instant)| {
+            !matches!(owner, Owner::Another(_)) && of == identity && at.elapsed() < CLAIMED_FOR
+        };
+        self.emptied |= owner == Owner::Nobody && before.as_ref().is_some_and(was_ours);
+        if let Owner::Another(store) = &owner
+            && before.is_none_or(|(before, ..)| before != owner)
+        {
             warn!(
-                store.id = %store,
+                store.id = store,
                 "another store uses this Redis (cache) too: its records are ignored, but the keys of both mix: \
                  give one of them another redis_cache.database"
             );
         }
-        self.other_store = other;
     }
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
@@ -254,6 +268,11 @@ impl L2Check {
             } else {
                 warn!(generation, "Redis (cache) is another server than before, or has other data: the caches start anew");
             }
+        }
+        if std::mem::take(&mut self.emptied) {
+            connection.raise_generation(cluster.generation).await.inspect_err(|_| self.emptied = true)?;
+            cluster = connection.read_cluster().await?;
+            warn!(generation = cluster.generation, "Redis (cache) was emptied: everybody is shown there anew");
         }
         let now = cluster.clock.now();
         if !self.l2.is_usable() && self.has_checked {

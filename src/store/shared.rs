@@ -53,12 +53,20 @@ if ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
 else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
 return 1";
 
-/// KEYS: the store's name. ARGV: a store's id, its TTL. Says whose this Redis is: the first store's, as long as its nodes renew it.
+/// KEYS: the store's name. ARGV: a store's id, its TTL. Says whose this Redis is: the first store's, as long as its nodes
+/// renew it; empty: nobody's until now.
 const CLAIM: &str = r"
-local owner = redis.call('GET', KEYS[1])
-if owner and owner ~= ARGV[1] then return owner end
-redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-return ARGV[1]";
+local owner = redis.call('GET', KEYS[1]) or ''
+if owner == '' or owner == ARGV[1] then redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2]) end
+return owner";
+
+/// Whose a Redis was when this store said that it uses it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Owner {
+    Nobody,
+    ThisStore,
+    Another(String),
+}
 
 /// What Redis has of some users.
 pub struct Found {
@@ -119,12 +127,16 @@ impl SharedCache {
         Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
 
-    /// Says that this store uses this Redis, for a while. Returns the id of another one that said so before.
-    pub async fn claim(&self, limit: Duration) -> Result<Option<String>, LinkError> {
+    /// Says that this store uses this Redis, for a while, unless another one does.
+    pub async fn claim(&self, limit: Duration) -> Result<Owner, LinkError> {
         let mut claim = redis::pipe();
         claim.cmd("EVAL").arg(CLAIM).arg(1).arg(keys::STORE).arg(&self.store_id).arg(CLAIM_TTL.as_secs());
         let (owner,): (String,) = self.link.run(&claim, limit).await?;
-        Ok(Some(owner).filter(|owner| *owner != self.store_id))
+        Ok(match owner {
+            nobody if nobody.is_empty() => Owner::Nobody,
+            this if this == self.store_id => Owner::ThisStore,
+            another => Owner::Another(another),
+        })
     }
 
     /// The records of `users` as far as Redis has them in `generation`.

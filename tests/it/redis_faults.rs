@@ -448,3 +448,21 @@ async fn what_a_node_that_was_killed_after_its_commit_had_not_shown_another_show
     let _turn = heavy().await;
     killed_before_it_has_shown(true).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_was_emptied_is_filled_again_and_a_user_who_left_does_not_come_back() {
+    let cluster = Cluster::with_two_redis(2, &[]).await;
+    bind_all(cluster.node(), 1..=BUSY, "c").await;
+    unbind_all(cluster.node(), ALICE..=ALICE).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+    let generation = async || cluster.db.number("SELECT generation FROM cluster").await;
+    let before = generation().await;
+    let redis = cluster.cache().client().await;
+    eventually("it says whose it is", NOTICED_WITHIN, async || redis.has("presence:store").await).await;
+    redis.run::<()>(&["FLUSHALL"]).await;
+    eventually("it is filled", NOTICED_WITHIN, async || redis.has("user:route:2").await).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+    assert_eq!(redis.get("user:route:1").await, None);
+    assert_eq!(generation().await, before + 1, "once, however many nodes notice");
+    assert_eq!(cluster.nodes[1].degraded().await, [""; 0]);
+}
