@@ -16,6 +16,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use prost::Message;
+use tokio::sync::Notify;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tracing::warn;
@@ -90,7 +91,14 @@ pub struct Outside {
 /// A lane's end of its projector.
 pub struct ToProjector {
     batches: mpsc::Sender<Batch>,
-    shown: Arc<Mutex<Vec<ShownRow>>>,
+    shown: Arc<Shelf>,
+}
+
+/// Rows that the projector is done with, for the lane to delete.
+#[derive(Default)]
+struct Shelf {
+    rows: Mutex<Vec<ShownRow>>,
+    added: Notify,
 }
 
 /// An outbox row with nothing left to show.
@@ -106,7 +114,12 @@ impl ToProjector {
     }
 
     pub fn take_shown(&self) -> Vec<ShownRow> {
-        std::mem::take(&mut *lock(&self.shown))
+        std::mem::take(&mut *lock(&self.shown.rows))
+    }
+
+    /// Waits until there may be something to take.
+    pub async fn has_shown(&self) {
+        self.shown.added.notified().await;
     }
 }
 
@@ -119,13 +132,14 @@ impl Outside {
     /// Starts a projector. It ends when its lane does, after the last batch.
     pub fn projector(self: &Arc<Self>, tasks: &mut tokio::task::JoinSet<()>) -> ToProjector {
         let (batches, mut queue) = mpsc::channel::<Batch>(QUEUE);
-        let (outside, shown) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
+        let (outside, shown) = (self.clone(), Arc::<Shelf>::default());
         let done = Arc::clone(&shown);
         tasks.spawn(async move {
             let mut kept = Kept::new(outside.database.clone());
             while let Some(batch) = queue.recv().await {
                 if let Some(row) = outside.project(batch, &mut kept).await {
-                    lock(&done).push(row);
+                    lock(&done.rows).push(row);
+                    done.added.notify_one();
                 }
             }
         });

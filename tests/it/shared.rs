@@ -239,3 +239,15 @@ async fn in_another_database_of_the_same_redis_everybody_is_shown_anew() {
     let shown = async || redis.get("user:route:1").await.as_deref() == Some(GATEWAY);
     eventually("she is shown there, too", SHOWN_WITHIN, shown).await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_was_shown_is_not_taken_for_one_that_was_left_behind_though_nothing_follows_it() {
+    /// Before any node would take the row over.
+    const DONE_WITHIN: Duration = Duration::from_millis(1_900);
+    let cluster = Cluster::with_redis(2, &[]).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    eventually("it is done", DONE_WITHIN, async || cluster.db.number("SELECT COUNT(*) FROM outbox").await == 0).await;
+    for node in &cluster.nodes {
+        assert_eq!(node.metric("im_presence_outbox_repaired_total").await, 0.0);
+    }
+}
