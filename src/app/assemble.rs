@@ -70,12 +70,8 @@ impl Assembled {
         let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         let addr = config.presence_service.advertise.clone().unwrap_or_else(|| data.to_string());
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
-        let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
-        let l2 = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
-        if database.engine == Engine::Sqlite {
-            neighbours::must_not_be(&database.store_id, l2.as_ref(), bus.as_deref()).await?;
-        }
-        let l2 = l2.map(|shared| L2::new(shared, metrics.clone()));
+        let (bus, shared) = redis(config, &database).await?;
+        let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&*node_id, &*database.store_id);
         let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
 
@@ -133,6 +129,16 @@ impl Assembled {
         let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);
         Ok(Self { node_id, database, metrics, cache, lives, lanes, hints, directory, deliveries })
     }
+}
+
+/// Both uses of Redis, as far as they are configured.
+async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>, Option<SharedCache>), StartError> {
+    let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
+    let cache = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
+    if database.engine == Engine::Sqlite {
+        neighbours::must_not_be(&database.store_id, cache.as_ref(), bus.as_deref()).await?;
+    }
+    Ok((bus, cache))
 }
 
 fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {
