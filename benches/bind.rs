@@ -34,6 +34,7 @@ use im_presence::store::users::UserChange;
 use serde_json::json;
 
 use crate::harness::cluster::Cluster;
+use crate::harness::eventually;
 use crate::harness::node::Node;
 
 const USERS: u64 = 100_000;
@@ -43,6 +44,7 @@ const IN_FLIGHT: u64 = 64;
 const BATCH: u64 = 1_000;
 const BATCH_CONNECTIONS: u64 = 4;
 const SQL_CONNECTIONS: usize = 8;
+const SHOWN_WITHIN: Duration = Duration::from_secs(20);
 
 struct Plan {
     rounds: usize,
@@ -62,37 +64,42 @@ fn main() {
 
 async fn measure(plan: &Plan) {
     let mysql = Cluster::mariadb(1, &[]).await;
+    let redis = Cluster::with_redis(1, &[]).await;
     let sqlite = Cluster::sqlite(&[]).await;
     let alone = Cluster::mariadb(1, &[]).await; // lays the tables for the plain client
-    let (mut binds, mut batches, mut embedded, mut plain) = (vec![], vec![], vec![], vec![]);
+    let mut figures: [Vec<f64>; 5] = Default::default();
     for round in 0..=plan.rounds {
         let results = [
             bind_one_by_one(mysql.node(), plan.time).await,
+            bind_and_show(&redis, plan.time).await,
             one_transaction_each(&alone.db.url, plan.time).await,
             bind_in_batches(mysql.node(), plan.time).await,
             bind_one_by_one(sqlite.node(), plan.time).await,
         ];
         if round > 0 || plan.rounds == 1 {
             // the first round warms up
-            for (figures, result) in [&mut binds, &mut plain, &mut batches, &mut embedded].into_iter().zip(results) {
+            for (figures, result) in figures.iter_mut().zip(results) {
                 figures.push(result);
             }
         }
     }
-    for node in [mysql.node(), sqlite.node()] {
+    for node in [mysql.node(), redis.node(), sqlite.node()] {
         let not_ok: Vec<_> =
             node.series("im_presence_binds_total").await.into_iter().filter(|(l, _)| !l.contains("\"ok\"")).collect();
         assert!(not_ok.is_empty(), "binds that were not done: {not_ok:?}");
     }
-    report(binds, plain, batches, embedded);
+    report(figures);
+    let left = redis.node().metric("im_presence_outbox_repaired_total").await;
+    println!("batches that were not shown in Redis at once: {left}");
 }
 
-fn report(binds: Vec<f64>, plain: Vec<f64>, batches: Vec<f64>, embedded: Vec<f64>) {
-    let [binds, plain, batches, embedded] = [binds, plain, batches, embedded].map(Figures::of);
+fn report(figures: [Vec<f64>; 5]) {
+    let [binds, shown, plain, batches, embedded] = figures.map(Figures::of);
     println!("| acknowledged binds a second | median | lowest | highest | against one transaction each |");
     println!("|---|---|---|---|---|");
     for (what, figures) in [
         ("BindRoute, MariaDB", &binds),
+        ("BindRoute, MariaDB, shown in Redis (cache and queue)", &shown),
         ("one transaction per bind, 8 connections, MariaDB", &plain),
         ("BatchBindRoute of 1,000, MariaDB", &batches),
         ("BindRoute, SQLite (WAL, synchronous = FULL)", &embedded),
@@ -100,8 +107,12 @@ fn report(binds: Vec<f64>, plain: Vec<f64>, batches: Vec<f64>, embedded: Vec<f64
         let ratio = figures.median / plain.median;
         println!("| {what} | {:.0} | {:.0} | {:.0} | {ratio:.1}x |", figures.median, figures.lowest, figures.highest);
     }
-    let medians = [binds.median, plain.median, batches.median, embedded.median].map(f64::round);
-    let line = json!({ "bench": "bind", "bind": medians[0], "one_transaction_each": medians[1], "batch": medians[2], "sqlite": medians[3] });
+    let [bind, bind_shown, one_transaction_each, batch, sqlite] =
+        [binds, shown, plain, batches, embedded].map(|figures| figures.median.round());
+    let line = json!({
+        "bench": "bind", "bind": bind, "bind_shown_in_redis": bind_shown, "one_transaction_each": one_transaction_each,
+        "batch": batch, "sqlite": sqlite,
+    });
     println!("{line}");
 }
 
@@ -139,6 +150,14 @@ async fn bind_one_by_one(node: &Node, time: Duration) -> f64 {
     let done = tokio::task::spawn_blocking(run).await.expect("the loader");
     assert_eq!(done.failed, 0, "failed calls");
     done.per_second()
+}
+
+/// Redis has everything before the next contender begins.
+async fn bind_and_show(cluster: &Cluster, time: Duration) -> f64 {
+    let rate = bind_one_by_one(cluster.node(), time).await;
+    let rows = async || cluster.db.number("SELECT COUNT(*) FROM outbox").await;
+    eventually("everything is shown", SHOWN_WITHIN, async || rows().await == 0).await;
+    rate
 }
 
 async fn bind_in_batches(node: &Node, time: Duration) -> f64 {

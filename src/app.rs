@@ -1,6 +1,7 @@
 //! Puts the daemon together. The only place that connects, listens and starts tasks.
 
 mod assemble;
+mod neighbours;
 mod serve;
 mod upkeep;
 
@@ -54,6 +55,16 @@ pub enum StartError {
     Store(OpenError),
     #[error("[{section}] cannot be used: {cause}")]
     Redis { section: &'static str, cause: LinkError },
+    #[error(
+        "[redis_cache] is used by another store ({store}), and a node on SQLite shares no Redis: give it another \
+         redis_cache.database, or store.url = mysql://... to join the others; a store that is gone is forgotten in 10 s"
+    )]
+    CacheTaken { store: String },
+    #[error(
+        "nodes of another store ({store}) speak on the channels of [redis_queue], and a node on SQLite shares none: give it \
+         another redis_queue.channel_prefix, or store.url = mysql://... to join the others"
+    )]
+    ChannelsTaken { store: String },
     #[error("[{section}] asks for TLS, which this build does not have for Redis: put a tunnel before it, or use no TLS")]
     NoTls { section: &'static str },
     #[error("cannot listen on {addr}: {cause}")]
@@ -128,6 +139,7 @@ impl App {
             cache,
             lanes: lanes.clone(),
             lives: engine.lives.clone(),
+            hints: engine.hints,
             max_capacity,
             draining: draining.clone(),
         };

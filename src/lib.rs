@@ -7,7 +7,7 @@
 //! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
 //! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`) |
-//! | [`store`] | the outside: SQL |
+//! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways |
 //! | [`clock`], [`config`], [`error`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
@@ -28,6 +28,7 @@
 //! | tier | holds | is it the truth |
 //! |---|---|---|
 //! | SQL | users, routes, lives, outbox | the only one |
+//! | L2 (Redis, optional) | records with store, generation and version, and the two keys that other services read | no; `engine::l2` says when it may be believed |
 //! | L1 (memory, per node) | records of hot users | no; see `engine::cache` for the rule that no reader is ever taken back in time |
 //! | lives (memory, per node) | copy of the table, with the time since it is known | no |
 //!

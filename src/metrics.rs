@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
@@ -65,7 +66,7 @@ pub struct Metrics {
     redis_errors: Family<ByUse, Counter>,
     redis_memory: Family<ByUse, Gauge>,
     pub deliveries: Family<ByOutcome, Counter>,
-    pub stale_offers_rejected: Family<ByTier, Counter>,
+    stale_offers_rejected: Family<ByTier, Counter>,
     pub store_up: Gauge,
     store_errors: Family<ByKind, Counter>,
     pub cache_generation: Gauge,
@@ -187,6 +188,16 @@ impl Metrics {
     /// How long one stage of a delivery took.
     pub fn delivery_stage(&self, stage: &'static str, took: Duration) {
         self.delivery_seconds.get_or_create(&ByStage { stage }).observe(took.as_secs_f64());
+    }
+
+    /// Records that were kept out of a cache, or passed over in one.
+    pub fn rejected(&self, tier: &'static str, records: u64) {
+        self.stale_offers_rejected.get_or_create(&ByTier { tier }).inc_by(records);
+    }
+
+    /// The same, as counted elsewhere so far.
+    pub fn rejected_so_far(&self, tier: &'static str, records: u64) {
+        self.stale_offers_rejected.get_or_create(&ByTier { tier }).inner().store(records, Ordering::Relaxed);
     }
 
     pub fn shed(&self, what: &'static str) {

@@ -3,9 +3,10 @@
 //! * `/livez` is 200 as long as the process answers. It looks at nothing outside.
 //! * `/readyz` is 503 only if this node cannot do its job: it is draining. Whatever else is missing is named in `degraded`:
 //!   the loss of a database must not empty the load balancer, because every node has lost it.
-//! * `/healthz`: the database and each Redis that is configured answer, and fewer users are online than `max_capacity`.
+//! * `/healthz`: the database and each Redis that is configured answer, the nodes hear each other, and fewer users are online than `max_capacity`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use axum::Json;
 use axum::Router;
@@ -17,9 +18,9 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
 use crate::engine::cache::Cache;
+use crate::engine::hints::Hints;
 use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
-use crate::metrics::ByTier;
 use crate::metrics::Metrics;
 
 #[derive(Clone)]
@@ -28,6 +29,8 @@ pub struct Operator {
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
     pub lives: Arc<Lives>,
+    /// None: there is nobody to hear.
+    pub hints: Option<Arc<Hints>>,
     /// Users online above which the node says it is full; 0: no limit.
     pub max_capacity: u64,
     pub draining: CancellationToken,
@@ -66,8 +69,7 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     metrics.l1_entries.set(gauge(operator.cache.len()));
     metrics.users_online.set(operator.lives.users_online());
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
-    let rejected = metrics.stale_offers_rejected.get_or_create_owned(&ByTier { tier: "l1" });
-    rejected.inner().store(operator.cache.offers_rejected(), std::sync::atomic::Ordering::Relaxed);
+    metrics.rejected_so_far("l1", operator.cache.offers_rejected());
     metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }
 
@@ -81,12 +83,13 @@ impl Operator {
         degraded
     }
 
-    /// What is configured and does not answer.
+    /// What is configured and does not answer; `hints`: this node does not hear itself, or one of the others.
     fn missing(&self) -> Vec<&'static str> {
         let parts = [
             ("store", self.store_up()),
             ("redis_cache", self.metrics.is_redis_up("cache").unwrap_or(true)),
             ("redis_queue", self.metrics.is_redis_up("queue").unwrap_or(true)),
+            ("hints", self.hints.as_ref().is_none_or(|hints| hints.complete_since(Instant::now()).is_some())),
         ];
         parts.into_iter().filter(|(_, up)| !up).map(|(part, _)| part).collect()
     }

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::StartError;
+use crate::app::neighbours;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
@@ -77,6 +78,7 @@ pub struct Assembled {
     pub acks: Arc<Acks>,
     pub inboxes: Arc<Inboxes>,
     pub lanes: Arc<Lanes>,
+    pub hints: Option<Arc<Hints>>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
 }
@@ -93,9 +95,8 @@ impl Assembled {
         let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         let addr = config.presence_service.advertise.clone().unwrap_or_else(|| data.to_string());
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
-        let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
-        let l2 = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
-        let l2 = l2.map(|shared| L2::new(shared, metrics.clone()));
+        let (bus, shared) = redis(config, &database).await?;
+        let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&*node_id, &*database.store_id);
         let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
 
@@ -162,7 +163,7 @@ impl Assembled {
         for _ in 0..config.store.connections {
             tasks.spawn(loader.clone().work(stop.clone()));
         }
-        let settings = directory_settings(config, database.engine, hints);
+        let settings = directory_settings(config, database.engine, hints.clone());
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
         tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), cache.clone(), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
@@ -206,10 +207,21 @@ impl Assembled {
             acks,
             inboxes,
             lanes,
+            hints,
             directory,
             deliveries,
         })
     }
+}
+
+/// Both uses of Redis, as far as they are configured.
+async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>, Option<SharedCache>), StartError> {
+    let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
+    let cache = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
+    if database.engine == Engine::Sqlite {
+        neighbours::must_not_be(&database.store_id, cache.as_ref(), bus.as_deref()).await?;
+    }
+    Ok((bus, cache))
 }
 
 fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {

@@ -26,12 +26,14 @@ use crate::engine::cache::Cache;
 use crate::engine::cache::L2_AGE;
 use crate::engine::hints::Hints;
 use crate::metrics::Metrics;
-use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::database::Kept;
+use crate::store::link::LinkError;
+use crate::store::shared::Owner;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
+use crate::store::shared::Versions;
 use crate::store::users::Records;
 
 /// How long a reader waits for L2 before it asks SQL.
@@ -42,6 +44,8 @@ const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 const CHECK_LIMIT: Duration = Duration::from_millis(500);
 /// How long a check is good for.
 const CHECKED_FOR: Duration = Duration::from_secs(3);
+/// The store's name is there for longer after it was written.
+const CLAIMED_FOR: Duration = Duration::from_secs(5);
 /// A fill whose load is older than this might undo something.
 const FILL_LIMIT: Duration = Duration::from_secs(1);
 /// After this long without L2 what waits in the outbox is given up for a new generation.
@@ -78,23 +82,44 @@ impl L2 {
             && self.timeouts.load(Ordering::Relaxed) < MAX_TIMEOUTS
     }
 
-    /// The records it has of `users`. Nothing if it is not usable, or takes too long.
+    /// The records it has of `users`, for readers. Nothing if it is not usable, or takes too long.
     pub async fn read(&self, users: &[UserId]) -> Records {
         if users.is_empty() || !self.is_usable() {
             return Records::new();
         }
-        match self.shared.read(users, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
-            Ok((number, records)) if number == self.checked.load(Ordering::Acquire) => {
-                self.timeouts.store(0, Ordering::Relaxed);
-                self.metrics.l2_hits.inc_by(records.len() as u64);
-                self.metrics.l2_misses.inc_by((users.len() - records.len()) as u64);
-                records
+        let found = self.shared.read(users, self.generation(), READ_BUDGET).await;
+        match self.answered(found.map(|found| (found.connection, found))) {
+            Some(found) => {
+                self.metrics.l2_hits.inc_by(found.records.len() as u64);
+                self.metrics.l2_misses.inc_by((users.len() - found.records.len()) as u64);
+                self.metrics.rejected("l2", found.outdated);
+                self.metrics.rejected("another_store", found.foreign);
+                found.records
             }
-            Ok(_) => Records::new(), // a new connection, to who knows which server
+            None => Records::new(),
+        }
+    }
+
+    /// The versions it has of `users`. Nothing if it is not usable, or takes too long.
+    pub async fn versions(&self, users: &[UserId]) -> Versions {
+        if users.is_empty() || !self.is_usable() {
+            return Versions::new();
+        }
+        self.answered(self.shared.versions(users, self.generation(), READ_BUDGET).await).unwrap_or_default()
+    }
+
+    /// What a connection said, if its server was checked.
+    fn answered<T>(&self, said: Result<(u64, T), LinkError>) -> Option<T> {
+        match said {
+            Ok((connection, found)) if connection == self.checked.load(Ordering::Acquire) => {
+                self.timeouts.store(0, Ordering::Relaxed);
+                Some(found)
+            }
+            Ok(_) => None, // a new connection, to who knows which server
             Err(_) => {
                 self.timeouts.fetch_add(1, Ordering::Relaxed);
                 self.distrust();
-                Records::new()
+                None
             }
         }
     }
@@ -147,17 +172,20 @@ impl L2 {
 /// Checks once a second who the server is.
 pub struct L2Check {
     l2: Arc<L2>,
-    database: Arc<Database>,
+    kept: Kept,
     cache: Arc<Cache>,
     hints: Option<Arc<Hints>>,
     metrics: Arc<Metrics>,
-    connection: Option<Connection>,
     away_since: Option<Instant>,
     /// Connection and identity of the last comparison that held.
     compared: Option<(u64, String)>,
     /// Since when every answer from SQL has also been copied there. None: nobody was answered before the first check.
     usable_since: Option<Timestamp>,
     has_checked: bool,
+    /// Whose the server was, which it was, and when that was asked last.
+    claimed: Option<(Owner, String, Instant)>,
+    /// What was there is gone.
+    emptied: bool,
 }
 
 impl L2Check {
@@ -168,8 +196,9 @@ impl L2Check {
         hints: Option<Arc<Hints>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (connection, away_since, compared, usable_since) = (None, None, None, None);
-        Self { l2, database, cache, hints, metrics, connection, away_since, compared, usable_since, has_checked: false }
+        let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
+        let (has_checked, claimed, emptied) = (false, None, false);
+        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked, claimed, emptied }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -191,13 +220,15 @@ impl L2Check {
         {
             self.metrics.redis_memory("cache", bytes);
         }
+        if let Ok((_, identity)) = &identity {
+            self.claim(identity).await;
+        }
         let done = match &identity {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
             Err(error) => self.note_away(&error.to_string()).await,
         };
         self.has_checked = true;
         if done.is_err() {
-            self.connection = None;
             // Without SQL nobody can compare, but the same server on the same connection is as good as it was.
             if identity.ok().is_some_and(|now| self.compared.as_ref() == Some(&now)) {
                 self.l2.checked_at.set(asked);
@@ -205,8 +236,27 @@ impl L2Check {
         }
     }
 
+    /// Says that this store uses the server, warns of others that do, and notices if all that was there is gone.
+    async fn claim(&mut self, identity: &str) {
+        let Ok(owner) = self.l2.shared.claim(CHECK_LIMIT).await else { return };
+        let before = self.claimed.replace((owner.clone(), identity.to_owned(), Instant::now()));
+        let was_ours = |(owner, of, at): &(Owner, String, Instant)| {
+            !matches!(owner, Owner::Another(_)) && of == identity && at.elapsed() < CLAIMED_FOR
+        };
+        self.emptied |= owner == Owner::Nobody && before.as_ref().is_some_and(was_ours);
+        if let Owner::Another(store) = &owner
+            && before.is_none_or(|(before, ..)| before != owner)
+        {
+            warn!(
+                store.id = store,
+                "another store uses this Redis (cache) too: its records are ignored, but the keys of both mix: \
+                 give one of them another redis_cache.database"
+            );
+        }
+    }
+
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let mut cluster = connection.read_cluster().await?;
         let first = cluster.cache_identity.is_empty();
         if cluster.cache_identity != identity {
@@ -219,6 +269,11 @@ impl L2Check {
                 warn!(generation, "Redis (cache) is another server than before, or has other data: the caches start anew");
             }
         }
+        if std::mem::take(&mut self.emptied) {
+            connection.raise_generation(cluster.generation).await.inspect_err(|_| self.emptied = true)?;
+            cluster = connection.read_cluster().await?;
+            warn!(generation = cluster.generation, "Redis (cache) was emptied: everybody is shown there anew");
+        }
         let now = cluster.clock.now();
         if !self.l2.is_usable() && self.has_checked {
             self.usable_since = Some(now);
@@ -227,7 +282,7 @@ impl L2Check {
         let allowed = now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL));
         let shown_until = self.usable_since.map_or(allowed, |since| since.max(allowed));
         let complete = !connection.has_outbox_before(shown_until).await?;
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         if cluster.cache_identity != identity {
             return Ok(()); // another node sees another server; the next check will tell
         }
@@ -258,7 +313,7 @@ impl L2Check {
         if since.elapsed() < AWAY_LIMIT {
             return Ok(());
         }
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let cluster = connection.read_cluster().await?;
         let old = cluster.clock.now().minus(AWAY_LIMIT);
         // Rows that old say that no other node reaches it either.
@@ -269,14 +324,7 @@ impl L2Check {
             }
             connection.void_outbox_without_cache(old).await?;
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(())
-    }
-
-    async fn connected(&mut self) -> Result<Connection, SqlError> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => self.database.connect(Purpose::General).await,
-        }
     }
 }

@@ -136,6 +136,7 @@ impl Lane {
             }
             Some(event) = self.callers.recv() => Some(Wake::Event(event)),
             Some(event) = self.background.recv() => Some(Wake::Event(event)),
+            () = self.projector.has_shown(), if !closed => Some(Wake::Nothing),
             () = sleep_until((Instant::now() + pause).into()), if !closed || !self.parked.is_empty() => {
                 self.keep_connection().await;
                 Some(Wake::Nothing)

@@ -15,6 +15,7 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
+use tokio::sync::Notify;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tracing::warn;
@@ -37,9 +38,9 @@ use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
 use crate::store::codec::StoredNotice;
 use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::database::Kept;
 use crate::store::outbox::OutboxId;
 use crate::store::shared::Shown;
 
@@ -96,7 +97,14 @@ pub struct Outside {
 /// A lane's end of its projector.
 pub struct ToProjector {
     batches: mpsc::Sender<Batch>,
-    shown: Arc<Mutex<Vec<ShownRow>>>,
+    shown: Arc<Shelf>,
+}
+
+/// Rows that the projector is done with, for the lane to delete.
+#[derive(Default)]
+struct Shelf {
+    rows: Mutex<Vec<ShownRow>>,
+    added: Notify,
 }
 
 /// An outbox row with nothing left to show.
@@ -112,7 +120,12 @@ impl ToProjector {
     }
 
     pub fn take_shown(&self) -> Vec<ShownRow> {
-        std::mem::take(&mut *lock(&self.shown))
+        std::mem::take(&mut *lock(&self.shown.rows))
+    }
+
+    /// Waits until there may be something to take.
+    pub async fn has_shown(&self) {
+        self.shown.added.notified().await;
     }
 }
 
@@ -125,12 +138,14 @@ impl Outside {
     /// Starts a projector. It ends when its lane does, after the last batch.
     pub fn projector(self: &Arc<Self>, tasks: &mut tokio::task::JoinSet<()>) -> ToProjector {
         let (batches, mut queue) = mpsc::channel::<Batch>(QUEUE);
-        let (outside, shown) = (self.clone(), Arc::new(Mutex::new(Vec::new())));
+        let (outside, shown) = (self.clone(), Arc::<Shelf>::default());
         let done = Arc::clone(&shown);
         tasks.spawn(async move {
+            let mut kept = Kept::new(outside.database.clone());
             while let Some(batch) = queue.recv().await {
-                if let Some(row) = outside.project(batch).await {
-                    lock(&done).push(row);
+                if let Some(row) = outside.project(batch, &mut kept).await {
+                    lock(&done.rows).push(row);
+                    done.added.notify_one();
                 }
             }
         });
@@ -138,7 +153,7 @@ impl Outside {
     }
 
     /// Shows a batch. Returns its row if there is nothing left to do.
-    async fn project(&self, batch: Batch) -> Option<ShownRow> {
+    async fn project(&self, batch: Batch, kept: &mut Kept) -> Option<ShownRow> {
         if batch.committed.elapsed() > LATE {
             return None;
         }
@@ -153,9 +168,9 @@ impl Outside {
         self.announce(&records, &winners).await;
         self.kick(&batch.kicks).await?;
         self.notify_stored(&batch.stored).await?;
-        let overtaken = self.overtaken(&records, &winners).await.ok()?;
+        let overtaken = self.overtaken(&records, &winners, kept).await.ok()?;
         if !overtaken.is_empty() {
-            self.show_now(&overtaken).await.ok()?;
+            self.show_kept(kept, &overtaken).await.ok()?;
         }
         Some(ShownRow { id: batch.outbox, users: versions.into_iter().map(|(user, _)| user).collect() })
     }
@@ -218,26 +233,37 @@ impl Outside {
         &self,
         records: &[(UserId, UserRecord, Shown)],
         winners: &BTreeSet<UserId>,
+        kept: &mut Kept,
     ) -> Result<Vec<UserId>, SqlError> {
         let users: Vec<UserId> = winners.iter().copied().collect();
         if users.is_empty() || self.is_empty() {
             return Ok(Vec::new());
         }
-        let now: HashMap<UserId, UserRecord> = match &self.l2 {
-            Some(l2) => l2.read(&users).await,
-            None => self.database.connect(Purpose::General).await?.load_users(&users).await?.records,
+        let now = match &self.l2 {
+            Some(l2) => l2.versions(&users).await,
+            None => {
+                let mut connection = kept.take().await?;
+                let records = connection.load_users(&users).await?.records;
+                kept.give_back(connection);
+                records.into_iter().map(|(user, record)| (user, record.version)).collect()
+            }
         };
         let newer = |(user, record, _): &(UserId, UserRecord, Shown)| {
-            let known = now.get(user).map(|now| now.version);
-            (winners.contains(user) && known.is_none_or(|known| known > record.version)).then_some(*user)
+            (winners.contains(user) && now.get(user).is_none_or(|now| *now > record.version)).then_some(*user)
         };
         Ok(records.iter().filter_map(newer).collect())
     }
 
     /// Shows `users` as SQL has them now, and looks again until nothing has changed meanwhile.
     pub async fn show_now(&self, users: &[UserId]) -> Result<(), SqlError> {
-        let mut connection = self.database.connect(Purpose::General).await?;
-        self.show_on(&mut connection, users).await
+        self.show_kept(&mut Kept::new(self.database.clone()), users).await
+    }
+
+    async fn show_kept(&self, kept: &mut Kept, users: &[UserId]) -> Result<(), SqlError> {
+        let mut connection = kept.take().await?;
+        self.show_on(&mut connection, users).await?;
+        kept.give_back(connection);
+        Ok(())
     }
 
     async fn show_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<(), SqlError> {
@@ -286,22 +312,19 @@ impl Outside {
 pub struct Repair {
     pub outside: Arc<Outside>,
     pub node_id: String,
-    connection: Option<Connection>,
+    kept: Kept,
     /// The generation of which everybody was shown, as far as this node knows.
     all_shown: u64,
 }
 
 impl Repair {
     pub fn new(outside: Arc<Outside>, node_id: &str) -> Self {
-        Self { outside, node_id: node_id.to_owned(), connection: None, all_shown: 0 }
+        Self { kept: Kept::new(outside.database.clone()), outside, node_id: node_id.to_owned(), all_shown: 0 }
     }
 
     /// Repairs every row that was left behind. Returns how many.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.outside.database.connect(Purpose::General).await?,
-        };
+        let mut connection = self.kept.take().await?;
         let waiting = connection.count_outbox().await?;
         self.outside.metrics.outbox_rows.set(waiting);
         if waiting > MAX_ROWS {
@@ -312,7 +335,7 @@ impl Repair {
         }
         if let Some(l2) = self.outside.l2.clone() {
             if !l2.is_usable() {
-                self.connection = Some(connection);
+                self.kept.give_back(connection);
                 return Ok(0); // the rows wait until L2 is back, or is given up
             }
             self.show_everybody(&mut connection, &l2).await?;
@@ -328,7 +351,7 @@ impl Repair {
             repaired += rows.len();
             self.repair(&mut connection, rows).await?;
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(repaired)
     }
 
@@ -390,12 +413,12 @@ impl Repair {
         let lagging = self.outside.cache.lagging();
         for page in lagging.chunks(MAX_CONFIRMED) {
             let users: Vec<UserId> = page.iter().map(|(user, _)| *user).collect();
-            let known = l2.read(&users).await;
+            let known = l2.versions(&users).await;
             if !l2.is_usable() {
                 return;
             }
             for (user, lag) in page {
-                self.outside.cache.confirmed(*user, known.get(user).map_or(*lag, |record| record.version));
+                self.outside.cache.confirmed(*user, known.get(user).copied().unwrap_or(*lag));
             }
         }
     }

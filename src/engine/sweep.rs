@@ -25,8 +25,8 @@ use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
 use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
+use crate::store::database::Kept;
 
 /// How often a node looks whether there is something to remove.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -48,7 +48,7 @@ pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
 pub struct Sweep {
     pub tools: Arc<Tools>,
     pub lanes: Arc<Lanes>,
-    connection: Option<Connection>,
+    kept: Kept,
     /// Ended lives of which a pass has found nothing, perhaps too early to be sure.
     empty: HashSet<Epoch>,
     served: u64,
@@ -56,19 +56,19 @@ pub struct Sweep {
 
 impl Sweep {
     pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
-        Self { tools, lanes, connection: None, empty: HashSet::new(), served: 0 }
+        Self { kept: Kept::new(tools.database.clone()), tools, lanes, empty: HashSet::new(), served: 0 }
     }
 
     /// Removes what is over, if it is this node's turn. Returns how many routes.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         let mut removed = self.expired(&mut connection).await?;
         if connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
             for life in connection.unswept_lives().await? {
                 removed += self.life(&mut connection, &life).await?;
             }
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(removed)
     }
 
@@ -152,7 +152,7 @@ impl Sweep {
 
     /// Counts users online and rows in the outbox, and looks for what nobody expects.
     pub async fn census(&mut self) -> Result<(), SqlError> {
-        let mut connection = self.connected().await?;
+        let mut connection = self.kept.take().await?;
         self.tools.lives.count_users(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
         if connection.claim_job("orphans", &self.tools.node_id, CENSUS_INTERVAL / 2).await? {
@@ -165,14 +165,7 @@ impl Sweep {
                 }
             }
         }
-        self.connection = Some(connection);
+        self.kept.give_back(connection);
         Ok(())
-    }
-
-    async fn connected(&mut self) -> Result<Connection, SqlError> {
-        match self.connection.take() {
-            Some(connection) => Ok(connection),
-            None => self.tools.database.connect(Purpose::General).await,
-        }
     }
 }

@@ -45,6 +45,16 @@ pub enum Heard {
     Lives(LivesHint),
 }
 
+impl Heard {
+    /// The store whose node has said it.
+    pub fn store_id(&self) -> &str {
+        match self {
+            Self::Users(hint) => &hint.store_id,
+            Self::Lives(hint) => &hint.store_id,
+        }
+    }
+}
+
 impl Bus {
     pub fn new(queue: &config::RedisQueue) -> Result<Self, LinkError> {
         Ok(Self { link: Link::new(&queue.server)?, channels: Channels::new(&queue.channel_prefix), up: AtomicBool::new(true) })

@@ -3,7 +3,9 @@
 use std::borrow::Cow;
 use std::fs::File;
 use std::fs::TryLockError;
+use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use sqlx::AssertSqlSafe;
 use sqlx::Row;
@@ -19,6 +21,8 @@ use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 
+/// The server may have ended a connection that was not used for longer.
+const IDLE_LIMIT: Duration = Duration::from_secs(5);
 const INIT: &str = include_str!("../../migrations/0001_init.sql");
 
 /// Where to connect, and the facts about the database that hold for the life of this process.
@@ -30,6 +34,30 @@ pub struct Database {
     deadline: Duration,
     /// Holds the SQLite file for this process alone.
     _lock: Option<File>,
+}
+
+/// A connection that one task keeps between its steps. After an error it is not given back, and the next step connects anew.
+pub struct Kept {
+    database: Arc<Database>,
+    idle: Option<(Instant, Connection)>,
+}
+
+impl Kept {
+    /// Does not connect yet.
+    pub fn new(database: Arc<Database>) -> Self {
+        Self { database, idle: None }
+    }
+
+    pub async fn take(&mut self) -> Result<Connection, SqlError> {
+        match self.idle.take() {
+            Some((since, connection)) if since.elapsed() < IDLE_LIMIT => Ok(connection),
+            _ => self.database.connect(Purpose::General).await,
+        }
+    }
+
+    pub fn give_back(&mut self, connection: Connection) {
+        self.idle = Some((Instant::now(), connection));
+    }
 }
 
 #[derive(Debug, thiserror::Error)]

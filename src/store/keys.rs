@@ -30,6 +30,9 @@ pub fn gateway_heartbeat(addr: &str) -> String {
     format!("gateway:heartbeat:{addr}")
 }
 
+/// The id of the store whose nodes use this database of Redis. Ends by itself soon after the last of them.
+pub const STORE: &str = "presence:store";
+
 /// Channels. Pub/Sub ignores database numbers: the prefix separates systems that share a Redis.
 #[derive(Clone, Debug)]
 pub struct Channels {

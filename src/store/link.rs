@@ -1,7 +1,7 @@
 //! One connection to a Redis, shared by all tasks and made again when it breaks.
 //!
-//! Commands of many tasks are pipelined by themselves. A command that is not answered in time ends the connection, because
-//! nobody knows what the peer has done or will answer next. Each connection has a number, so that what was found out about
+//! Commands of many tasks are pipelined by themselves. A command that is not answered in time ends the connection, because it
+//! may be dead; unless its caller was in a hurry, which must not cost the others theirs. Each connection has a number, so that what was found out about
 //! the server holds for that connection and no later one.
 
 use std::sync::Mutex;
@@ -23,6 +23,8 @@ use tokio::time::timeout;
 
 use crate::config;
 
+/// Who waits for less cannot tell a dead connection from a busy one.
+const HURRY: Duration = Duration::from_millis(50);
 /// Commands that may wait for the connection's driver.
 const PIPELINE_BUFFER: usize = 1024;
 
@@ -73,7 +75,12 @@ impl Link {
             Ok(Err(error)) => LinkError::Redis(error),
             Err(_) => LinkError::NoAnswer(limit),
         };
-        if !matches!(&result, LinkError::Redis(error) if !error.is_unrecoverable_error() && !error.is_timeout()) {
+        let is_over = match &result {
+            LinkError::NoAnswer(limit) => *limit >= HURRY,
+            LinkError::Redis(error) => error.is_unrecoverable_error() || error.is_timeout(),
+            LinkError::Down => false,
+        };
+        if is_over {
             self.give_up(number);
         }
         Err(result)
@@ -86,6 +93,11 @@ impl Link {
         let (text,): (String,) = self.run(&info, limit).await?;
         let used = text.lines().find_map(|line| line.strip_prefix("used_memory:")?.parse().ok());
         Ok(used.unwrap_or_default())
+    }
+
+    /// The number of the database that keys are in.
+    pub fn database(&self) -> i64 {
+        self.client.get_connection_info().redis_settings().db()
     }
 
     /// The longest that connecting and writing may take.

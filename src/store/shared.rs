@@ -4,6 +4,7 @@
 //! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
 //! it was before.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,6 +28,8 @@ use crate::store::users::Records;
 const FILL_TTL: Duration = Duration::from_secs(10);
 /// "No such user" is remembered for a moment only.
 const ABSENT_TTL: Duration = Duration::from_secs(2);
+/// How long a store that says nothing any more keeps others away.
+const CLAIM_TTL: Duration = Duration::from_secs(10);
 /// Keys the server looks at for one answer of a scan.
 const SCAN_PAGE: u32 = 1_000;
 /// Digits of a generation and of a version in the header, so that text compares as numbers do.
@@ -55,6 +58,40 @@ return 1";
 /// KEYS: a key. ARGV: a value. Deletes the key if it has that value.
 const FORGET: &str = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL', KEYS[1]) end return 0";
 
+/// KEYS: the store's name. ARGV: a store's id, its TTL. Says whose this Redis is: the first store's, as long as its nodes
+/// renew it; empty: nobody's until now.
+const CLAIM: &str = r"
+local owner = redis.call('GET', KEYS[1]) or ''
+if owner == '' or owner == ARGV[1] then redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2]) end
+return owner";
+
+/// Whose a Redis was when this store said that it uses it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Owner {
+    Nobody,
+    ThisStore,
+    Another(String),
+}
+
+/// What Redis has of some users.
+pub struct Found {
+    /// The connection that answered.
+    pub connection: u64,
+    pub records: Records,
+    /// Records that were left out: of another generation, and of another store.
+    pub outdated: u64,
+    pub foreign: u64,
+}
+
+pub type Versions = HashMap<UserId, Version>;
+
+/// Why a record is none.
+enum Unfit {
+    Outdated,
+    Foreign,
+    Unreadable,
+}
+
 /// What a user's keys say to other services.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shown {
@@ -82,7 +119,8 @@ impl SharedCache {
         Ok(Self { link: Link::new(redis)?, script, forget, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
     }
 
-    /// Who the server is (another answer means that its data may be other data), and the number of the connection that told.
+    /// Who the server is and which of its databases is used (another answer means that its data may be other data), and the
+    /// number of the connection that told.
     pub async fn identity(&self, limit: Duration) -> Result<(u64, String), LinkError> {
         let mut info = redis::pipe();
         info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
@@ -91,17 +129,53 @@ impl SharedCache {
             let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned));
             line.unwrap_or_default()
         };
-        Ok((number, format!("{}:{}", field(&server, "run_id"), field(&replication, "master_replid"))))
+        let (server, replication) = (field(&server, "run_id"), field(&replication, "master_replid"));
+        Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
 
-    /// The records of `users` as far as Redis has them in `generation`, and the number of the connection that answered.
-    pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<(u64, Records), LinkError> {
+    /// Says that this store uses this Redis, for a while, unless another one does.
+    pub async fn claim(&self, limit: Duration) -> Result<Owner, LinkError> {
+        let mut claim = redis::pipe();
+        claim.cmd("EVAL").arg(CLAIM).arg(1).arg(keys::STORE).arg(&self.store_id).arg(CLAIM_TTL.as_secs());
+        let (owner,): (String,) = self.link.run(&claim, limit).await?;
+        Ok(match owner {
+            nobody if nobody.is_empty() => Owner::Nobody,
+            this if this == self.store_id => Owner::ThisStore,
+            another => Owner::Another(another),
+        })
+    }
+
+    /// The records of `users` as far as Redis has them in `generation`.
+    pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<Found, LinkError> {
+        let (connection, answers) = self.get(users, limit).await?;
+        let mut found = Found { connection, records: Records::new(), outdated: 0, foreign: 0 };
+        for (user, bytes) in users.iter().zip(answers) {
+            let Some(bytes) = bytes else { continue };
+            match self.decode(&bytes, generation) {
+                Ok(record) => {
+                    found.records.insert(*user, record);
+                }
+                Err(Unfit::Outdated) => found.outdated += 1,
+                Err(Unfit::Foreign) => found.foreign += 1,
+                Err(Unfit::Unreadable) => {}
+            }
+        }
+        Ok(found)
+    }
+
+    /// The versions of those records only, and the connection that answered.
+    pub async fn versions(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<(u64, Versions), LinkError> {
+        let (connection, answers) = self.get(users, limit).await?;
+        let version = |bytes: Option<Vec<u8>>| Some(self.header(&bytes?, generation).ok()?.0);
+        let versions = users.iter().zip(answers).filter_map(|(user, bytes)| Some((*user, version(bytes)?)));
+        Ok((connection, versions.collect()))
+    }
+
+    async fn get(&self, users: &[UserId], limit: Duration) -> Result<(u64, Vec<Option<Vec<u8>>>), LinkError> {
         let mut get = redis::pipe();
         get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
-        let (number, (found,)): (_, (Vec<Option<Vec<u8>>>,)) = self.link.run_numbered(&get, limit).await?;
-        let decode = |bytes: Option<Vec<u8>>| bytes.and_then(|bytes| self.decode(&bytes, generation));
-        let records = users.iter().zip(found).filter_map(|(user, bytes)| Some((*user, decode(bytes)?)));
-        Ok((number, records.collect()))
+        let (connection, (answers,)) = self.link.run_numbered(&get, limit).await?;
+        Ok((connection, answers))
     }
 
     /// Copies what a reader loaded, for the next reader.
@@ -181,11 +255,25 @@ impl SharedCache {
         bytes
     }
 
-    fn decode(&self, bytes: &[u8], generation: u64) -> Option<UserRecord> {
-        let (header, body) = bytes.split_at_checked(HEADER_BYTES)?;
-        let of = |range: std::ops::Range<usize>| std::str::from_utf8(&header[range]).ok()?.parse::<u64>().ok();
-        let ours = &header[2 * DIGITS..] == self.store_id.as_bytes() && of(0..DIGITS)? == generation;
-        StoredRecord::decode(body).ok().filter(|_| ours)?.into_record(Version(of(DIGITS..2 * DIGITS)?))
+    fn decode(&self, bytes: &[u8], generation: u64) -> Result<UserRecord, Unfit> {
+        let (version, body) = self.header(bytes, generation)?;
+        let record = StoredRecord::decode(body).ok();
+        record.and_then(|record| record.into_record(version)).ok_or(Unfit::Unreadable)
+    }
+
+    /// The version of a record of this store and `generation`, and its body.
+    fn header<'a>(&self, bytes: &'a [u8], generation: u64) -> Result<(Version, &'a [u8]), Unfit> {
+        let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(Unfit::Unreadable)?;
+        let (numbers, store) = header.split_at(2 * DIGITS);
+        let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
+        let (of, version) = numbers.split_at(DIGITS);
+        if store != self.store_id.as_bytes() {
+            return Err(Unfit::Foreign);
+        }
+        if number(of) != Some(generation) {
+            return Err(Unfit::Outdated);
+        }
+        Ok((Version(number(version).ok_or(Unfit::Unreadable)?), body))
     }
 }
 

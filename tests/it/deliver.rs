@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchDeliverReq;
+use im_presence::pb::BatchQueryRouteReq;
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::DeliverResp;
@@ -27,7 +28,6 @@ use crate::harness::cluster::code;
 use crate::harness::cluster::retry_delay;
 use crate::harness::eventually;
 use crate::harness::heavy;
-use crate::harness::long;
 use crate::harness::node::Node;
 
 const HEARD_WITHIN: Duration = Duration::from_secs(2);
@@ -147,6 +147,27 @@ async fn a_gateway_that_comes_during_the_retries_gets_the_message() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_caller_in_a_hurry_costs_nobody_the_connection_to_the_queue() {
+    let cluster = Cluster::with_two_redis(1, &[]).await;
+    let node = cluster.node();
+    node.bind(a_bind(ALICE, PHONE, "c")).await;
+    let _gateway = cluster.queue().subscribe(&[ALICES_CHANNEL]).await;
+    let redis = cluster.queue().client().await;
+    let connections = async || {
+        let stats = redis.run::<String>(&["INFO", "stats"]).await;
+        let made = stats.lines().find_map(|line| line.strip_prefix("total_connections_received:").map(str::to_owned));
+        made.and_then(|made| made.parse::<u64>().ok()).expect("a number")
+    };
+    let before = connections().await;
+    for _ in 0..50 {
+        let mut request = Request::new(a_message(ALICE, "hello"));
+        request.set_timeout(Duration::from_millis(10));
+        let _ = node.presence().deliver(request).await; // done in time or not
+    }
+    assert_eq!(connections().await, before);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_envelope_says_for_which_devices_the_message_is() {
     let cluster = Cluster::with_redis(1, &[("DELIVERY__PAYLOAD", "envelope")]).await;
     let node = cluster.node();
@@ -208,34 +229,40 @@ async fn a_repeated_message_is_published_once_and_answered_as_the_first_time() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn of_a_message_to_many_each_user_gets_the_right_answer() {
+async fn of_a_message_to_10_000_users_who_were_bound_a_moment_ago_each_gets_the_right_answer() {
+    const USERS: i64 = 10_000;
+    const BATCH: usize = 2_500;
     let _turn = heavy().await;
-    let users: i64 = if long() { 10_000 } else { 1_000 };
     let cluster = Cluster::with_redis(2, &[("ROUTE__MAX_RETRIES", "2"), ("ROUTE__RETRY_INTERVAL", "100")]).await;
     let expected = |user: i64| match user % 10 {
         0 => Code::NotFound,
         1 => Code::Undelivered,
         _ => Code::Ok,
     };
-    let heard = (1..=users).filter(|user| expected(*user) == Code::Ok).map(|user| format!("user:{user}")).collect::<Vec<_>>();
+    let heard = (1..=USERS).filter(|user| expected(*user) == Code::Ok).map(|user| format!("user:{user}")).collect::<Vec<_>>();
     let mut gateway = cluster.queue().subscribe(&heard.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    for (number, node) in cluster.nodes.iter().enumerate() {
-        let mine = (1..=users).filter(|user| *user as usize % 2 == number && expected(*user) != Code::NotFound);
-        let binds = BatchBindRouteReq { binds: mine.map(|user| a_bind(user, PHONE, "c")).collect() };
-        let answer = node.presence().batch_bind_route(binds).await.expect("binds").into_inner();
+    for (number, users) in (1..=USERS).collect::<Vec<_>>().chunks(BATCH).enumerate() {
+        let (here, there) = (&cluster.nodes[number % 2], &cluster.nodes[1 - number % 2]);
+        let absent = BatchQueryRouteReq { user_ids: users.to_vec(), ..Default::default() };
+        let absent = there.presence().batch_query_route(absent).await.expect("queries").into_inner();
+        assert!(absent.users.iter().all(|user| !user.is_online), "and now it remembers that");
+        let bound = users.iter().filter(|user| expected(**user) != Code::NotFound);
+        let binds = BatchBindRouteReq { binds: bound.map(|user| a_bind(*user, PHONE, "c")).collect() };
+        let answer = here.presence().batch_bind_route(binds).await.expect("binds").into_inner();
         assert!(answer.results.iter().all(|bind| code(&bind.result) == Code::Ok));
-    }
-    // Named twice, a user gets it once.
-    let user_ids: Vec<i64> = (1..=users).rev().chain([2, 3]).take(10_000).collect();
-    let request = BatchDeliverReq { user_ids: user_ids.clone(), message: "to all".to_owned(), ..Default::default() };
-    let began = Instant::now();
-    let answer = cluster.nodes[1].presence().batch_deliver(request).await.expect("deliveries").into_inner();
-    println!("{} users after {:?}", answer.users.len(), began.elapsed());
-    assert_eq!(answer.users.iter().map(|user| user.user_id).collect::<Vec<_>>(), user_ids, "in the order asked");
-    for user in &answer.users {
-        let receivers = u32::from(expected(user.user_id) == Code::Ok);
-        let got = (code(&user.result), user.delivered, user.stored, user.receivers);
-        assert_eq!(got, (expected(user.user_id), receivers == 1, false, receivers), "{user:?}");
+
+        // Named twice, a user gets it once.
+        let user_ids: Vec<i64> = users.iter().rev().chain(&users[1..3]).copied().collect();
+        let request = BatchDeliverReq { user_ids: user_ids.clone(), message: "to all".to_owned(), ..Default::default() };
+        let began = Instant::now();
+        let answer = there.presence().batch_deliver(request).await.expect("deliveries").into_inner();
+        println!("{} users after {:?}", answer.users.len(), began.elapsed());
+        assert_eq!(answer.users.iter().map(|user| user.user_id).collect::<Vec<_>>(), user_ids, "in the order asked");
+        for user in &answer.users {
+            let receivers = u32::from(expected(user.user_id) == Code::Ok);
+            let got = (code(&user.result), user.delivered, user.stored, user.receivers);
+            assert_eq!(got, (expected(user.user_id), receivers == 1, false, receivers), "{user:?}");
+        }
     }
     let mut channels = Vec::new();
     for _ in 0..heard.len() {

@@ -7,7 +7,9 @@ use std::time::Instant;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
+use im_presence::pb::QueryRouteReq;
 use im_presence::pb::UnbindRouteReq;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use crate::harness::cluster::ALICE;
@@ -172,8 +174,14 @@ async fn the_queue_freezes(more: &[(&str, &str)]) {
     let traffic = Traffic::start(&cluster, BUSY);
     traffic.goes_on(300).await;
     cluster.queue().stop();
+    for node in &cluster.nodes {
+        deliver_answers_within(node, Duration::from_millis(600)).await;
+    }
     sleep(STANDS_STILL).await; // the fault itself
-    degraded_becomes(&cluster, &["redis_queue"]).await;
+    degraded_becomes(&cluster, &["redis_queue", "hints"]).await;
+    for node in &cluster.nodes {
+        deliver_answers_within(node, Duration::from_millis(300)).await;
+    }
     cluster.queue().cont();
     degraded_becomes(&cluster, &[]).await;
     traffic.goes_on(300).await;
@@ -185,6 +193,17 @@ async fn the_queue_freezes(more: &[(&str, &str)]) {
     }
     hints_work_again(&cluster).await;
     everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+}
+
+/// There is no queue to deliver by, and the caller is told so before its deadline.
+async fn deliver_answers_within(node: &Node, limit: Duration) {
+    let message = DeliverReq { user_id: 1, message: "hello".to_owned(), ..Default::default() };
+    let mut request = tonic::Request::new(message);
+    request.set_timeout(limit);
+    let began = Instant::now();
+    let refused = node.presence().deliver(request).await.expect_err("the queue stands still");
+    assert_eq!(refused.code(), tonic::Code::Unavailable, "{refused:?} after {:?}", began.elapsed());
+    assert!(began.elapsed() < limit, "{:?} of {limit:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -230,7 +249,7 @@ async fn the_first_answer_of_a_node_that_stood_still_is_no_older_than_it_says() 
         let bound = one.bind(a_bind(ALICE, PHONE, &format!("after-{turn}"))).await;
         let acknowledged = Instant::now();
         let mut client = two.presence();
-        let query = im_presence::pb::QueryRouteReq { user_id: ALICE, max_staleness_ms: None };
+        let query = QueryRouteReq { user_id: ALICE, max_staleness_ms: None };
         let call = tokio::spawn(async move { client.query_route(query).await });
         sleep(still).await; // the fault itself
         two.cont();
@@ -339,6 +358,58 @@ async fn the_cache_freezes(more: &[(&str, &str)]) {
     .await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_cache_stands_still_binds_go_on_and_queries_do_not_wait_for_it() {
+    let _turn = heavy().await;
+    let time = Duration::from_secs(if long() { 10 } else { 3 });
+    let cluster = Cluster::with_two_redis(1, &[COLD]).await;
+    let node = cluster.node();
+    rate(node, time / 3).await; // warms up
+    let (before, mut before_took) = rate(node, time).await;
+    cluster.cache().stop();
+    let (meanwhile, mut took) = rate(node, 2 * time).await;
+    cluster.cache().cont();
+    degraded_becomes(&cluster, &[]).await;
+    let share = meanwhile / before;
+    println!("binds a second: {before:.0}, then {meanwhile:.0} ({:.0} %) while the cache stands still", 100.0 * share);
+    let (p99_before, p99, max) = (percentile(&mut before_took, 0.99), percentile(&mut took, 0.99), percentile(&mut took, 1.0));
+    println!("queries: p99 {p99_before:?}, then p99 {p99:?}, max {max:?}");
+    // Wide bounds: what is promised is half the rate, and 150 ms.
+    assert!(share > 0.3, "{share}");
+    assert!(p99 < Duration::from_millis(450), "{p99:?}");
+}
+
+/// Binds a second that many callers get done within `time`, and how long queries take meanwhile.
+async fn rate(node: &Node, time: Duration) -> (f64, Vec<Duration>) {
+    const CALLERS: i64 = 128;
+    const USERS: i64 = 50;
+    let began = Instant::now();
+    let mut callers = JoinSet::new();
+    for caller in 0..CALLERS {
+        let mut client = if caller % 16 == 0 { node.new_connection() } else { node.presence() };
+        callers.spawn(async move {
+            let mut binds = 0;
+            while began.elapsed() < time {
+                let user = caller * USERS + binds % USERS + 1;
+                let bound =
+                    client.bind_route(a_bind(user, PHONE, &began.elapsed().as_nanos().to_string())).await.expect("a bind");
+                assert_eq!(code(&bound.into_inner().result), Code::Ok);
+                binds += 1;
+            }
+            binds
+        });
+    }
+    let (mut client, mut took) = (node.new_connection(), Vec::new());
+    while began.elapsed() < time {
+        let query = QueryRouteReq { user_id: took.len() as i64 * 7 % (CALLERS * USERS) + 1, max_staleness_ms: None };
+        let asked = Instant::now();
+        client.query_route(query).await.expect("a query");
+        took.push(asked.elapsed());
+    }
+    let binds: i64 = callers.join_all().await.into_iter().sum();
+    (binds as f64 / began.elapsed().as_secs_f64(), took)
+}
+
 /// A node commits while the cache stands still, acknowledges, and is killed. What it has not shown, the other one shows.
 async fn killed_before_it_has_shown(gave_up: bool) {
     let mut cluster = Cluster::with_two_redis(2, &[]).await;
@@ -376,4 +447,22 @@ async fn what_a_node_that_was_killed_after_its_commit_had_begun_to_show_another_
 async fn what_a_node_that_was_killed_after_its_commit_had_not_shown_another_shows() {
     let _turn = heavy().await;
     killed_before_it_has_shown(true).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_was_emptied_is_filled_again_and_a_user_who_left_does_not_come_back() {
+    let cluster = Cluster::with_two_redis(2, &[]).await;
+    bind_all(cluster.node(), 1..=BUSY, "c").await;
+    unbind_all(cluster.node(), ALICE..=ALICE).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+    let generation = async || cluster.db.number("SELECT generation FROM cluster").await;
+    let before = generation().await;
+    let redis = cluster.cache().client().await;
+    eventually("it says whose it is", NOTICED_WITHIN, async || redis.has("presence:store").await).await;
+    redis.run::<()>(&["FLUSHALL"]).await;
+    eventually("it is filled", NOTICED_WITHIN, async || redis.has("user:route:2").await).await;
+    everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
+    assert_eq!(redis.get("user:route:1").await, None);
+    assert_eq!(generation().await, before + 1, "once, however many nodes notice");
+    assert_eq!(cluster.nodes[1].degraded().await, [""; 0]);
 }

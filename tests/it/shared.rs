@@ -58,7 +58,7 @@ async fn other_services_find_a_user_by_the_keys_they_know_whichever_node_was_tol
         let ttl = redis.ttl(&status).await;
         assert!((290..=300).contains(&ttl), "{status} outlives the route by status_ttl: {ttl}");
     }
-    assert_eq!(redis.keys("*").await.len(), 4, "two statuses and two records: {:?}", redis.keys("*").await);
+    assert_eq!(redis.keys("user:*").await.len(), 4, "two statuses and two records: {:?}", redis.keys("user:*").await);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -85,10 +85,10 @@ async fn without_mpim_keys_only_the_record_is_written() {
     let bound = cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
     changes.hears(&format!("{ALICE}:{GATEWAY}"), SHOWN_WITHIN).await;
     let redis = cluster.cache().client().await;
-    assert_eq!(redis.keys("*").await, ["user:record:1"]);
+    assert_eq!(redis.keys("user:*").await, ["user:record:1"]);
     cluster.node().unbind(an_unbind(ALICE, bound.route_key)).await;
     changes.hears(&format!("{ALICE}:"), SHOWN_WITHIN).await;
-    assert_eq!(redis.keys("*").await, ["user:record:1"]);
+    assert_eq!(redis.keys("user:*").await, ["user:record:1"]);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -181,6 +181,7 @@ async fn what_a_node_does_not_remember_it_reads_from_redis_and_says_so() {
     two.query_sql(BOB).await; // now it knows the gateway, without which no record makes sense
     let bound = one.bind(a_bind(ALICE, PHONE, "c")).await;
     changes.hears(&format!("{ALICE}:{GATEWAY}"), SHOWN_WITHIN).await;
+    assert_eq!(one.metric("im_presence_l2_hits_total").await, 0.0, "nobody has asked it; looking after its own is no hit");
     let answer = two.query(ALICE).await;
     assert_eq!((answer.version, answer.source(), answer.age_ms), (bound.version, Source::Shared, SHARED_AGE_MS));
     assert_eq!((answer.gateway_addr.as_str(), answer.routes[0].conn_id.as_str()), (GATEWAY, "c"));
@@ -221,4 +222,32 @@ async fn a_node_that_was_restarted_and_cannot_hold_its_users_reads_them_from_red
     }
     println!("{shared} of {USERS} users were read from Redis");
     assert!(shared >= USERS / 2, "{shared}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_another_database_of_the_same_redis_everybody_is_shown_anew() {
+    let mut cluster = Cluster::with_redis(1, &[]).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    everything_agrees_with_sql(&cluster, ALICE..=ALICE, SHOWN_WITHIN).await;
+    let mut before = cluster.nodes.remove(0);
+    before.terminate();
+    before.ended().await;
+    let other = format!("redis://127.0.0.1:{}/1", cluster.cache().port);
+    cluster.add_node(&[("REDIS_CACHE__URL", &other)]).await;
+    let redis = cluster.cache().client().await;
+    redis.run::<()>(&["SELECT", "1"]).await;
+    let shown = async || redis.get("user:route:1").await.as_deref() == Some(GATEWAY);
+    eventually("she is shown there, too", SHOWN_WITHIN, shown).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_was_shown_is_not_taken_for_one_that_was_left_behind_though_nothing_follows_it() {
+    /// Before any node would take the row over.
+    const DONE_WITHIN: Duration = Duration::from_millis(1_900);
+    let cluster = Cluster::with_redis(2, &[]).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    eventually("it is done", DONE_WITHIN, async || cluster.db.number("SELECT COUNT(*) FROM outbox").await == 0).await;
+    for node in &cluster.nodes {
+        assert_eq!(node.metric("im_presence_outbox_repaired_total").await, 0.0);
+    }
 }

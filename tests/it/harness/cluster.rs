@@ -174,12 +174,16 @@ impl Cluster {
         self.nodes.push(Node::start(settings).await);
     }
 
+    pub fn redis(&self) -> &Redis {
+        self.redis.as_ref().expect("a cluster with Redis")
+    }
+
     pub fn cache(&self) -> &RedisServer {
-        &self.redis.as_ref().expect("a cluster with Redis").cache
+        &self.redis().cache
     }
 
     pub fn queue(&self) -> &RedisServer {
-        &self.redis.as_ref().expect("a cluster with Redis").queue
+        &self.redis().queue
     }
 
     pub fn node(&self) -> &Node {

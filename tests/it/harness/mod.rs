@@ -6,6 +6,7 @@ pub mod node;
 pub mod process;
 pub mod proxy;
 pub mod redis;
+pub mod redis_proxy;
 pub mod traffic;
 
 use std::time::Duration;
