@@ -1,7 +1,8 @@
 //! Puts the daemon together. The only place that connects, listens and starts tasks.
 
-mod assemble;
-mod serve;
+pub mod assemble;
+pub mod serve;
+pub mod threads;
 mod upkeep;
 
 use std::net::SocketAddr;
@@ -23,8 +24,8 @@ use tracing::warn;
 
 use crate::api::http;
 use crate::api::listen;
-use crate::api::presence::Presence;
 use crate::app::assemble::Assembled;
+use crate::app::threads::Threads;
 use crate::config::Config;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
@@ -50,6 +51,8 @@ pub enum StartError {
     NoTls { section: &'static str },
     #[error("cannot listen on {addr}: {cause}")]
     Listen { addr: String, cause: std::io::Error },
+    #[error("cannot start the serving threads: {0}")]
+    Threads(std::io::Error),
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
     #[error("a task of the daemon ended unexpectedly; the log says which")]
@@ -65,7 +68,7 @@ pub struct App {
     draining: CancellationToken,
     /// Stops everything else.
     stop: CancellationToken,
-    server: JoinSet<()>,
+    threads: Threads,
     tasks: JoinSet<()>,
 }
 
@@ -117,27 +120,25 @@ impl App {
         let operator =
             http::Operator { metrics: metrics.clone(), cache, lanes: lanes.clone(), max_capacity, draining: draining.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, stop.clone()));
-        let (directory, deliveries, lives) = (engine.directory, engine.deliveries, engine.lives);
-        let max_message_bytes = config.delivery.max_message_bytes;
-        let presence = Presence { lanes, directory, deliveries, lives, metrics: metrics.clone(), max_message_bytes };
-        let (health, routes) = serve::data_routes(presence).await;
-        let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, draining.clone());
-        let mut server = JoinSet::new();
-        server.spawn(serve::serve_data(routes, connections, draining.clone(), stop.clone()));
+        let (health, routes) = serve::data_routes(engine.presence(&config)).await;
+        let started = Threads::start(config.presence_service.thread_count, &routes, &draining, &stop);
+        let (threads, desks) = started.map_err(StartError::Threads)?;
+        let max_connections = config.presence_service.max_connections;
+        tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, draining.clone(), stop.clone()));
 
         announce(&config, &engine.database, data, admin).await;
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        Ok(Self { data, admin, health, draining, stop, server, tasks })
+        Ok(Self { data, admin, health, draining, stop, threads, tasks })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
     pub async fn shutdown(mut self) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
-        if timeout(CALLS_DEADLINE, self.server.join_next()).await.is_err() {
+        if timeout(CALLS_DEADLINE, self.threads.ended()).await.is_err() {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
         self.stop.cancel();

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
+use crate::api::presence::Presence;
 use crate::app::StartError;
 use crate::app::upkeep;
 use crate::config;
@@ -127,6 +128,18 @@ impl Assembled {
         let settings = delivery_settings(config, &node_id);
         let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);
         Ok(Self { node_id, database, metrics, cache, lives, lanes, directory, deliveries })
+    }
+
+    /// The service in front of it.
+    pub fn presence(&self, config: &Config) -> Presence {
+        Presence {
+            lanes: self.lanes.clone(),
+            directory: self.directory.clone(),
+            deliveries: self.deliveries.clone(),
+            lives: self.lives.clone(),
+            metrics: self.metrics.clone(),
+            max_message_bytes: config.delivery.max_message_bytes,
+        }
     }
 }
 

@@ -1,10 +1,8 @@
-//! The two servers: gRPC for gateways and services, HTTP and gRPC for operators.
+//! The two servers: gRPC for gateways and services, HTTP and gRPC for operators. How they are configured stands here.
 
-use std::io;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -15,11 +13,10 @@ use tracing::error;
 use crate::api::admin::Admin;
 use crate::api::gateway::Gateways;
 use crate::api::http;
-use crate::api::listen;
-use crate::api::presence::Presence;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
+use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
 /// Largest request.
@@ -33,9 +30,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Everything served on the data port.
-pub async fn data_routes(presence: Presence) -> (HealthReporter, Routes) {
+pub async fn data_routes<P: PresenceService>(presence: P) -> (HealthReporter, Routes) {
     let (health, health_service) = health_reporter();
-    health.set_serving::<PresenceServiceServer<Presence>>().await;
+    health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
     let mut routes = Routes::builder();
@@ -52,25 +49,13 @@ pub async fn data_routes(presence: Presence) -> (HealthReporter, Routes) {
     (health, routes.routes())
 }
 
-/// Serves until `draining`, then finishes the calls in progress.
-pub async fn serve_data(
-    routes: Routes,
-    connections: ReceiverStream<io::Result<listen::Connection>>,
-    draining: CancellationToken,
-    stop: CancellationToken,
-) {
-    let _stop_node_on_panic = stop.drop_guard();
-    let served = Server::builder()
+/// The gRPC server of the data port.
+pub fn data_server() -> Server {
+    Server::builder()
         .max_concurrent_streams(MAX_CALLS_PER_CONNECTION)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(connections, draining.cancelled_owned())
-        .await;
-    if let Err(error) = served {
-        error!(%error, "the gRPC server ended");
-    }
 }
 
 pub async fn serve_admin(listener: TcpListener, operator: http::Operator, stop: CancellationToken) {
