@@ -7,6 +7,7 @@
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
 mod harness;
+#[allow(dead_code)] // other benches use more of it
 mod load;
 
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use serde_json::json;
 
 use crate::harness::cluster::Cluster;
 use crate::harness::node::Node;
+use crate::load::report::Figures;
 
 const USERS: u64 = 100_000;
 const GATEWAYS: u64 = 16;
@@ -103,19 +105,6 @@ fn report(binds: Vec<f64>, plain: Vec<f64>, batches: Vec<f64>, embedded: Vec<f64
     let medians = [binds.median, plain.median, batches.median, embedded.median].map(f64::round);
     let line = json!({ "bench": "bind", "bind": medians[0], "one_transaction_each": medians[1], "batch": medians[2], "sqlite": medians[3] });
     println!("{line}");
-}
-
-struct Figures {
-    median: f64,
-    lowest: f64,
-    highest: f64,
-}
-
-impl Figures {
-    fn of(mut figures: Vec<f64>) -> Self {
-        figures.sort_unstable_by(f64::total_cmp);
-        Self { median: figures[figures.len() / 2], lowest: figures[0], highest: figures[figures.len() - 1] }
-    }
 }
 
 /// A bind of a new connection: it replaces the user's route and is never a no-op.
