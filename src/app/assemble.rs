@@ -123,7 +123,7 @@ impl Assembled {
         }
         let settings = directory_settings(config, database.engine, hints);
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
-        tasks.spawn(upkeep::keep_tidy(Expiry::new(tools, lanes.clone()), cache.clone(), stop.clone()));
+        tasks.spawn(upkeep::keep_tidy(Expiry::new(tools, lanes.clone()), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
         let settings = delivery_settings(config, &node_id);
         let deliveries = Deliveries::new(bus, directory.clone(), lives.clone(), metrics.clone(), settings);

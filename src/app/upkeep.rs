@@ -1,13 +1,10 @@
 //! The loops behind the engine's steps, too short to be wrong. Each ends at shutdown; one that panics stops the node.
 
-use std::sync::Arc;
-
 use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::engine::cache::Cache;
 use crate::engine::expiry::CENSUS_INTERVAL;
 use crate::engine::expiry::EXPIRY_INTERVAL;
 use crate::engine::expiry::Expiry;
@@ -26,17 +23,14 @@ pub async fn keep_polling(mut poll: LivesPoll, stop: CancellationToken) {
     }
 }
 
-pub async fn keep_tidy(mut expiry: Expiry, cache: Arc<Cache>, stop: CancellationToken) {
+pub async fn keep_tidy(mut expiry: Expiry, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let (mut ticks, mut census) = (interval(EXPIRY_INTERVAL), interval(CENSUS_INTERVAL));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let done = tokio::select! {
             () = stop.cancelled() => return,
-            _ = ticks.tick() => {
-                cache.tidy();
-                stop.run_until_cancelled(expiry.step()).await.map(|done| done.map(|_| ()))
-            }
+            _ = ticks.tick() => stop.run_until_cancelled(expiry.step()).await.map(|done| done.map(|_| ())),
             _ = census.tick() => stop.run_until_cancelled(expiry.census()).await,
         };
         if let Some(Err(error)) = done {

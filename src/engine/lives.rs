@@ -7,6 +7,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use arc_swap::Guard;
 use tracing::info;
 use tracing::warn;
 
@@ -41,6 +42,11 @@ impl Lives {
     pub fn new() -> Arc<Self> {
         let (table, learnt) = (ArcSwap::default(), Mutex::default());
         Arc::new(Self { table, learnt, as_of: AtomicInstant::never(), clock: Clock::default() })
+    }
+
+    /// The lives as known now, for a look that is soon over: it costs no write to memory that other threads use.
+    pub fn glance(&self) -> Guard<Arc<LifeTable>> {
+        self.table.load()
     }
 
     /// The lives as known now.
