@@ -7,6 +7,7 @@
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
 mod harness;
+#[allow(dead_code)] // other benches use more of it
 mod load;
 
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use serde_json::json;
 use crate::harness::cluster::Cluster;
 use crate::harness::eventually;
 use crate::harness::node::Node;
+use crate::load::report::Figures;
 
 const USERS: u64 = 100_000;
 const GATEWAYS: u64 = 16;
@@ -114,19 +116,6 @@ fn report(figures: [Vec<f64>; 5]) {
         "batch": batch, "sqlite": sqlite,
     });
     println!("{line}");
-}
-
-struct Figures {
-    median: f64,
-    lowest: f64,
-    highest: f64,
-}
-
-impl Figures {
-    fn of(mut figures: Vec<f64>) -> Self {
-        figures.sort_unstable_by(f64::total_cmp);
-        Self { median: figures[figures.len() / 2], lowest: figures[0], highest: figures[figures.len() - 1] }
-    }
 }
 
 /// A bind of a new connection: it replaces the user's route and is never a no-op.

@@ -1,8 +1,9 @@
 //! Puts the daemon together. The only place that connects, listens and starts tasks.
 
-mod assemble;
+pub mod assemble;
 mod neighbours;
-mod serve;
+pub mod serve;
+pub mod threads;
 mod upkeep;
 
 use std::net::SocketAddr;
@@ -17,22 +18,17 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::info;
 use tracing::warn;
 
 use crate::api::admin::Admin;
-use crate::api::attach::Tools;
-use crate::api::binder::Binder;
-use crate::api::gateway::Leases;
 use crate::api::http;
 use crate::api::listen;
 use crate::api::node::Caller;
-use crate::api::node::Node;
-use crate::api::presence::Presence;
 use crate::app::assemble::Assembled;
+use crate::app::threads::Threads;
 use crate::config::Config;
 use crate::engine::gateways::Gateways;
 use crate::store::connection::Purpose;
@@ -69,6 +65,8 @@ pub enum StartError {
     NoTls { section: &'static str },
     #[error("cannot listen on {addr}: {cause}")]
     Listen { addr: String, cause: std::io::Error },
+    #[error("cannot start the serving threads: {0}")]
+    Threads(std::io::Error),
     #[error("cannot watch for signals: {0}")]
     Signals(std::io::Error),
     #[error("a task of the daemon ended unexpectedly; the log says which")]
@@ -84,7 +82,7 @@ pub struct App {
     draining: CancellationToken,
     /// Stops everything else.
     stop: CancellationToken,
-    server: JoinSet<()>,
+    threads: Threads,
     tasks: JoinSet<()>,
     gateways: Arc<Gateways>,
 }
@@ -130,65 +128,45 @@ impl App {
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
         let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
         let mut tasks = JoinSet::new();
-        let engine = Assembled::start(&config, database, data, &mut tasks, &stop).await?;
+        let mut engine = Assembled::start(&config, database, data, &mut tasks, &stop).await?;
 
         let (metrics, lanes, cache) = (engine.metrics.clone(), engine.lanes.clone(), engine.cache.clone());
         let max_capacity = config.presence_service.max_capacity;
         let operator = http::Operator {
             metrics: metrics.clone(),
             cache,
-            lanes: lanes.clone(),
+            lanes,
             lives: engine.lives.clone(),
-            hints: engine.hints,
+            hints: engine.hints.clone(),
             max_capacity,
             draining: draining.clone(),
         };
-        let (directory, deliveries, lives, gateways) = (engine.directory, engine.deliveries, engine.lives, engine.gateways);
-        let for_operators = Admin { gateways: gateways.clone(), lives: lives.clone() };
+        let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
-        let (store_id, max_message_bytes) = (engine.database.store_id.clone(), config.delivery.max_message_bytes);
-        let caller = Caller { store_id: store_id.clone(), lives: lives.clone() };
-        tasks.spawn(Arc::new(caller).run(engine.peer_calls, stop.clone()));
-        let binder = Arc::new(Binder { lanes, lives: lives.clone(), metrics: metrics.clone() });
-        let stream_tools = Arc::new(Tools {
-            attaching: engine.attaching,
-            heartbeats: engine.heartbeats.clone(),
-            binder: binder.clone(),
-            acks: engine.acks.clone(),
-            peers: engine.peers,
-            lives: lives.clone(),
-            draining: draining.clone(),
-        });
-        let services = serve::Services {
-            presence: Presence { binder, directory, deliveries, metrics: metrics.clone(), max_message_bytes },
-            leases: Leases {
-                gateways: gateways.clone(),
-                heartbeats: engine.heartbeats,
-                lives: lives.clone(),
-                inboxes: engine.inboxes,
-                stream_tools,
-                attached: TaskTracker::new(),
-            },
-            node: Node { store_id, streams: engine.streams, acks: engine.acks, lives },
-        };
-        let (health, routes) = serve::data_routes(services).await;
-        let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, draining.clone());
-        let mut server = JoinSet::new();
-        server.spawn(serve::serve_data(routes, connections, draining.clone(), stop.clone()));
+        let caller = Caller { store_id: engine.database.store_id.clone(), lives: engine.lives.clone() };
+        if let Some(calls) = engine.peer_calls.take() {
+            tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
+        }
+        let (health, routes) = serve::data_routes(engine.services(&config, &draining)).await;
+        let started = Threads::start(config.presence_service.thread_count, &routes, &draining, &stop);
+        let (threads, desks) = started.map_err(StartError::Threads)?;
+        let max_connections = config.presence_service.max_connections;
+        tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, draining.clone(), stop.clone()));
 
         announce(&config, &engine.database, data, admin).await;
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        Ok(Self { data, admin, health, draining, stop, server, tasks, gateways })
+        let gateways = engine.gateways;
+        Ok(Self { data, admin, health, draining, stop, threads, tasks, gateways })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
     pub async fn shutdown(mut self) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
-        if timeout(CALLS_DEADLINE, self.server.join_next()).await.is_err() {
+        if timeout(CALLS_DEADLINE, self.threads.ended()).await.is_err() {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
         self.stop.cancel();

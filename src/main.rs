@@ -87,11 +87,7 @@ fn with_config(file: &ConfigFile, act: impl FnOnce(Config) -> ExitCode) -> ExitC
 
 fn serve(config: Config) -> ExitCode {
     telemetry::init_logging(&config.log);
-    let mut runtime = Builder::new_multi_thread();
-    if config.presence_service.thread_count > 0 {
-        runtime.worker_threads(config.presence_service.thread_count);
-    }
-    match runtime.enable_all().build().map(|runtime| runtime.block_on(app::run(config))) {
+    match Builder::new_multi_thread().enable_all().build().map(|runtime| runtime.block_on(app::run(config))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => fail(FAILED, &error),
         Err(error) => fail(FAILED, &format!("cannot start threads: {error}")),

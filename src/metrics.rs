@@ -1,17 +1,23 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
 
+mod per_thread;
+
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Atomic;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
+
+pub use crate::metrics::per_thread::HotCounter;
+use crate::metrics::per_thread::HotSeconds;
 
 /// One label with a fixed set of values.
 macro_rules! label {
@@ -41,22 +47,36 @@ pub struct ByGateway {
     pub gateway: String,
 }
 
+/// Users looked up, by the tier that answered.
+pub struct LookedUp {
+    pub local: HotCounter,
+    pub shared: HotCounter,
+    pub durable: HotCounter,
+}
+
+impl LookedUp {
+    fn of(family: &Family<BySource, HotCounter>) -> Self {
+        let from = |source| family.get_or_create(&BySource { source }).clone();
+        Self { local: from("local"), shared: from("shared"), durable: from("durable") }
+    }
+}
+
 pub struct Metrics {
     registry: Registry,
     pub binds: Family<ByResult, Counter>,
     pub unbinds: Family<ByResult, Counter>,
     pub kicks: Family<ByReason, Counter>,
-    pub queries: Family<BySource, Counter>,
-    pub query_seconds: Histogram,
-    pub bind_seconds: Histogram,
-    pub batch_users: Family<BySource, Counter>,
+    pub queries: LookedUp,
+    pub query_seconds: HotSeconds,
+    pub bind_seconds: HotSeconds,
+    pub batch_users: LookedUp,
     pub lane_batch_events: Histogram,
     pub lane_commit_seconds: Histogram,
     lane_retries: Family<ByCause, Counter>,
     pub lane_queue_depth: Gauge,
     pub l1_entries: Gauge,
-    pub l1_hits: Counter,
-    pub l1_misses: Counter,
+    pub l1_hits: HotCounter,
+    pub l1_misses: HotCounter,
     pub l2_hits: Counter,
     pub l2_misses: Counter,
     pub hint_gaps: Counter,
@@ -98,17 +118,17 @@ impl Metrics {
             binds: r.family("binds", "binds by result"),
             unbinds: r.family("unbinds", "unbinds by result"),
             kicks: r.family("kicks", "routes removed by another device's bind, by reason"),
-            queries: r.family("queries", "users looked up one by one, by the tier that answered"),
-            query_seconds: r.add("query_seconds", "time to answer a query", seconds()),
-            bind_seconds: r.add("bind_seconds", "time to answer a bind", seconds()),
-            batch_users: r.family("batch_users", "users looked up in batches, by the tier that answered"),
+            queries: LookedUp::of(&r.family("queries", "users looked up one by one, by the tier that answered")),
+            query_seconds: r.add("query_seconds", "time to answer a query", HotSeconds::default()),
+            bind_seconds: r.add("bind_seconds", "time to answer a bind", HotSeconds::default()),
+            batch_users: LookedUp::of(&r.family("batch_users", "users looked up in batches, by the tier that answered")),
             lane_batch_events: r.add("lane_batch_events", "events per batch", Histogram::new(exponential_buckets(1.0, 2.0, 11))),
             lane_commit_seconds: r.add("lane_commit_seconds", "time of a batch's transaction", seconds()),
             lane_retries: r.family("lane_retries", "parts of batches that were run again, by cause"),
             lane_queue_depth: r.add("lane_queue_depth", "changes that wait for a lane", Gauge::default()),
             l1_entries: r.add("l1_entries", "users in memory", Gauge::default()),
-            l1_hits: r.add("l1_hits", "users found in memory", Counter::default()),
-            l1_misses: r.add("l1_misses", "users not found in memory, or not fresh enough", Counter::default()),
+            l1_hits: r.add("l1_hits", "users found in memory", HotCounter::default()),
+            l1_misses: r.add("l1_misses", "users not found in memory, or not fresh enough", HotCounter::default()),
             l2_hits: r.add("l2_hits", "users found in Redis", Counter::default()),
             l2_misses: r.add("l2_misses", "users not found in Redis", Counter::default()),
             hint_gaps: r.add("hint_gaps", "hints of another node that were lost: memory was distrusted", Counter::default()),
@@ -225,9 +245,10 @@ impl Register<'_> {
         metric
     }
 
-    fn family<L>(&mut self, name: &'static str, help: &'static str) -> Family<L, Counter>
+    fn family<L, A>(&mut self, name: &'static str, help: &'static str) -> Family<L, Counter<u64, A>>
     where
         L: EncodeLabelSet + std::hash::Hash + Eq + Clone + std::fmt::Debug + Send + Sync + 'static,
+        A: Atomic<u64> + Default + std::fmt::Debug + Send + Sync + 'static,
     {
         self.add(name, help, Family::default())
     }

@@ -1,6 +1,12 @@
 //! A loader for unary gRPC calls that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
 //! just enough of it: one request header block for all calls, no flow control to speak of, answers counted by their frames.
 
+pub mod contender;
+pub mod paced;
+pub mod report;
+pub mod seed;
+pub mod stores;
+
 use std::io::Read;
 use std::io::Write;
 use std::net::SocketAddr;
@@ -8,6 +14,9 @@ use std::net::TcpStream;
 use std::time::Duration;
 use std::time::Instant;
 
+use nix::sched::CpuSet;
+use nix::sched::sched_setaffinity;
+use nix::unistd::Pid;
 use prost::Message;
 
 const HEADERS: u8 = 1;
@@ -62,6 +71,27 @@ pub fn run<M: Message>(
     }
 }
 
+/// Runs `work` on a thread of its own, whose threads all run on `core`, if one is given.
+pub async fn on_core<T: Send + 'static>(core: Option<usize>, work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, result) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        if let Some(core) = core {
+            let mut cores = CpuSet::new();
+            cores.set(core).and_then(|()| sched_setaffinity(Pid::from_raw(0), &cores)).expect("a core to run on");
+        }
+        done.send(work()).ok().expect("the result is waited for");
+    });
+    result.await.expect("the loader")
+}
+
+/// The n-th of numbers that look random and are the same in each run.
+pub fn scatter(n: u64) -> u64 {
+    let mut z = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
 struct Connection {
     stream: TcpStream,
     headers: Vec<u8>,
@@ -99,7 +129,8 @@ impl Connection {
             let n = self.stream.read(&mut chunk).expect("the daemon answers");
             assert!(n > 0, "the daemon closed the connection");
             buffer.extend_from_slice(&chunk[..n]);
-            let ended = self.take_frames(&mut buffer, &mut done);
+            let mut ended = 0;
+            done.answered += take_frames(&mut buffer, &mut self.out, |_| ended += 1);
             ended_in_all += ended;
             if Instant::now() < until {
                 for _ in 0..ended {
@@ -108,31 +139,6 @@ impl Connection {
                 }
             }
         }
-    }
-
-    /// Works off the whole frames in `buffer` and says how many calls ended.
-    fn take_frames(&mut self, buffer: &mut Vec<u8>, done: &mut Done) -> u64 {
-        let (mut at, mut ended) = (0, 0);
-        while buffer.len() >= at + 9 {
-            let head = &buffer[at..at + 9];
-            let len = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
-            let (kind, flags) = (head[3], head[4]);
-            if buffer.len() < at + 9 + len {
-                break;
-            }
-            let payload = &buffer[at + 9..at + 9 + len];
-            match kind {
-                HEADERS if flags & END_STREAM != 0 => ended += 1,
-                HEADERS => done.answered += 1, // an answer that failed has trailers only
-                SETTINGS if flags & ACK == 0 => frame(&mut self.out, SETTINGS, ACK, 0, &[]),
-                PING if flags & ACK == 0 => frame(&mut self.out, PING, ACK, 0, payload),
-                GOAWAY => panic!("the daemon said goodbye"),
-                _ => {}
-            }
-            at += 9 + len;
-        }
-        buffer.drain(..at);
-        ended
     }
 
     fn call(&mut self, message: &impl Message) {
@@ -147,6 +153,32 @@ impl Connection {
             frame(&mut self.out, DATA, if pieces.peek().is_none() { END_STREAM } else { 0 }, id, piece);
         }
     }
+}
+
+/// Works off the whole frames in `buffer` and says how many calls were answered. `ended` is told each stream that ended.
+fn take_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u32)) -> u64 {
+    let (mut at, mut answered) = (0, 0);
+    while buffer.len() >= at + 9 {
+        let head = &buffer[at..at + 9];
+        let len = u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize;
+        let (kind, flags) = (head[3], head[4]);
+        let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
+        if buffer.len() < at + 9 + len {
+            break;
+        }
+        let payload = &buffer[at + 9..at + 9 + len];
+        match kind {
+            HEADERS if flags & END_STREAM != 0 => ended(stream),
+            HEADERS => answered += 1, // an answer that failed has trailers only
+            SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
+            PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
+            GOAWAY => panic!("the daemon said goodbye"),
+            _ => {}
+        }
+        at += 9 + len;
+    }
+    buffer.drain(..at);
+    answered
 }
 
 fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {

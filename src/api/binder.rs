@@ -31,7 +31,7 @@ impl Binder {
     pub async fn bind(&self, user: UserId, bind: Bind) -> Result<pb::BindRouteResp, Error> {
         let began = Instant::now();
         let outcome = self.lanes.submit(user, Change::Bind(bind)).await;
-        self.metrics.bind_seconds.observe(began.elapsed().as_secs_f64());
+        self.metrics.bind_seconds.observe(began.elapsed());
         self.count_bind(&outcome);
         outcome.map(|outcome| self.bound(user, outcome))
     }

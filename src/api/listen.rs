@@ -1,8 +1,11 @@
-//! Accepts client connections: no more than allowed, and only those that speak HTTP/2 soon.
+//! Accepts client connections, no more than allowed and only those that speak HTTP/2 soon, and hands each to the serving
+//! thread that has the fewest.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
@@ -17,7 +20,6 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tokio::time::timeout;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tonic::transport::server::TcpConnectInfo;
@@ -30,54 +32,77 @@ const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between looks for a preface that has come in part.
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
-/// Connections accepted and not taken by the server yet.
-const ACCEPTED_QUEUE: usize = 64;
+/// Connections handed to a serving thread and not taken by it yet.
+const HANDED_QUEUE: usize = 64;
 /// Out of file descriptors: accepting again at once would only spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Where connections are handed to one serving thread.
+pub struct Desk {
+    handed: mpsc::Sender<Admitted>,
+    connections: Arc<AtomicUsize>,
+}
+
+impl Desk {
+    pub fn new() -> (Self, mpsc::Receiver<Admitted>) {
+        let (handed, taken) = mpsc::channel(HANDED_QUEUE);
+        (Self { handed, connections: Arc::default() }, taken)
+    }
+}
+
+/// A connection on its way to the thread that will serve it; its socket belongs to no thread yet.
+pub struct Admitted {
+    stream: std::net::TcpStream,
+    place: Place,
+}
 
 /// A client's connection; dropping it frees its place.
 pub struct Connection {
     stream: TcpStream,
-    metrics: Arc<Metrics>,
-    _place: OwnedSemaphorePermit,
+    _place: Place,
 }
 
-/// Accepts on `listener` until `stop`. Above `max_connections` a new connection is closed at once.
-pub fn accept(
+/// One of `max_connections`, on one of the serving threads.
+struct Place {
+    metrics: Arc<Metrics>,
+    on_thread: Arc<AtomicUsize>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Accepts on `listener` until `draining`. Above `max_connections` a new connection is closed at once.
+pub async fn accept(
     listener: TcpListener,
     max_connections: usize,
+    desks: Vec<Desk>,
     metrics: Arc<Metrics>,
+    draining: CancellationToken,
     stop: CancellationToken,
-) -> ReceiverStream<io::Result<Connection>> {
-    let (ready, connections) = mpsc::channel(ACCEPTED_QUEUE);
-    let places = Arc::new(Semaphore::new(max_connections));
-    tokio::spawn(async move {
-        while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
-            let Ok((stream, _)) = accepted else {
-                sleep(ACCEPT_PAUSE).await;
-                continue;
-            };
-            let Ok(place) = places.clone().try_acquire_owned() else {
-                metrics.shed("connections");
-                continue;
-            };
-            tokio::spawn(admit(stream, place, metrics.clone(), ready.clone()));
+) {
+    let stop_node_on_panic = stop.drop_guard();
+    let (places, desks) = (Arc::new(Semaphore::new(max_connections)), Arc::new(desks));
+    while let Some(accepted) = draining.run_until_cancelled(listener.accept()).await {
+        let Ok((stream, _)) = accepted else {
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        match places.clone().try_acquire_owned() {
+            Ok(permit) => drop(tokio::spawn(admit(stream, permit, metrics.clone(), desks.clone()))),
+            Err(_) => metrics.shed("connections"),
         }
-    });
-    ReceiverStream::new(connections)
+    }
+    stop_node_on_panic.disarm(); // calls in progress are finished first
 }
 
 /// Lets the connection in once it has begun to speak HTTP/2.
-async fn admit(
-    stream: TcpStream,
-    place: OwnedSemaphorePermit,
-    metrics: Arc<Metrics>,
-    ready: mpsc::Sender<io::Result<Connection>>,
-) {
+async fn admit(stream: TcpStream, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
     let _ = stream.set_nodelay(true); // a connection that is gone already will be noticed when it is read
-    if let Ok(Ok(true)) = timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await {
-        metrics.connections.inc();
-        let _ = ready.send(Ok(Connection { stream, metrics, _place: place })).await; // the server has ended
+    if !matches!(timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await, Ok(Ok(true))) {
+        return;
+    }
+    let least_loaded = desks.iter().min_by_key(|desk| desk.connections.load(Ordering::Relaxed));
+    if let (Some(desk), Ok(stream)) = (least_loaded, stream.into_std()) {
+        let place = Place::take(metrics, desk, permit);
+        let _ = desk.handed.send(Admitted { stream, place }).await; // the thread has ended
     }
 }
 
@@ -95,9 +120,25 @@ async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-impl Drop for Connection {
+impl Place {
+    fn take(metrics: Arc<Metrics>, desk: &Desk, permit: OwnedSemaphorePermit) -> Self {
+        metrics.connections.inc();
+        desk.connections.fetch_add(1, Ordering::Relaxed);
+        Self { metrics, on_thread: desk.connections.clone(), _permit: permit }
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
         self.metrics.connections.dec();
+        self.on_thread.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Admitted {
+    /// Ties the connection to the runtime of the calling thread.
+    pub fn adopt(self) -> io::Result<Connection> {
+        Ok(Connection { stream: TcpStream::from_std(self.stream)?, _place: self.place })
     }
 }
 
@@ -134,5 +175,47 @@ impl AsyncWrite for Connection {
 
     fn is_write_vectored(&self) -> bool {
         self.stream.is_write_vectored()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+
+    const THREADS: usize = 3;
+
+    #[tokio::test]
+    async fn a_connection_goes_to_the_thread_that_has_the_fewest() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let server = listener.local_addr().unwrap();
+        let (desks, mut threads): (Vec<_>, Vec<_>) = (0..THREADS).map(|_| Desk::new()).unzip();
+        let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
+        tokio::spawn(accept(listener, 100, desks, Metrics::new(), draining.clone(), stop));
+        let (mut clients, mut served): (Vec<TcpStream>, Vec<Vec<Connection>>) = (vec![], (0..THREADS).map(|_| vec![]).collect());
+        let next = async |threads: &mut Vec<mpsc::Receiver<Admitted>>, clients: &mut Vec<TcpStream>| {
+            let mut client = TcpStream::connect(server).await.unwrap();
+            client.write_all(PREFACE).await.unwrap();
+            clients.push(client);
+            let [first, second, third] = &mut threads[..] else { panic!("{THREADS} threads") };
+            let (thread, handed) = tokio::select! {
+                handed = first.recv() => (0, handed),
+                handed = second.recv() => (1, handed),
+                handed = third.recv() => (2, handed),
+            };
+            (thread, handed.unwrap().adopt().unwrap())
+        };
+        for _ in 0..4 * THREADS {
+            let (thread, connection) = next(&mut threads, &mut clients).await;
+            served[thread].push(connection);
+        }
+        assert!(served.iter().all(|connections| connections.len() == 4), "as many on each");
+        served[1].truncate(2);
+        for _ in 0..2 {
+            let (thread, connection) = next(&mut threads, &mut clients).await;
+            assert_eq!(thread, 1, "its clients have gone");
+            served[thread].push(connection);
+        }
     }
 }

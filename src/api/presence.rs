@@ -20,7 +20,8 @@ use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Source;
 use crate::error::Error;
-use crate::metrics::BySource;
+use crate::metrics::HotCounter;
+use crate::metrics::LookedUp;
 use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;
@@ -50,8 +51,8 @@ impl PresenceService for Presence {
         let request = request.get_ref();
         let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
         let answer = self.directory.get(user, bound(request.max_staleness_ms)).await.map_err(|error| status(&error))?;
-        self.metrics.queries.get_or_create(&by_source(answer.source)).inc();
-        self.metrics.query_seconds.observe(began.elapsed().as_secs_f64());
+        by_source(&self.metrics.queries, answer.source).inc();
+        self.metrics.query_seconds.observe(began.elapsed());
         Ok(Response::new(queried(user, &answer)))
     }
 
@@ -107,7 +108,7 @@ impl Presence {
     fn count_batch(&self, answers: &[Result<Answer, Error>]) {
         for source in [Source::Local, Source::Shared, Source::Durable] {
             let users = answers.iter().flatten().filter(|answer| answer.source == source).count();
-            self.metrics.batch_users.get_or_create(&by_source(source)).inc_by(users as u64);
+            by_source(&self.metrics.batch_users, source).inc_by(users as u64);
         }
     }
 }
@@ -161,12 +162,10 @@ fn user_route(user: UserId, answer: &Answer, with_routes: bool) -> pb::UserRoute
     }
 }
 
-fn by_source(source: Source) -> BySource {
-    BySource {
-        source: match source {
-            Source::Local => "local",
-            Source::Shared => "shared",
-            Source::Durable => "durable",
-        },
+fn by_source(counts: &LookedUp, source: Source) -> &HotCounter {
+    match source {
+        Source::Local => &counts.local,
+        Source::Shared => &counts.shared,
+        Source::Durable => &counts.durable,
     }
 }

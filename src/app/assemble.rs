@@ -7,9 +7,16 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+use crate::api::attach;
+use crate::api::binder::Binder;
+use crate::api::gateway::Leases;
+use crate::api::node::Node;
+use crate::api::presence::Presence;
 use crate::app::StartError;
 use crate::app::neighbours;
+use crate::app::serve::Services;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
@@ -74,7 +81,7 @@ pub struct Assembled {
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
-    pub peer_calls: mpsc::Receiver<Call>,
+    pub peer_calls: Option<mpsc::Receiver<Call>>,
     pub acks: Arc<Acks>,
     pub inboxes: Arc<Inboxes>,
     pub lanes: Arc<Lanes>,
@@ -165,7 +172,7 @@ impl Assembled {
         }
         let settings = directory_settings(config, database.engine, hints.clone());
         let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
-        tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), cache.clone(), stop.clone()));
+        tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), stop.clone()));
         tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
         let deliveries = Deliveries::new(
             outlets,
@@ -203,7 +210,7 @@ impl Assembled {
             attaching,
             streams,
             peers,
-            peer_calls,
+            peer_calls: Some(peer_calls),
             acks,
             inboxes,
             lanes,
@@ -211,6 +218,36 @@ impl Assembled {
             directory,
             deliveries,
         })
+    }
+
+    /// The services in front of it. Streams end when `draining` is cancelled.
+    pub fn services(&self, config: &Config, draining: &CancellationToken) -> Services<Presence> {
+        let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
+        let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
+        let stream_tools = Arc::new(attach::Tools {
+            attaching: self.attaching.clone(),
+            heartbeats: self.heartbeats.clone(),
+            binder: binder.clone(),
+            acks: self.acks.clone(),
+            peers: self.peers.clone(),
+            lives: lives.clone(),
+            draining: draining.clone(),
+        });
+        let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
+        let max_message_bytes = config.delivery.max_message_bytes;
+        let leases = Leases {
+            gateways: self.gateways.clone(),
+            heartbeats: self.heartbeats.clone(),
+            lives: lives.clone(),
+            inboxes: self.inboxes.clone(),
+            stream_tools,
+            attached: TaskTracker::new(),
+        };
+        let (store_id, streams, acks) = (self.database.store_id.clone(), self.streams.clone(), self.acks.clone());
+        Services {
+            presence: Presence { binder, directory, deliveries, metrics, max_message_bytes },
+            cluster: Some((leases, Node { store_id, streams, acks, lives })),
+        }
     }
 }
 

@@ -1,10 +1,8 @@
-//! The two servers: gRPC for gateways and services, HTTP and gRPC for operators.
+//! The two servers: gRPC for gateways and services, HTTP and gRPC for operators. How they are configured stands here.
 
-use std::io;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 use tonic::transport::Server;
@@ -15,13 +13,12 @@ use tracing::error;
 use crate::api::admin::Admin;
 use crate::api::gateway::Leases;
 use crate::api::http;
-use crate::api::listen;
 use crate::api::node::Node;
-use crate::api::presence::Presence;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
 use crate::pb::node_service_server::NodeServiceServer;
+use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
 /// Largest request.
@@ -37,24 +34,27 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What the data port offers.
-pub struct Services {
-    pub presence: Presence,
-    pub leases: Leases,
-    pub node: Node,
+pub struct Services<P> {
+    pub presence: P,
+    /// What gateways and other nodes need. None: a bare server, to be measured against.
+    pub cluster: Option<(Leases, Node)>,
 }
 
 /// Everything served on the data port.
-pub async fn data_routes(services: Services) -> (HealthReporter, Routes) {
+pub async fn data_routes<P: PresenceService>(services: Services<P>) -> (HealthReporter, Routes) {
     let (health, health_service) = health_reporter();
-    health.set_serving::<PresenceServiceServer<Presence>>().await;
+    health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
     let mut routes = Routes::builder();
     routes
         .add_service(PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(GatewayServiceServer::new(services.leases).max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(NodeServiceServer::new(services.node).max_decoding_message_size(MAX_FORWARD_BYTES))
         .add_service(health_service);
+    if let Some((leases, node)) = services.cluster {
+        routes
+            .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
+            .add_service(NodeServiceServer::new(node).max_decoding_message_size(MAX_FORWARD_BYTES));
+    }
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);
     }
@@ -64,25 +64,13 @@ pub async fn data_routes(services: Services) -> (HealthReporter, Routes) {
     (health, routes.routes())
 }
 
-/// Serves until `draining`, then finishes the calls in progress.
-pub async fn serve_data(
-    routes: Routes,
-    connections: ReceiverStream<io::Result<listen::Connection>>,
-    draining: CancellationToken,
-    stop: CancellationToken,
-) {
-    let _stop_node_on_panic = stop.drop_guard();
-    let served = Server::builder()
+/// The gRPC server of the data port.
+pub fn data_server() -> Server {
+    Server::builder()
         .max_concurrent_streams(MAX_CALLS_PER_CONNECTION)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
-        .add_routes(routes)
-        .serve_with_incoming_shutdown(connections, draining.cancelled_owned())
-        .await;
-    if let Err(error) = served {
-        error!(%error, "the gRPC server ended");
-    }
 }
 
 pub async fn serve_admin(listener: TcpListener, operator: http::Operator, admin: Admin, stop: CancellationToken) {

@@ -8,7 +8,6 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::engine::cache::Cache;
 use crate::engine::inbox::Inboxes;
 use crate::engine::inbox::LOOK_INTERVAL;
 use crate::engine::projection::REPAIR_INTERVAL;
@@ -26,17 +25,14 @@ pub async fn keep_watching(mut watch: Watch, stop: CancellationToken) {
     }
 }
 
-pub async fn keep_tidy(mut sweep: Sweep, cache: Arc<Cache>, stop: CancellationToken) {
+pub async fn keep_tidy(mut sweep: Sweep, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let (mut ticks, mut census) = (interval(SWEEP_INTERVAL), interval(CENSUS_INTERVAL));
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let done = tokio::select! {
             () = stop.cancelled() => return,
-            _ = ticks.tick() => {
-                cache.tidy();
-                stop.run_until_cancelled(sweep.step()).await.map(|done| done.map(|_| ()))
-            }
+            _ = ticks.tick() => stop.run_until_cancelled(sweep.step()).await.map(|done| done.map(|_| ())),
             _ = census.tick() => stop.run_until_cancelled(sweep.census()).await,
         };
         if let Some(Err(error)) = done {

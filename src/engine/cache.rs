@@ -18,6 +18,7 @@
 //! A hit in L1 touches none of this.
 
 use std::collections::HashMap;
+use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -27,6 +28,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use quick_cache::UnitWeighter;
+use quick_cache::sync::DefaultLifecycle;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::domain::id::UserId;
@@ -92,7 +95,8 @@ impl LoadTicket {
     }
 }
 
-type L1 = moka::sync::Cache<UserId, Arc<Entry>, std::hash::BuildHasherDefault<Xxh3Default>>;
+/// A map of many shards. A reader holds the lock of one for the moment of a look-up, shared with other readers.
+type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<Xxh3Default>>;
 
 pub struct Cache {
     l1: L1,
@@ -106,7 +110,8 @@ pub struct Cache {
 impl Cache {
     /// Holds up to `capacity` users.
     pub fn new(capacity: u64) -> Arc<Self> {
-        let l1 = moka::sync::Cache::builder().max_capacity(capacity).build_with_hasher(std::hash::BuildHasherDefault::default());
+        let users = usize::try_from(capacity).unwrap_or(usize::MAX);
+        let l1 = L1::with(users, capacity, UnitWeighter, BuildHasherDefault::default(), DefaultLifecycle::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         Arc::new(Self { l1, shards, trust: AtomicU64::new(0), offers_rejected: AtomicU64::new(0), went_back: AtomicU64::new(0) })
     }
@@ -121,9 +126,9 @@ impl Cache {
         self.trust.fetch_add(1, Ordering::AcqRel);
     }
 
-    /// Entries in L1, about.
+    /// Entries in L1.
     pub fn len(&self) -> u64 {
-        self.l1.entry_count()
+        self.l1.len() as u64
     }
 
     pub fn is_empty(&self) -> bool {
@@ -152,11 +157,6 @@ impl Cache {
             shard.iter().filter(|(_, it)| it.lag > Version::NONE).map(|(user, it)| (*user, it.lag)).collect::<Vec<_>>()
         };
         self.shards.iter().flat_map(lagging).collect()
-    }
-
-    /// Does the housekeeping that L1 otherwise leaves to its readers.
-    pub fn tidy(&self) {
-        self.l1.run_pending_tasks();
     }
 
     /// To be called before the user's row is locked, until the change is acknowledged or known to have failed.
@@ -214,7 +214,7 @@ impl Cache {
     /// A change of `user` may have been committed or not: what L1 holds may be outdated.
     pub fn forget(&self, user: UserId) {
         let _shard = self.shard(user);
-        self.l1.invalidate(&user);
+        self.l1.remove(&user);
     }
 
     /// To be called before anything is read.
@@ -224,7 +224,7 @@ impl Cache {
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         under_way.loads += 1;
-        if let Some(entry) = self.l1.get(&user).filter(|entry| entry.trust == trust) {
+        if let Some(entry) = self.l1.peek(&user).filter(|entry| entry.trust == trust) {
             under_way.floor = under_way.floor.max(entry.record.version);
         }
         LoadTicket { user, floor_before: under_way.floor, trust, began }
@@ -244,7 +244,7 @@ impl Cache {
                 ticket.trust = self.trust.load(Ordering::Acquire);
             }
             *under_way = UnderWay { floor: version, lag: Version::NONE, ..*under_way };
-            self.l1.invalidate(&user);
+            self.l1.remove(&user);
         }
         if version < under_way.floor {
             self.offers_rejected.fetch_add(1, Ordering::Relaxed);
@@ -273,7 +273,7 @@ impl Cache {
     /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge.
     fn keep_newest(&self, user: UserId, offered: Entry) -> Arc<Entry> {
         let rank = |entry: &Entry| (entry.trust, entry.record.version, entry.as_of);
-        match self.l1.get(&user) {
+        match self.l1.peek(&user) {
             Some(known) if rank(&known) > rank(&offered) => known,
             _ => {
                 let offered = Arc::new(offered);
@@ -284,9 +284,9 @@ impl Cache {
     }
 
     fn drop_older(&self, user: UserId, version: Version) {
-        if self.l1.get(&user).is_some_and(|entry| entry.record.version < version) {
+        if self.l1.peek(&user).is_some_and(|entry| entry.record.version < version) {
             self.offers_rejected.fetch_add(1, Ordering::Relaxed);
-            self.l1.invalidate(&user);
+            self.l1.remove(&user);
         }
     }
 

@@ -58,7 +58,7 @@ fn a_load_that_began_before_a_commit_and_ends_after_it_reads_again() {
         cache.commits(2);
         drop(write);
         if evicted {
-            cache.l1.invalidate(&alice());
+            cache.l1.remove(&alice());
         }
         let load = again(cache.ends(load, 1));
         assert!(!load.accepts(Version(1)), "the shared cache would say the same again");
@@ -224,7 +224,7 @@ fn a_shared_cache_that_lags_is_watched_until_it_has_caught_up() {
     cache.committed(alice(), record(2), Instant::now(), true);
     cache.committed(alice(), record(3), Instant::now(), true);
     drop(write);
-    cache.l1.invalidate(&alice());
+    cache.l1.remove(&alice());
     cache.confirmed(alice(), Version(2));
     assert_eq!(cache.under_way(), 1, "version 3 is not there yet");
     let load = cache.begin_load(alice());
@@ -504,7 +504,7 @@ impl Node {
         cache.shard(alice()).clear();
         match self.l1 {
             Some(version) => cache.commits(version),
-            None => cache.l1.invalidate(&alice()),
+            None => drop(cache.l1.remove(&alice())),
         }
         let under_way = self.under_way.map(|(loads, writes, floor, lag)| {
             let (floor, lag) = (Version(floor), Version(lag));

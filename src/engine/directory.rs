@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use arc_swap::Guard;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
@@ -69,17 +70,30 @@ pub struct Directory {
     database_slow: AtomicInstant,
 }
 
+/// The lives at one moment, shared by all answers of one call: counting its users touches no other thread's memory.
+type Table = Arc<Guard<Arc<LifeTable>>>;
+
 /// Where a user is, as far as this node can tell.
 #[derive(Clone, Debug)]
 pub struct Answer {
     entry: Arc<Entry>,
-    table: Arc<LifeTable>,
+    table: Table,
     now: Timestamp,
     heartbeat_interval: Duration,
     all_suspect: bool,
     pub source: Source,
     /// How far this answer can be behind.
     pub age: Duration,
+}
+
+/// What all answers of one call from memory rest on, looked at once.
+struct Moment {
+    at: Instant,
+    now: Timestamp,
+    table: Table,
+    lives_age: Duration,
+    /// How long ago all changes made until then were known. None: some may be missing.
+    complete: Option<Duration>,
 }
 
 /// A route that leads to a device now.
@@ -133,7 +147,7 @@ impl Directory {
     /// # Errors
     /// [`Error::Unavailable`] if SQL cannot be read and nothing good enough is known.
     pub async fn get(&self, user: UserId, bound: Option<Duration>) -> Result<Answer, Error> {
-        if let Some(answer) = self.in_memory(user, bound, Instant::now()) {
+        if let Some(answer) = self.in_memory(user, bound, &self.moment()) {
             self.metrics.l1_hits.inc();
             return Ok(answer);
         }
@@ -147,17 +161,20 @@ impl Directory {
 
     /// As [`Directory::get`] for each of `users`, in their order. A user who cannot be looked up costs the others nothing.
     pub async fn get_many(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
-        let now = Instant::now();
+        let moment = self.moment();
         let mut answers: Vec<Option<Result<Answer, Error>>> =
-            users.iter().map(|user| self.in_memory(*user, bound, now).map(Ok)).collect();
+            users.iter().map(|user| self.in_memory(*user, bound, &moment).map(Ok)).collect();
         let missing: Vec<usize> = (0..users.len()).filter(|i| answers[*i].is_none()).collect();
         self.metrics.l1_hits.inc_by(count(users.len() - missing.len()));
+        if missing.is_empty() {
+            return answers.into_iter().flatten().collect();
+        }
         self.metrics.l1_misses.inc_by(count(missing.len()));
         let ids: Vec<UserId> = missing.iter().map(|i| users[*i]).collect();
         match self.loader.request(&ids, is_close(bound)) {
             Ok(loads) => {
                 for (i, load) in missing.into_iter().zip(loads) {
-                    answers[i] = Some(self.finish(users[i], bound, Some(load), now).await);
+                    answers[i] = Some(self.finish(users[i], bound, Some(load), moment.at).await);
                 }
             }
             Err(overloaded) => {
@@ -169,34 +186,40 @@ impl Directory {
         answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(no_answer()))).collect()
     }
 
+    fn moment(&self) -> Moment {
+        let at = Instant::now();
+        let complete = match &self.settings.hearing {
+            Hearing::Alone => Some(Duration::ZERO),
+            Hearing::Deaf => None,
+            Hearing::Hints(hints) => hints.complete_since(at),
+        };
+        let table = Arc::new(self.lives.glance());
+        Moment { at, now: self.lives.clock.at(at), table, lives_age: self.lives.age(at), complete }
+    }
+
     /// An answer from this node's memory, if it is good enough.
-    fn in_memory(&self, user: UserId, bound: Option<Duration>, now: Instant) -> Option<Answer> {
+    fn in_memory(&self, user: UserId, bound: Option<Duration>, moment: &Moment) -> Option<Answer> {
         if is_zero(bound) {
             return None;
         }
         let entry = self.cache.get(user)?;
-        let since = now.saturating_duration_since(entry.as_of);
-        let (limit, age) = match self.settings.hearing {
-            Hearing::Alone => (self.settings.l1_ttl, Duration::ZERO),
-            Hearing::Deaf => (UNANNOUNCED_LIMIT, since.max(self.lives.age(now))),
-            Hearing::Hints(ref hints) => match hints.complete_since(now) {
-                Some(complete) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(self.lives.age(now))),
-                None => (UNANNOUNCED_LIMIT, since.max(self.lives.age(now))),
-            },
+        let since = moment.at.saturating_duration_since(entry.as_of);
+        let (limit, age) = match (&self.settings.hearing, moment.complete) {
+            (Hearing::Alone, _) => (self.settings.l1_ttl, Duration::ZERO),
+            (_, Some(complete)) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(moment.lives_age)),
+            (_, None) => (UNANNOUNCED_LIMIT, since.max(moment.lives_age)),
         };
         if since > self.limit(&entry, limit) {
             return None;
         }
-        let table = self.lives.table();
         let outlived = |route: &Route| {
-            let renewed =
-                route.expires_at.is_some_and(|end| end <= self.lives.clock.at(now) && end > self.lives.clock.at(entry.as_of));
-            renewed || table.get(route.epoch).is_none()
+            let renewed = route.expires_at.is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of));
+            renewed || moment.table.get(route.epoch).is_none()
         };
         if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {
             return None;
         }
-        Some(self.answer(entry, table, Source::Local, age, now))
+        Some(self.answer(entry, Source::Local, age, moment))
     }
 
     fn limit(&self, entry: &Entry, limit: Duration) -> Duration {
@@ -230,26 +253,26 @@ impl Directory {
 
     fn loaded(&self, entry: Arc<Entry>) -> Answer {
         let (source, age) = if entry.from_l2 { (Source::Shared, L2_AGE) } else { (Source::Durable, Duration::ZERO) };
-        self.answer(entry, self.lives.table(), source, age, Instant::now())
+        self.answer(entry, source, age, &self.moment())
     }
 
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
     fn outdated(&self, user: UserId, bound: Option<Duration>) -> Option<Answer> {
-        let now = Instant::now();
         let entry = self.cache.get(user).filter(|_| !is_zero(bound))?;
-        let age = now.saturating_duration_since(entry.as_of).max(self.lives.age(now));
+        let moment = self.moment();
+        let age = moment.at.saturating_duration_since(entry.as_of).max(moment.lives_age);
         if bound.is_some_and(|bound| age > bound) {
             return None;
         }
-        let mut answer = self.answer(entry, self.lives.table(), Source::Local, age, now);
+        let mut answer = self.answer(entry, Source::Local, age, &moment);
         answer.all_suspect = true;
         Some(answer)
     }
 
-    fn answer(&self, entry: Arc<Entry>, table: Arc<LifeTable>, source: Source, age: Duration, now: Instant) -> Answer {
-        let all_suspect = source != Source::Durable && self.lives.age(now) > SUSPECT_AFTER;
-        let heartbeat_interval = self.settings.heartbeat_interval;
-        Answer { entry, table, now: self.lives.clock.at(now), heartbeat_interval, all_suspect, source, age }
+    fn answer(&self, entry: Arc<Entry>, source: Source, age: Duration, moment: &Moment) -> Answer {
+        let all_suspect = source != Source::Durable && moment.lives_age > SUSPECT_AFTER;
+        let (table, heartbeat_interval) = (moment.table.clone(), self.settings.heartbeat_interval);
+        Answer { entry, table, now: moment.now, heartbeat_interval, all_suspect, source, age }
     }
 }
 

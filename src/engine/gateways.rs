@@ -8,6 +8,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
@@ -69,6 +70,8 @@ pub struct Gateways {
     connection: Mutex<Option<Connection>>,
     waiting: Arc<Semaphore>,
     changes: TaskTracker,
+    /// Where changes run: not on the threads that serve callers.
+    runtime: Handle,
     /// Gateways that metrics name.
     shown: std::sync::Mutex<HashSet<ByGateway>>,
 }
@@ -89,8 +92,8 @@ impl Gateways {
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         let (node_id, connection, waiting) = (node_id.to_owned(), Mutex::default(), Arc::new(Semaphore::new(MAX_WAITING)));
-        let (changes, shown) = (TaskTracker::new(), std::sync::Mutex::default());
-        Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, shown })
+        let (changes, runtime, shown) = (TaskTracker::new(), Handle::current(), std::sync::Mutex::default());
+        Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, runtime, shown })
     }
 
     /// Begins a life of a gateway; whatever life its address had is over.
@@ -283,7 +286,7 @@ impl Gateways {
             return Err(Error::overloaded("too many gateways register at once"));
         };
         let this = self.clone();
-        let task = self.changes.spawn(async move {
+        let change = async move {
             let _place = place;
             let mut kept = this.connection.lock().await;
             let mut connection = match kept.take() {
@@ -296,8 +299,8 @@ impl Gateways {
             let done = change(&mut connection).await?; // after an error nobody knows what state it is in
             *kept = Some(connection);
             Ok::<T, SqlError>(done)
-        });
-        match task.await {
+        };
+        match self.changes.spawn_on(change, &self.runtime).await {
             Ok(Ok(done)) => Ok(done),
             Ok(Err(error)) => {
                 warn!(%error, "a gateway's registration was not stored");

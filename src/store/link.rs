@@ -19,6 +19,7 @@ use redis::Pipeline;
 use redis::RedisError;
 use redis::aio::MultiplexedConnection;
 use redis::aio::PubSub;
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use crate::config;
@@ -40,6 +41,8 @@ pub enum LinkError {
 
 pub struct Link {
     client: Client,
+    /// Where the connection lives, whoever needs it first: not on a thread that serves clients, and not only as long as it.
+    runtime: Handle,
     timeout: Duration,
     current: Mutex<Option<(u64, MultiplexedConnection)>>,
     connecting: tokio::sync::Mutex<()>,
@@ -47,7 +50,7 @@ pub struct Link {
 }
 
 impl Link {
-    /// Does not connect yet.
+    /// Does not connect yet. Connections will live on the runtime of the caller.
     ///
     /// # Errors
     /// When the address makes no sense.
@@ -59,7 +62,8 @@ impl Link {
         let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
         let client = Client::open(info.set_tcp_settings(tcp))?;
         let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::default());
-        Ok(Self { client, timeout: redis.timeout, current, connecting, numbers: AtomicU64::new(1) })
+        let (runtime, numbers) = (Handle::current(), AtomicU64::new(1));
+        Ok(Self { client, runtime, timeout: redis.timeout, current, connecting, numbers })
     }
 
     /// Runs commands in one round trip, within `limit`. Also connects, if need be.
@@ -123,7 +127,9 @@ impl Link {
             .set_connection_timeout(Some(self.timeout))
             .set_response_timeout(Some(self.timeout))
             .set_pipeline_buffer_size(PIPELINE_BUFFER);
-        let connection = self.client.get_multiplexed_async_connection_with_config(&config).await?;
+        let client = self.client.clone();
+        let connect = async move { client.get_multiplexed_async_connection_with_config(&config).await };
+        let connection = self.runtime.spawn(connect).await.map_err(|_| LinkError::Down)??;
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         *self.lock() = Some((number, connection.clone()));
         Ok((number, connection))

@@ -30,7 +30,7 @@ use crate::harness::process;
 const START_DEADLINE: Duration = Duration::from_secs(20);
 /// The product promises 10 s from SIGTERM; a machine that builds something else meanwhile is given a little more.
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
-const PROGRAM: &str = env!("CARGO_BIN_EXE_im-presence");
+pub const PROGRAM: &str = env!("CARGO_BIN_EXE_im-presence");
 const ENVIRONMENT_PREFIX: &str = "IM_PRESENCE__";
 
 pub type Presence = PresenceServiceClient<Channel>;
@@ -44,6 +44,7 @@ pub fn settings(pairs: &[(&str, &str)]) -> Settings {
 pub struct Node {
     pub data: SocketAddr,
     pub admin: SocketAddr,
+    program: Vec<String>,
     settings: Settings,
     process: Process,
     client: Presence,
@@ -59,14 +60,19 @@ pub struct Process {
 impl Node {
     /// Starts a node and waits until it listens.
     pub async fn start(settings: Settings) -> Self {
-        let process = Process::start(&settings);
+        Self::start_as(vec![PROGRAM.to_owned()], settings).await
+    }
+
+    /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
+    pub async fn start_as(program: Vec<String>, settings: Settings) -> Self {
+        let process = Process::start_as(&program, &settings);
         let (data, admin) = process.listening().await;
         let channel = Endpoint::from_shared(format!("http://{data}")).expect("an address").connect_lazy();
         // A node that is started again is found where it was.
         let ports = [("PRESENCE_SERVICE__PORT", data.port()), ("ADMIN__PORT", admin.port())];
         let mut settings = settings;
         settings.extend(ports.map(|(key, port)| (key.to_owned(), port.to_string())));
-        Self { data, admin, settings, process, client: PresenceServiceClient::new(channel) }
+        Self { data, admin, program, settings, process, client: PresenceServiceClient::new(channel) }
     }
 
     /// All clients from here share a connection, which is made again when it breaks.
@@ -142,7 +148,7 @@ impl Node {
 
     /// After it ended: with the same settings, on the same ports.
     pub async fn restart(&mut self) {
-        self.process = Process::start(&self.settings);
+        self.process = Process::start_as(&self.program, &self.settings);
         self.process.listening().await;
     }
 
@@ -157,7 +163,12 @@ impl Node {
 impl Process {
     /// Runs the daemon with the given settings; whatever is not set has its default, the ports excepted.
     pub fn start(settings: &Settings) -> Self {
-        let mut command = Command::new(PROGRAM);
+        Self::start_as(&[PROGRAM.to_owned()], settings)
+    }
+
+    fn start_as(program: &[String], settings: &Settings) -> Self {
+        let mut command = Command::new(&program[0]);
+        command.args(&program[1..]);
         command.current_dir(std::env::temp_dir()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", "0").env("IM_PRESENCE__ADMIN__PORT", "0");
         command.env("IM_PRESENCE__LOG__FORMAT", "json").env("RUST_BACKTRACE", "1");

@@ -1,0 +1,70 @@
+//! The threads that serve the data port: one runtime each, so that a call is answered by the thread that read it, without
+//! waking another. SQL, Redis and everything in the background run elsewhere.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::thread;
+
+use tokio::runtime::Builder;
+use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::service::Routes;
+use tracing::error;
+
+use crate::api::listen::Admitted;
+use crate::api::listen::Desk;
+use crate::app::serve;
+
+/// The serving threads, as long as one of them runs.
+pub struct Threads {
+    running: mpsc::Receiver<()>,
+}
+
+impl Threads {
+    /// Starts `count` threads that serve what is handed in at their desks; 0 is one per core. From `draining` on they finish
+    /// the calls in progress and end; at `stop` they end at once. One that ends otherwise stops the node.
+    ///
+    /// # Errors
+    /// When the system gives no more threads.
+    pub fn start(
+        count: usize,
+        routes: &Routes,
+        draining: &CancellationToken,
+        stop: &CancellationToken,
+    ) -> io::Result<(Self, Vec<Desk>)> {
+        let count = if count == 0 { thread::available_parallelism().map_or(1, NonZeroUsize::get) } else { count };
+        let (alive, running) = mpsc::channel(1);
+        let mut desks = Vec::with_capacity(count);
+        for number in 0..count {
+            let (desk, handed) = Desk::new();
+            desks.push(desk);
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let (routes, draining, stop, alive) = (routes.clone(), draining.clone(), stop.clone(), alive.clone());
+            let work = move || {
+                let _alive = alive;
+                let stop_node = stop.clone().drop_guard();
+                runtime.block_on(stop.run_until_cancelled(serve_handed(routes, handed, draining.clone())));
+                if draining.is_cancelled() {
+                    stop_node.disarm(); // others may still have calls in progress
+                }
+            };
+            thread::Builder::new().name(format!("serve-{number}")).spawn(work)?;
+        }
+        Ok((Self { running }, desks))
+    }
+
+    /// Waits until all of them have ended.
+    pub async fn ended(&mut self) {
+        while self.running.recv().await.is_some() {}
+    }
+}
+
+async fn serve_handed(routes: Routes, handed: mpsc::Receiver<Admitted>, draining: CancellationToken) {
+    let connections = ReceiverStream::new(handed).map(Admitted::adopt);
+    let server = serve::data_server().add_routes(routes);
+    if let Err(error) = server.serve_with_incoming_shutdown(connections, draining.cancelled_owned()).await {
+        error!(%error, "the gRPC server ended");
+    }
+}
