@@ -97,18 +97,11 @@ impl Recorder {
 
     /// Whoever is not answered when this returns was not recorded.
     async fn record(&mut self, waiting: Vec<Waiting>) -> Result<(), SqlError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.gateways.connect().await?,
-        };
-        match self.extend(&mut connection, waiting).await {
-            Ok(living) => {
-                self.connection = Some(connection);
-                self.gateways.outside.beaten(&living, self.gateways.terms.lease).await;
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
+        let mut connection = self.gateways.usable(self.connection.take()).await?;
+        let living = self.extend(&mut connection, waiting).await?;
+        self.connection = Some(connection);
+        self.gateways.outside.beaten(&living, self.gateways.terms.lease).await;
+        Ok(())
     }
 
     async fn extend(&mut self, connection: &mut Connection, waiting: Vec<Waiting>) -> Result<Vec<Arc<Life>>, SqlError> {

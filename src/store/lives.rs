@@ -129,13 +129,15 @@ impl Connection {
     }
 
     /// Begins a life with a lease and ends whatever life the address had. None: it has begun `limit` lives within the last
-    /// `lease`, so that two processes which fight over an address do not storm the database.
+    /// `lease`, so that two processes which fight over an address do not storm the database. Nothing is done if, with all
+    /// locks held, it is not `wanted` any more.
     pub async fn begin_managed_life(
         &mut self,
         node_id: &str,
         profile: &Profile,
         lease: Duration,
         limit: i64,
+        wanted: impl Fn() -> bool,
     ) -> Result<Option<Begun>, SqlError> {
         let (now, addr) = (clock_millis(self.engine()), || profile.gateway.to_string());
         self.begin().await?;
@@ -156,6 +158,10 @@ impl Connection {
         let insert = statement(insert).bind(addr()).bind(duration_millis(lease)).bind(profile.region.clone());
         self.execute(insert.bind(i64::from(profile.capacity)).bind(labels(profile))).await?;
         let begun = self.current_lives(std::slice::from_ref(&profile.gateway)).await?;
+        if !wanted() {
+            self.rollback().await?;
+            return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
+        }
         self.commit().await?;
         let life = begun.into_iter().next().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
         Ok(Some(Begun { life, ended }))
