@@ -13,7 +13,6 @@ use tracing::warn;
 
 use crate::domain::doubt::Silence;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
 use crate::engine::cache::Cache;
@@ -100,14 +99,14 @@ impl Watch {
         self.note_generation(cluster.generation);
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
-        self.lives.replace(lives, asked);
+        self.lives.replace(lives.clone(), asked);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);
             hints.nodes_alive(connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?.into_iter());
         }
-        let table = self.lives.table();
-        if !self.doubt(&mut connection, &table, &cluster).await? {
-            self.bury(&mut connection, &table, cluster.clock.now()).await?;
+        // Judged is what the database says. Of what was heard meanwhile only the end is known, not the reason.
+        if !self.doubt(&mut connection, &lives, &cluster).await? {
+            self.bury(&mut connection, &lives, cluster.clock.now()).await?;
         }
         self.gateways.show(&self.lives.table(), self.seen.held);
         self.seen.connection = Some(connection);
@@ -123,9 +122,9 @@ impl Watch {
     }
 
     /// Begins or ends the hold, as the gateways' silence tells. True: nobody may be declared dead now.
-    async fn doubt(&mut self, connection: &mut Connection, table: &LifeTable, cluster: &ClusterRow) -> Result<bool, SqlError> {
+    async fn doubt(&mut self, connection: &mut Connection, lives: &[Arc<Life>], cluster: &ClusterRow) -> Result<bool, SqlError> {
         let (terms, now, hold) = (&self.gateways.terms, cluster.clock.now(), &cluster.hold);
-        let silence = Silence::of(table.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
+        let silence = Silence::of(lives.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
         let doubtful = silence.is_doubtful(terms.doubt_share);
         let normal_since = if doubtful { None } else { Some(self.seen.normal_since.unwrap_or(now)) };
         self.seen.normal_since = normal_since;
@@ -155,9 +154,9 @@ impl Watch {
     }
 
     /// Declares dead whose lease is over.
-    async fn bury(&mut self, connection: &mut Connection, table: &LifeTable, now: Timestamp) -> Result<(), SqlError> {
+    async fn bury(&mut self, connection: &mut Connection, lives: &[Arc<Life>], now: Timestamp) -> Result<(), SqlError> {
         let over = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && life.lease_until < now;
-        let mut epochs: Vec<Epoch> = table.iter().filter(over).map(|life| life.epoch).collect();
+        let mut epochs: Vec<Epoch> = lives.iter().filter(over).map(|life| life.epoch).collect();
         epochs.sort_unstable();
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
         for epochs in epochs.chunks(DEATHS_AT_ONCE) {
