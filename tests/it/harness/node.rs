@@ -59,7 +59,20 @@ pub struct Process {
 impl Node {
     /// Starts a node and waits until it listens.
     pub async fn start(settings: Settings) -> Self {
-        let process = Process::start(&settings);
+        Self::start_in(settings, &[]).await
+    }
+
+    /// Starts a node whose wall clock is shifted, as in `+1h`. None: libfaketime is not installed.
+    pub async fn start_with_clock(shift: &str, settings: Settings) -> Option<Self> {
+        let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
+        let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
+        let library = libraries.find(|library| std::path::Path::new(library).exists())?;
+        let faked = [("LD_PRELOAD", &*library), ("FAKETIME", shift), ("FAKETIME_DONT_FAKE_MONOTONIC", "1")];
+        Some(Self::start_in(settings, &faked).await)
+    }
+
+    async fn start_in(settings: Settings, environment: &[(&str, &str)]) -> Self {
+        let process = Process::start_in(&settings, environment);
         let (data, admin) = process.listening().await;
         let channel = Endpoint::from_shared(format!("http://{data}")).expect("an address").connect_lazy();
         // A node that is started again is found where it was.
@@ -89,6 +102,15 @@ impl Node {
         let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
         (status.expect("an HTTP status"), body.to_owned())
+    }
+
+    /// Exit code and output of `im-presence ctl` with these words, on this node.
+    pub fn ctl(&self, words: &[&str]) -> (i32, String) {
+        let mut command = Command::new(PROGRAM);
+        let (data, admin) = (self.data.to_string(), self.admin.to_string());
+        command.arg("ctl").args(words).env("IM_PRESENCE_ADDR", data).env("IM_PRESENCE_ADMIN", admin);
+        let output = command.stdin(Stdio::null()).output().expect("run im-presence ctl");
+        (output.status.code().expect("an exit code"), String::from_utf8(output.stdout).expect("text"))
     }
 
     /// What `/readyz` says is missing. The node has to be ready nevertheless.
@@ -157,6 +179,10 @@ impl Node {
 impl Process {
     /// Runs the daemon with the given settings; whatever is not set has its default, the ports excepted.
     pub fn start(settings: &Settings) -> Self {
+        Self::start_in(settings, &[])
+    }
+
+    fn start_in(settings: &Settings, environment: &[(&str, &str)]) -> Self {
         let mut command = Command::new(PROGRAM);
         command.current_dir(std::env::temp_dir()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", "0").env("IM_PRESENCE__ADMIN__PORT", "0");
@@ -164,6 +190,7 @@ impl Process {
         for (key, value) in settings {
             command.env(format!("{ENVIRONMENT_PREFIX}{key}"), value);
         }
+        command.envs(environment.iter().copied());
         let mut child = process::spawn(command).expect("start im-presence");
         let lines = Arc::default();
         let reader = child.stderr.take().map(|stderr| collect(stderr, &lines));
