@@ -92,7 +92,6 @@ impl Watch {
             Some(connection) => connection,
             None => self.database.connect(Purpose::Lane).await?,
         };
-        connection.beat_cluster().await?;
         let asked = Instant::now();
         let cluster = connection.read_cluster().await?;
         self.lives.clock.learn(cluster.clock.now(), asked);
@@ -104,6 +103,8 @@ impl Watch {
             hints.set_generation(cluster.generation);
             hints.nodes_alive(connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?.into_iter());
         }
+        // After reading: somebody may hold that row. Before judging: it tells whether silence means anything.
+        connection.beat_cluster().await?;
         // Judged is what the database says. Of what was heard meanwhile only the end is known, not the reason.
         if !self.doubt(&mut connection, &lives, &cluster).await? {
             self.bury(&mut connection, &lives, cluster.clock.now()).await?;

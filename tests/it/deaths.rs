@@ -48,7 +48,7 @@ const AT_ONCE: Duration = Duration::from_millis(500);
 const SWEPT_BY_ANOTHER_WITHIN: Duration = Duration::from_secs(15);
 
 // Steps of a death and of the sweep after it, as the node says them to the database.
-const DECLARE: &str = "UPDATE lives SET alive = 0, ended_at";
+const DECLARE: &str = "SET alive = 0, ended_at";
 const OUTBOX: &str = "INTO outbox";
 const COMMIT: &str = "COMMIT";
 const SWEEP_PAGE: &str = "FORCE INDEX (routes_by_life)";
@@ -354,6 +354,80 @@ async fn gateways_of_a_node_that_is_cut_off_from_the_database_are_told_in_time_a
     proxy.release();
     let heals = async || cut.try_beat(&moving[0].addr, moving[0].epoch).await.is_ok() && cut.online(1..=6).await == 5;
     eventually("the node heals by itself", Duration::from_secs(15), heals).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_row_that_somebody_holds_keeps_no_other_gateway_alive_or_from_beating() {
+    let cluster = Cluster::mariadb(2, SHORT_LEASE).await;
+    let [node, other] = &cluster.nodes[..] else { panic!("two nodes") };
+    let mut gateways = Vec::new();
+    for number in 1..=6 {
+        let gateway = Gateway::start(&format!("gw-{number}:7000"), &[node], BEAT).await;
+        node.bind_all([number], &gateway.addr, gateway.epoch).await;
+        gateways.push(gateway);
+    }
+    tokio::time::sleep(LEASE).await; // deaths may be declared from now on
+    // The first that any statement comes to: perhaps a node that was registering it stands still.
+    let mut holder = cluster.db.connect().await;
+    let lock = format!("SELECT epoch FROM lives WHERE epoch = {} FOR UPDATE", gateways[0].epoch);
+    sqlx::raw_sql("BEGIN").execute(&mut holder).await.expect("begin");
+    sqlx::raw_sql(sqlx::AssertSqlSafe(lock)).execute(&mut holder).await.expect("a lock");
+    tokio::time::sleep(LEASE).await; // its lease is over as well, and nobody can say so
+    gateways[5].falls_silent();
+    let since = Instant::now();
+    for node in [node, other] {
+        offline_on(node, 6, since, LEASE + DEAD_WITHIN).await;
+    }
+    tokio::time::sleep(LEASE).await;
+    for gateway in &gateways[1..5] {
+        assert_eq!(gateway.failed(), Vec::<String>::new(), "{}", gateway.addr);
+    }
+    assert_eq!(node.online(2..=6).await, 4);
+    assert!(gateways[0].failed().iter().all(|why| why.starts_with("Unavailable")), "{:?}", gateways[0].failed());
+    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("roll back");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_the_row_that_all_agree_on_is_held_nodes_still_read_who_lives() {
+    let cluster = Cluster::mariadb(2, SHORT_LEASE).await;
+    let [node, other] = &cluster.nodes[..] else { panic!("two nodes") };
+    let leaves = Gateway::start(GATEWAY, &[node], BEAT).await;
+    let stays = Gateway::start(OTHER_GATEWAY, &[node], BEAT).await;
+    node.bind_all([1], GATEWAY, leaves.epoch).await;
+    node.bind_all([2], OTHER_GATEWAY, stays.epoch).await;
+    assert_eq!(other.online([1, 2]).await, 2);
+    let mut holder = cluster.db.connect().await;
+    sqlx::raw_sql("BEGIN").execute(&mut holder).await.expect("begin");
+    sqlx::raw_sql("SELECT id FROM cluster WHERE id = 1 FOR UPDATE").execute(&mut holder).await.expect("a lock");
+    tokio::time::sleep(2 * LEASE).await; // longer than a table of lives is believed
+    leaves.falls_silent();
+    assert_eq!(node.deregister(GATEWAY, leaves.epoch).await, Code::Ok);
+    eventually("the other node reads it", 2 * DEAD_WITHIN, async || other.online([1, 2]).await == 1).await;
+    assert!(other.query(2).await.age_ms < 3_000);
+    assert_eq!(stays.failed(), Vec::<String>::new(), "beats are taken");
+    sqlx::raw_sql("ROLLBACK").execute(&mut holder).await.expect("roll back");
+    assert_eq!(node.online([1, 2]).await, 1);
+}
+
+#[tokio::test]
+async fn a_gateway_of_a_node_with_a_file_of_its_own_dies_with_its_lease_and_two_of_two_are_held() {
+    let mut settings = SHORT_LEASE.to_vec();
+    settings.retain(|(key, _)| *key != "GATEWAY__DOUBT_SHARE");
+    let cluster = Cluster::sqlite(&settings).await;
+    let node = cluster.node();
+    let one = Gateway::start(GATEWAY, &[node], BEAT).await;
+    node.bind_all(1..=100, GATEWAY, one.epoch).await;
+    tokio::time::sleep(LEASE).await; // deaths may be declared from now on
+    one.falls_silent();
+    let since = Instant::now();
+    offline_everywhere(&cluster, 1..=100, since, LEASE + DEAD_WITHIN).await;
+    println!("offline {:?} after it fell silent", since.elapsed());
+    eventually("its routes are removed", DEAD_WITHIN, async || routes_of(&cluster, one.epoch).await == 0).await;
+    tokio::time::sleep(LEASE).await; // that death is not recent any more
+    let two = [node.register(GATEWAY).await, node.register(OTHER_GATEWAY).await];
+    eventually("both are held", LEASE + DEAD_WITHIN, async || node.degraded().await == ["hold"]).await;
+    tokio::time::sleep(LEASE).await;
+    assert_eq!((node.beat(GATEWAY, two[0]).await, node.beat(OTHER_GATEWAY, two[1]).await), (Code::Ok, Code::Ok));
 }
 
 async fn offline_on(node: &Node, user: i64, since: Instant, within: Duration) {
