@@ -87,7 +87,8 @@ impl Recorder {
             {
                 waiting.push(next);
             }
-            waiting.retain(|waiting| !waiting.answer.is_closed()); // told to go elsewhere
+            // The others were told to go elsewhere. What they said is no sign of life any more, if this node stood still.
+            waiting.retain(|waiting| !waiting.answer.is_closed() && waiting.received.elapsed() < PATIENCE);
             if let Err(error) = self.record(waiting).await {
                 self.connection = None;
                 self.gateways.metrics.store_error("heartbeats");
