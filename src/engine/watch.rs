@@ -54,7 +54,7 @@ pub struct Seen {
     connection: Option<Connection>,
     generation: Option<u64>,
     reported_down: bool,
-    /// Since when no more gateways are silent than may be.
+    /// Since when, during a hold, no more gateways are silent than may be.
     normal_since: Option<Timestamp>,
     held: bool,
 }
@@ -127,8 +127,8 @@ impl Watch {
         let (terms, now, hold) = (&self.gateways.terms, cluster.clock.now(), &cluster.hold);
         let silence = Silence::of(lives.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
         let doubtful = silence.is_doubtful(terms.doubt_share);
-        let normal_since = if doubtful { None } else { Some(self.seen.normal_since.unwrap_or(now)) };
-        self.seen.normal_since = normal_since;
+        let normal = !doubtful && hold.is_on(now);
+        self.seen.normal_since = normal.then(|| self.seen.normal_since.unwrap_or(now));
         if self.seen.held != hold.is_on(now) {
             self.seen.held = hold.is_on(now);
             match self.seen.held {
@@ -136,7 +136,7 @@ impl Watch {
                 false => info!("the hold is over: gateways whose lease is over are declared dead"),
             }
         }
-        let normal_again = normal_since.is_some_and(|since| now.since(since) >= terms.heartbeat_interval);
+        let normal_again = self.seen.normal_since.is_some_and(|since| now.since(since) >= terms.heartbeat_interval);
         if hold.is_on(now) && hold.is_by_doubt() && normal_again {
             if connection.end_hold(hold).await? {
                 info!("the gateways are heard again: the hold ends early");
