@@ -23,6 +23,7 @@ use crate::harness::cluster::code;
 use crate::harness::eventually;
 use crate::harness::gateway::Gateway;
 use crate::harness::gateway::GatewayProcess;
+use crate::harness::gateway::a_beat;
 use crate::harness::gateway::on;
 use crate::harness::heavy;
 use crate::harness::long;
@@ -356,6 +357,29 @@ async fn gateways_of_a_node_that_is_cut_off_from_the_database_are_told_in_time_a
     eventually("the node heals by itself", Duration::from_secs(15), heals).await;
 }
 
+#[tokio::test]
+async fn a_beat_that_a_node_took_before_it_stood_still_is_no_sign_of_life_afterwards() {
+    const LEASE: Duration = Duration::from_secs(5);
+    /// Longer than a gateway waits for its answer, shorter than its lease.
+    const STOOD_STILL: Duration = Duration::from_millis(3_500);
+    let settings = [SHORT_LEASE, &[("GATEWAY__LEASE", "5000")]].concat();
+    let cluster = Cluster::mariadb(2, &settings).await;
+    let [node, other] = &cluster.nodes[..] else { panic!("two nodes") };
+    let mut gateway = node.gateways();
+    node.beat("gw-9:7000", 1).await; // the connection is there
+    tokio::time::sleep(LEASE).await; // deaths may be declared from now on
+    let epoch = other.register(GATEWAY).await;
+    let since = Instant::now();
+    other.bind_all([ALICE], GATEWAY, epoch).await;
+    let beat = tokio::spawn(async move { gateway.heartbeat(a_beat(GATEWAY, epoch)).await });
+    tokio::time::sleep(Duration::from_millis(100)).await; // beats wait for others for 250 ms
+    node.stop();
+    tokio::time::sleep(STOOD_STILL).await;
+    node.cont();
+    assert!(beat.await.expect("the task").is_err(), "it was not recorded in time");
+    offline_everywhere(&cluster, ALICE..=ALICE, since, LEASE + DEAD_WITHIN).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_row_that_somebody_holds_keeps_no_other_gateway_alive_or_from_beating() {
     let cluster = Cluster::mariadb(2, SHORT_LEASE).await;
@@ -489,9 +513,11 @@ async fn a_gateway_that_comes_back_and_binds_all_it_believes_in_takes_nobody_bac
         node.bind_all(1..=users, GATEWAY, from.epoch).await;
         let connected = Instant::now();
         from.falls_silent(); // it is cut off: neither its beats nor its clients get through
+        let mut former_hears = cluster.queue().subscribe(&[&format!("gateway:{GATEWAY}")]).await;
         let binds = (1..=users).map(|user| moved(user, to.epoch)).collect();
         let answer = other.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
         assert!(answer.results.iter().all(|bound| code(&bound.result) == Code::Ok && bound.kicked.len() == 1));
+        assert!(former_hears.next(DEAD_WITHIN).await.is_some(), "the gateway they left is told, if it can hear");
         if died_meanwhile {
             let living = format!("SELECT alive FROM lives WHERE epoch = {}", from.epoch);
             eventually("it is dead", LEASE + DEAD_WITHIN, async || cluster.db.number(&living).await == 0).await;

@@ -262,6 +262,8 @@ async fn an_operator_holds_deaths_and_calls_it_off_and_declares_a_single_life_de
     for node in &cluster.nodes {
         eventually("then it is dead", DEAD_WITHIN, async || node.online([1, 2]).await == 1).await;
     }
+    let listed = other.list_gateways(false).await;
+    assert_eq!((listed.hold, listed.hold_left_ms, &*listed.hold_reason), (false, 0, ""));
     let epoch = lives_on.epoch.to_string();
     let (exit, text) = other.ctl(&["gateways", "purge", &epoch]);
     assert_eq!((exit, text.trim()), (0, "1 life declared dead"), "{text}");

@@ -304,6 +304,24 @@ async fn a_registered_gateways_users_outlive_route_ttl_and_those_of_one_that_nev
 }
 
 #[tokio::test]
+async fn keys_of_a_registered_gateways_users_come_back_for_good_when_redis_has_lost_everything() {
+    const BACK_WITHIN: Duration = Duration::from_secs(10);
+    let cluster = Cluster::with_redis(2, &[]).await;
+    let epoch = cluster.node().register(GATEWAY).await;
+    cluster.node().bind_all(1..=100, GATEWAY, epoch).await;
+    cluster.cache().kill();
+    cluster.cache().restart();
+    let redis = cluster.cache().client().await;
+    eventually("all keys are back", BACK_WITHIN, async || redis.keys("user:route:*").await.len() == 100).await;
+    for user in [1, 50, 100] {
+        let key = format!("user:route:{user}");
+        assert_eq!((redis.get(&key).await.as_deref(), redis.ttl(&key).await), (Some(GATEWAY), -1));
+    }
+    assert_eq!(cluster.nodes[1].deregister(GATEWAY, epoch).await, Code::Ok);
+    eventually("and gone with the gateway", BACK_WITHIN, async || redis.keys("user:route:*").await.is_empty()).await;
+}
+
+#[tokio::test]
 async fn nonsense_about_gateways_is_refused_and_names_what_is_wrong() {
     let cluster = Cluster::sqlite(&[]).await;
     let node = cluster.node();
