@@ -37,7 +37,7 @@ impl AdminService for Admin {
         Ok(Response::new(pb::ListGatewaysResp {
             lives: listing.lives.into_iter().map(|(listed, routes)| self.life(listed, routes, held, now)).collect(),
             hold: held,
-            hold_left_ms: left(hold.until, now),
+            hold_left_ms: if held { left(hold.until, now) } else { 0 },
             hold_reason: if held { hold.reason } else { String::new() },
         }))
     }

@@ -212,6 +212,26 @@ mod tests {
     }
 
     #[test]
+    fn only_a_living_registered_life_has_taken_the_place_of_another() {
+        for (lives, want) in [
+            (vec![], Fence::Expired),
+            (vec![life(LifeKind::Managed, false, 1)], Fence::Expired),
+            (vec![life(LifeKind::Unmanaged, true, 1)], Fence::Expired), // somebody bound without an epoch
+            (vec![life(LifeKind::Managed, false, 1), life(LifeKind::Managed, true, 1)], Fence::Superseded),
+        ] {
+            assert_eq!(Fence::of(lives.iter()), want, "{lives:?}");
+        }
+    }
+
+    #[test]
+    fn the_first_end_of_a_life_counts() {
+        let (first, second) = (EndReason::Superseded, EndReason::Expired);
+        let end = |at, reason| End { at: Timestamp(at), reason };
+        let ended = life(LifeKind::Managed, true, 1).ended(end(5, first)).ended(end(6, second));
+        assert_eq!(ended.end, Some(end(5, first)));
+    }
+
+    #[test]
     fn late_news_do_not_revive_a_life() {
         let mut table = LifeTable::default();
         table.learn(Arc::new(life(LifeKind::Managed, true, 1)));

@@ -1,16 +1,18 @@
 //! Lives of gateways as gateways and operators change them: registering, going on, deregistering, holding, purging.
 //!
-//! Each change is a task of its own that a caller who gives up does not cancel, on a connection that they share one after the
-//! other: registrations wait for each other in the database anyway.
+//! Each change is a task of its own that a caller who gives up does not cancel halfway, on a connection that they share one
+//! after the other: registrations wait for each other in the database anyway.
 
 use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use tokio::runtime::Handle;
 use tokio::sync::Mutex;
 use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::info;
 use tracing::warn;
@@ -45,6 +47,8 @@ use crate::store::lives::Ending;
 const MAX_REGISTRATIONS: i64 = 5;
 /// Changes that may wait for their turn.
 const MAX_WAITING: usize = 1024;
+/// Whoever has waited for longer has gone to another node.
+const MAX_AGE: Duration = Duration::from_secs(5);
 /// Lives that one statement ends.
 const ENDED_AT_ONCE: usize = 256;
 
@@ -56,6 +60,20 @@ pub struct Terms {
     /// Of all gateways, 0 to 1: if more are silent, they are not believed dead at once.
     pub doubt_share: f64,
     pub doubt_for: Duration,
+}
+
+/// Who waits for a change. What nobody waits for is not done: its gateway has turned to another node by now, and a
+/// registration made late would end the life that it began there.
+#[derive(Clone)]
+struct Caller {
+    since: Instant,
+    gone: CancellationToken,
+}
+
+impl Caller {
+    fn waits(&self) -> bool {
+        !self.gone.is_cancelled() && self.since.elapsed() < MAX_AGE
+    }
 }
 
 type Change<'a, T> = Pin<Box<dyn Future<Output = Result<T, SqlError>> + Send + 'a>>;
@@ -102,9 +120,10 @@ impl Gateways {
     /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
     pub async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, caller| {
             Box::pin(async move {
-                let begun = connection.begin_managed_life(&this.node_id, &profile, this.terms.lease, MAX_REGISTRATIONS).await?;
+                let (lease, wanted) = (this.terms.lease, || caller.waits());
+                let begun = connection.begin_managed_life(&this.node_id, &profile, lease, MAX_REGISTRATIONS, wanted).await?;
                 let Some(begun) = begun else { return Ok(None) };
                 let (epoch, gateway) = (begun.life.epoch.0, &begun.life.gateway);
                 info!(gateway.addr = %gateway, gateway.epoch = epoch, "gateway {gateway} registered");
@@ -126,7 +145,7 @@ impl Gateways {
     /// Goes on with a life, on this node.
     pub async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 if connection.resume_life(epoch, &profile, this.terms.lease).await? {
                     return Ok(Ok(()));
@@ -140,7 +159,7 @@ impl Gateways {
     /// Notes that a gateway has its stream here from now on.
     pub async fn attach(self: &Arc<Self>, gateway: GatewayAddr, epoch: Epoch) -> Result<Result<Arc<Life>, Fence>, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 let Some(life) = connection.attach_life(epoch, &this.node_id, this.terms.lease).await? else {
                     return this.fence(connection, &gateway, "attach").await.map(Err);
@@ -155,7 +174,7 @@ impl Gateways {
     /// Notes that stream number `no` has ended. `grace`: what is left of the lease, if it broke.
     pub async fn detach(self: &Arc<Self>, epoch: Epoch, no: u64, grace: Option<Duration>) -> Result<(), Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 connection.detach_life(epoch, &this.node_id, no, grace).await?;
                 this.lives.learn(&connection.lives_by_epoch(&[epoch]).await?);
@@ -168,7 +187,7 @@ impl Gateways {
     /// Ends a life because its gateway says so.
     pub async fn deregister(self: &Arc<Self>, gateway: GatewayAddr, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 let own = connection.lives_by_epoch(&[epoch]).await?.into_iter().any(|life| life.gateway == gateway);
                 if own && this.end(connection, &[epoch], Ending::Said(EndReason::Deregistered)).await? > 0 {
@@ -183,14 +202,14 @@ impl Gateways {
     /// Every life, with the number of its routes.
     pub async fn list(self: &Arc<Self>, include_dead: bool) -> Result<Listing, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 let routes = connection.count_routes().await?;
                 let listed = connection.list_lives(include_dead).await?.into_iter();
                 let lives = listed.map(|listed| (routes.get(&listed.life.epoch).copied().unwrap_or(0), listed));
                 let lives = lives.map(|(routes, listed)| (listed, routes)).collect();
                 let cluster = connection.read_cluster().await?;
-                this.lives.clock.learn(cluster.clock.now(), std::time::Instant::now());
+                this.lives.clock.learn(cluster.clock.now(), Instant::now());
                 let hold = Some(cluster.hold).filter(|hold| hold.is_on(cluster.clock.now()));
                 Ok(Listing { lives, hold })
             })
@@ -201,7 +220,7 @@ impl Gateways {
     /// Declares the named lives dead now, whatever their leases say. Returns how many.
     pub async fn purge(self: &Arc<Self>, epochs: Vec<Epoch>) -> Result<usize, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 let mut ended = 0;
                 for epochs in epochs.chunks(ENDED_AT_ONCE) {
@@ -216,7 +235,7 @@ impl Gateways {
     /// Ends the hold and declares dead whose lease is over. None: no hold is on.
     pub async fn confirm_hold(self: &Arc<Self>) -> Result<Option<usize>, Error> {
         let this = self.clone();
-        self.change(move |connection| {
+        self.change(move |connection, _| {
             Box::pin(async move {
                 let cluster = connection.read_cluster().await?;
                 let now = cluster.clock.now();
@@ -239,7 +258,7 @@ impl Gateways {
     /// Begins, prolongs or (zero) calls off a hold.
     pub async fn hold(self: &Arc<Self>, length: Duration, reason: String) -> Result<(), Error> {
         let lease = self.terms.lease;
-        self.change(move |connection| Box::pin(async move { connection.set_hold(length, lease, &reason).await })).await
+        self.change(move |connection, _| Box::pin(async move { connection.set_hold(length, lease, &reason).await })).await
     }
 
     /// Ends those of `epochs` for which `ending` holds, and tells everybody. Returns how many.
@@ -276,27 +295,27 @@ impl Gateways {
         Ok(Fence::of(lives.iter().map(|life| &**life)))
     }
 
-    /// Runs a change to its end, whether its caller waits for it or not.
+    /// Runs a change that its caller waits for when its turn comes. Once begun it goes on to its end; what must not be done for
+    /// nobody asks once more.
     async fn change<T: Send + 'static>(
         self: &Arc<Self>,
-        change: impl for<'a> FnOnce(&'a mut Connection) -> Change<'a, T> + Send + 'static,
+        change: impl for<'a> FnOnce(&'a mut Connection, Caller) -> Change<'a, T> + Send + 'static,
     ) -> Result<T, Error> {
         let Ok(place) = self.waiting.clone().try_acquire_owned() else {
             self.metrics.shed("registrations");
             return Err(Error::overloaded("too many gateways register at once"));
         };
+        let caller = Caller { since: Instant::now(), gone: CancellationToken::new() };
+        let _tells_when_gone = caller.gone.clone().drop_guard();
         let this = self.clone();
         let change = async move {
             let _place = place;
             let mut kept = this.connection.lock().await;
-            let mut connection = match kept.take() {
-                Some(connection) => connection,
-                None => this.connect().await?,
-            };
-            if connection.ping().await.is_err() {
-                connection = this.connect().await?; // the server ends idle sessions
+            if !caller.waits() {
+                return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
             }
-            let done = change(&mut connection).await?; // after an error nobody knows what state it is in
+            let mut connection = this.usable(kept.take()).await?;
+            let done = change(&mut connection, caller).await?; // after an error nobody knows what state it is in
             *kept = Some(connection);
             Ok::<T, SqlError>(done)
         };
@@ -311,7 +330,13 @@ impl Gateways {
         }
     }
 
-    pub(super) async fn connect(&self) -> Result<Connection, SqlError> {
+    /// The connection that was `kept`, if it still answers: the server ends idle sessions. Else a new one.
+    pub(super) async fn usable(&self, kept: Option<Connection>) -> Result<Connection, SqlError> {
+        if let Some(mut connection) = kept
+            && connection.ping().await.is_ok()
+        {
+            return Ok(connection);
+        }
         self.database.connect(Purpose::Lane).await
     }
 

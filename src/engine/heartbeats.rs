@@ -3,6 +3,7 @@
 //! is told in time to beat through another node. Heartbeats are never shed for load.
 
 use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -86,7 +87,8 @@ impl Recorder {
             {
                 waiting.push(next);
             }
-            waiting.retain(|waiting| !waiting.answer.is_closed()); // told to go elsewhere
+            // The others were told to go elsewhere. What they said is no sign of life any more, if this node stood still.
+            waiting.retain(|waiting| !waiting.answer.is_closed() && waiting.received.elapsed() < PATIENCE);
             if let Err(error) = self.record(waiting).await {
                 self.connection = None;
                 self.gateways.metrics.store_error("heartbeats");
@@ -97,18 +99,11 @@ impl Recorder {
 
     /// Whoever is not answered when this returns was not recorded.
     async fn record(&mut self, waiting: Vec<Waiting>) -> Result<(), SqlError> {
-        let mut connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.gateways.connect().await?,
-        };
-        match self.extend(&mut connection, waiting).await {
-            Ok(living) => {
-                self.connection = Some(connection);
-                self.gateways.outside.beaten(&living, self.gateways.terms.lease).await;
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
+        let mut connection = self.gateways.usable(self.connection.take()).await?;
+        let living = self.extend(&mut connection, waiting).await?;
+        self.connection = Some(connection);
+        self.gateways.outside.beaten(&living, self.gateways.terms.lease).await;
+        Ok(())
     }
 
     async fn extend(&mut self, connection: &mut Connection, waiting: Vec<Waiting>) -> Result<Vec<Arc<Life>>, SqlError> {
@@ -122,12 +117,13 @@ impl Recorder {
         let beats: HashMap<Epoch, Beat> = known.iter().map(|waiting| (waiting.beat.epoch, waiting.beat.clone())).collect();
         let mut beats: Vec<Beat> = beats.into_values().collect();
         beats.sort_unstable_by_key(|beat| beat.epoch);
-        self.write(connection, &beats).await?;
+        self.write(connection, &mut beats).await?;
         // Over is for good: whoever lives after the statement was alive when it was carried out.
         let after = by_epoch(connection.lives_by_epoch(&beats.iter().map(|beat| beat.epoch).collect::<Vec<_>>()).await?);
         let mut living = Vec::new();
         let mut over = strangers;
-        for waiting in known {
+        let written: HashSet<Epoch> = beats.iter().map(|beat| beat.epoch).collect();
+        for waiting in known.into_iter().filter(|waiting| written.contains(&waiting.beat.epoch)) {
             match after.get(&waiting.beat.epoch).filter(|life| life.is_alive()) {
                 Some(life) => {
                     living.push(life.clone());
@@ -143,17 +139,15 @@ impl Recorder {
         Ok(living)
     }
 
-    /// A row that somebody holds, perhaps a node that stands still, costs its own gateway's beat and no other's.
-    async fn write(&mut self, connection: &mut Connection, beats: &[Beat]) -> Result<(), SqlError> {
-        let lease = self.gateways.terms.lease;
-        match connection.beat_lives(beats, lease).await {
-            Err(SqlError::Locked | SqlError::Deadlock) if beats.len() > 1 => {
-                let (first, second) = beats.split_at(beats.len() / 2);
-                Box::pin(self.write(connection, first)).await?;
-                Box::pin(self.write(connection, second)).await
-            }
-            done => done,
-        }
+    /// Leaves the beats that were written. A row that somebody holds, perhaps a node that stands still, is not waited for: it
+    /// costs its own gateway's beat and no other's.
+    async fn write(&mut self, connection: &mut Connection, beats: &mut Vec<Beat>) -> Result<(), SqlError> {
+        let epochs: Vec<Epoch> = beats.iter().map(|beat| beat.epoch).collect();
+        connection.begin().await?;
+        let free = connection.lock_lives(&epochs).await?;
+        beats.retain(|beat| free.contains(&beat.epoch));
+        connection.beat_lives(beats, self.gateways.terms.lease).await?;
+        connection.commit().await
     }
 }
 

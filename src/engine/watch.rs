@@ -13,7 +13,6 @@ use tracing::warn;
 
 use crate::domain::doubt::Silence;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
 use crate::engine::cache::Cache;
@@ -59,7 +58,7 @@ pub struct Seen {
     connection: Option<Connection>,
     generation: Option<u64>,
     reported_down: bool,
-    /// Since when no more gateways are silent than may be.
+    /// Since when, during a hold, no more gateways are silent than may be.
     normal_since: Option<Timestamp>,
     held: bool,
 }
@@ -97,14 +96,13 @@ impl Watch {
             Some(connection) => connection,
             None => self.database.connect(Purpose::Lane).await?,
         };
-        connection.beat_cluster().await?;
         let asked = Instant::now();
         let cluster = connection.read_cluster().await?;
         self.lives.clock.learn(cluster.clock.now(), asked);
         self.note_generation(cluster.generation);
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
-        self.lives.replace(lives, asked);
+        self.lives.replace(lives.clone(), asked);
         let nodes = connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?;
         self.peers.set_nodes(&nodes);
         if let Some(hints) = &self.hints {
@@ -113,8 +111,11 @@ impl Watch {
         }
         let table = self.lives.table();
         self.streams.end_unless(|epoch, no| table.get(epoch).is_none_or(|life| life.is_alive() && life.attach_no <= no));
-        if !self.doubt(&mut connection, &table, &cluster).await? {
-            self.bury(&mut connection, &table, cluster.clock.now()).await?;
+        // After reading: somebody may hold that row. Before judging: it tells whether silence means anything.
+        connection.beat_cluster().await?;
+        // Judged is what the database says. Of what was heard meanwhile only the end is known, not the reason.
+        if !self.doubt(&mut connection, &lives, &cluster).await? {
+            self.bury(&mut connection, &lives, cluster.clock.now()).await?;
         }
         self.gateways.show(&self.lives.table(), self.seen.held);
         self.seen.connection = Some(connection);
@@ -130,12 +131,12 @@ impl Watch {
     }
 
     /// Begins or ends the hold, as the gateways' silence tells. True: nobody may be declared dead now.
-    async fn doubt(&mut self, connection: &mut Connection, table: &LifeTable, cluster: &ClusterRow) -> Result<bool, SqlError> {
+    async fn doubt(&mut self, connection: &mut Connection, lives: &[Arc<Life>], cluster: &ClusterRow) -> Result<bool, SqlError> {
         let (terms, now, hold) = (&self.gateways.terms, cluster.clock.now(), &cluster.hold);
-        let silence = Silence::of(table.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
+        let silence = Silence::of(lives.iter().map(|life| &**life), now, terms.lease, terms.heartbeat_interval);
         let doubtful = silence.is_doubtful(terms.doubt_share);
-        let normal_since = if doubtful { None } else { Some(self.seen.normal_since.unwrap_or(now)) };
-        self.seen.normal_since = normal_since;
+        let normal = !doubtful && hold.is_on(now);
+        self.seen.normal_since = normal.then(|| self.seen.normal_since.unwrap_or(now));
         if self.seen.held != hold.is_on(now) {
             self.seen.held = hold.is_on(now);
             match self.seen.held {
@@ -143,7 +144,7 @@ impl Watch {
                 false => info!("the hold is over: gateways whose lease is over are declared dead"),
             }
         }
-        let normal_again = normal_since.is_some_and(|since| now.since(since) >= terms.heartbeat_interval);
+        let normal_again = self.seen.normal_since.is_some_and(|since| now.since(since) >= terms.heartbeat_interval);
         if hold.is_on(now) && hold.is_by_doubt() && normal_again {
             if connection.end_hold(hold).await? {
                 info!("the gateways are heard again: the hold ends early");
@@ -162,9 +163,9 @@ impl Watch {
     }
 
     /// Declares dead whose lease is over.
-    async fn bury(&mut self, connection: &mut Connection, table: &LifeTable, now: Timestamp) -> Result<(), SqlError> {
+    async fn bury(&mut self, connection: &mut Connection, lives: &[Arc<Life>], now: Timestamp) -> Result<(), SqlError> {
         let over = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && life.lease_until < now;
-        let mut epochs: Vec<Epoch> = table.iter().filter(over).map(|life| life.epoch).collect();
+        let mut epochs: Vec<Epoch> = lives.iter().filter(over).map(|life| life.epoch).collect();
         epochs.sort_unstable();
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
         for epochs in epochs.chunks(DEATHS_AT_ONCE) {

@@ -317,7 +317,7 @@ fn profile(name: &str) -> Profile {
 }
 
 async fn register(connection: &mut Connection, name: &str) -> Begun {
-    connection.begin_managed_life("node", &profile(name), LEASE, 5).await.unwrap().expect("not too often")
+    connection.begin_managed_life("node", &profile(name), LEASE, 5, || true).await.unwrap().expect("not too often")
 }
 
 /// As if nobody had said so for a lease, and nothing had been written for a while (or it had, all the time).
@@ -345,7 +345,7 @@ async fn a_registration_ends_the_former_life_and_five_are_enough() {
         for _ in 0..4 {
             register(connection, "gw-1:7000").await;
         }
-        assert!(connection.begin_managed_life("node", &profile("gw-1:7000"), LEASE, 5).await.unwrap().is_none());
+        assert!(connection.begin_managed_life("node", &profile("gw-1:7000"), LEASE, 5, || true).await.unwrap().is_none());
         assert!(register(connection, "gw-2:7000").await.ended.is_none(), "another address is free to register");
         assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap().len(), 1);
 

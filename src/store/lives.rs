@@ -1,5 +1,6 @@
 //! Lives of gateways: beginning, extending, ending, reading.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -129,13 +130,15 @@ impl Connection {
     }
 
     /// Begins a life with a lease and ends whatever life the address had. None: it has begun `limit` lives within the last
-    /// `lease`, so that two processes which fight over an address do not storm the database.
+    /// `lease`, so that two processes which fight over an address do not storm the database. Nothing is done if, with all
+    /// locks held, it is not `wanted` any more.
     pub async fn begin_managed_life(
         &mut self,
         node_id: &str,
         profile: &Profile,
         lease: Duration,
         limit: i64,
+        wanted: impl Fn() -> bool,
     ) -> Result<Option<Begun>, SqlError> {
         let (now, addr) = (clock_millis(self.engine()), || profile.gateway.to_string());
         self.begin().await?;
@@ -156,6 +159,10 @@ impl Connection {
         let insert = statement(insert).bind(addr()).bind(duration_millis(lease)).bind(profile.region.clone());
         self.execute(insert.bind(i64::from(profile.capacity)).bind(labels(profile))).await?;
         let begun = self.current_lives(std::slice::from_ref(&profile.gateway)).await?;
+        if !wanted() {
+            self.rollback().await?;
+            return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
+        }
         self.commit().await?;
         let life = begun.into_iter().next().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
         Ok(Some(Begun { life, ended }))
@@ -217,6 +224,23 @@ impl Connection {
         self.execute(detach.bind(signed(epoch.0)).bind(node_id.to_owned()).bind(signed(no))).await.map(|_| ())
     }
 
+    /// Locks those of `epochs` that nobody else holds locked, without waiting, and returns them. In a transaction.
+    pub async fn lock_lives(&mut self, epochs: &[Epoch]) -> Result<HashSet<Epoch>, SqlError> {
+        const LOCK: &str = "SELECT epoch FROM lives /*! FORCE INDEX (PRIMARY) */ WHERE epoch IN (";
+        let tail = match self.engine() {
+            Engine::MySql => ") FOR UPDATE SKIP LOCKED",
+            Engine::Sqlite => ")", // the transaction holds everything
+        };
+        let mut locked = HashSet::new();
+        for (chunk, fill) in chunks(epochs) {
+            let sql = repeated(LOCK, "?", chunk.len() + fill, tail);
+            for row in self.fetch(bind_epochs(statement(sql), chunk, fill)).await? {
+                locked.insert(Epoch(unsigned(row.try_get(0)?)));
+            }
+        }
+        Ok(locked)
+    }
+
     /// Extends the leases of those that live; what is over stays over. One statement for up to 512 beats, by primary key.
     pub async fn beat_lives(&mut self, beats: &[Beat], lease: Duration) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
@@ -249,7 +273,13 @@ impl Connection {
     /// that tells of it. None: there were none.
     pub async fn end_lives(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
         self.begin().await?;
-        let ended = self.end(node_id, epochs, ending).await?;
+        let mut epochs = epochs.to_vec();
+        if let Ending::Expired { .. } = ending {
+            // One that somebody holds must not keep the others alive. The next look finds it.
+            let free = self.lock_lives(&epochs).await?;
+            epochs.retain(|epoch| free.contains(epoch));
+        }
+        let ended = self.end(node_id, &epochs, ending).await?;
         if ended.is_none() {
             self.rollback().await?;
             return Ok(None);
@@ -329,7 +359,8 @@ fn end_statement(engine: Engine, ending: Ending, epochs: usize) -> Statement {
         Ending::Said(_) => ("?", ""),
     };
     let head = format!(
-        "UPDATE lives SET alive = 0, ended_at = {{now}}, end_reason = {reason} WHERE alive = 1 {condition} AND epoch IN ("
+        "UPDATE lives /*! FORCE INDEX (PRIMARY) */ SET alive = 0, ended_at = {{now}}, end_reason = {reason} \
+         WHERE alive = 1 {condition} AND epoch IN ("
     );
     let update = statement(repeated(&head.replace("{now}", clock_millis(engine)), "?", epochs, ")"));
     match ending {

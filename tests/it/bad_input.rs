@@ -39,7 +39,7 @@ const CHARACTERS: &str = "printable ASCII without spaces";
 
 /// INVALID_ARGUMENT, whose message and details name the field and the limit.
 #[track_caller]
-fn check<T: std::fmt::Debug>(request: &str, answer: Result<T, Status>, field: &str, limit: &str) {
+pub fn check<T: std::fmt::Debug>(request: &str, answer: Result<T, Status>, field: &str, limit: &str) {
     let status = answer.expect_err(request);
     assert_eq!(status.code(), Code::InvalidArgument, "{request}: {status:?}");
     assert!(status.message().contains(field) && status.message().contains(limit), "{request}: {:?}", status.message());

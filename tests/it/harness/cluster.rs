@@ -166,7 +166,15 @@ impl Cluster {
 
     /// One more node on the same stores.
     pub async fn add_node(&mut self, more: &[(&str, &str)]) {
-        let mut settings = self.db.settings(more);
+        self.launch(self.db.settings(more), more).await;
+    }
+
+    /// One more, which reaches the database through `proxy`.
+    pub async fn add_node_through(&mut self, proxy: &Proxy, more: &[(&str, &str)]) {
+        self.launch(self.db.settings_through(proxy, more), more).await;
+    }
+
+    async fn launch(&mut self, mut settings: Settings, more: &[(&str, &str)]) {
         let section = |key: &str| key.split("__").next().unwrap_or_default().to_owned();
         let given: Vec<String> = more.iter().filter(|(key, _)| key.ends_with("__URL")).map(|(key, _)| section(key)).collect();
         // A Redis that `more` tells of is not the cluster's own.

@@ -63,6 +63,16 @@ impl Node {
         Self::start_as(vec![PROGRAM.to_owned()], settings).await
     }
 
+    /// Starts a node whose wall clock is shifted, as in `+1h`. None: libfaketime is not installed.
+    pub async fn start_with_clock(shift: &str, settings: Settings) -> Option<Self> {
+        let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
+        let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
+        let library = libraries.find(|library| std::path::Path::new(library).exists())?;
+        let faked = [format!("LD_PRELOAD={library}"), format!("FAKETIME={shift}"), "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned()];
+        let program = ["env".to_owned()].into_iter().chain(faked).chain([PROGRAM.to_owned()]);
+        Some(Self::start_as(program.collect(), settings).await)
+    }
+
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
     pub async fn start_as(program: Vec<String>, settings: Settings) -> Self {
         let process = Process::start_as(&program, &settings);
@@ -95,6 +105,15 @@ impl Node {
         let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
         (status.expect("an HTTP status"), body.to_owned())
+    }
+
+    /// Exit code and output of `im-presence ctl` with these words, on this node.
+    pub fn ctl(&self, words: &[&str]) -> (i32, String) {
+        let mut command = Command::new(PROGRAM);
+        let (data, admin) = (self.data.to_string(), self.admin.to_string());
+        command.arg("ctl").args(words).env("IM_PRESENCE_ADDR", data).env("IM_PRESENCE_ADMIN", admin);
+        let output = command.stdin(Stdio::null()).output().expect("run im-presence ctl");
+        (output.status.code().expect("an exit code"), String::from_utf8(output.stdout).expect("text"))
     }
 
     /// What `/readyz` says is missing. The node has to be ready nevertheless.

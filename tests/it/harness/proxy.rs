@@ -47,6 +47,8 @@ enum Mode {
     CutAt(&'static str),
     /// The next COMMIT is forwarded; its answer ends here, with the connection.
     CutAfterCommit,
+    /// Nothing gets through in either direction, and nobody is told.
+    CutOff,
 }
 
 pub struct Proxy {
@@ -102,7 +104,17 @@ impl Proxy {
 
     /// From now on, COMMIT does not arrive at the server.
     pub fn hold_commit(&self) {
-        self.set(Mode::HoldRequests(COMMIT));
+        self.hold_requests(COMMIT);
+    }
+
+    /// From now on, statements of lanes that contain `text` do not arrive at the server. What was held before goes on.
+    pub fn hold_requests(&self, text: &'static str) {
+        self.set(Mode::HoldRequests(text));
+    }
+
+    /// From now on, nothing gets through, and connections stay open.
+    pub fn cut_off(&self) {
+        self.set(Mode::CutOff);
     }
 
     /// The next transaction loses its connection at its last statement before COMMIT.
@@ -173,6 +185,10 @@ impl Link {
         };
         match mode {
             Mode::HoldRequests(text) if says(text) => {
+                self.strike();
+                self.released(&mode).await;
+            }
+            Mode::CutOff => {
                 self.strike();
                 self.released(&mode).await;
             }
@@ -253,6 +269,7 @@ impl Session {
     /// Only answers that bring rows or changes are held, not those to PREPARE: what is held has been carried out.
     fn is_held_by(&self, mode: &Mode) -> bool {
         let kind = if self.is_lane { Kind::Lane } else { Kind::Reader };
-        matches!(mode, Mode::HoldAnswers(held, text) if *held == kind && !self.preparing && self.current.contains(text))
+        matches!(mode, Mode::CutOff)
+            || matches!(mode, Mode::HoldAnswers(held, text) if *held == kind && !self.preparing && self.current.contains(text))
     }
 }
