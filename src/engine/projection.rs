@@ -147,9 +147,10 @@ impl Outside {
         if let Some(hints) = &self.hints {
             hints.tell(&versions).await;
         }
+        let kicked = self.kick(&batch.kicks).await; // gateways that attach hear it whatever is missing
         let winners = winners?;
         self.announce(&records, &winners).await;
-        self.kick(&batch.kicks).await?;
+        kicked?;
         let overtaken = self.overtaken(&records, &winners).await.ok()?;
         if !overtaken.is_empty() {
             self.show_now(&overtaken).await.ok()?;
