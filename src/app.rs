@@ -23,6 +23,7 @@ use tracing::info;
 use tracing::warn;
 
 use crate::api::admin::Admin;
+use crate::api::attach::DRAIN_TIME;
 use crate::api::attach::Tools;
 use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
@@ -33,6 +34,7 @@ use crate::api::node::Node;
 use crate::api::presence::Presence;
 use crate::app::assemble::Assembled;
 use crate::config::Config;
+use crate::engine::delivery::Deliveries;
 use crate::engine::gateways::Gateways;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
@@ -45,6 +47,7 @@ const START_RETRY: Duration = Duration::from_millis(250);
 /// A stopping node: how long calls in progress may take, then how long the lanes may take to store what they have.
 const CALLS_DEADLINE: Duration = Duration::from_secs(5);
 const LANES_DEADLINE: Duration = Duration::from_secs(3);
+
 /// Why the daemon did not start, or ended: one line for an operator.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -69,13 +72,17 @@ pub struct App {
     pub data: SocketAddr,
     pub admin: SocketAddr,
     health: HealthReporter,
-    /// Stops accepting; calls in progress are finished.
+    /// Says that it stops, and sends attached gateways to other nodes.
     draining: CancellationToken,
+    /// Stops accepting; calls in progress are finished.
+    closing: CancellationToken,
+    attached: TaskTracker,
     /// Stops everything else.
     stop: CancellationToken,
     server: JoinSet<()>,
     tasks: JoinSet<()>,
     gateways: Arc<Gateways>,
+    deliveries: Arc<Deliveries>,
 }
 
 /// Runs the daemon until SIGTERM or SIGINT. A second signal ends it at once.
@@ -117,7 +124,8 @@ impl App {
         let database = Arc::new(open(&config).await?);
         let (data_listener, data) = bind(&config.presence_service.host, config.presence_service.port).await?;
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
-        let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (draining, closing, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
         let engine = Assembled::start(&config, database, data, &mut tasks, &stop).await?;
 
@@ -127,6 +135,7 @@ impl App {
             metrics: metrics.clone(),
             cache,
             lanes: lanes.clone(),
+            streams: engine.streams.clone(),
             lives: engine.lives.clone(),
             max_capacity,
             draining: draining.clone(),
@@ -135,7 +144,7 @@ impl App {
         let for_operators = Admin { gateways: gateways.clone(), lives: lives.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
         let (store_id, max_message_bytes) = (engine.database.store_id.clone(), config.delivery.max_message_bytes);
-        let caller = Caller { store_id: store_id.clone(), lives: lives.clone() };
+        let caller = Caller { store_id: store_id.clone(), peers: engine.peers.clone(), lives: lives.clone() };
         tasks.spawn(Arc::new(caller).run(engine.peer_calls, stop.clone()));
         let binder = Arc::new(Binder { lanes, lives: lives.clone(), metrics: metrics.clone() });
         let stream_tools = Arc::new(Tools {
@@ -143,41 +152,51 @@ impl App {
             heartbeats: engine.heartbeats.clone(),
             binder: binder.clone(),
             acks: engine.acks.clone(),
-            peers: engine.peers,
+            peers: engine.peers.clone(),
             lives: lives.clone(),
             draining: draining.clone(),
         });
         let services = serve::Services {
-            presence: Presence { binder, directory, deliveries, metrics: metrics.clone(), max_message_bytes },
+            presence: Presence { binder, directory, deliveries: deliveries.clone(), metrics: metrics.clone(), max_message_bytes },
             leases: Leases {
                 gateways: gateways.clone(),
                 heartbeats: engine.heartbeats,
                 lives: lives.clone(),
                 stream_tools,
-                attached: TaskTracker::new(),
+                attached: attached.clone(),
             },
-            node: Node { store_id, streams: engine.streams, acks: engine.acks, lives },
+            node: Node { store_id, streams: engine.streams, acks: engine.acks, peers: engine.peers, lives },
         };
         let (health, routes) = serve::data_routes(services).await;
-        let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, draining.clone());
+        let connections = listen::accept(data_listener, config.presence_service.max_connections, metrics, closing.clone());
         let mut server = JoinSet::new();
-        server.spawn(serve::serve_data(routes, connections, draining.clone(), stop.clone()));
+        server.spawn(serve::serve_data(routes, connections, closing.clone(), stop.clone()));
 
         announce(&config, &engine.database, data, admin).await;
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        Ok(Self { data, admin, health, draining, stop, server, tasks, gateways })
+        Ok(Self { data, admin, health, draining, closing, attached, stop, server, tasks, gateways, deliveries })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
     pub async fn shutdown(mut self) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
-        if timeout(CALLS_DEADLINE, self.server.join_next()).await.is_err() {
+        if !self.attached.is_empty() {
+            // What is on its way to gateways is acknowledged through the nodes they go to: those have to reach this one.
+            sleep(DRAIN_TIME).await;
+        }
+        let calls = async {
+            self.deliveries.finish().await; // while acknowledgements still come in
+            self.closing.cancel();
+            self.server.join_next().await
+        };
+        if timeout(CALLS_DEADLINE, calls).await.is_err() {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
+        self.closing.cancel();
         self.stop.cancel();
         let all = async {
             self.gateways.finish().await;

@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use crate::engine::cache::Cache;
 use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
+use crate::engine::streams::Streams;
 use crate::metrics::ByTier;
 use crate::metrics::Metrics;
 
@@ -27,6 +28,7 @@ pub struct Operator {
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
+    pub streams: Arc<Streams>,
     pub lives: Arc<Lives>,
     /// Users online above which the node says it is full; 0: no limit.
     pub max_capacity: u64,
@@ -66,6 +68,7 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     metrics.l1_entries.set(gauge(operator.cache.len()));
     metrics.users_online.set(operator.lives.users_online());
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
+    metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
     let rejected = metrics.stale_offers_rejected.get_or_create_owned(&ByTier { tier: "l1" });
     rejected.inner().store(operator.cache.offers_rejected(), std::sync::atomic::Ordering::Relaxed);
     metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)

@@ -99,7 +99,7 @@ impl Assembled {
             tasks.spawn(hints.clone().keep_beating(stop.clone()));
             hints.heard_itself(HEAR_PATIENCE).await;
         }
-        let ((peers, peer_calls), streams) = (Peers::new(), Streams::new(metrics.clone()));
+        let ((peers, peer_calls), streams) = (Peers::new((node_id.clone(), addr)), Streams::new(metrics.clone()));
         let acks = Acks::new(&node_id, metrics.clone());
         let outlets = Outlets { node_id: node_id.clone(), streams: streams.clone(), peers: peers.clone(), bus: bus.clone() };
         let outlets = Arc::new(outlets);
@@ -127,7 +127,6 @@ impl Assembled {
             hints: hints.clone(),
             peers: peers.clone(),
             streams: streams.clone(),
-            node: (node_id.clone(), addr),
             seen: Seen::default(),
         };
         watch.step().await;

@@ -64,11 +64,11 @@ pub async fn data_routes(services: Services) -> (HealthReporter, Routes) {
     (health, routes.routes())
 }
 
-/// Serves until `draining`, then finishes the calls in progress.
+/// Serves until `closing`, then finishes the calls in progress.
 pub async fn serve_data(
     routes: Routes,
     connections: ReceiverStream<io::Result<listen::Connection>>,
-    draining: CancellationToken,
+    closing: CancellationToken,
     stop: CancellationToken,
 ) {
     let _stop_node_on_panic = stop.drop_guard();
@@ -78,7 +78,7 @@ pub async fn serve_data(
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
         .add_routes(routes)
-        .serve_with_incoming_shutdown(connections, draining.cancelled_owned())
+        .serve_with_incoming_shutdown(connections, closing.cancelled_owned())
         .await;
     if let Err(error) = served {
         error!(%error, "the gRPC server ended");
