@@ -1,6 +1,7 @@
 //! What the tests run on. Everything started here ends with the test process, however that ends.
 
 pub mod cluster;
+pub mod gateway;
 pub mod mariadb;
 pub mod node;
 pub mod process;
