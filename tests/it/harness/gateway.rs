@@ -220,6 +220,11 @@ impl RawStream {
         }
     }
 
+    /// The next frame, however long that takes. None: the stream has ended.
+    pub async fn wait(&mut self) -> Option<pb::NodeFrame> {
+        self.answers.message().await.ok().flatten()
+    }
+
     /// No frame comes within this time.
     pub async fn is_silent(&mut self, time: Duration) -> bool {
         timeout(time, self.answers.message()).await.is_err()
