@@ -18,18 +18,21 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic_health::ServingStatus;
 use tonic_health::server::HealthReporter;
 use tracing::info;
 use tracing::warn;
 
 use crate::api::admin::Admin;
+use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
 use crate::api::listen;
 use crate::api::node::Caller;
 use crate::app::assemble::Assembled;
 use crate::app::threads::Threads;
 use crate::config::Config;
+use crate::engine::delivery::Deliveries;
 use crate::engine::gateways::Gateways;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
@@ -42,6 +45,7 @@ const START_RETRY: Duration = Duration::from_millis(250);
 /// A stopping node: how long calls in progress may take, then how long the lanes may take to store what they have.
 const CALLS_DEADLINE: Duration = Duration::from_secs(5);
 const LANES_DEADLINE: Duration = Duration::from_secs(3);
+
 /// Why the daemon did not start, or ended: one line for an operator.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -78,13 +82,17 @@ pub struct App {
     pub data: SocketAddr,
     pub admin: SocketAddr,
     health: HealthReporter,
-    /// Stops accepting; calls in progress are finished.
+    /// Says that it stops, and sends attached gateways to other nodes.
     draining: CancellationToken,
+    /// Stops accepting; calls in progress are finished.
+    closing: CancellationToken,
+    attached: TaskTracker,
     /// Stops everything else.
     stop: CancellationToken,
     threads: Threads,
     tasks: JoinSet<()>,
     gateways: Arc<Gateways>,
+    deliveries: Arc<Deliveries>,
 }
 
 /// Runs the daemon until SIGTERM or SIGINT. A second signal ends it at once.
@@ -126,7 +134,8 @@ impl App {
         let database = Arc::new(open(&config).await?);
         let (data_listener, data) = bind(&config.presence_service.host, config.presence_service.port).await?;
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
-        let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
+        let (draining, closing, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
+        let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
         let mut engine = Assembled::start(&config, database, data, &mut tasks, &stop).await?;
 
@@ -136,6 +145,7 @@ impl App {
             metrics: metrics.clone(),
             cache,
             lanes,
+            streams: engine.streams.clone(),
             lives: engine.lives.clone(),
             hints: engine.hints.clone(),
             max_capacity,
@@ -143,32 +153,43 @@ impl App {
         };
         let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
-        let caller = Caller { store_id: engine.database.store_id.clone(), lives: engine.lives.clone() };
+        let caller =
+            Caller { store_id: engine.database.store_id.clone(), peers: engine.peers.clone(), lives: engine.lives.clone() };
         if let Some(calls) = engine.peer_calls.take() {
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let (health, routes) = serve::data_routes(engine.services(&config, &draining)).await;
-        let started = Threads::start(config.presence_service.thread_count, &routes, &draining, &stop);
+        let (health, routes) = serve::data_routes(engine.services(&config, &draining, &attached)).await;
+        let started = Threads::start(config.presence_service.thread_count, &routes, &closing, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
         let max_connections = config.presence_service.max_connections;
-        tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, draining.clone(), stop.clone()));
+        tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));
 
         announce(&config, &engine.database, data, admin).await;
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        let gateways = engine.gateways;
-        Ok(Self { data, admin, health, draining, stop, threads, tasks, gateways })
+        let (gateways, deliveries) = (engine.gateways, engine.deliveries);
+        Ok(Self { data, admin, health, draining, closing, attached, stop, threads, tasks, gateways, deliveries })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
     pub async fn shutdown(mut self) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
-        if timeout(CALLS_DEADLINE, self.threads.ended()).await.is_err() {
+        if !self.attached.is_empty() {
+            // What is on its way to gateways is acknowledged through the nodes they go to: those have to reach this one.
+            sleep(DRAIN_TIME).await;
+        }
+        let calls = async {
+            self.deliveries.finish().await; // while acknowledgements still come in
+            self.closing.cancel();
+            self.threads.ended().await
+        };
+        if timeout(CALLS_DEADLINE, calls).await.is_err() {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
+        self.closing.cancel();
         self.stop.cancel();
         let all = async {
             self.gateways.finish().await;

@@ -17,6 +17,7 @@ use im_presence::telemetry;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -92,7 +93,7 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let (mut tasks, stop) = (JoinSet::new(), CancellationToken::new());
     let addr = listener.local_addr().expect("an address");
     let engine = Assembled::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
-    let (_health, routes) = serve::data_routes(engine.services(config, &CancellationToken::new())).await;
+    let (_health, routes) = serve::data_routes(engine.services(config, &CancellationToken::new(), &TaskTracker::new())).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     serve::data_server().add_routes(routes).serve_with_incoming(incoming).await.expect("serve");
 }

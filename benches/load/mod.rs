@@ -1,4 +1,4 @@
-//! A loader for unary gRPC calls that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
+//! A loader for gRPC, unary calls and one stream, that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
 //! just enough of it: one request header block for all calls, no flow control to speak of, answers counted by their frames.
 
 pub mod contender;
@@ -92,6 +92,75 @@ pub fn scatter(n: u64) -> u64 {
     z ^ (z >> 31)
 }
 
+/// One gRPC stream on a connection of its own, whose every message is answered.
+pub struct Stream {
+    connection: Connection,
+    /// Bytes that are no whole frame yet, and bytes of the stream that are no whole message yet.
+    buffer: Vec<u8>,
+    unread: Vec<u8>,
+    sent: u64,
+}
+
+impl Stream {
+    /// Opens it and waits until `first` is answered.
+    pub fn open(server: SocketAddr, path: &str, first: &impl Message) -> Self {
+        let mut connection = Connection::open(server, path);
+        frame(&mut connection.out, HEADERS, END_HEADERS, 1, &connection.headers);
+        let mut this = Self { connection, buffer: Vec::new(), unread: Vec::new(), sent: 0 };
+        this.send(first);
+        while this.receive() == 0 {}
+        this
+    }
+
+    /// Keeps `in_flight` messages under way for `time`. `request(n)` is the n-th of this stream.
+    pub fn run<M: Message>(&mut self, in_flight: u64, time: Duration, request: impl Fn(u64) -> M) -> Done {
+        let (began, mut done, mut under_way) = (Instant::now(), Done::default(), 0);
+        while under_way > 0 || began.elapsed() < time {
+            while under_way < in_flight && began.elapsed() < time {
+                self.send(&request(self.sent));
+                under_way += 1;
+            }
+            let answered = self.receive();
+            (under_way, done.answered) = (under_way - answered, done.answered + answered);
+        }
+        done.elapsed = began.elapsed();
+        done
+    }
+
+    fn send(&mut self, message: &impl Message) {
+        self.sent += 1;
+        self.connection.message(1, message, 0);
+    }
+
+    /// Sends what is to be sent, reads what is there, and says how many messages that completes.
+    fn receive(&mut self) -> u64 {
+        let connection = &mut self.connection;
+        connection.stream.write_all(&connection.out).expect("the daemon reads");
+        connection.out.clear();
+        let mut chunk = [0; 1 << 16];
+        let n = connection.stream.read(&mut chunk).expect("the daemon answers");
+        assert!(n > 0, "the daemon closed the connection");
+        self.buffer.extend_from_slice(&chunk[..n]);
+        let unread = &mut self.unread;
+        read_frames(
+            &mut self.buffer,
+            &mut connection.out,
+            |_| panic!("the daemon ended the stream"),
+            |data| unread.extend_from_slice(data),
+        );
+        let (mut at, mut messages) = (0, 0);
+        while let Some(head) = self.unread.get(at + 1..at + 5) {
+            let next = at + 5 + u32::from_be_bytes([head[0], head[1], head[2], head[3]]) as usize;
+            if self.unread.len() < next {
+                break;
+            }
+            (at, messages) = (next, messages + 1);
+        }
+        self.unread.drain(..at);
+        messages
+    }
+}
+
 struct Connection {
     stream: TcpStream,
     headers: Vec<u8>,
@@ -145,18 +214,27 @@ impl Connection {
         let id = self.next_stream;
         self.next_stream += 2;
         frame(&mut self.out, HEADERS, END_HEADERS, id, &self.headers);
+        self.message(id, message, END_STREAM);
+    }
+
+    fn message(&mut self, stream: u32, message: &impl Message, last: u8) {
         let mut body = vec![0];
         body.extend((message.encoded_len() as u32).to_be_bytes());
         message.encode(&mut body).expect("a Vec grows");
         let mut pieces = body.chunks(MAX_FRAME).peekable();
         while let Some(piece) = pieces.next() {
-            frame(&mut self.out, DATA, if pieces.peek().is_none() { END_STREAM } else { 0 }, id, piece);
+            frame(&mut self.out, DATA, if pieces.peek().is_none() { last } else { 0 }, stream, piece);
         }
     }
 }
 
 /// Works off the whole frames in `buffer` and says how many calls were answered. `ended` is told each stream that ended.
-fn take_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u32)) -> u64 {
+fn take_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, ended: impl FnMut(u32)) -> u64 {
+    read_frames(buffer, out, ended, |_| ())
+}
+
+/// The same; `data` is told what the answers contain.
+fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u32), mut data: impl FnMut(&[u8])) -> u64 {
     let (mut at, mut answered) = (0, 0);
     while buffer.len() >= at + 9 {
         let head = &buffer[at..at + 9];
@@ -173,6 +251,7 @@ fn take_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
             GOAWAY => panic!("the daemon said goodbye"),
+            DATA => data(payload),
             _ => {}
         }
         at += 9 + len;

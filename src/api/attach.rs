@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 use tonic::Status;
 use tonic::Streaming;
 
@@ -41,7 +42,7 @@ const MAX_IN_FLIGHT: usize = 1_024;
 /// A gateway says hello within this time.
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// How long a gateway has for its last frames, once this node stops.
-const DRAIN_TIME: Duration = Duration::from_secs(1);
+pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The same, as it is told.
 const DRAIN_DEADLINE_MS: u32 = 1_000;
 
@@ -77,7 +78,10 @@ impl Stream {
 
     /// Serves the gateway until one of both ends it.
     pub async fn run(mut self, mut frames: Streaming<pb::GatewayFrame>) {
-        let (end, status) = self.serve(&mut frames).await;
+        let (mut end, status) = self.serve(&mut frames).await;
+        if self.tools.draining.is_cancelled() {
+            end = End::Ours; // it was asked to go
+        }
         if let Some((epoch, no)) = self.session.end() {
             self.tools.attaching.detach(epoch, no, end).await;
         }
@@ -113,7 +117,8 @@ impl Stream {
                     Some(Ok(frame)) => if let Err(status) = self.take(frame).await {
                         return (End::Theirs, Some(status));
                     },
-                    Some(Err(_)) | None => return (End::Theirs, None),
+                    Some(Err(status)) => return (End::Theirs, Some(unreadable(status))),
+                    None => return (End::Theirs, None),
                 },
                 order = next_order(&out, self.attached.as_mut()), if is_attached => match order {
                     Some((place, order)) => place.send(Ok(frame(0, told(order)))),
@@ -241,6 +246,14 @@ async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> O
     let (place, attached) = (out.reserve().await.ok()?, attached?);
     let order = attached.orders.recv().await?;
     Some((place, order))
+}
+
+/// What a gateway is told of a frame that cannot be read. If it is gone, nobody hears it.
+fn unreadable(status: Status) -> Status {
+    match status.code() {
+        Code::Internal => Status::invalid_argument(format!("a frame that is no GatewayFrame: {}", status.message())),
+        _ => status,
+    }
 }
 
 async fn until(instant: Option<Instant>) {

@@ -21,6 +21,7 @@ use crate::engine::cache::Cache;
 use crate::engine::hints::Hints;
 use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
+use crate::engine::streams::Streams;
 use crate::metrics::Metrics;
 
 #[derive(Clone)]
@@ -28,6 +29,7 @@ pub struct Operator {
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
+    pub streams: Arc<Streams>,
     pub lives: Arc<Lives>,
     /// None: there is nobody to hear.
     pub hints: Option<Arc<Hints>>,
@@ -69,6 +71,7 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     metrics.l1_entries.set(gauge(operator.cache.len()));
     metrics.users_online.set(operator.lives.users_online());
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
+    metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
     metrics.rejected_so_far("l1", operator.cache.offers_rejected());
     metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }

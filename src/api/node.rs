@@ -21,6 +21,7 @@ use crate::engine::acks::Acks;
 use crate::engine::lives::Lives;
 use crate::engine::peers::Call;
 use crate::engine::peers::FORWARD_LIMIT;
+use crate::engine::peers::Peers;
 use crate::engine::streams::Handed;
 use crate::engine::streams::Order;
 use crate::engine::streams::Streams;
@@ -40,6 +41,7 @@ pub struct Node {
     pub store_id: String,
     pub streams: Arc<Streams>,
     pub acks: Arc<Acks>,
+    pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
 }
 
@@ -48,6 +50,7 @@ impl NodeService for Node {
     async fn forward(&self, request: Request<pb::ForwardReq>) -> Result<Response<pb::ForwardResp>, Status> {
         let request = request.into_inner();
         self.check_store(&request.store_id)?;
+        self.peers.learn(&request.node_id, &request.addr);
         let now = self.lives.clock.now().0;
         // A node that stood still must not hand over what its sender has given up or repeated since.
         let late = now > request.sent_at_ms.saturating_add(request.good_for_ms.into());
@@ -94,6 +97,7 @@ impl Node {
 /// Calls other nodes for the engine, each over one connection, until `stop`.
 pub struct Caller {
     pub store_id: String,
+    pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
 }
 
@@ -103,6 +107,7 @@ struct Together {
     orders: Vec<(Epoch, Order)>,
     answers: Vec<(usize, oneshot::Sender<Vec<Handed>>)>,
     acks: Vec<Ack>,
+    hello: bool,
 }
 
 impl Caller {
@@ -112,7 +117,7 @@ impl Caller {
         let mut tasks = JoinSet::new();
         while let Some(Some(call)) = stop.run_until_cancelled(calls.recv()).await {
             let addr = match &call {
-                Call::Forward { addr, .. } | Call::Acks { addr, .. } => addr.clone(),
+                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } => addr.clone(),
             };
             let node = nodes.entry(addr).or_insert_with_key(|addr| {
                 let (sender, queue) = mpsc::channel(QUEUE);
@@ -148,13 +153,15 @@ impl Caller {
             let acks = together.acks.iter().map(convert::ack_to_pb).collect();
             let _ = client.forward_acks(pb::ForwardAcksReq { store_id: self.store_id.clone(), acks }).await; // lost: repeated
         }
-        if together.orders.is_empty() {
+        if together.orders.is_empty() && !together.hello {
             return;
         }
         let request = pb::ForwardReq {
             store_id: self.store_id.clone(),
             sent_at_ms: self.lives.clock.now().0,
             good_for_ms: convert::millis(FORWARD_LIMIT),
+            node_id: self.peers.own.0.clone(),
+            addr: self.peers.own.1.clone(),
             orders: together.orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
         };
         let Ok(answer) = client.forward(request).await else { return }; // whoever waits hears that nobody answers
@@ -179,6 +186,7 @@ impl Together {
                     together.orders.extend(orders);
                 }
                 Call::Acks { acks, .. } => together.acks.extend(acks),
+                Call::Hello { .. } => together.hello = true,
             }
         }
         together

@@ -112,7 +112,7 @@ impl Assembled {
             tasks.spawn(hints.clone().keep_beating(stop.clone()));
             hints.heard_itself(HEAR_PATIENCE).await;
         }
-        let ((peers, peer_calls), streams) = (Peers::new(), Streams::new(metrics.clone()));
+        let ((peers, peer_calls), streams) = (Peers::new((node_id.clone(), addr)), Streams::new(metrics.clone()));
         let acks = Acks::new(&node_id, metrics.clone());
         let outlets = Outlets { node_id: node_id.clone(), streams: streams.clone(), peers: peers.clone(), bus: bus.clone() };
         let outlets = Arc::new(outlets);
@@ -140,7 +140,6 @@ impl Assembled {
             hints: hints.clone(),
             peers: peers.clone(),
             streams: streams.clone(),
-            node: (node_id.clone(), addr),
             seen: Seen::default(),
         };
         watch.step().await;
@@ -220,8 +219,8 @@ impl Assembled {
         })
     }
 
-    /// The services in front of it. Streams end when `draining` is cancelled.
-    pub fn services(&self, config: &Config, draining: &CancellationToken) -> Services<Presence> {
+    /// The services in front of it. Streams are tasks of `attached`, and end when `draining` is cancelled.
+    pub fn services(&self, config: &Config, draining: &CancellationToken, attached: &TaskTracker) -> Services<Presence> {
         let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
         let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
         let stream_tools = Arc::new(attach::Tools {
@@ -241,12 +240,12 @@ impl Assembled {
             lives: lives.clone(),
             inboxes: self.inboxes.clone(),
             stream_tools,
-            attached: TaskTracker::new(),
+            attached: attached.clone(),
         };
         let (store_id, streams, acks) = (self.database.store_id.clone(), self.streams.clone(), self.acks.clone());
         Services {
             presence: Presence { binder, directory, deliveries, metrics, max_message_bytes },
-            cluster: Some((leases, Node { store_id, streams, acks, lives })),
+            cluster: Some((leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
         }
     }
 }

@@ -103,9 +103,10 @@ impl Caller {
     }
 }
 
-/// The node could not, another one or a later moment may.
+/// The node could not, another one or a later moment may; or the connection broke.
 fn is_worth_a_retry(status: &Status) -> bool {
-    matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
+    let broken = std::error::Error::source(status).is_some_and(|cause| cause.is::<tonic::transport::Error>());
+    broken || matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
 }
 
 fn retry_after(status: &Status) -> Duration {

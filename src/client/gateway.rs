@@ -16,6 +16,7 @@ use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use tokio::task::JoinSet;
 use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
 use tokio::time::sleep;
@@ -226,6 +227,8 @@ struct Stream {
     beat: Duration,
     /// When the oldest heartbeat without an answer was sent.
     beaten: Option<Instant>,
+    /// Heartbeats that other nodes are asked to record: which of them could.
+    elsewhere: JoinSet<Option<usize>>,
 }
 
 /// Why a stream is left.
@@ -287,7 +290,7 @@ impl Life {
                 self.epoch = welcome.gateway_epoch;
                 self.lease = Duration::from_millis(welcome.lease_ms.into());
                 let beat = Duration::from_millis(welcome.heartbeat_interval_ms.max(1).into());
-                Ok(Stream { frames, answers, beat, beaten: None })
+                Ok(Stream { frames, answers, beat, beaten: None, elsewhere: JoinSet::new() })
             }
             code => {
                 self.epoch = 0;
@@ -322,6 +325,9 @@ impl Life {
             let later = self.later.iter().map(|(when, _)| *when).min();
             tokio::select! {
                 frame = stream.answers.message() => match frame {
+                    Ok(Some(pb::NodeFrame { body: Some(Down::Drain(_)), .. })) => {
+                        return Left::Broken(Status::unavailable("the node stops"));
+                    }
                     Ok(Some(frame)) => self.take(stream, frame),
                     Ok(None) => return Left::Broken(Status::unavailable("the node has ended the stream")),
                     Err(status) => return Left::Broken(status),
@@ -336,11 +342,13 @@ impl Life {
                     None => return Left::Stopped,
                 },
                 _ = beats.tick() => {
-                    let connections = u32::try_from(self.connections.len()).unwrap_or(u32::MAX);
                     stream.beaten.get_or_insert_with(Instant::now);
-                    let seq = self.next_seq();
-                    let beat = Up::Heartbeat(pb::HeartbeatReq { connections, ..Default::default() });
-                    self.outgoing.push_front(pb::GatewayFrame { seq, body: Some(beat) });
+                    let frame = pb::GatewayFrame { seq: self.next_seq(), body: Some(Up::Heartbeat(self.beat())) };
+                    self.outgoing.push_front(frame);
+                }
+                Some(Ok(Some(node))) = stream.elsewhere.join_next() => {
+                    self.node = node + self.nodes.len() - 1; // the next one
+                    return Left::Broken(Status::unavailable("the node cannot record heartbeats, another one can"));
                 }
                 () = at(silent_until) => return Left::Broken(Status::unavailable("the node does not answer heartbeats")),
                 () = at(later) => self.ask_due(),
@@ -401,7 +409,7 @@ impl Life {
             Some(Down::Heartbeat(answer)) => match answer.result.unwrap_or_default().code() {
                 Code::Ok => stream.beaten = None,
                 Code::Fenced | Code::Superseded => self.epoch = 0,
-                _ => {} // not recorded: another node, if it does not recover
+                _ => self.beat_elsewhere(stream),
             },
             Some(Down::Bound(bound)) => self.bound(frame.seq, bound),
             Some(Down::Unbound(unbound)) => {
@@ -415,7 +423,7 @@ impl Life {
                 (self.on_event)(Event::Delivery(delivery, Acker { calls, delivery_id, user_id, wanted }));
             }
             Some(Down::Kick(kick)) => (self.on_event)(Event::Kick(kick)),
-            Some(Down::Drain(_) | Down::Welcome(_)) | None => {} // its end will be seen
+            Some(Down::Drain(_) | Down::Welcome(_)) | None => {}
         }
     }
 
@@ -451,6 +459,27 @@ impl Life {
             }
             None => {}
         }
+    }
+
+    /// The node is there, but could not record a heartbeat. If another one can, that is the better one; if none can (the
+    /// database is away), the stream is worth keeping: it still carries messages.
+    fn beat_elsewhere(&self, stream: &mut Stream) {
+        stream.beaten = None;
+        stream.elsewhere.abort_all();
+        let this = self.node % self.nodes.len();
+        for (n, node) in self.nodes.iter().enumerate().filter(|(n, _)| *n != this) {
+            let (mut client, beat) = (GatewayServiceClient::new(node.clone()), self.beat());
+            stream.elsewhere.spawn(async move {
+                let answer = timeout(BEAT_LIMIT, client.heartbeat(beat)).await.ok()?.ok()?;
+                (answer.into_inner().result.unwrap_or_default().code() == Code::Ok).then_some(n)
+            });
+        }
+    }
+
+    fn beat(&self) -> pb::HeartbeatReq {
+        let connections = u32::try_from(self.connections.len()).unwrap_or(u32::MAX);
+        let gateway_addr = self.options.gateway_addr.clone();
+        pb::HeartbeatReq { gateway_addr, gateway_epoch: self.epoch, connections, ..Default::default() }
     }
 
     async fn deregister(&mut self) -> Result<(), Status> {

@@ -79,7 +79,7 @@ impl Acks {
     }
 
     /// From now on `devices` may acknowledge the delivery.
-    pub fn expect(&self, delivery_id: &str, user: UserId, devices: BTreeSet<DeviceId>) -> Expected<'_> {
+    pub fn wait_for(&self, delivery_id: &str, user: UserId, devices: BTreeSet<DeviceId>) -> Expected<'_> {
         let (changed, answered) = (Arc::new(Notify::new()), Answered::default());
         let waiting = Waiting { user, devices, answered, changed: changed.clone() };
         self.lock().insert(delivery_id.to_owned(), waiting);
@@ -122,6 +122,19 @@ impl Acks {
 }
 
 impl Expected<'_> {
+    /// The message goes out again, to `devices`. What was acknowledged stays so; who was not there is asked anew.
+    pub fn again(&self, devices: BTreeSet<DeviceId>) {
+        if let Some(waiting) = self.acks.lock().get_mut(&self.delivery_id) {
+            waiting.devices = devices;
+            waiting.answered.not_here.clear();
+        }
+    }
+
+    /// Who has acknowledged by now.
+    pub fn acked(&self) -> BTreeSet<DeviceId> {
+        self.look().0.acked
+    }
+
     /// Waits until every device has answered, or until `until`. An answer that is there counts, however late it is asked for.
     pub async fn answers(&self, until: Instant) -> Answered {
         loop {
@@ -165,7 +178,7 @@ mod tests {
     async fn only_the_right_device_of_the_right_user_acknowledges() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.expect(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
         for wrong in [ack("node-1-77", 1, "phone"), ack(&id, 2, "phone"), ack(&id, 1, "laptop")] {
             acks.take(wrong);
         }
@@ -178,6 +191,21 @@ mod tests {
         assert_eq!(expected.answers(long_ago).await.not_here, BTreeSet::from([device("pad")]), "it is there");
         drop(expected);
         assert!(acks.is_empty(), "nothing is left behind");
+    }
+
+    #[tokio::test]
+    async fn a_second_attempt_keeps_what_was_acknowledged_and_asks_the_others_anew() {
+        let acks = Acks::new("node-1", Metrics::new());
+        let id = acks.next_id();
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
+        acks.take(ack(&id, 1, "phone"));
+        acks.take(Ack { not_here: true, ..ack(&id, 1, "pad") });
+        expected.again(BTreeSet::from([device("pad")]));
+        let soon = Instant::now() + Duration::from_millis(5);
+        let answered = Answered { acked: BTreeSet::from([device("phone")]), ..Answered::default() };
+        assert_eq!(expected.answers(soon).await, answered);
+        acks.take(ack(&id, 1, "pad"));
+        assert_eq!(expected.acked().len(), 2);
     }
 
     #[test]

@@ -49,7 +49,7 @@ use crate::store::codec::Envelope;
 use crate::store::inbox::StoredMessage;
 
 /// Deliveries, counted in users, that may be under way at a time.
-const MAX_UNDER_WAY: usize = 50_000;
+const UNDER_WAY: u32 = 50_000;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
@@ -181,7 +181,7 @@ impl Deliveries {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
         let queues = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
         let refused = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_live(QUEUED_FOR).build();
-        let under_way = Semaphore::new(MAX_UNDER_WAY);
+        let under_way = Semaphore::new(UNDER_WAY as usize);
         Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, refused })
     }
 
@@ -203,10 +203,10 @@ impl Deliveries {
     ) -> Result<Vec<Result<Report, Error>>, Error> {
         let began = Instant::now();
         let share = u32::try_from(users.len()).unwrap_or(u32::MAX);
-        let Ok(_share) = self.under_way.try_acquire_many(share) else {
+        let _share = self.under_way.try_acquire_many(share).map_err(|_| {
             self.metrics.shed("deliveries");
-            return Err(Error::overloaded("too many messages are being delivered"));
-        };
+            Error::overloaded("too many messages are being delivered, or this node stops")
+        })?;
         let mut distinct = users.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
@@ -223,6 +223,13 @@ impl Deliveries {
         let answers =
             users.iter().map(|user| done.get(user).cloned().unwrap_or_else(|| Err(Error::unavailable("not delivered"))));
         Ok(answers.collect())
+    }
+
+    /// Takes no more messages, and waits for those under way.
+    pub async fn finish(&self) {
+        if let Ok(all) = self.under_way.acquire_many(UNDER_WAY).await {
+            all.forget();
+        }
     }
 
     /// Waits for deliveries of the same message that are under way, and returns what is known of it already. While its turn
@@ -263,20 +270,25 @@ impl Deliveries {
         let mut past_caches = false;
         // The second attempt follows at once, past every cache; only those after it are retries that wait.
         for attempts in 1..=self.settings.max_retries.max(1) + 1 {
+            // Between two attempts devices may have answered the one before.
+            for parcel in parcels.extract_if(.., Parcel::is_acknowledged) {
+                done.insert(parcel.user, Ok(Report { outcome: Outcome::Delivered, ..parcel.report }));
+            }
             if parcels.is_empty() {
                 break;
             }
             parcels.iter_mut().for_each(|parcel| parcel.report.attempts = attempts);
-            let no_time = Instant::now() + self.settings.retry_interval >= deadline;
-            let last = past_caches && (attempts > self.settings.max_retries || no_time);
             let (live, queued): (Vec<_>, Vec<_>) = self
                 .live(parcels, past_caches, &mut done)
                 .await
                 .into_iter()
                 .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
             to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
+            let tried = self.hand_out(live, deadline).await;
             parcels = Vec::new();
-            for (parcel, all_suspect, result) in self.hand_out(live, deadline).await {
+            let pause = if past_caches { self.settings.retry_interval } else { Duration::ZERO };
+            let last = past_caches && attempts > self.settings.max_retries || Instant::now() + pause >= deadline;
+            for (parcel, all_suspect, result) in tried {
                 // A gateway that is late and does not take it is probably dead: the inbox is where it should wait.
                 let give_up = last || (all_suspect && parcel.message.store.is_some());
                 match result {
@@ -287,8 +299,8 @@ impl Deliveries {
             if last {
                 break;
             }
-            if !parcels.is_empty() && past_caches {
-                sleep(self.settings.retry_interval).await;
+            if !parcels.is_empty() {
+                sleep(pause).await;
             }
             past_caches = true;
         }
@@ -378,7 +390,10 @@ impl Deliveries {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
             let devices = targets.routes.keys().cloned().collect();
-            parcel.expected = Some(self.acks.expect(&parcel.report.delivery_id, parcel.user, devices));
+            match &parcel.expected {
+                Some(expected) => expected.again(devices),
+                None => parcel.expected = Some(self.acks.wait_for(&parcel.report.delivery_id, parcel.user, devices)),
+            }
         }
         let (streams, channels) = tokio::join!(self.down_streams(&live), self.on_channels(&live, deadline));
         self.metrics.delivery_stage("handed", began.elapsed());
@@ -526,6 +541,11 @@ impl Parcel<'_> {
             message_id: message.message_id.clone(),
             inbox_seq: self.inbox_seq,
         }
+    }
+
+    fn is_acknowledged(&mut self) -> bool {
+        self.report.acked.extend(self.expected.iter().flat_map(Expected::acked));
+        !self.report.acked.is_empty()
     }
 }
 

@@ -82,9 +82,13 @@ impl Kicks {
             self.note(kick, handed == Handed::Taken);
         }
         let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return Ok(()) };
-        let received = bus.publish(&messages, bus.link.timeout()).await?;
-        for (kick, receivers) in others.into_iter().zip(received) {
-            self.note(kick, receivers > 0);
+        match bus.publish(&messages, bus.link.timeout()).await {
+            Ok(received) => others.into_iter().zip(received).for_each(|(kick, receivers)| self.note(kick, receivers > 0)),
+            Err(error) => {
+                // The first time the outbox keeps it.
+                others.into_iter().filter(|(_, repeats)| *repeats > 0).for_each(|kick| self.note(kick, false));
+                return Err(error);
+            }
         }
         Ok(())
     }

@@ -22,26 +22,54 @@ pub const FORWARD_LIMIT: Duration = Duration::from_secs(1);
 
 /// A call to another node, for whoever speaks the protocol.
 pub enum Call {
-    Forward { addr: Arc<str>, orders: Vec<(Epoch, Order)>, answer: oneshot::Sender<Vec<Handed>> },
-    Acks { addr: Arc<str>, acks: Vec<Ack> },
+    Forward {
+        addr: Arc<str>,
+        orders: Vec<(Epoch, Order)>,
+        answer: oneshot::Sender<Vec<Handed>>,
+    },
+    Acks {
+        addr: Arc<str>,
+        acks: Vec<Ack>,
+    },
+    /// Nothing but who this node is and where: whoever hears it can answer.
+    Hello {
+        addr: Arc<str>,
+    },
 }
 
 pub struct Peers {
+    /// This node's id, and where others reach it.
+    pub own: (String, String),
     /// Addresses of the nodes that are there, by id.
     nodes: ArcSwap<HashMap<String, Arc<str>>>,
     calls: mpsc::Sender<Call>,
 }
 
 impl Peers {
-    pub fn new() -> (Arc<Self>, mpsc::Receiver<Call>) {
+    pub fn new(own: (String, String)) -> (Arc<Self>, mpsc::Receiver<Call>) {
         let (calls, queue) = mpsc::channel(QUEUE);
-        (Arc::new(Self { nodes: ArcSwap::default(), calls }), queue)
+        (Arc::new(Self { own, nodes: ArcSwap::default(), calls }), queue)
     }
 
-    /// Takes over which nodes there are.
+    /// Takes over which nodes there are, and makes itself known to those that are new: they look for it once a second only.
     pub fn set_nodes(&self, nodes: &[(String, String)]) {
         let nodes = nodes.iter().map(|(id, addr)| (id.clone(), Arc::from(addr.as_str())));
-        self.nodes.store(Arc::new(nodes.collect()));
+        let (nodes, known) = (Arc::new(nodes.collect::<HashMap<String, Arc<str>>>()), self.nodes.load());
+        for (_, addr) in nodes.iter().filter(|(id, _)| **id != self.own.0 && !known.contains_key(*id)) {
+            let _ = self.calls.try_send(Call::Hello { addr: addr.clone() }); // full: it will look
+        }
+        self.nodes.store(nodes);
+    }
+
+    /// A node has said where it is.
+    pub fn learn(&self, id: &str, addr: &str) {
+        if !self.nodes.load().contains_key(id) {
+            self.nodes.rcu(|nodes| {
+                let mut nodes = HashMap::clone(nodes);
+                nodes.insert(id.to_owned(), Arc::from(addr));
+                nodes
+            });
+        }
     }
 
     /// Hands orders to streams that `node` has. One outcome for each; all are [`Handed::NotHere`] if it does not answer.

@@ -164,9 +164,10 @@ impl Outside {
         if let Some(hints) = &self.hints {
             hints.tell(&versions).await;
         }
+        let kicked = self.kick(&batch.kicks).await; // gateways that attach hear it whatever is missing
         let winners = winners?;
         self.announce(&records, &winners).await;
-        self.kick(&batch.kicks).await?;
+        kicked?;
         self.notify_stored(&batch.stored).await?;
         let overtaken = self.overtaken(&records, &winners, kept).await.ok()?;
         if !overtaken.is_empty() {

@@ -47,8 +47,6 @@ pub struct Watch {
     pub hints: Option<Arc<Hints>>,
     pub peers: Arc<Peers>,
     pub streams: Arc<Streams>,
-    /// This node's id, and where other nodes reach it.
-    pub node: (String, String),
     pub seen: Seen,
 }
 
@@ -103,7 +101,7 @@ impl Watch {
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
         self.lives.replace(lives.clone(), asked);
-        let nodes = connection.beat_node(&self.node.0, &self.node.1, NODE_TERM).await?;
+        let nodes = connection.beat_node(&self.peers.own.0, &self.peers.own.1, NODE_TERM).await?;
         self.peers.set_nodes(&nodes);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);

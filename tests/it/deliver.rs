@@ -33,16 +33,16 @@ use crate::harness::node::Node;
 const HEARD_WITHIN: Duration = Duration::from_secs(2);
 const ALICES_CHANNEL: &str = "user:1";
 
-fn a_message(user: i64, text: &str) -> DeliverReq {
+pub fn a_message(user: i64, text: &str) -> DeliverReq {
     DeliverReq { user_id: user, message: text.to_owned(), ..Default::default() }
 }
 
 impl Node {
-    async fn try_deliver(&self, request: DeliverReq) -> Result<DeliverResp, Status> {
+    pub async fn try_deliver(&self, request: DeliverReq) -> Result<DeliverResp, Status> {
         self.presence().deliver(request).await.map(tonic::Response::into_inner)
     }
 
-    async fn deliver(&self, request: DeliverReq) -> DeliverResp {
+    pub async fn deliver(&self, request: DeliverReq) -> DeliverResp {
         self.try_deliver(request).await.expect("a delivery")
     }
 }

@@ -1,5 +1,6 @@
 //! The features of im-presence, shown on real processes: nodes, MariaDB, Redis, and proxies that fail on demand.
 
+mod acks;
 mod bad_input;
 mod bind;
 mod container;
@@ -18,5 +19,6 @@ mod running;
 mod shared;
 mod sql_faults;
 mod stale_reads;
+mod streams;
 mod tidy;
 mod two_nodes;

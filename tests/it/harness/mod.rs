@@ -8,6 +8,7 @@ pub mod process;
 pub mod proxy;
 pub mod redis;
 pub mod redis_proxy;
+pub mod stream;
 pub mod traffic;
 
 use std::time::Duration;
