@@ -37,7 +37,6 @@ use crate::engine::projection::Outside;
 use crate::engine::projection::Repair;
 use crate::engine::sweep::Sweep;
 use crate::engine::warm_up::WarmUp;
-use crate::engine::watch::Seen;
 use crate::engine::watch::Watch;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
@@ -97,16 +96,7 @@ impl Assembled {
         });
         let terms = terms(config);
         let gateways = Gateways::new(terms, &node_id, database.clone(), lives.clone(), outside.clone(), metrics.clone());
-        let mut watch = Watch {
-            database: database.clone(),
-            lives: lives.clone(),
-            cache: cache.clone(),
-            metrics: metrics.clone(),
-            gateways: gateways.clone(),
-            hints: hints.clone(),
-            node: (node_id.clone(), addr),
-            seen: Seen::default(),
-        };
+        let mut watch = Watch::new(gateways.clone(), cache.clone(), hints.clone(), (node_id.clone(), addr));
         watch.step().await;
         tasks.spawn(upkeep::keep_watching(watch, stop.clone()));
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());

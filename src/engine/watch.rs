@@ -37,20 +37,20 @@ const NODE_TERM: Duration = Duration::from_secs(3);
 const DEATHS_AT_ONCE: usize = 256;
 
 pub struct Watch {
-    pub database: Arc<Database>,
-    pub lives: Arc<Lives>,
-    pub cache: Arc<Cache>,
-    pub metrics: Arc<Metrics>,
-    pub gateways: Arc<Gateways>,
-    pub hints: Option<Arc<Hints>>,
+    database: Arc<Database>,
+    lives: Arc<Lives>,
+    cache: Arc<Cache>,
+    metrics: Arc<Metrics>,
+    gateways: Arc<Gateways>,
+    hints: Option<Arc<Hints>>,
     /// This node's id, and where other nodes reach it.
-    pub node: (String, String),
-    pub seen: Seen,
+    node: (String, String),
+    seen: Seen,
 }
 
 /// What the last look has left.
 #[derive(Default)]
-pub struct Seen {
+struct Seen {
     connection: Option<Connection>,
     generation: Option<u64>,
     reported_down: bool,
@@ -60,6 +60,11 @@ pub struct Seen {
 }
 
 impl Watch {
+    pub fn new(gateways: Arc<Gateways>, cache: Arc<Cache>, hints: Option<Arc<Hints>>, node: (String, String)) -> Self {
+        let (database, lives, metrics) = (gateways.database.clone(), gateways.lives.clone(), gateways.metrics.clone());
+        Self { database, lives, cache, metrics, gateways, hints, node, seen: Seen::default() }
+    }
+
     /// Looks once.
     pub async fn step(&mut self) {
         let result = self.look().await;
