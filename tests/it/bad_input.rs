@@ -3,14 +3,14 @@
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence::pb::AckDeliveryReq;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchDeliverReq;
 use im_presence::pb::BatchQueryRouteReq;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::DeliverReq;
-use im_presence::pb::HeartbeatReq;
+use im_presence::pb::PullInboxReq;
 use im_presence::pb::QueryRouteReq;
-use im_presence::pb::RegisterGatewayReq;
 use im_presence::pb::UnbindRouteReq;
 use im_presence::pb::gateway_service_client::GatewayServiceClient;
 use tokio::io::AsyncReadExt;
@@ -187,8 +187,8 @@ async fn calls_that_are_not_served_yet_say_so() {
     let answers = [
         ("acknowledgement", presence.deliver(waiting).await.err()),
         ("inbox", presence.batch_deliver(stored).await.err()),
-        ("Register", gateway.register_gateway(RegisterGatewayReq::default()).await.err()),
-        ("Heartbeat", gateway.heartbeat(HeartbeatReq::default()).await.err()),
+        ("PullInbox", gateway.pull_inbox(PullInboxReq::default()).await.err()),
+        ("AckDelivery", gateway.ack_delivery(AckDeliveryReq::default()).await.err()),
     ];
     for (call, status) in answers {
         assert_eq!(status.map(|status| status.code()), Some(Code::Unimplemented), "{call}");
