@@ -7,6 +7,7 @@
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
 mod harness;
+#[allow(dead_code)] // other benches use more of it
 mod load;
 
 use std::io::Read;

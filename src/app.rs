@@ -3,6 +3,7 @@
 pub mod assemble;
 mod neighbours;
 pub mod serve;
+mod settings;
 pub mod threads;
 mod upkeep;
 

@@ -17,25 +17,16 @@ use crate::api::presence::Presence;
 use crate::app::StartError;
 use crate::app::neighbours;
 use crate::app::serve::Services;
+use crate::app::settings;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
-use crate::config::OnOverflow;
-use crate::config::Payload;
-use crate::domain::inbox::Limits;
-use crate::domain::policy;
-use crate::domain::policy::DevicePolicy;
 use crate::engine::acks::Acks;
 use crate::engine::attaching::Attaching;
 use crate::engine::cache::Cache;
-use crate::engine::delivery;
 use crate::engine::delivery::Deliveries;
-use crate::engine::delivery::Format;
-use crate::engine::directory;
 use crate::engine::directory::Directory;
-use crate::engine::directory::Hearing;
 use crate::engine::gateways::Gateways;
-use crate::engine::gateways::Terms;
 use crate::engine::heartbeats::Heartbeats;
 use crate::engine::hints::Hints;
 use crate::engine::inbox::DRAINERS;
@@ -44,7 +35,6 @@ use crate::engine::inbox::Inboxes;
 use crate::engine::kicks::Kicks;
 use crate::engine::l2::L2;
 use crate::engine::l2::L2Check;
-use crate::engine::lanes;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
 use crate::engine::lives::Lives;
@@ -57,7 +47,6 @@ use crate::engine::projection::Repair;
 use crate::engine::streams::Streams;
 use crate::engine::sweep::Sweep;
 use crate::engine::warm_up::WarmUp;
-use crate::engine::watch::Seen;
 use crate::engine::watch::Watch;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
@@ -90,6 +79,23 @@ pub struct Assembled {
     pub deliveries: Arc<Deliveries>,
 }
 
+/// What every part of the engine stands on, and how its tasks are started.
+struct Ground<'a> {
+    config: &'a Config,
+    node_id: String,
+    /// Where other nodes reach this one.
+    addr: String,
+    database: Arc<Database>,
+    metrics: Arc<Metrics>,
+    lives: Arc<Lives>,
+    cache: Arc<Cache>,
+    bus: Option<Arc<Bus>>,
+    l2: Option<Arc<L2>>,
+    hints: Option<Arc<Hints>>,
+    tasks: &'a mut JoinSet<()>,
+    stop: &'a CancellationToken,
+}
+
 impl Assembled {
     /// In this order: subscribe, read the lives, start the lanes, warm the memory while queries are answered already.
     pub async fn start(
@@ -99,105 +105,29 @@ impl Assembled {
         tasks: &mut JoinSet<()>,
         stop: &CancellationToken,
     ) -> Result<Self, StartError> {
-        let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-        let addr = config.presence_service.advertise.clone().unwrap_or_else(|| data.to_string());
-        let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
-        let (bus, shared) = redis(config, &database).await?;
-        let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
-        let ids = (&*node_id, &*database.store_id);
-        let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
-
-        if let Some(hints) = &hints {
-            tasks.spawn(hints.clone().keep_listening(stop.clone()));
-            tasks.spawn(hints.clone().keep_beating(stop.clone()));
-            hints.heard_itself(HEAR_PATIENCE).await;
-        }
-        let ((peers, peer_calls), streams) = (Peers::new((node_id.clone(), addr)), Streams::new(metrics.clone()));
-        let acks = Acks::new(&node_id, metrics.clone());
-        let outlets = Outlets { node_id: node_id.clone(), streams: streams.clone(), peers: peers.clone(), bus: bus.clone() };
-        let outlets = Arc::new(outlets);
-        let (kicks, unheard) = Kicks::new(outlets.clone(), lives.clone(), metrics.clone());
-        tasks.spawn(kicks.clone().keep_repeating(unheard, stop.clone()));
-        let outside = Arc::new(Outside {
-            l2: l2.clone(),
-            hints: hints.clone(),
-            bus: bus.clone(),
-            kicks,
-            cache: cache.clone(),
-            lives: lives.clone(),
-            metrics: metrics.clone(),
-            database: database.clone(),
-            heartbeat_interval: config.gateway.heartbeat_interval,
-        });
-        let terms = terms(config);
-        let gateways = Gateways::new(terms, &node_id, database.clone(), lives.clone(), outside.clone(), metrics.clone());
-        let mut watch = Watch {
-            database: database.clone(),
-            lives: lives.clone(),
-            cache: cache.clone(),
-            metrics: metrics.clone(),
-            gateways: gateways.clone(),
-            hints: hints.clone(),
-            peers: peers.clone(),
-            streams: streams.clone(),
-            seen: Seen::default(),
-        };
-        watch.step().await;
-        tasks.spawn(upkeep::keep_watching(watch, stop.clone()));
-        let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
-        tasks.spawn(recorder.run(stop.clone()));
-        if let Some(l2) = &l2 {
-            let mut check = L2Check::new(l2.clone(), database.clone(), cache.clone(), hints.clone(), metrics.clone());
-            check.step().await;
-            tasks.spawn(check.keep_checking(stop.clone()));
-        }
-
+        let mut ground = Ground::lay(config, database, data, tasks, stop).await?;
+        ground.listen().await;
+        let (outlets, peer_calls) = ground.outlets();
+        let outside = ground.outside(&outlets);
+        let (gateways, heartbeats) = ground.gateways(&outlets, &outside).await;
+        ground.check_l2().await;
         let drains = Arc::new(Drains::default());
-        let tools = Arc::new(Tools {
-            node_id: node_id.clone(),
-            database: database.clone(),
-            cache: cache.clone(),
-            lives: lives.clone(),
-            metrics: metrics.clone(),
-            outside: outside.clone(),
-            drains: drains.clone(),
-            settings: lane_settings(config, database.engine),
-        });
-        let lanes = Lanes::start(&tools, tasks, stop);
-        tasks.spawn(upkeep::keep_repairing(Repair::new(outside, &node_id), stop.clone()));
-        let loader = Loader::new(database.clone(), cache.clone(), lives.clone(), l2, metrics.clone());
-        for _ in 0..config.store.connections {
-            tasks.spawn(loader.clone().work(stop.clone()));
-        }
-        let settings = directory_settings(config, database.engine, hints.clone());
-        let directory = Arc::new(Directory::new(cache.clone(), lives.clone(), loader, metrics.clone(), settings));
-        tasks.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), stop.clone()));
-        tasks.spawn(WarmUp::new(database.clone(), directory.clone(), config.route.l1_capacity).run(stop.clone()));
+        let lanes = ground.lanes(outside, &drains);
+        let directory = ground.directory();
+        let acks = Acks::new(&ground.node_id, ground.metrics.clone());
         let deliveries = Deliveries::new(
-            outlets,
+            outlets.clone(),
             acks.clone(),
             directory.clone(),
             lanes.clone(),
-            lives.clone(),
-            metrics.clone(),
-            delivery_settings(config),
+            ground.lives.clone(),
+            ground.metrics.clone(),
+            settings::delivery(config),
         );
-        let inboxes = Inboxes::new(
-            &node_id,
-            drains,
-            deliveries.clone(),
-            directory.clone(),
-            lanes.clone(),
-            lives.clone(),
-            metrics.clone(),
-            database.clone(),
-        );
-        for _ in 0..DRAINERS {
-            tasks.spawn(inboxes.clone().keep_draining(stop.clone()));
-        }
-        tasks.spawn(upkeep::keep_looking(inboxes.clone(), stop.clone()));
-        let attaching = Attaching { gateways: gateways.clone(), streams: streams.clone(), grace: config.gateway.stream_grace };
-        let attaching = Arc::new(attaching);
+        let inboxes = ground.inboxes(drains, &deliveries, &directory, &lanes);
+        let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
+        let attaching = Arc::new(Attaching { gateways: gateways.clone(), streams: streams.clone(), grace });
+        let Ground { node_id, database, metrics, cache, lives, hints, .. } = ground;
         Ok(Self {
             node_id,
             database,
@@ -250,6 +180,137 @@ impl Assembled {
     }
 }
 
+impl<'a> Ground<'a> {
+    async fn lay(
+        config: &'a Config,
+        database: Arc<Database>,
+        data: SocketAddr,
+        tasks: &'a mut JoinSet<()>,
+        stop: &'a CancellationToken,
+    ) -> Result<Self, StartError> {
+        let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
+        let addr = config.presence_service.advertise.clone().unwrap_or_else(|| data.to_string());
+        let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
+        let (bus, shared) = redis(config, &database).await?;
+        let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
+        let ids = (&*node_id, &*database.store_id);
+        let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
+        Ok(Self { config, node_id, addr, database, metrics, lives, cache, bus, l2, hints, tasks, stop })
+    }
+
+    fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    /// Hears the other nodes from here on.
+    async fn listen(&mut self) {
+        if let Some(hints) = self.hints.clone() {
+            self.spawn(hints.clone().keep_listening(self.stop.clone()));
+            self.spawn(hints.clone().keep_beating(self.stop.clone()));
+            hints.heard_itself(HEAR_PATIENCE).await;
+        }
+    }
+
+    fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
+        let (peers, calls) = Peers::new((self.node_id.clone(), self.addr.clone()));
+        let (node_id, streams, bus) = (self.node_id.clone(), Streams::new(self.metrics.clone()), self.bus.clone());
+        (Arc::new(Outlets { node_id, streams, peers, bus }), calls)
+    }
+
+    fn outside(&mut self, outlets: &Arc<Outlets>) -> Arc<Outside> {
+        let (kicks, unheard) = Kicks::new(outlets.clone(), self.lives.clone(), self.metrics.clone());
+        self.spawn(kicks.clone().keep_repeating(unheard, self.stop.clone()));
+        let outside = Arc::new(Outside {
+            l2: self.l2.clone(),
+            hints: self.hints.clone(),
+            bus: self.bus.clone(),
+            kicks,
+            cache: self.cache.clone(),
+            lives: self.lives.clone(),
+            metrics: self.metrics.clone(),
+            database: self.database.clone(),
+            heartbeat_interval: self.config.gateway.heartbeat_interval,
+        });
+        self.spawn(upkeep::keep_repairing(Repair::new(outside.clone(), &self.node_id), self.stop.clone()));
+        outside
+    }
+
+    /// Knows who lives when this returns, unless the database does not answer.
+    async fn gateways(&mut self, outlets: &Outlets, outside: &Arc<Outside>) -> (Arc<Gateways>, Arc<Heartbeats>) {
+        let (terms, database, metrics) = (settings::terms(self.config), self.database.clone(), self.metrics.clone());
+        let gateways = Gateways::new(terms, &self.node_id, database, self.lives.clone(), outside.clone(), metrics);
+        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets);
+        watch.step().await;
+        self.spawn(upkeep::keep_watching(watch, self.stop.clone()));
+        let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
+        self.spawn(recorder.run(self.stop.clone()));
+        (gateways, heartbeats)
+    }
+
+    async fn check_l2(&mut self) {
+        if let Some(l2) = self.l2.clone() {
+            let (database, cache, hints) = (self.database.clone(), self.cache.clone(), self.hints.clone());
+            let mut check = L2Check::new(l2, database, cache, hints, self.metrics.clone());
+            check.step().await;
+            self.spawn(check.keep_checking(self.stop.clone()));
+        }
+    }
+
+    fn lanes(&mut self, outside: Arc<Outside>, drains: &Arc<Drains>) -> Arc<Lanes> {
+        let tools = Arc::new(Tools {
+            node_id: self.node_id.clone(),
+            database: self.database.clone(),
+            cache: self.cache.clone(),
+            lives: self.lives.clone(),
+            metrics: self.metrics.clone(),
+            outside,
+            drains: drains.clone(),
+            settings: settings::lanes(self.config, self.database.engine),
+        });
+        let lanes = Lanes::start(&tools, self.tasks, self.stop);
+        self.spawn(upkeep::keep_tidy(Sweep::new(tools, lanes.clone()), self.stop.clone()));
+        lanes
+    }
+
+    fn directory(&mut self) -> Arc<Directory> {
+        let (database, cache, lives, metrics) =
+            (self.database.clone(), self.cache.clone(), self.lives.clone(), self.metrics.clone());
+        let loader = Loader::new(database.clone(), cache.clone(), lives.clone(), self.l2.clone(), metrics.clone());
+        for _ in 0..self.config.store.connections {
+            self.spawn(loader.clone().work(self.stop.clone()));
+        }
+        let settings = settings::directory(self.config, database.engine, self.hints.clone());
+        let directory = Arc::new(Directory::new(cache, lives, loader, metrics, settings));
+        let warm_up = WarmUp::new(database, directory.clone(), self.config.route.l1_capacity);
+        self.spawn(warm_up.run(self.stop.clone()));
+        directory
+    }
+
+    fn inboxes(
+        &mut self,
+        drains: Arc<Drains>,
+        deliveries: &Arc<Deliveries>,
+        directory: &Arc<Directory>,
+        lanes: &Arc<Lanes>,
+    ) -> Arc<Inboxes> {
+        let inboxes = Inboxes::new(
+            &self.node_id,
+            drains,
+            deliveries.clone(),
+            directory.clone(),
+            lanes.clone(),
+            self.lives.clone(),
+            self.metrics.clone(),
+            self.database.clone(),
+        );
+        for _ in 0..DRAINERS {
+            self.spawn(inboxes.clone().keep_draining(self.stop.clone()));
+        }
+        self.spawn(upkeep::keep_looking(inboxes.clone(), self.stop.clone()));
+        inboxes
+    }
+}
+
 /// Both uses of Redis, as far as they are configured.
 async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>, Option<SharedCache>), StartError> {
     let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
@@ -275,53 +336,4 @@ fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<Shar
 fn no_tls(redis: &config::Redis, section: &'static str) -> Result<(), StartError> {
     let tls = redis.tls || redis.url.as_ref().is_some_and(|url| url.expose().starts_with("rediss:"));
     if tls { Err(StartError::NoTls { section }) } else { Ok(()) }
-}
-
-fn terms(config: &Config) -> Terms {
-    let config::Gateway { heartbeat_interval, lease, doubt_share, doubt_for, .. } = config.gateway;
-    Terms { heartbeat_interval, lease, doubt_share, doubt_for }
-}
-
-fn lane_settings(config: &Config, engine: Engine) -> lanes::Settings {
-    let on_overflow = match config.route.on_overflow {
-        OnOverflow::KickOldest => policy::OnOverflow::KickOldest,
-        OnOverflow::RefuseNew => policy::OnOverflow::RefuseNew,
-    };
-    let policy = DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow };
-    lanes::Settings {
-        lanes: if engine == Engine::Sqlite { 1 } else { config.store.lanes },
-        queue: config.store.queue,
-        max_event_age: config.store.max_event_age,
-        policy,
-        inbox: Limits {
-            messages: config.delivery.inbox_max_messages,
-            bytes: config.delivery.inbox_max_bytes,
-            ttl: config.delivery.inbox_ttl,
-        },
-        route_ttl: config.route.route_ttl,
-        heartbeat_interval: config.gateway.heartbeat_interval,
-    }
-}
-
-fn directory_settings(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {
-    let hearing = match (engine, hints) {
-        (Engine::Sqlite, _) => Hearing::Alone,
-        (Engine::MySql, Some(hints)) => Hearing::Hints(hints),
-        (Engine::MySql, None) => Hearing::Deaf,
-    };
-    directory::Settings {
-        hearing,
-        l1_ttl: config.route.l1_ttl,
-        heartbeat_interval: config.gateway.heartbeat_interval,
-        patience: config.store.timeout,
-    }
-}
-
-fn delivery_settings(config: &Config) -> delivery::Settings {
-    let format = match config.delivery.payload {
-        Payload::Raw => Format::Raw,
-        Payload::Envelope => Format::Envelope,
-    };
-    let (max_retries, retry_interval) = (config.route.max_retries, config.route.retry_interval);
-    delivery::Settings { format, max_retries, retry_interval }
 }

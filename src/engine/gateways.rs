@@ -81,8 +81,8 @@ type Change<'a, T> = Pin<Box<dyn Future<Output = Result<T, SqlError>> + Send + '
 pub struct Gateways {
     pub terms: Terms,
     node_id: String,
-    database: Arc<Database>,
-    lives: Arc<Lives>,
+    pub(super) database: Arc<Database>,
+    pub(super) lives: Arc<Lives>,
     pub(super) outside: Arc<Outside>,
     pub(super) metrics: Arc<Metrics>,
     connection: Mutex<Option<Connection>>,

@@ -19,6 +19,7 @@ use crate::engine::cache::Cache;
 use crate::engine::gateways::Gateways;
 use crate::engine::hints::Hints;
 use crate::engine::lives::Lives;
+use crate::engine::outlets::Outlets;
 use crate::engine::peers::Peers;
 use crate::engine::streams::Streams;
 use crate::metrics::Metrics;
@@ -39,20 +40,20 @@ const NODE_TERM: Duration = Duration::from_secs(3);
 const DEATHS_AT_ONCE: usize = 256;
 
 pub struct Watch {
-    pub database: Arc<Database>,
-    pub lives: Arc<Lives>,
-    pub cache: Arc<Cache>,
-    pub metrics: Arc<Metrics>,
-    pub gateways: Arc<Gateways>,
-    pub hints: Option<Arc<Hints>>,
-    pub peers: Arc<Peers>,
-    pub streams: Arc<Streams>,
-    pub seen: Seen,
+    database: Arc<Database>,
+    lives: Arc<Lives>,
+    cache: Arc<Cache>,
+    metrics: Arc<Metrics>,
+    gateways: Arc<Gateways>,
+    hints: Option<Arc<Hints>>,
+    peers: Arc<Peers>,
+    streams: Arc<Streams>,
+    seen: Seen,
 }
 
 /// What the last look has left.
 #[derive(Default)]
-pub struct Seen {
+struct Seen {
     connection: Option<Connection>,
     generation: Option<u64>,
     reported_down: bool,
@@ -62,6 +63,12 @@ pub struct Seen {
 }
 
 impl Watch {
+    pub fn new(gateways: Arc<Gateways>, cache: Arc<Cache>, hints: Option<Arc<Hints>>, outlets: &Outlets) -> Self {
+        let (database, lives, metrics) = (gateways.database.clone(), gateways.lives.clone(), gateways.metrics.clone());
+        let (peers, streams) = (outlets.peers.clone(), outlets.streams.clone());
+        Self { database, lives, cache, metrics, gateways, hints, peers, streams, seen: Seen::default() }
+    }
+
     /// Looks once.
     pub async fn step(&mut self) {
         let result = self.look().await;

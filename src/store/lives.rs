@@ -289,14 +289,17 @@ impl Connection {
     }
 
     async fn end(&mut self, node_id: &str, epochs: &[Epoch], ending: Ending) -> Result<Option<Ended>, SqlError> {
+        // Whoever is over already was counted and told by who ended them.
+        let living = self.lives_by_epoch(epochs).await?.into_iter().filter(|life| life.is_alive());
+        let epochs: Vec<Epoch> = living.map(|life| life.epoch).collect();
         let mut ended = 0;
-        for (chunk, fill) in chunks(epochs) {
+        for (chunk, fill) in chunks(&epochs) {
             ended += self.execute(bind_epochs(end_statement(self.engine(), ending, chunk.len() + fill), chunk, fill)).await?;
         }
         if ended == 0 {
             return Ok(None);
         }
-        let mut lives = self.lives_by_epoch(epochs).await?;
+        let mut lives = self.lives_by_epoch(&epochs).await?;
         lives.retain(|life| !life.is_alive());
         let body = OutboxBody { ended: lives.iter().map(|life| life.epoch.0).collect(), ..OutboxBody::default() };
         Ok(Some(Ended { lives, outbox: self.add_outbox(node_id, &body).await? }))

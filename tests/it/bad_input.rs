@@ -4,7 +4,6 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb::BatchBindRouteReq;
-use im_presence::pb::BatchDeliverReq;
 use im_presence::pb::BatchQueryRouteReq;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::QueryRouteReq;
@@ -170,14 +169,6 @@ async fn a_request_above_4_mib_is_refused_unread() {
     let refused = node.try_bind(request).await.expect_err("too large");
     assert_eq!(refused.code(), Code::OutOfRange, "{refused:?}");
     node.bind(a_bind(ALICE, PHONE, "c")).await; // the connection goes on
-}
-
-#[tokio::test]
-async fn calls_that_are_not_served_yet_say_so() {
-    let cluster = Cluster::sqlite(&[]).await;
-    let stored = BatchDeliverReq { user_ids: vec![ALICE], store_offline: true, ..Default::default() };
-    let status = cluster.node().presence().batch_deliver(stored).await.expect_err("no inbox yet");
-    assert_eq!(status.code(), Code::Unimplemented, "{status:?}");
 }
 
 #[tokio::test]

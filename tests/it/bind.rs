@@ -128,7 +128,6 @@ async fn a_late_unbind_changes_nothing_and_says_so() {
             by_device(GATEWAY, "c-1"),
             by_device(OTHER_GATEWAY, ""),
             by_device(OTHER_GATEWAY, "c-2"),
-            another_life,
             key_of_another_conn,
         ];
         for request in late {
@@ -136,6 +135,8 @@ async fn a_late_unbind_changes_nothing_and_says_so() {
             assert!(!answer.unbound, "{request:?}: {answer:?}");
             assert!(!answer.result.expect("a result").msg.is_empty(), "the answer to {request:?} says why");
         }
+        let fenced = node.presence().unbind_route(another_life).await.expect("an answer").into_inner();
+        assert_eq!((code(&fenced.result), fenced.unbound), (Code::Fenced, false), "{fenced:?}");
         let answer = node.query_sql(ALICE).await;
         assert_eq!((answer.version, answer.routes.len()), (new.version, 1));
         assert!(node.unbind(by_device(GATEWAY, "c-2")).await.unbound);

@@ -48,6 +48,8 @@ const AT_ONCE: Duration = Duration::from_millis(500);
 /// When the node that sweeps dies, its claim ends after 10 s.
 const SWEPT_BY_ANOTHER_WITHIN: Duration = Duration::from_secs(15);
 
+/// How a node begins to look who lives.
+const READ_CLUSTER: &str = "hold_reason FROM cluster";
 // Steps of a death and of the sweep after it, as the node says them to the database.
 const DECLARE: &str = "SET alive = 0, ended_at";
 const OUTBOX: &str = "INTO outbox";
@@ -123,7 +125,7 @@ async fn a_user_who_moves_at_any_step_of_a_gateways_death_keeps_the_new_gateway(
     eventually("the first node is the one that sweeps", DEAD_WITHIN, sweeps).await;
     cluster.add_node_through(&barred, SHORT_LEASE).await;
     let node = &cluster.nodes[1];
-    barred.hold_requests(DECLARE); // it is the first node that declares the death
+    barred.hold_requests(READ_CLUSTER); // it is the first node that declares the death: this one sees nobody die
     let to = Gateway::start(OTHER_GATEWAY, &[node], BEAT).await;
     let from = node.register(GATEWAY).await;
     node.bind_all(1..=LEFT_BEHIND, GATEWAY, from).await;
@@ -174,7 +176,7 @@ async fn when_the_node_that_declares_a_death_is_killed_another_declares_and_anno
         let survivor = &cluster.nodes[0];
         let lives_on = Gateway::start(OTHER_GATEWAY, &[survivor], BEAT).await;
         survivor.bind_all([1_000], OTHER_GATEWAY, lives_on.epoch).await;
-        barred.hold_requests(DECLARE);
+        barred.hold_requests(READ_CLUSTER); // it sees nobody die
         let epoch = survivor.register(GATEWAY).await;
         survivor.bind_all(1..=USERS, GATEWAY, epoch).await;
         dying.hold_requests(DECLARE);
@@ -263,8 +265,6 @@ async fn when_the_node_that_sweeps_is_killed_another_goes_on_and_touches_no_live
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nobody_dies_of_a_database_that_stood_still_for_three_leases() {
-    /// The text of the look that comes right after the node said that the database takes writes.
-    const READ_CLUSTER: &str = "hold_reason FROM cluster";
     let _turn = heavy().await;
     // Shorter than a statement waits: what was under way is carried out late. Longer: everything is made anew.
     let leases = if long() { vec![1_500, 4_000] } else { vec![1_500] };
@@ -284,7 +284,7 @@ async fn nobody_dies_of_a_database_that_stood_still_for_three_leases() {
         }
         tokio::time::sleep(2 * lease).await; // deaths may be declared: nothing was silent for a lease
         proxy.hold_requests(READ_CLUSTER);
-        proxy.struck().await; // the node has said that writes are taken, and goes on after the thaw
+        proxy.struck().await; // the node looks who lives, and goes on with that after the thaw
         server.stop();
         proxy.release();
         tokio::time::sleep(3 * lease).await; // what is tested is the time

@@ -264,8 +264,8 @@ async fn an_operator_holds_deaths_and_calls_it_off_and_declares_a_single_life_de
     }
     let listed = other.list_gateways(false).await;
     assert_eq!((listed.hold, listed.hold_left_ms, &*listed.hold_reason), (false, 0, ""));
-    let epoch = lives_on.epoch.to_string();
-    let (exit, text) = other.ctl(&["gateways", "purge", &epoch]);
+    let (epoch, dead_before) = (lives_on.epoch.to_string(), silent.epoch.to_string());
+    let (exit, text) = other.ctl(&["gateways", "purge", &dead_before, &epoch]);
     assert_eq!((exit, text.trim()), (0, "1 life declared dead"), "{text}");
     assert_eq!(other.online([1, 2]).await, 0, "whatever its lease says");
     assert_eq!(other.ctl(&["gateways", "purge", &epoch]).0, 3, "it is over already");

@@ -172,6 +172,7 @@ impl Node {
     }
 
     /// What all its threads have used so far.
+    #[allow(dead_code)] // benches do
     pub fn cpu_time(&self) -> Duration {
         const TICK: Duration = Duration::from_millis(10); // USER_HZ is 100 on every Linux
         let text = std::fs::read_to_string(format!("/proc/{}/stat", self.process.child.id())).expect("a running node");

@@ -221,6 +221,7 @@ impl RawStream {
     }
 
     /// The next frame, however long that takes. None: the stream has ended.
+    #[allow(dead_code)] // benches do
     pub async fn wait(&mut self) -> Option<pb::NodeFrame> {
         self.answers.message().await.ok().flatten()
     }

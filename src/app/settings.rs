@@ -1,0 +1,68 @@
+//! From the configuration to what the parts of the engine are told.
+
+use std::sync::Arc;
+
+use crate::config::Config;
+use crate::config::Gateway;
+use crate::config::OnOverflow;
+use crate::config::Payload;
+use crate::domain::inbox::Limits;
+use crate::domain::policy;
+use crate::domain::policy::DevicePolicy;
+use crate::engine::delivery;
+use crate::engine::delivery::Format;
+use crate::engine::directory;
+use crate::engine::directory::Hearing;
+use crate::engine::gateways::Terms;
+use crate::engine::hints::Hints;
+use crate::engine::lanes;
+use crate::store::connection::Engine;
+
+pub fn terms(config: &Config) -> Terms {
+    let Gateway { heartbeat_interval, lease, doubt_share, doubt_for, .. } = config.gateway;
+    Terms { heartbeat_interval, lease, doubt_share, doubt_for }
+}
+
+pub fn lanes(config: &Config, engine: Engine) -> lanes::Settings {
+    let on_overflow = match config.route.on_overflow {
+        OnOverflow::KickOldest => policy::OnOverflow::KickOldest,
+        OnOverflow::RefuseNew => policy::OnOverflow::RefuseNew,
+    };
+    let policy = DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow };
+    lanes::Settings {
+        lanes: if engine == Engine::Sqlite { 1 } else { config.store.lanes },
+        queue: config.store.queue,
+        max_event_age: config.store.max_event_age,
+        policy,
+        inbox: Limits {
+            messages: config.delivery.inbox_max_messages,
+            bytes: config.delivery.inbox_max_bytes,
+            ttl: config.delivery.inbox_ttl,
+        },
+        route_ttl: config.route.route_ttl,
+        heartbeat_interval: config.gateway.heartbeat_interval,
+    }
+}
+
+pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {
+    let hearing = match (engine, hints) {
+        (Engine::Sqlite, _) => Hearing::Alone,
+        (Engine::MySql, Some(hints)) => Hearing::Hints(hints),
+        (Engine::MySql, None) => Hearing::Deaf,
+    };
+    directory::Settings {
+        hearing,
+        l1_ttl: config.route.l1_ttl,
+        heartbeat_interval: config.gateway.heartbeat_interval,
+        patience: config.store.timeout,
+    }
+}
+
+pub fn delivery(config: &Config) -> delivery::Settings {
+    let format = match config.delivery.payload {
+        Payload::Raw => Format::Raw,
+        Payload::Envelope => Format::Envelope,
+    };
+    let (max_retries, retry_interval) = (config.route.max_retries, config.route.retry_interval);
+    delivery::Settings { format, max_retries, retry_interval }
+}
