@@ -120,8 +120,8 @@ impl App {
         let operator =
             http::Operator { metrics: metrics.clone(), cache, lanes: lanes.clone(), max_capacity, draining: draining.clone() };
         tasks.spawn(serve::serve_admin(admin_listener, operator, stop.clone()));
-        let (health, routes) = serve::data_routes(engine.presence(&config)).await;
-        let started = Threads::start(config.presence_service.thread_count, &routes, &draining, &stop);
+        let (health, service) = serve::data_service(engine.presence(&config)).await;
+        let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
         let max_connections = config.presence_service.max_connections;
         tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, draining.clone(), stop.clone()));

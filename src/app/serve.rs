@@ -1,9 +1,16 @@
 //! The two servers: gRPC for gateways and services, HTTP and gRPC for operators. How they are configured stands here.
 
+use std::convert::Infallible;
+use std::task::Context;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::BoxFuture;
+use tonic::codegen::Service;
+use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
@@ -12,13 +19,15 @@ use tracing::error;
 
 use crate::api::admin::Admin;
 use crate::api::gateway::Gateways;
-use crate::api::http;
+use crate::api::http as operators;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
 use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
+/// How the paths of the presence service begin.
+const PRESENCE: &str = "/mpim.PresenceService/";
 /// Largest request.
 const MAX_REQUEST_BYTES: usize = 4 * 1024 * 1024;
 /// Calls in progress on one connection.
@@ -29,15 +38,43 @@ const MAX_PENDING_RESETS: usize = 1024;
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Everything served on the data port.
-pub async fn data_routes<P: PresenceService>(presence: P) -> (HealthReporter, Routes) {
+/// Everything served on the data port. The calls that come by the thousand do not go through the router of the others.
+pub struct DataService<P> {
+    presence: PresenceServiceServer<P>,
+    others: Routes,
+}
+
+impl<P> Clone for DataService<P> {
+    fn clone(&self) -> Self {
+        Self { presence: self.presence.clone(), others: self.others.clone() }
+    }
+}
+
+impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(())) // as all of them are
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        match request.uri().path().strip_prefix(PRESENCE) {
+            Some(_) => self.presence.call(request),
+            None => Box::pin(self.others.call(request)),
+        }
+    }
+}
+
+pub async fn data_service<P: PresenceService>(presence: P) -> (HealthReporter, DataService<P>) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
+    let presence = PresenceServiceServer::new(presence).max_decoding_message_size(MAX_REQUEST_BYTES);
     let mut routes = Routes::builder();
     routes
-        .add_service(PresenceServiceServer::new(presence).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(GatewayServiceServer::new(Gateways).max_decoding_message_size(MAX_REQUEST_BYTES))
         .add_service(health_service);
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
@@ -46,7 +83,7 @@ pub async fn data_routes<P: PresenceService>(presence: P) -> (HealthReporter, Ro
     if let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
         routes.add_service(v1alpha); // for clients of before 2023
     }
-    (health, routes.routes())
+    (health, DataService { presence, others: routes.routes().prepare() })
 }
 
 /// The gRPC server of the data port.
@@ -58,10 +95,10 @@ pub fn data_server() -> Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
 }
 
-pub async fn serve_admin(listener: TcpListener, operator: http::Operator, stop: CancellationToken) {
+pub async fn serve_admin(listener: TcpListener, operator: operators::Operator, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let grpc = Routes::new(AdminServiceServer::new(Admin)).into_axum_router().reset_fallback();
-    let served = stop.run_until_cancelled(axum::serve(listener, http::router(operator).merge(grpc)).into_future()).await;
+    let served = stop.run_until_cancelled(axum::serve(listener, operators::router(operator).merge(grpc)).into_future()).await;
     if let Some(Err(error)) = served {
         error!(%error, "the admin server ended");
     }

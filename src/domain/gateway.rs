@@ -1,12 +1,12 @@
 //! Gateways live by leases. A route names one *life* of a gateway by its epoch, so one fact ("this life is over") takes all
 //! its users offline at once, on every node. That fact never changes back: it may be believed from anywhere, late or twice.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
+use crate::domain::id::NumberMap;
 use crate::domain::time::Timestamp;
 
 /// How long after two missed beats a managed life is late: room for the network and the merging of heartbeats.
@@ -53,7 +53,7 @@ impl Life {
 /// Lives by epoch. Merging knows that "over" is for good.
 #[derive(Clone, Debug, Default)]
 pub struct LifeTable {
-    lives: HashMap<Epoch, Arc<Life>>,
+    lives: NumberMap<Epoch, Arc<Life>>,
 }
 
 impl LifeTable {

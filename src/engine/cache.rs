@@ -17,7 +17,6 @@
 //!
 //! A hit in L1 touches none of this.
 
-use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -30,8 +29,9 @@ use std::time::Instant;
 
 use quick_cache::UnitWeighter;
 use quick_cache::sync::DefaultLifecycle;
-use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::domain::id::NumberHasher;
+use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
@@ -96,11 +96,11 @@ impl LoadTicket {
 }
 
 /// A map of many shards. A reader holds the lock of one for the moment of a look-up, shared with other readers.
-type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<Xxh3Default>>;
+type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<NumberHasher>>;
 
 pub struct Cache {
     l1: L1,
-    shards: Vec<Mutex<HashMap<UserId, UnderWay>>>,
+    shards: Vec<Mutex<NumberMap<UserId, UnderWay>>>,
     /// Entries whose load began under a smaller number are not used.
     trust: AtomicU64,
     offers_rejected: AtomicU64,
@@ -152,7 +152,7 @@ impl Cache {
 
     /// Users whose newest version the shared cache is not known to hold, with that version.
     pub fn lagging(&self) -> Vec<(UserId, Version)> {
-        let lagging = |shard: &Mutex<HashMap<UserId, UnderWay>>| {
+        let lagging = |shard: &Mutex<NumberMap<UserId, UnderWay>>| {
             let shard = lock(shard);
             shard.iter().filter(|(_, it)| it.lag > Version::NONE).map(|(user, it)| (*user, it.lag)).collect::<Vec<_>>()
         };
@@ -290,7 +290,7 @@ impl Cache {
         }
     }
 
-    fn shard(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, UnderWay>> {
+    fn shard(&self, user: UserId) -> MutexGuard<'_, NumberMap<UserId, UnderWay>> {
         let number = usize::try_from(user.hash() >> 32).unwrap_or(0) % SHARDS;
         lock(&self.shards[number])
     }
@@ -313,7 +313,7 @@ impl Drop for WriteGuard {
     }
 }
 
-fn tidy_up(shard: &mut HashMap<UserId, UnderWay>, user: UserId) {
+fn tidy_up(shard: &mut NumberMap<UserId, UnderWay>, user: UserId) {
     if shard.get(&user).is_some_and(|it| it.loads == 0 && it.writes == 0 && it.lag == Version::NONE) {
         shard.remove(&user);
     }

@@ -560,7 +560,7 @@ fn explore(bounds: Bounds) -> Result<usize, String> {
     let cache = Cache::new(10);
     let mut worlds = vec![World::new(bounds)];
     let mut came_by: Vec<Option<(usize, Step)>> = vec![None];
-    let mut known: std::collections::HashSet<World, std::hash::BuildHasherDefault<Xxh3Default>> =
+    let mut known: std::collections::HashSet<World, std::hash::BuildHasherDefault<xxhash_rust::xxh3::Xxh3Default>> =
         worlds.iter().cloned().collect();
     let mut next = 0;
     while next < worlds.len() {
