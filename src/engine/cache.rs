@@ -53,6 +53,13 @@ pub struct Entry {
     trust: u64,
 }
 
+impl Entry {
+    fn new(mut record: UserRecord, as_of: Instant, from_l2: bool, trust: u64) -> Self {
+        record.routes.shrink_to_fit(); // a list that grew has room for four, and most users have one device
+        Self { record, as_of, from_l2, trust }
+    }
+}
+
 #[derive(Debug, Default, PartialEq)]
 struct UnderWay {
     loads: u32,
@@ -184,7 +191,7 @@ impl Cache {
             under_way.lag = under_way.lag.max(version);
         }
         if version >= under_way.floor {
-            self.l1.insert(user, Arc::new(Entry { record, as_of: complete_at, from_l2: false, trust }));
+            self.l1.insert(user, Arc::new(Entry::new(record, complete_at, false, trust)));
         } else {
             self.drop_older(user, under_way.floor);
         }
@@ -256,7 +263,7 @@ impl Cache {
         let as_of = if from_sql { ticket.began } else { ticket.began.checked_sub(L2_AGE).unwrap_or(ticket.began) };
         under_way.floor = version;
         under_way.loads = under_way.loads.saturating_sub(1);
-        let entry = self.keep_newest(user, Entry { record, as_of, from_l2: !from_sql, trust: ticket.trust });
+        let entry = self.keep_newest(user, Entry::new(record, as_of, !from_sql, ticket.trust));
         tidy_up(&mut shard, user);
         Loaded::Answer(entry)
     }
