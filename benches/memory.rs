@@ -53,7 +53,7 @@ async fn measure(rounds: usize, users: u64) {
     let mut start = Row::absolute("start", "start with these users until memory is warm", "s", (20.0, 10.0));
     let mut slowest = Row::absolute("slowest", "the slowest query meanwhile", "ms", (0.0, 0.0));
     let what = "share of hits, room for 10 % of the users, Zipf 0.99";
-    let mut hits = Row::new("hits", (what, "exact LRU of that size"), (1.0, 1.05));
+    let mut hits = Row::new("hits", (what, "exact LRU of that size"), (1.0, 1.05)).in_unit("");
     settings(&db, &redis).await; // the first node that meets a Redis raises the generation, which empties memory
     for round in 0..rounds {
         let node = warm_node(&db, &redis).await;

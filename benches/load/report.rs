@@ -37,6 +37,11 @@ impl Row {
         Self { key, what, against, unit, ours, theirs, least, aim, less_is_better: false }
     }
 
+    pub fn in_unit(mut self, unit: &'static str) -> Self {
+        self.unit = unit;
+        self
+    }
+
     pub fn less_is_better(mut self, unit: &'static str) -> Self {
         (self.less_is_better, self.unit) = (true, unit);
         self
