@@ -12,7 +12,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     compiler.include_imports(true).include_source_info(true).open_files(FILES)?;
     let descriptors = PathBuf::from(env::var("OUT_DIR")?).join("descriptors.bin");
     fs::write(descriptors, compiler.encode_file_descriptor_set())?;
-    tonic_prost_build::configure().generate_default_stubs(true).bytes(".").compile_fds(compiler.file_descriptor_set())?;
+    let generator = tonic_prost_build::configure().generate_default_stubs(true).bytes(".").codec_path("crate::pb::codec::Codec");
+    generator.compile_fds(compiler.file_descriptor_set())?;
     println!("cargo::rerun-if-changed=proto");
     Ok(())
 }

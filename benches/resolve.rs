@@ -12,7 +12,6 @@ mod harness;
 mod load;
 
 use std::time::Duration;
-use std::time::Instant;
 
 use im_presence::pb;
 use serde_json::Value;
@@ -100,7 +99,7 @@ struct Field {
 
 impl Field {
     async fn enter(plan: &Plan) -> Self {
-        let redis = RedisServer::start();
+        let (plain_redis, redis) = (stores::PlainRedis::start(plan.users), RedisServer::start());
         let port = redis.port.to_string();
         let of_cluster = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port), L1_TTL];
         let (one_thread, capacity) = (("PRESENCE_SERVICE__THREAD_COUNT", "1"), ("ROUTE__L1_CAPACITY", "1100000"));
@@ -118,7 +117,7 @@ impl Field {
             empty: contender::empty(None, &[]).await,
             one_runtime: contender::one_runtime(&db, &with(&[capacity])).await,
             past_l2: Node::start(db.settings(&[NO_L1])).await,
-            redis: stores::PlainRedis::start(plan.users).await,
+            redis: plain_redis,
             _cluster_redis: redis,
             db,
         };
@@ -267,24 +266,5 @@ async fn growth(plan: &Plan, field: &Field) -> Value {
         is_warm(&node).await;
         gateways[count.to_string()] = json!(query(&node, None, (8, 16), HOT_USERS, plan.time).await.round());
     }
-    let start = warm_start(field).await;
-    json!({ "queries_by_users": users, "queries_by_connections": connections, "queries_by_gateways": gateways, "start": start })
-}
-
-/// Starts the daemon anew on a million users and asks it meanwhile.
-async fn warm_start(field: &Field) -> Value {
-    let port = field._cluster_redis.port.to_string();
-    let redis = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port), L1_TTL];
-    let node = Node::start(field.db.settings(&redis)).await;
-    let began = Instant::now();
-    let mut slowest = Duration::ZERO;
-    let mut asked = 0;
-    while !node.log().iter().any(|line| line.contains("memory is warm")) {
-        assert!(began.elapsed() < WARM_WITHIN, "it does not get warm");
-        let asking = Instant::now();
-        node.query(user(asked, HOT_USERS)).await;
-        (asked, slowest) = (asked + 1, slowest.max(asking.elapsed()));
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    }
-    json!({ "warm_after_s": began.elapsed().as_secs_f64(), "asked_meanwhile": asked, "slowest_ms": slowest.as_millis() as u64 })
+    json!({ "queries_by_users": users, "queries_by_connections": connections, "queries_by_gateways": gateways })
 }

@@ -159,8 +159,8 @@ impl App {
         if let Some(calls) = engine.peer_calls.take() {
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let (health, routes) = serve::data_routes(engine.services(&config, &draining, &attached)).await;
-        let started = Threads::start(config.presence_service.thread_count, &routes, &closing, &stop);
+        let (health, service) = serve::data_service(engine.services(&config, &draining, &attached)).await;
+        let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
         let max_connections = config.presence_service.max_connections;
         tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));

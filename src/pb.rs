@@ -1,5 +1,7 @@
 //! The wire types and services, generated from `proto/`. `Result` and `Status` shadow well-known names: import by name.
 
+mod codec;
+
 tonic::include_proto!("mpim");
 
 /// Every file of `proto/`, encoded: for gRPC reflection and for printing messages as proto3 JSON.

@@ -82,8 +82,8 @@ pub fn serve_if_asked() {
 
 async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl PresenceService) {
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
-    let (_health, routes) = serve::data_routes(serve::Services { presence: handler, cluster: None }).await;
-    let started = Threads::start(config.presence_service.thread_count, &routes, &draining, &stop);
+    let (_health, service) = serve::data_service(serve::Services { presence: handler, cluster: None }).await;
+    let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
     let (_threads, desks): (_, Vec<Desk>) = started.expect("threads");
     listen::accept(listener, config.presence_service.max_connections, desks, Metrics::new(), draining, stop).await;
 }
@@ -93,9 +93,10 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let (mut tasks, stop) = (JoinSet::new(), CancellationToken::new());
     let addr = listener.local_addr().expect("an address");
     let engine = Assembled::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
-    let (_health, routes) = serve::data_routes(engine.services(config, &CancellationToken::new(), &TaskTracker::new())).await;
+    let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
+    let (_health, service) = serve::data_service(services).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
-    serve::data_server().add_routes(routes).serve_with_incoming(incoming).await.expect("serve");
+    serve::data_server().serve_with_incoming(service, incoming).await.expect("serve");
 }
 
 struct Fixed(pb::QueryRouteResp);

@@ -20,6 +20,7 @@ use nix::unistd::Pid;
 use prost::Message;
 
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const PING: u8 = 6;
 const GOAWAY: u8 = 7;
@@ -250,6 +251,7 @@ fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             HEADERS => answered += 1, // an answer that failed has trailers only
             SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
+            RST_STREAM => panic!("the daemon refused a call"),
             GOAWAY => panic!("the daemon said goodbye"),
             DATA => data(payload),
             _ => {}

@@ -7,6 +7,8 @@ use std::net::SocketAddr;
 use std::net::TcpStream;
 use std::sync::Mutex;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 use std::time::Instant;
@@ -15,6 +17,11 @@ use prost::Message;
 
 use crate::load::Connection;
 use crate::load::take_frames;
+
+/// More calls at a time a server refuses on one connection; a client holds them back, and their time runs.
+const MAX_IN_FLIGHT: u64 = 1_000;
+/// Between looks at what is due: sleeping for less would only burn the time of the server.
+const PAUSE: Duration = Duration::from_micros(50);
 
 /// Calls `path` `rate` times a second over `connections` for `time`, and says how long each call took.
 pub fn run<M: Message>(
@@ -46,25 +53,33 @@ fn one_connection<M: Message>(
     let reading = connection.stream.try_clone().expect("share the socket");
     let writing = Mutex::new(connection.stream.try_clone().expect("share the socket"));
     let began = Instant::now();
+    let answered = AtomicU64::new(0);
     let due = |n: u64| began + gap * u32::try_from(n).expect("not that many calls");
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(reading, &writing, calls, due));
+        let reader = scope.spawn(|| read(reading, &writing, calls, due, &answered));
         let mut sent = 0;
         while sent < calls {
-            while sent < calls && due(sent) <= Instant::now() {
+            let room = answered.load(Ordering::Acquire) + MAX_IN_FLIGHT;
+            while sent < calls.min(room) && due(sent) <= Instant::now() {
                 connection.call(&request(sent));
                 sent += 1;
             }
             write(&writing, &mut connection.out);
             if sent < calls {
-                thread::sleep(due(sent).saturating_duration_since(Instant::now()));
+                thread::sleep(due(sent).saturating_duration_since(Instant::now()).max(PAUSE));
             }
         }
         reader.join().expect("the reading thread panicked")
     })
 }
 
-fn read(mut stream: TcpStream, writing: &Mutex<TcpStream>, calls: u64, due: impl Fn(u64) -> Instant) -> Vec<Duration> {
+fn read(
+    mut stream: TcpStream,
+    writing: &Mutex<TcpStream>,
+    calls: u64,
+    due: impl Fn(u64) -> Instant,
+    answered: &AtomicU64,
+) -> Vec<Duration> {
     let mut took = Vec::with_capacity(usize::try_from(calls).expect("not that many calls"));
     let (mut buffer, mut chunk, mut out) = (Vec::new(), vec![0; 1 << 16], Vec::new());
     while took.len() < took.capacity() {
@@ -73,6 +88,7 @@ fn read(mut stream: TcpStream, writing: &Mutex<TcpStream>, calls: u64, due: impl
         buffer.extend_from_slice(&chunk[..n]);
         let now = Instant::now();
         take_frames(&mut buffer, &mut out, |stream| took.push(now.saturating_duration_since(due(u64::from(stream / 2)))));
+        answered.store(took.len() as u64, Ordering::Release);
         write(writing, &mut out);
     }
     took

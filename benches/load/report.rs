@@ -37,9 +37,23 @@ impl Row {
         Self { key, what, against, unit, ours, theirs, least, aim, less_is_better: false }
     }
 
+    pub fn in_unit(mut self, unit: &'static str) -> Self {
+        self.unit = unit;
+        self
+    }
+
     pub fn less_is_better(mut self, unit: &'static str) -> Self {
         (self.less_is_better, self.unit) = (true, unit);
         self
+    }
+
+    /// A figure that is compared with nothing. Less is better.
+    pub fn absolute(key: &'static str, what: &'static str, unit: &'static str, bounds: (f64, f64)) -> Self {
+        Self::new(key, (what, ""), bounds).less_is_better(unit)
+    }
+
+    pub fn add_absolute(&mut self, ours: f64) {
+        self.add(ours, 1.0);
     }
 
     pub fn add(&mut self, ours: f64, theirs: f64) {
@@ -71,25 +85,30 @@ pub fn print(bench: &str, rows: &[Row], more: &Value) {
     for row in rows {
         let (ratio, ours, theirs) = (row.ratio(), Figures::of(row.ours.clone()), Figures::of(row.theirs.clone()));
         let bounds = if row.least == 0.0 { String::new() } else { format!("{:.2}, {:.2}", row.least, row.aim) };
+        let (x, medians_of_both) = match row.against {
+            "" => (format!(" {}", row.unit), String::new()),
+            _ => ("x".to_owned(), format!("{} / {} {}", short(ours.median), short(theirs.median), row.unit)),
+        };
         println!(
-            "| {} | {} | **{:.2}x** ({:.2} - {:.2}) | {bounds} | {} | {:.0} / {:.0} {} |",
+            "| {} | {} | **{}{x}** ({} - {}) | {bounds} | {} | {medians_of_both} |",
             row.what,
             row.against,
-            ratio.median,
-            ratio.lowest,
-            ratio.highest,
-            row.verdict(),
-            ours.median,
-            theirs.median,
-            row.unit
+            short(ratio.median),
+            short(ratio.lowest),
+            short(ratio.highest),
+            row.verdict()
         );
         medians[row.key] = json!({
             "ratio": rounded(ratio.median), "lowest": rounded(ratio.lowest), "highest": rounded(ratio.highest),
-            "ours": ours.median.round(), "theirs": theirs.median.round(),
+            "ours": rounded(ours.median), "theirs": rounded(theirs.median),
         });
     }
     medians["more"] = more.clone();
     println!("{medians}");
+}
+
+fn short(figure: f64) -> String {
+    if figure < 100.0 { format!("{figure:.2}") } else { format!("{figure:.0}") }
 }
 
 fn rounded(ratio: f64) -> f64 {

@@ -32,11 +32,14 @@ pub struct PlainRedis {
 }
 
 impl PlainRedis {
-    pub async fn start(users: u64) -> Self {
+    pub fn start(users: u64) -> Self {
         let server = RedisServer::start();
         let fill = "for i = 0, ARGV[1] - 1 do \
             redis.call('SET', string.format('user:route:%012d', i), string.format('gw-%d.example.net:7000', i % 16)) end return 1";
-        let _: i64 = server.client().await.run(&["EVAL", fill, "0", &users.to_string()]).await;
+        let (port, users_text) = (server.port.to_string(), users.to_string());
+        let filled =
+            Command::new("redis-cli").args(["-p", &port, "EVAL", fill, "0", &users_text]).output().expect("run redis-cli");
+        assert_eq!(filled.stdout, b"1\n", "{filled:?}");
         Self { server, users }
     }
 

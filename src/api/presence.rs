@@ -15,9 +15,11 @@ use crate::api::delivery;
 use crate::api::status::item_code;
 use crate::api::status::status;
 use crate::domain::id::UserId;
+use crate::domain::status::Status as Shown;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
+use crate::engine::directory::LiveRoute;
 use crate::engine::directory::Source;
 use crate::error::Error;
 use crate::metrics::HotCounter;
@@ -108,7 +110,9 @@ impl Presence {
     fn count_batch(&self, answers: &[Result<Answer, Error>]) {
         for source in [Source::Local, Source::Shared, Source::Durable] {
             let users = answers.iter().flatten().filter(|answer| answer.source == source).count();
-            by_source(&self.metrics.batch_users, source).inc_by(users as u64);
+            if users > 0 {
+                by_source(&self.metrics.batch_users, source).inc_by(users as u64);
+            }
         }
     }
 }
@@ -126,19 +130,19 @@ fn unless_all_failed<T>(results: &[Result<T, Error>]) -> Result<(), Status> {
 }
 
 fn queried(user: UserId, answer: &Answer) -> pb::QueryRouteResp {
-    let routes: Vec<pb::Route> = answer.live_routes().map(|live| convert::live_route(user, &live)).collect();
-    let result = if routes.is_empty() {
-        convert::result(pb::Code::NotFound, "the user has no live route")
-    } else {
-        convert::result(pb::Code::Ok, "")
+    let live: Vec<LiveRoute<'_>> = answer.live_routes().collect();
+    let newest = live.iter().max_by_key(|live| live.route.bound_version);
+    let result = match newest {
+        None => convert::result(pb::Code::NotFound, "the user has no live route"),
+        Some(_) => convert::result(pb::Code::Ok, ""),
     };
-    let shown = answer.status();
+    let shown = answer.status(newest.is_some());
     pb::QueryRouteResp {
         result,
-        gateway_addr: answer.newest().map(|newest| newest.life.gateway.to_string()).unwrap_or_default(),
-        is_online: shown != crate::domain::status::Status::Offline,
+        gateway_addr: newest.map(|newest| newest.life.gateway.to_string()).unwrap_or_default(),
+        is_online: shown != Shown::Offline,
         status: convert::status_to_pb(shown).into(),
-        routes,
+        routes: live.iter().map(|live| convert::live_route(user, live)).collect(),
         version: answer.version().0,
         last_seen_ms: answer.last_seen().0,
         source: convert::source_to_pb(answer.source).into(),
@@ -148,14 +152,14 @@ fn queried(user: UserId, answer: &Answer) -> pb::QueryRouteResp {
 
 fn user_route(user: UserId, answer: &Answer, with_routes: bool) -> pb::UserRoute {
     let newest = answer.newest();
-    let shown = answer.status();
+    let shown = answer.status(newest.is_some());
     let code = if newest.is_some() { pb::Code::Ok } else { pb::Code::NotFound };
     let routes =
         if with_routes { answer.live_routes().map(|live| convert::live_route(user, &live)).collect() } else { Vec::new() };
     pb::UserRoute {
         user_id: user.get(),
         gateway_addr: newest.map(|newest| newest.life.gateway.to_string()).unwrap_or_default(),
-        is_online: shown != crate::domain::status::Status::Offline,
+        is_online: shown != Shown::Offline,
         status: convert::status_to_pb(shown).into(),
         routes,
         code: code.into(),

@@ -1,9 +1,16 @@
 //! The two servers: gRPC for gateways and services, HTTP and gRPC for operators. How they are configured stands here.
 
+use std::convert::Infallible;
+use std::task::Context;
+use std::task::Poll;
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::codegen::BoxFuture;
+use tonic::codegen::Service;
+use tonic::codegen::http;
 use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
@@ -12,7 +19,7 @@ use tracing::error;
 
 use crate::api::admin::Admin;
 use crate::api::gateway::Leases;
-use crate::api::http;
+use crate::api::http as operators;
 use crate::api::node::Node;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
@@ -21,6 +28,8 @@ use crate::pb::node_service_server::NodeServiceServer;
 use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
+/// How the paths of the presence service begin.
+const PRESENCE: &str = "/mpim.PresenceService/";
 /// Largest request.
 const MAX_REQUEST_BYTES: usize = 4 * 1024 * 1024;
 /// Largest request of another node, which puts many calls into one.
@@ -40,16 +49,43 @@ pub struct Services<P> {
     pub cluster: Option<(Leases, Node)>,
 }
 
-/// Everything served on the data port.
-pub async fn data_routes<P: PresenceService>(services: Services<P>) -> (HealthReporter, Routes) {
+/// Everything served on the data port. The calls that come by the thousand do not go through the router of the others.
+pub struct DataService<P> {
+    presence: PresenceServiceServer<P>,
+    others: Routes,
+}
+
+impl<P> Clone for DataService<P> {
+    fn clone(&self) -> Self {
+        Self { presence: self.presence.clone(), others: self.others.clone() }
+    }
+}
+
+impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<Self::Response, Self::Error>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(())) // as all of them are
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        match request.uri().path().strip_prefix(PRESENCE) {
+            Some(_) => self.presence.call(request),
+            None => Box::pin(self.others.call(request)),
+        }
+    }
+}
+
+pub async fn data_service<P: PresenceService>(services: Services<P>) -> (HealthReporter, DataService<P>) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
+    let presence = PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES);
     let mut routes = Routes::builder();
-    routes
-        .add_service(PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES))
-        .add_service(health_service);
+    routes.add_service(health_service);
     if let Some((leases, node)) = services.cluster {
         routes
             .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
@@ -61,7 +97,7 @@ pub async fn data_routes<P: PresenceService>(services: Services<P>) -> (HealthRe
     if let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
         routes.add_service(v1alpha); // for clients of before 2023
     }
-    (health, routes.routes())
+    (health, DataService { presence, others: routes.routes().prepare() })
 }
 
 /// The gRPC server of the data port.
@@ -73,10 +109,10 @@ pub fn data_server() -> Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
 }
 
-pub async fn serve_admin(listener: TcpListener, operator: http::Operator, admin: Admin, stop: CancellationToken) {
+pub async fn serve_admin(listener: TcpListener, operator: operators::Operator, admin: Admin, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
-    let served = stop.run_until_cancelled(axum::serve(listener, http::router(operator).merge(grpc)).into_future()).await;
+    let served = stop.run_until_cancelled(axum::serve(listener, operators::router(operator).merge(grpc)).into_future()).await;
     if let Some(Err(error)) = served {
         error!(%error, "the admin server ended");
     }

@@ -10,12 +10,13 @@ use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::service::Routes;
 use tracing::error;
 
 use crate::api::listen::Admitted;
 use crate::api::listen::Desk;
 use crate::app::serve;
+use crate::app::serve::DataService;
+use crate::pb::presence_service_server::PresenceService;
 
 /// The serving threads, as long as one of them runs.
 pub struct Threads {
@@ -28,9 +29,9 @@ impl Threads {
     ///
     /// # Errors
     /// When the system gives no more threads.
-    pub fn start(
+    pub fn start<P: PresenceService>(
         count: usize,
-        routes: &Routes,
+        service: &DataService<P>,
         draining: &CancellationToken,
         stop: &CancellationToken,
     ) -> io::Result<(Self, Vec<Desk>)> {
@@ -41,11 +42,11 @@ impl Threads {
             let (desk, handed) = Desk::new();
             desks.push(desk);
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let (routes, draining, stop, alive) = (routes.clone(), draining.clone(), stop.clone(), alive.clone());
+            let (service, draining, stop, alive) = (service.clone(), draining.clone(), stop.clone(), alive.clone());
             let work = move || {
                 let _alive = alive;
                 let stop_node = stop.clone().drop_guard();
-                runtime.block_on(stop.run_until_cancelled(serve_handed(routes, handed, draining.clone())));
+                runtime.block_on(stop.run_until_cancelled(serve_handed(service, handed, draining.clone())));
                 if draining.is_cancelled() {
                     stop_node.disarm(); // others may still have calls in progress
                 }
@@ -61,10 +62,14 @@ impl Threads {
     }
 }
 
-async fn serve_handed(routes: Routes, handed: mpsc::Receiver<Admitted>, draining: CancellationToken) {
+async fn serve_handed<P: PresenceService>(
+    service: DataService<P>,
+    handed: mpsc::Receiver<Admitted>,
+    draining: CancellationToken,
+) {
     let connections = ReceiverStream::new(handed).map(Admitted::adopt);
-    let server = serve::data_server().add_routes(routes);
-    if let Err(error) = server.serve_with_incoming_shutdown(connections, draining.cancelled_owned()).await {
+    let served = serve::data_server().serve_with_incoming_shutdown(service, connections, draining.cancelled_owned()).await;
+    if let Err(error) = served {
         error!(%error, "the gRPC server ended");
     }
 }

@@ -2,12 +2,12 @@
 //! its users offline at once, on every node. That fact never changes back: it may be believed from anywhere, late or twice.
 
 use std::collections::BTreeMap;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
+use crate::domain::id::NumberMap;
 use crate::domain::time::Timestamp;
 
 /// How long after two missed beats a managed life is late: room for the network and the merging of heartbeats.
@@ -145,7 +145,7 @@ impl Fence {
 /// Lives by epoch. Merging knows that "over" is for good.
 #[derive(Clone, Debug, Default)]
 pub struct LifeTable {
-    lives: HashMap<Epoch, Arc<Life>>,
+    lives: NumberMap<Epoch, Arc<Life>>,
 }
 
 impl LifeTable {

@@ -1,6 +1,9 @@
 //! Identifiers, parsed once at the edge. Behind it no string is checked again.
 
+use std::collections::HashMap;
 use std::fmt;
+use std::hash::BuildHasherDefault;
+use std::hash::Hasher;
 use std::sync::Arc;
 
 /// Longest device id, connection id and message id.
@@ -109,6 +112,36 @@ impl Version {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch(pub u64);
 
+/// A map by users or epochs. They are numbers that this system issues, so nobody can choose them to collide.
+pub type NumberMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
+
+/// Mixes one number well, in a few cycles.
+#[derive(Clone, Copy, Default)]
+pub struct NumberHasher(u64);
+
+/// Odd, and about half of their bits are set.
+const FIRST: u64 = 0x9e37_79b9_7f4a_7c15;
+const SECOND: u64 = 0xd6e8_feb8_6659_fd93;
+
+impl Hasher for NumberHasher {
+    fn write(&mut self, bytes: &[u8]) {
+        bytes.iter().for_each(|byte| self.write_u64(u64::from(*byte)));
+    }
+
+    fn write_u64(&mut self, number: u64) {
+        let mixed = u128::from(self.0 ^ number ^ FIRST).wrapping_mul(u128::from(SECOND));
+        self.0 = (mixed >> 64) as u64 ^ mixed as u64;
+    }
+
+    fn write_i64(&mut self, number: i64) {
+        self.write_u64(number.cast_unsigned());
+    }
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -137,6 +170,24 @@ mod tests {
         assert!(UserId::parse(1).is_ok());
         for raw in [0, -1, i64::MIN] {
             assert!(UserId::parse(raw).is_err(), "{raw}");
+        }
+    }
+
+    #[test]
+    fn neighbours_are_spread_over_all_bits_of_their_hash() {
+        let hash = |number: i64| {
+            let mut hasher = NumberHasher::default();
+            hasher.write_i64(number);
+            hasher.finish()
+        };
+        // Maps take shards and slots from the low bits and tags from the high ones.
+        for stride in [1, 2, 16, 1_000, 1 << 20, 1 << 40] {
+            for shift in [0, 8, 32, 52, 56] {
+                let mut seen = [0_u32; 256];
+                (1..=25_600).for_each(|n| seen[(hash(n * stride) >> shift) as usize % 256] += 1);
+                let (least, most) = (seen.iter().min().unwrap(), seen.iter().max().unwrap());
+                assert!(*least > 40 && *most < 180, "stride {stride}, bits from {shift}: {least} to {most} of about 100");
+            }
         }
     }
 

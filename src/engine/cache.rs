@@ -17,7 +17,6 @@
 //!
 //! A hit in L1 touches none of this.
 
-use std::collections::HashMap;
 use std::hash::BuildHasherDefault;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -30,8 +29,9 @@ use std::time::Instant;
 
 use quick_cache::UnitWeighter;
 use quick_cache::sync::DefaultLifecycle;
-use xxhash_rust::xxh3::Xxh3Default;
 
+use crate::domain::id::NumberHasher;
+use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
@@ -51,6 +51,13 @@ pub struct Entry {
     pub from_l2: bool,
     /// The trust number at the start of its load.
     trust: u64,
+}
+
+impl Entry {
+    fn new(mut record: UserRecord, as_of: Instant, from_l2: bool, trust: u64) -> Self {
+        record.routes.shrink_to_fit(); // a list that grew has room for four, and most users have one device
+        Self { record, as_of, from_l2, trust }
+    }
 }
 
 #[derive(Debug, Default, PartialEq)]
@@ -96,11 +103,11 @@ impl LoadTicket {
 }
 
 /// A map of many shards. A reader holds the lock of one for the moment of a look-up, shared with other readers.
-type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<Xxh3Default>>;
+type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<NumberHasher>>;
 
 pub struct Cache {
     l1: L1,
-    shards: Vec<Mutex<HashMap<UserId, UnderWay>>>,
+    shards: Vec<Mutex<NumberMap<UserId, UnderWay>>>,
     /// Entries whose load began under a smaller number are not used.
     trust: AtomicU64,
     offers_rejected: AtomicU64,
@@ -152,7 +159,7 @@ impl Cache {
 
     /// Users whose newest version the shared cache is not known to hold, with that version.
     pub fn lagging(&self) -> Vec<(UserId, Version)> {
-        let lagging = |shard: &Mutex<HashMap<UserId, UnderWay>>| {
+        let lagging = |shard: &Mutex<NumberMap<UserId, UnderWay>>| {
             let shard = lock(shard);
             shard.iter().filter(|(_, it)| it.lag > Version::NONE).map(|(user, it)| (*user, it.lag)).collect::<Vec<_>>()
         };
@@ -184,7 +191,7 @@ impl Cache {
             under_way.lag = under_way.lag.max(version);
         }
         if version >= under_way.floor {
-            self.l1.insert(user, Arc::new(Entry { record, as_of: complete_at, from_l2: false, trust }));
+            self.l1.insert(user, Arc::new(Entry::new(record, complete_at, false, trust)));
         } else {
             self.drop_older(user, under_way.floor);
         }
@@ -256,7 +263,7 @@ impl Cache {
         let as_of = if from_sql { ticket.began } else { ticket.began.checked_sub(L2_AGE).unwrap_or(ticket.began) };
         under_way.floor = version;
         under_way.loads = under_way.loads.saturating_sub(1);
-        let entry = self.keep_newest(user, Entry { record, as_of, from_l2: !from_sql, trust: ticket.trust });
+        let entry = self.keep_newest(user, Entry::new(record, as_of, !from_sql, ticket.trust));
         tidy_up(&mut shard, user);
         Loaded::Answer(entry)
     }
@@ -290,7 +297,7 @@ impl Cache {
         }
     }
 
-    fn shard(&self, user: UserId) -> MutexGuard<'_, HashMap<UserId, UnderWay>> {
+    fn shard(&self, user: UserId) -> MutexGuard<'_, NumberMap<UserId, UnderWay>> {
         let number = usize::try_from(user.hash() >> 32).unwrap_or(0) % SHARDS;
         lock(&self.shards[number])
     }
@@ -313,7 +320,7 @@ impl Drop for WriteGuard {
     }
 }
 
-fn tidy_up(shard: &mut HashMap<UserId, UnderWay>, user: UserId) {
+fn tidy_up(shard: &mut NumberMap<UserId, UnderWay>, user: UserId) {
     if shard.get(&user).is_some_and(|it| it.loads == 0 && it.writes == 0 && it.lag == Version::NONE) {
         shard.remove(&user);
     }

@@ -10,6 +10,36 @@ fn alice() -> UserId {
     UserId::parse(ALICE).unwrap()
 }
 
+#[test]
+fn a_record_in_memory_has_no_room_to_spare() {
+    let route = crate::domain::user::Route {
+        device: crate::domain::id::DeviceId::parse("phone").unwrap(),
+        platform: Default::default(),
+        epoch: crate::domain::id::Epoch(1),
+        conn: crate::domain::id::ConnId::parse("c").unwrap(),
+        connected_at: Default::default(),
+        client_ip: None,
+        client_port: 1,
+        bound_version: Version(1),
+        bound_at: Default::default(),
+        expires_at: None,
+    };
+    let grown = || {
+        let mut grown = record(1);
+        grown.routes.push(route.clone());
+        assert!(grown.routes.capacity() > 1, "a list that grows has room to spare");
+        grown
+    };
+    let cache = Cache::new(10);
+    let room = || cache.get(alice()).unwrap().record.routes.capacity();
+    cache.committed(alice(), grown(), Instant::now(), false);
+    assert_eq!(room(), 1, "committed");
+    cache.forget(alice());
+    let ticket = cache.begin_load(alice());
+    assert!(matches!(cache.end_load(ticket, grown(), true), Loaded::Answer(_)));
+    assert_eq!(room(), 1, "loaded");
+}
+
 fn record(version: u64) -> UserRecord {
     UserRecord { version: Version(version), ..UserRecord::default() }
 }
@@ -560,7 +590,7 @@ fn explore(bounds: Bounds) -> Result<usize, String> {
     let cache = Cache::new(10);
     let mut worlds = vec![World::new(bounds)];
     let mut came_by: Vec<Option<(usize, Step)>> = vec![None];
-    let mut known: std::collections::HashSet<World, std::hash::BuildHasherDefault<Xxh3Default>> =
+    let mut known: std::collections::HashSet<World, std::hash::BuildHasherDefault<xxhash_rust::xxh3::Xxh3Default>> =
         worlds.iter().cloned().collect();
     let mut next = 0;
     while next < worlds.len() {

@@ -119,8 +119,9 @@ impl Answer {
         self.live_routes().max_by_key(|live| live.route.bound_version)
     }
 
-    pub fn status(&self) -> Status {
-        self.entry.record.status.shown(self.live_routes().next().is_some())
+    /// What others are shown. `is_live`: whether there is a live route.
+    pub fn status(&self, is_live: bool) -> Status {
+        self.entry.record.status.shown(is_live)
     }
 
     /// Whether messages wait in the user's inbox.

@@ -5,7 +5,6 @@
 //! the number of statements in flight is bounded. Loads are tasks of their own: a caller that gives up cancels nothing.
 //! Full: the caller is told to come again.
 
-use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -19,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::domain::gateway::Life;
+use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
@@ -61,7 +61,7 @@ struct Wanted {
 
 #[derive(Default)]
 struct Queue {
-    flights: HashMap<UserId, Flight>,
+    flights: NumberMap<UserId, Flight>,
     order: VecDeque<UserId>,
 }
 

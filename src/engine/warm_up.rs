@@ -42,12 +42,14 @@ impl WarmUp {
 
     async fn load_everybody(&self) -> Result<u64, SqlError> {
         let mut connection = self.database.connect(Purpose::General).await?;
-        let (mut after, mut loaded) = (0, 0);
-        while loaded < self.capacity {
-            let users = connection.users_with_routes(after, PAGE).await?;
-            let Some(last) = users.last() else { break };
-            after = last.get();
-            loaded += self.directory.get_many(&users, None).await.iter().filter(|answer| answer.is_ok()).count() as u64;
+        let mut users = connection.users_with_routes(0, PAGE).await?;
+        let mut loaded = 0;
+        while let Some(last) = users.last().filter(|_| loaded < self.capacity) {
+            // Who comes next is found out meanwhile.
+            let next = connection.users_with_routes(last.get(), PAGE);
+            let (answers, next) = tokio::join!(self.directory.get_many(&users, None), next);
+            loaded += answers.iter().filter(|answer| answer.is_ok()).count() as u64;
+            users = next?;
             sleep(PACE).await;
         }
         Ok(loaded)
