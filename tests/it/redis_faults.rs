@@ -460,6 +460,7 @@ async fn a_redis_that_was_emptied_is_filled_again_and_a_user_who_left_does_not_c
     let redis = cluster.cache().client().await;
     eventually("it says whose it is", NOTICED_WITHIN, async || redis.has("presence:store").await).await;
     redis.run::<()>(&["FLUSHALL"]).await;
+    eventually("it is noticed", NOTICED_WITHIN, async || generation().await > before).await;
     eventually("it is filled", NOTICED_WITHIN, async || redis.has("user:route:2").await).await;
     everything_agrees_with_sql(&cluster, 1..=BUSY, KEYS_AGREE_WITHIN).await;
     assert_eq!(redis.get("user:route:1").await, None);
