@@ -1,8 +1,9 @@
 //! The operator's port: `/metrics`, `/livez`, `/readyz`, `/healthz`.
 //!
 //! * `/livez` is 200 as long as the process answers. It looks at nothing outside.
-//! * `/readyz` is 503 only if this node cannot do its job: it is draining. Whatever else is missing is named in `degraded`:
-//!   the loss of a database must not empty the load balancer, because every node has lost it.
+//! * `/readyz` is 503 only if this node cannot do its job: it is draining, or it alone is cut off from the database. Whatever
+//!   else is missing is named in `degraded`: the loss of a database must not empty the load balancer, because every node has
+//!   lost it.
 //! * `/healthz`: the database and each Redis that is configured answer, the nodes hear each other, and fewer users are online than `max_capacity`.
 
 use std::sync::Arc;
@@ -49,8 +50,14 @@ pub fn router(operator: Operator) -> Router {
 
 async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
     let degraded = operator.degraded();
-    if operator.draining.is_cancelled() {
-        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "why": "draining", "degraded": degraded })));
+    let cut_off = operator.hints.as_ref().is_some_and(|hints| hints.is_cut_off());
+    let why = match (operator.draining.is_cancelled(), cut_off) {
+        (true, _) => Some("draining"),
+        (_, true) => Some("this node alone cannot read the database"),
+        _ => None,
+    };
+    if let Some(why) = why {
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "why": why, "degraded": degraded })));
     }
     (StatusCode::OK, Json(json!({ "ready": true, "degraded": degraded })))
 }

@@ -27,6 +27,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::cache::Cache;
 use crate::engine::lives::Lives;
+use crate::engine::lives::SUSPECT_AFTER;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::bus::Heard;
@@ -58,6 +59,8 @@ pub struct Hints {
     /// When this node's newest beat that was heard again had been sent.
     echo: AtomicInstant,
     others: ArcSwap<Others>,
+    /// When another node had said last that it reads the database.
+    others_read: AtomicInstant,
     heard: Mutex<HashMap<String, u64>>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
@@ -82,6 +85,7 @@ impl Hints {
             skipped: AtomicU64::new(0),
             echo: AtomicInstant::never(),
             others: ArcSwap::default(),
+            others_read: AtomicInstant::never(),
             heard: Mutex::default(),
             cache,
             lives,
@@ -95,6 +99,12 @@ impl Hints {
         let silence = self.others.load().values().map(|heard| heard.age(now)).max().unwrap_or_default();
         let since = self.echo.age(now).max(silence);
         (since <= DEAF_AFTER).then_some(since)
+    }
+
+    /// Whether this node alone does not read the database: others say that they do.
+    pub fn is_cut_off(&self) -> bool {
+        let now = Instant::now();
+        self.lives.age(now) > SUSPECT_AFTER && self.others_read.age(now) < DEAF_AFTER
     }
 
     /// Waits until this node has heard itself, that is, until it hears others too.
@@ -195,6 +205,9 @@ impl Hints {
             return;
         }
         self.metrics.hint("received");
+        if hint.reads_database {
+            self.others_read.set(Instant::now());
+        }
         if hint.generation < self.generation.load(Ordering::Relaxed) {
             return; // its sender has not heard yet that the database was set back
         }
@@ -249,6 +262,7 @@ impl Hints {
             sent_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             users,
             sent_at_ms: self.lives.clock.now().0,
+            reads_database: self.lives.age(Instant::now()) <= SUSPECT_AFTER,
         }
     }
 

@@ -209,6 +209,9 @@ pub struct Hint {
     /// When it was sent, on the database's clock.
     #[prost(int64, tag = "7")]
     pub sent_at_ms: i64,
+    /// Its sender has read the database lately.
+    #[prost(bool, tag = "8")]
+    pub reads_database: bool,
 }
 
 /// What nodes tell each other of gateways: epochs of lives that are over. Faster than reading the table; lost, it is read.

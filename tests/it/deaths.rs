@@ -357,6 +357,30 @@ async fn gateways_of_a_node_that_is_cut_off_from_the_database_are_told_in_time_a
     eventually("the node heals by itself", Duration::from_secs(15), heals).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_alone_cannot_read_the_database_is_not_ready_and_if_none_can_all_are() {
+    const NOTICED_WITHIN: Duration = Duration::from_secs(12);
+    let _turn = heavy().await;
+    let server = MariaDb::start();
+    let proxy = Proxy::start(server.port).await;
+    let mut cluster = Cluster::on_all(&server, Redis::one(), 0, &[]).await;
+    cluster.add_node_through(&proxy, &[("STORE__TIMEOUT", "1000")]).await;
+    cluster.add_node(&[("STORE__TIMEOUT", "1000")]).await;
+    let [cut, whole] = &cluster.nodes[..] else { panic!("two nodes") };
+    let is_ready = async |node: &Node| node.http("/readyz").await.0 == 200;
+    assert!(is_ready(cut).await && is_ready(whole).await);
+    proxy.cut_off();
+    eventually("it says so", NOTICED_WITHIN, async || !is_ready(cut).await).await;
+    assert!(cut.http("/readyz").await.1.contains("alone"), "and why");
+    assert!(is_ready(whole).await);
+    server.stop();
+    eventually("nobody is better off", NOTICED_WITHIN, async || is_ready(cut).await).await;
+    assert!(is_ready(whole).await);
+    server.cont();
+    proxy.release();
+    eventually("nothing is missing", NOTICED_WITHIN, async || cut.degraded().await.is_empty()).await;
+}
+
 #[tokio::test]
 async fn a_beat_that_a_node_took_before_it_stood_still_is_no_sign_of_life_afterwards() {
     const LEASE: Duration = Duration::from_secs(5);
