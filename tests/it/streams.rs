@@ -50,6 +50,7 @@ use crate::harness::stream::ack_frame;
 use crate::harness::stream::bind_frame;
 use crate::harness::stream::gateways;
 use crate::harness::stream::hello;
+use crate::tidy::package;
 
 const SOON: Duration = Duration::from_secs(5);
 /// For what has to be seen in a table that each node reads once a second.
@@ -577,4 +578,85 @@ async fn a_gateway_in_the_terminal_makes_bind_query_and_deliver_work_with_nothin
     assert!(!is_online(node, 42).await, "it deregisters");
     let (exit, _) = ctl(&["query", "42"]).await;
     assert_eq!(exit, Some(3));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_block_of_the_readme_works_when_it_is_pasted() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let readme = std::fs::read_to_string(package().join("README.md")).expect("README.md");
+    let block = readme.split("With the daemon running, in a second terminal:").nth(1).expect("it is there");
+    let pasted: Vec<&str> =
+        block.lines().skip_while(|line| line.is_empty()).map_while(|line| line.strip_prefix("    ")).collect();
+    assert!(pasted.len() > 3, "{pasted:?}");
+    let script = format!("shopt -s expand_aliases\n{}\n", pasted.join("\n"));
+    let script = script.replace("target/release/im-presence", env!("CARGO_BIN_EXE_im-presence"));
+    let mut shell = Command::new("bash");
+    shell.args(["-m", "-c", &script]).env("IM_PRESENCE_ADDR", cluster.node().data.to_string()).stdin(Stdio::null());
+    let output = tokio::task::spawn_blocking(move || shell.output()).await.expect("the task").expect("run bash");
+    let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(3), "offline in the end: {said}");
+    assert!(said.contains("is online") && said.contains("gw-1:7000") && said.matches("dinner is ready").count() == 1, "{said}");
+    println!("{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_of_a_dead_gateway_who_come_back_all_at_once_are_all_bound_and_no_query_fails() {
+    const GATEWAYS: i64 = 4;
+    const TICK: Duration = Duration::from_millis(10);
+    let _turn = heavy().await;
+    let (users, ticks): (i64, i64) = if long() { (100_000, 1_000) } else { (4_000, 100) };
+    let cluster = Cluster::mariadb(2, &[]).await;
+    let mut dead = gateways(cluster.node());
+    let hello = pb::RegisterGatewayReq { gateway_addr: "gw-dead:7000".to_owned(), ..Default::default() };
+    let gateway_epoch = dead.register_gateway(hello).await.expect("registered").into_inner().gateway_epoch;
+    for first in (1..=users).step_by(10_000) {
+        let bind = |user| pb::BindRouteReq { gateway_addr: "gw-dead:7000".to_owned(), gateway_epoch, ..a_bind(user, PHONE, "c") };
+        let binds = (first..(first + 10_000).min(users + 1)).map(bind).collect();
+        cluster.node().presence().batch_bind_route(pb::BatchBindRouteReq { binds }).await.expect("binds");
+    }
+    let mut told = Vec::new();
+    for n in 0..GATEWAYS {
+        told.push(Arc::new(TestGateway::start(&cluster.nodes, &format!("gw-{n}:7000"), Devices::Acknowledge).await));
+    }
+    let memory = || cluster.nodes.iter().map(Node::rss_bytes).sum::<u64>();
+    let (before, done) = (memory(), Arc::new(AtomicBool::new(false)));
+    let mut queries = JoinSet::new();
+    for node in &cluster.nodes {
+        let (mut client, done) = (node.new_connection(), done.clone());
+        queries.spawn(async move {
+            let mut slowest = Duration::ZERO;
+            for n in 0.. {
+                if done.load(Ordering::Relaxed) {
+                    break;
+                }
+                let began = Instant::now();
+                let query = pb::QueryRouteReq { user_id: 1 + n * 7_919 % users, max_staleness_ms: None };
+                client.query_route(query).await.expect("no query fails");
+                slowest = slowest.max(began.elapsed());
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            slowest
+        });
+    }
+    let over = pb::DeregisterGatewayReq { gateway_addr: "gw-dead:7000".to_owned(), gateway_epoch };
+    dead.deregister_gateway(over).await.expect("deregistered");
+    let (began, mut pace, mut binds) = (Instant::now(), tokio::time::interval(TICK), JoinSet::new());
+    for tick in 0..ticks {
+        pace.tick().await;
+        for user in tick * users / ticks + 1..=(tick + 1) * users / ticks {
+            let gateway = told[(user % GATEWAYS) as usize].clone();
+            binds.spawn(async move { gateway.bind(user, PHONE, &format!("again-{user}")).await });
+        }
+    }
+    let offered = began.elapsed();
+    let bound = binds.join_all().await.len() as i64;
+    let took = began.elapsed();
+    let growth = memory().saturating_sub(before);
+    done.store(true, Ordering::Relaxed);
+    let slowest = queries.join_all().await.into_iter().max();
+    println!("{bound} users offered in {offered:?}, bound after {took:?}; {} MiB more; slowest query {slowest:?}", growth >> 20);
+    assert_eq!(bound, users);
+    assert!(growth < 256 << 20, "{growth} bytes");
+    let stay = "SELECT COUNT(*) FROM routes WHERE epoch IN (SELECT epoch FROM lives WHERE alive = 1)";
+    assert_eq!(cluster.db.number(stay).await, users);
 }
