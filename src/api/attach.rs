@@ -9,6 +9,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
+use tokio::task::JoinError;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 use tokio_stream::StreamExt;
@@ -36,7 +37,7 @@ use crate::pb::gateway_frame::Body as Up;
 use crate::pb::node_frame::Body as Down;
 
 /// Frames that wait for the transport; more only when the gateway reads.
-pub const OUTGOING: usize = 16;
+pub const OUTGOING: usize = 64;
 /// Binds, unbinds and heartbeats of one stream that are under way or whose answers wait.
 const MAX_IN_FLIGHT: usize = 1_024;
 /// A gateway says hello within this time.
@@ -109,10 +110,18 @@ impl Stream {
                 () = until(drain_until) => return (End::Ours, Some(Status::unavailable("this node stops: attach to another one with your epoch"))),
                 () = sleep_until(hello_by.into()), if !is_attached => return (End::Ours, Some(Status::deadline_exceeded("no hello came in time"))),
                 place = out.reserve(), if !self.answers.is_empty() => match (place, self.answers.pop_front()) {
-                    (Ok(place), Some(answer)) => place.send(Ok(answer)),
+                    (Ok(place), Some(answer)) => {
+                        place.send(Ok(answer));
+                        self.send_more(&out);
+                    }
                     _ => return (End::Theirs, None),
                 },
-                Some(done) = self.in_flight.join_next() => self.answers.extend(done.ok().filter(|frame| frame.seq != 0)),
+                Some(done) = self.in_flight.join_next() => {
+                    self.note_answer(done);
+                    while let Some(done) = self.in_flight.try_join_next() {
+                        self.note_answer(done); // a batch's answers come together
+                    }
+                }
                 read = frames.next(), if may_read => match read {
                     Some(Ok(frame)) => if let Err(status) = self.take(frame).await {
                         return (End::Theirs, Some(status));
@@ -124,6 +133,20 @@ impl Stream {
                     Some((place, order)) => place.send(Ok(frame(0, told(order)))),
                     None => return (End::Theirs, None),
                 },
+            }
+        }
+    }
+
+    fn note_answer(&mut self, done: Result<pb::NodeFrame, JoinError>) {
+        self.answers.extend(done.ok().filter(|frame| frame.seq != 0));
+    }
+
+    /// Sends answers as long as there is room.
+    fn send_more(&mut self, out: &Outgoing) {
+        while !self.answers.is_empty() {
+            let Ok(place) = out.try_reserve() else { return };
+            if let Some(answer) = self.answers.pop_front() {
+                place.send(Ok(answer));
             }
         }
     }
@@ -152,7 +175,7 @@ impl Stream {
                 error => crate::api::status::status(&error),
             }),
             Some(Up::Heartbeat(beat)) => self.heartbeat(seq, beat).map_err(|why| illegal(&why)),
-            Some(Up::Bind(bind)) => self.bind(seq, bind).map_err(|why| illegal(&why)),
+            Some(Up::Bind(bind)) => self.bind(seq, &bind).map_err(|why| illegal(&why)),
             Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
             Some(Up::Ack(ack)) => self.ack(&ack).map_err(|why| illegal(&why)),
             None => Ok(()),
@@ -193,11 +216,10 @@ impl Stream {
         Ok(())
     }
 
-    fn bind(&mut self, seq: u64, mut bind: pb::BindRouteReq) -> Result<(), String> {
+    fn bind(&mut self, seq: u64, bind: &pb::BindRouteReq) -> Result<(), String> {
         let (gateway, epoch) =
             self.session.speaks_for(&bind.gateway_addr, bind.gateway_epoch).map_err(|illegal| illegal.to_string())?;
-        (bind.gateway_addr, bind.gateway_epoch) = (gateway.to_string(), epoch.0);
-        let (user, bind) = convert::bind(&bind).map_err(|error| error.to_string())?;
+        let (user, bind) = convert::bind_on(gateway.clone(), Some(epoch), bind).map_err(|error| error.to_string())?;
         let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Bind(bind)));
         self.answer(seq, async move { Down::Bound(binder.finish_bind(user, begun).await) });
         Ok(())

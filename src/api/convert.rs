@@ -65,9 +65,14 @@ pub fn batch_size(field: &'static str, len: usize, limit: usize) -> Result<(), E
 }
 
 pub fn bind(request: &pb::BindRouteReq) -> Result<(UserId, Bind), Error> {
+    bind_on(gateway(&request.gateway_addr)?, epoch(request.gateway_epoch), request)
+}
+
+/// A bind whose gateway and life are known.
+pub fn bind_on(gateway: GatewayAddr, epoch: Option<Epoch>, request: &pb::BindRouteReq) -> Result<(UserId, Bind), Error> {
     let bind = Bind {
-        gateway: GatewayAddr::parse(&request.gateway_addr).map_err(invalid("gateway_addr"))?,
-        epoch: epoch(request.gateway_epoch),
+        gateway,
+        epoch,
         device: DeviceId::parse(&request.device_id).map_err(invalid("device_id"))?,
         platform: platform(request.platform)?,
         conn: ConnId::parse(&request.conn_id).map_err(invalid("conn_id"))?,

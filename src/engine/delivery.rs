@@ -212,7 +212,7 @@ impl Deliveries {
         distinct.dedup();
         let (mut done, mut turns) = self.take_turns(&distinct, message).await;
         distinct.retain(|user| !done.contains_key(user));
-        let _places = self.queue_up(&distinct, deadline).await?;
+        let _place = self.queue_up(&distinct, deadline).await?;
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         for (user, turn) in &mut turns {
             if let Some(Ok(report)) = done.get(user).filter(|report| is_settled(report)) {
@@ -252,16 +252,11 @@ impl Deliveries {
         (done, turns)
     }
 
-    /// Waits for the messages before this one, user by user in the order of their numbers, so that no two calls wait for each
-    /// other.
-    async fn queue_up(&self, users: &[UserId], deadline: Instant) -> Result<Vec<OwnedMutexGuard<()>>, Error> {
-        let mut places = Vec::with_capacity(users.len());
-        for user in users {
-            let queue = self.queues.get_with(*user, Arc::default);
-            let place = timeout_at(deadline.into(), queue.lock_owned()).await;
-            places.push(place.map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))?);
-        }
-        Ok(places)
+    /// Waits for the messages before this one. A batch does not: one user whose message is being retried would hold up all.
+    async fn queue_up(&self, users: &[UserId], deadline: Instant) -> Result<Option<OwnedMutexGuard<()>>, Error> {
+        let [user] = users else { return Ok(None) };
+        let place = timeout_at(deadline.into(), self.queues.get_with(*user, Arc::default).lock_owned()).await;
+        place.map(Some).map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))
     }
 
     async fn attempt(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
