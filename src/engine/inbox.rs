@@ -175,7 +175,7 @@ impl Inboxes {
         let mut connection = self.database.connect(Purpose::General).await.map_err(unavailable)?;
         let (mut found, mut after) = (Vec::new(), after);
         loop {
-            let page = connection.read_inbox(user, after, WINDOW).await.map_err(unavailable)?;
+            let page = connection.read_inbox(user, after, self.lives.clock.now(), WINDOW).await.map_err(unavailable)?;
             let Some(last) = page.last() else { return Ok((found, false)) };
             after = last.seq;
             let is_for_it = |stored: &StoredMessage| stored.message.devices.as_ref().is_none_or(|all| all.contains(device));
@@ -252,12 +252,12 @@ impl Inboxes {
     /// Reads on the connection kept from before if it still works, else on a new one.
     async fn read(&self, connection: &mut Option<Connection>, user: UserId, after: u64) -> Result<Vec<StoredMessage>, SqlError> {
         if let Some(kept) = connection
-            && let Ok(window) = kept.read_inbox(user, after, WINDOW).await
+            && let Ok(window) = kept.read_inbox(user, after, self.lives.clock.now(), WINDOW).await
         {
             return Ok(window);
         }
         let mut fresh = self.database.connect(Purpose::General).await?;
-        let window = fresh.read_inbox(user, after, WINDOW).await?;
+        let window = fresh.read_inbox(user, after, self.lives.clock.now(), WINDOW).await?;
         *connection = Some(fresh);
         Ok(window)
     }
