@@ -104,7 +104,10 @@ impl Inbox {
     /// or later, so a number never comes back.
     pub fn apply(&mut self, change: &InboxChange, last: u64, clock: Version, now: Timestamp, limits: &Limits) -> InboxOutcome {
         match change {
-            InboxChange::Store(message) => self.store(message, (last + 1).max(clock.0), now, limits),
+            InboxChange::Store(message) => {
+                self.remove(|_, stored| stored.expires_at <= now); // what is over takes no room and is nobody's repeat
+                self.store(message, (last + 1).max(clock.0), now, limits)
+            }
             InboxChange::Acknowledged(seqs) => self.remove(|seq, _| seqs.contains(&seq)),
             InboxChange::ReadUpTo { seq: up_to, device } => self.remove(|seq, stored| {
                 let is_for_it = stored.devices.as_ref().is_none_or(|devices| devices.contains(device));
@@ -219,6 +222,17 @@ mod tests {
         assert_eq!(expire(NOW), InboxOutcome::Removed { messages: 0 });
         assert_eq!(expire(NOW.plus(Duration::from_secs(1))), InboxOutcome::Removed { messages: 1 });
         assert_eq!(expire(NOW.plus(LIMITS.ttl)), InboxOutcome::Removed { messages: 1 });
+    }
+
+    #[test]
+    fn what_is_over_takes_no_room_and_a_repeat_of_it_is_a_new_message() {
+        let mut inbox = Inbox::default();
+        for (last, id) in [(0, "a"), (1, "b"), (2, "c")] {
+            store(&mut inbox, message(id, ""), last);
+        }
+        let later = NOW.plus(LIMITS.ttl);
+        let again = inbox.apply(&InboxChange::Store(message("b", "")), 3, Version(0), later, &LIMITS);
+        assert_eq!((again, inbox.len()), (InboxOutcome::Stored { seq: 4, again: false }, 1));
     }
 
     #[test]

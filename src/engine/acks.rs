@@ -132,25 +132,40 @@ impl Expected<'_> {
 
     /// Who has acknowledged by now.
     pub fn acked(&self) -> BTreeSet<DeviceId> {
-        self.look().0.acked
+        self.look(|_| true).0.acked
     }
 
     /// Waits until every device has answered, or until `until`. An answer that is there counts, however late it is asked for.
     pub async fn answers(&self, until: Instant) -> Answered {
+        self.wait(until, |waiting| waiting.is_complete()).await
+    }
+
+    /// The same, but not for further devices when one has acknowledged.
+    pub async fn first(&self, until: Instant) -> Answered {
+        self.wait(until, |waiting| waiting.is_complete() || !waiting.answered.acked.is_empty()).await
+    }
+
+    async fn wait(&self, until: Instant, enough: impl Fn(&Waiting) -> bool) -> Answered {
         loop {
-            let (answered, complete) = self.look();
-            if complete || timeout_at(until.into(), self.changed.notified()).await.is_err() {
-                return if complete { answered } else { self.look().0 };
+            let (answered, enough) = self.look(&enough);
+            if enough || timeout_at(until.into(), self.changed.notified()).await.is_err() {
+                return if enough { answered } else { self.look(|_| true).0 };
             }
         }
     }
 
-    fn look(&self) -> (Answered, bool) {
+    fn look(&self, enough: impl Fn(&Waiting) -> bool) -> (Answered, bool) {
         let waiting = self.acks.lock();
         let Some(waiting) = waiting.get(&self.delivery_id) else { return (Answered::default(), true) };
-        let answered = &waiting.answered;
-        let all = waiting.devices.iter().all(|device| answered.acked.contains(device) || answered.not_here.contains(device));
-        (answered.clone(), all)
+        (waiting.answered.clone(), enough(waiting))
+    }
+}
+
+impl Waiting {
+    /// Every device has answered.
+    fn is_complete(&self) -> bool {
+        let answered = &self.answered;
+        self.devices.iter().all(|device| answered.acked.contains(device) || answered.not_here.contains(device))
     }
 }
 

@@ -143,6 +143,15 @@ pub struct Deliveries {
     refused: moka::sync::Cache<(UserId, Version), ()>,
 }
 
+/// What came of stored messages that were brought to a user's devices.
+#[derive(Debug, Default)]
+pub(super) struct Pushed {
+    /// Those that were acknowledged; on channels without envelopes, where nobody can acknowledge, that were received.
+    pub done: Vec<u64>,
+    /// Who acknowledged any of them.
+    pub acked: BTreeSet<DeviceId>,
+}
+
 /// One user's part of a delivery, through all attempts.
 struct Parcel<'a> {
     user: UserId,
@@ -332,13 +341,12 @@ impl Deliveries {
         }
     }
 
-    /// Brings stored messages to a user's devices, in their order. Returns which were acknowledged; on channels without
-    /// envelopes, where nobody can acknowledge, which were received.
-    pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: Vec<StoredMessage>) -> Vec<u64> {
+    /// Brings stored messages to a user's devices, in their order.
+    pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: &[StoredMessage]) -> Pushed {
         let _place = self.queues.get_with(user, Arc::default).lock_owned().await;
         let mut live = Vec::with_capacity(window.len());
         for stored in window {
-            let mut message = Message::stored(stored.message);
+            let mut message = Message::stored(stored.message.clone());
             let targets = Targets::of(answer, &message, &BTreeSet::new());
             let can_acknowledge = !targets.streams.is_empty() || self.settings.format == Format::Envelope;
             message.ack_timeout = can_acknowledge.then_some(STORED_ACK_TIMEOUT);
@@ -349,8 +357,12 @@ impl Deliveries {
             }
         }
         let tried = self.hand_out(live, Instant::now() + STORED_ACK_TIMEOUT).await;
-        let is_done = |result: &Result<Outcome, Error>| *result == Ok(Outcome::Delivered);
-        tried.into_iter().filter(|(.., result)| is_done(result)).map(|(parcel, ..)| parcel.inbox_seq).collect()
+        let mut pushed = Pushed::default();
+        for (parcel, ..) in tried.into_iter().filter(|(.., result)| *result == Ok(Outcome::Delivered)) {
+            pushed.done.push(parcel.inbox_seq);
+            pushed.acked.extend(parcel.report.acked);
+        }
+        pushed
     }
 
     /// Those who have a live route, looked up past every cache if need be, with where they are. The others are done.
@@ -450,7 +462,10 @@ impl Deliveries {
     /// Waits for devices to acknowledge, if that is asked for.
     async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, handed: Instant, deadline: Instant) -> Outcome {
         let (Some(patience), Some(expected)) = (parcel.message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
-        let Answered { acked, not_here } = expected.answers((handed + patience).min(deadline)).await;
+        let until = (handed + patience).min(deadline);
+        // A stored message is done when one device has it.
+        let answers = if parcel.inbox_seq > 0 { expected.first(until).await } else { expected.answers(until).await };
+        let Answered { acked, not_here } = answers;
         self.metrics.delivery_stage("acknowledged", handed.elapsed());
         for version in not_here.iter().filter_map(|device| targets.routes.get(device)) {
             self.note_refused(parcel.user, *version).await;

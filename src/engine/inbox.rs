@@ -4,6 +4,7 @@
 //! are seen under the user's row lock, so neither can miss the other. Besides, one node looks regularly for users who are
 //! online and have messages: after a crash, and for devices that did not acknowledge.
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use tracing::warn;
@@ -23,6 +25,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
+use crate::domain::inbox::NewMessage;
 use crate::domain::user::Outcome;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Directory;
@@ -37,8 +40,10 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 pub use crate::store::inbox::StoredMessage;
 
-/// Users drained at the same time.
-pub const DRAINERS: usize = 8;
+/// Users drained at the same time. Most of them wait for devices, and must not hold up the others.
+pub const DRAINERS: usize = 1_024;
+/// Connections that read inboxes.
+const READERS: usize = 8;
 /// Users that may wait to be drained; further ones are found by the next regular look.
 const QUEUE: usize = 100_000;
 /// Messages on their way to one user.
@@ -49,7 +54,7 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const TERM: Duration = Duration::from_secs(10);
 /// Users at a time.
 const PAGE: i64 = 512;
-/// After nobody acknowledged, the same devices are left alone: from, to, doubling.
+/// A device that did not acknowledge is left alone: from, to, doubling.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -129,7 +134,7 @@ impl Users {
     }
 }
 
-/// Devices that did not acknowledge: the newest route then, when to try again, and the pause after that.
+/// A device that did not acknowledge: its route then, when to try again, and how long that was put off.
 type Silent = (Version, Instant, Duration);
 
 pub struct Inboxes {
@@ -140,7 +145,9 @@ pub struct Inboxes {
     lives: Arc<Lives>,
     metrics: Arc<Metrics>,
     database: Arc<Database>,
-    silent: moka::sync::Cache<UserId, Silent>,
+    silent: moka::sync::Cache<(UserId, DeviceId), Silent>,
+    readers: Semaphore,
+    idle: Mutex<Vec<Connection>>,
     node_id: String,
 }
 
@@ -157,7 +164,8 @@ impl Inboxes {
         database: Arc<Database>,
     ) -> Arc<Self> {
         let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
-        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, node_id: node_id.to_owned() })
+        let (readers, idle, node_id) = (Semaphore::new(READERS), Mutex::default(), node_id.to_owned());
+        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, node_id })
     }
 
     /// Up to `limit` messages for a device after number `after`, and whether there are more.
@@ -171,15 +179,12 @@ impl Inboxes {
         limit: usize,
         device: &DeviceId,
     ) -> Result<(Vec<StoredMessage>, bool), Error> {
-        let unavailable = |_| Error::unavailable("the inbox cannot be read now");
-        let mut connection = self.database.connect(Purpose::General).await.map_err(unavailable)?;
         let (mut found, mut after) = (Vec::new(), after);
         loop {
-            let page = connection.read_inbox(user, after, WINDOW).await.map_err(unavailable)?;
+            let page = self.read(user, after).await?;
             let Some(last) = page.last() else { return Ok((found, false)) };
             after = last.seq;
-            let is_for_it = |stored: &StoredMessage| stored.message.devices.as_ref().is_none_or(|all| all.contains(device));
-            found.extend(page.into_iter().filter(is_for_it));
+            found.extend(page.into_iter().filter(|stored| is_for(&stored.message, device)));
             if found.len() > limit {
                 found.truncate(limit);
                 return Ok((found, true));
@@ -205,61 +210,90 @@ impl Inboxes {
     /// Drains users until `stop`.
     pub async fn keep_draining(self: Arc<Self>, stop: CancellationToken) {
         let _stop_node_on_panic = stop.clone().drop_guard();
-        let mut connection = None;
         while let Some(user) = stop.run_until_cancelled(self.drains.next()).await {
-            let drained = stop.run_until_cancelled(self.drain(&mut connection, user)).await;
+            let drained = stop.run_until_cancelled(self.drain(user)).await;
             self.drains.done(user);
             if let Some(Err(error)) = drained {
-                connection = None;
                 debug!(%error, user.id = %user, "an inbox could not be drained now");
             }
         }
     }
 
     /// Brings one window of messages to a user. What is acknowledged is removed, which has the user drained again.
-    async fn drain(&self, connection: &mut Option<Connection>, user: UserId) -> Result<(), Error> {
+    async fn drain(&self, user: UserId) -> Result<(), Error> {
         let answer = self.directory.get(user, None).await?;
-        let Some(newest) = answer.newest().map(|live| live.route.bound_version) else { return Ok(()) };
-        let silent = self.silent.get(&user).filter(|(route, ..)| *route == newest);
-        if silent.is_some_and(|(_, until, _)| until > Instant::now()) {
+        let routes = answer.live_routes().map(|live| (live.route.device.clone(), live.route.bound_version));
+        let mut awake: BTreeMap<DeviceId, Version> = routes.filter(|(device, bound)| !self.rests(user, device, *bound)).collect();
+        if awake.is_empty() {
             return Ok(());
         }
         let mut after = 0;
         let window = loop {
-            let mut window =
-                self.read(connection, user, after).await.map_err(|_| Error::unavailable("the inbox cannot be read now"))?;
+            let mut window = self.read(user, after).await?;
             match window.last() {
                 Some(last) => after = last.seq,
                 // Nothing is for the devices that are here; or there is nothing at all, and it is counted anew.
                 None => return self.change(user, InboxChange::Expire).await.map(|_| ()),
             }
-            let is_here = |device: &DeviceId| answer.live_routes().any(|live| live.route.device == *device);
-            window.retain(|stored| stored.message.devices.as_ref().is_none_or(|devices| devices.iter().any(is_here)));
+            window.retain(|stored| awake.keys().any(|device| is_for(&stored.message, device)));
             if !window.is_empty() {
                 break window;
             }
         };
-        let acknowledged = self.deliveries.push_stored(user, &answer, window).await;
-        if acknowledged.is_empty() {
-            let pause = silent.map_or(PAUSES.0, |(.., pause)| (pause * 2).min(PAUSES.1));
-            self.silent.insert(user, (newest, Instant::now() + pause, pause));
-            return Ok(());
+        let pushed = self.deliveries.push_stored(user, &answer, &window).await;
+        let missed = |device: &DeviceId| {
+            let mut not_done = window.iter().filter(|stored| !pushed.done.contains(&stored.seq));
+            !pushed.acked.contains(device) && not_done.any(|stored| is_for(&stored.message, device))
+        };
+        awake.retain(|device, bound| {
+            let is_silent = missed(device);
+            self.note(user, device, *bound, is_silent);
+            !is_silent
+        });
+        if !pushed.done.is_empty() {
+            return self.change(user, InboxChange::Acknowledged(pushed.done)).await.map(|_| ());
         }
-        self.silent.invalidate(&user);
-        self.change(user, InboxChange::Acknowledged(acknowledged)).await.map(|_| ())
+        if !awake.is_empty() {
+            self.drains.wake(user); // what is for them stands behind
+        }
+        Ok(())
     }
 
-    /// Reads on the connection kept from before if it still works, else on a new one.
-    async fn read(&self, connection: &mut Option<Connection>, user: UserId, after: u64) -> Result<Vec<StoredMessage>, SqlError> {
-        if let Some(kept) = connection
-            && let Ok(window) = kept.read_inbox(user, after, WINDOW).await
+    /// Whether a device is left alone for now, because it did not acknowledge.
+    fn rests(&self, user: UserId, device: &DeviceId, bound: Version) -> bool {
+        let silent = self.silent.get(&(user, device.clone())).filter(|(route, ..)| *route == bound);
+        silent.is_some_and(|(_, until, _)| until > Instant::now())
+    }
+
+    fn note(&self, user: UserId, device: &DeviceId, bound: Version, is_silent: bool) {
+        let key = (user, device.clone());
+        if !is_silent {
+            return self.silent.invalidate(&key);
+        }
+        let before = self.silent.get(&key).filter(|(route, ..)| *route == bound);
+        let pause = before.map_or(PAUSES.0, |(.., pause)| (pause * 2).min(PAUSES.1));
+        self.silent.insert(key, (bound, Instant::now() + pause, pause));
+    }
+
+    /// Reads a window on a connection kept from before if it still works, else on a new one.
+    async fn read(&self, user: UserId, after: u64) -> Result<Vec<StoredMessage>, Error> {
+        let unavailable = |_| Error::unavailable("the inbox cannot be read now");
+        let _turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
+        let (now, kept) = (self.lives.clock.now(), self.idle().pop());
+        if let Some(mut kept) = kept
+            && let Ok(window) = kept.read_inbox(user, after, now, WINDOW).await
         {
+            self.idle().push(kept);
             return Ok(window);
         }
-        let mut fresh = self.database.connect(Purpose::General).await?;
-        let window = fresh.read_inbox(user, after, WINDOW).await?;
-        *connection = Some(fresh);
+        let mut fresh = self.database.connect(Purpose::General).await.map_err(unavailable)?;
+        let window = fresh.read_inbox(user, after, now, WINDOW).await.map_err(unavailable)?;
+        self.idle().push(fresh);
         Ok(window)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Looks for users who are online and have messages, and for messages that are over, if it is this node's turn.
@@ -290,6 +324,10 @@ impl Inboxes {
         self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
         Ok(())
     }
+}
+
+fn is_for(message: &NewMessage, device: &DeviceId) -> bool {
+    message.devices.as_ref().is_none_or(|devices| devices.contains(device))
 }
 
 #[cfg(test)]

@@ -98,11 +98,17 @@ impl Connection {
         Ok(())
     }
 
-    /// Up to `limit` messages of a user after number `after`, in their order.
-    pub async fn read_inbox(&mut self, user: UserId, after: u64, limit: i64) -> Result<Vec<StoredMessage>, SqlError> {
+    /// Up to `limit` messages of a user after number `after` that are not over, in their order.
+    pub async fn read_inbox(
+        &mut self,
+        user: UserId,
+        after: u64,
+        now: Timestamp,
+        limit: i64,
+    ) -> Result<Vec<StoredMessage>, SqlError> {
         const SQL: &str = "SELECT seq, message_id, message_type, body, is_binary, device_ids, stored_at FROM inbox \
-            WHERE user_id = ? AND seq > ? ORDER BY seq LIMIT ?";
-        let rows = self.fetch(statement(SQL).bind(user.get()).bind(signed(after)).bind(limit)).await?;
+            WHERE user_id = ? AND seq > ? AND expires_at > ? ORDER BY seq LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(user.get()).bind(signed(after)).bind(now.0).bind(limit)).await?;
         rows.iter().map(read_message).collect()
     }
 

@@ -230,28 +230,30 @@ async fn silence_is_undelivered_within_the_callers_deadline_and_leaves_nothing_w
 
 /// What came of one message.
 #[derive(Debug)]
-enum Outcome {
+pub enum Outcome {
     Delivered,
+    Stored,
     Undelivered,
     Refused,
 }
 
-struct Sent {
+pub struct Sent {
     user: i64,
     number: usize,
     outcome: Outcome,
 }
 
-struct Caller {
-    node: Presence,
-    users: Vec<i64>,
-    messages: usize,
-    answered: Arc<AtomicU64>,
+pub struct Caller {
+    pub node: Presence,
+    pub users: Vec<i64>,
+    pub messages: usize,
+    pub store_offline: bool,
+    pub answered: Arc<AtomicU64>,
 }
 
 impl Caller {
     /// Sends its messages at a steady pace, each after the answer to the one before.
-    async fn run(mut self) -> Vec<Sent> {
+    pub async fn run(mut self) -> Vec<Sent> {
         const PACE: Duration = Duration::from_millis(20);
         const LIMIT: Duration = Duration::from_secs(10);
         let mut sent = Vec::new();
@@ -260,12 +262,17 @@ impl Caller {
             ticks.tick().await;
             let user = self.users[number % self.users.len()];
             let message_id = format!("{user}/{number}");
-            let mut request = Request::new(DeliverReq { message_id, ..with_ack(user, "m", 500) });
+            let mut request =
+                Request::new(DeliverReq { message_id, store_offline: self.store_offline, ..with_ack(user, "m", 500) });
             request.set_timeout(LIMIT);
             let outcome = match self.node.deliver(request).await.map(tonic::Response::into_inner) {
                 Ok(answer) if answer.delivered => {
                     assert_eq!((code(&answer.result), &answer.acked_devices[..]), (Code::Ok, &[PHONE.to_owned()][..]));
                     Outcome::Delivered
+                }
+                Ok(answer) if answer.stored => {
+                    assert!(self.store_offline && code(&answer.result) == Code::Ok, "{answer:?}");
+                    Outcome::Stored
                 }
                 Ok(answer) => {
                     assert!(matches!(code(&answer.result), Code::Undelivered | Code::NotFound), "{answer:?}");
@@ -302,7 +309,8 @@ async fn whatever_fails_every_message_is_accounted_for_and_delivered_means_ackno
     for n in 0..CALLERS {
         let users = (1..=USERS as i64).filter(|user| *user as usize % CALLERS == n).collect();
         let node = cluster.nodes[n % 2].new_connection();
-        callers.spawn(Caller { node, users, messages: messages / CALLERS, answered: answered.clone() }.run());
+        callers
+            .spawn(Caller { node, users, messages: messages / CALLERS, store_offline: false, answered: answered.clone() }.run());
     }
     let share = async |share: f64| {
         let enough = (messages as f64 * share) as u64;
@@ -332,7 +340,9 @@ async fn whatever_fails_every_message_is_accounted_for_and_delivered_means_ackno
     }
 }
 
-fn check(sent: &[Sent], messages: usize, told: &[Arc<TestGateway>], gateway_of: impl Fn(i64) -> usize) {
+/// Every message is accounted for, those answered as delivered or stored have arrived, and each user's in their order. Of the
+/// gateways of a user who moved, the former ones come first in `told`.
+pub fn check(sent: &[Sent], messages: usize, told: &[Arc<TestGateway>], gateway_of: impl Fn(i64) -> usize) {
     let (mut first, mut received) = (HashMap::<i64, Vec<usize>>::new(), HashSet::new());
     let mut duplicates = 0;
     for delivery in told.iter().flat_map(|gateway| gateway.deliveries()) {
@@ -344,20 +354,25 @@ fn check(sent: &[Sent], messages: usize, told: &[Arc<TestGateway>], gateway_of: 
             false => duplicates += 1,
         }
     }
-    let mut counts = [0; 3];
+    let mut counts = [0; 4];
     for Sent { user, number, outcome } in sent {
         let (place, acknowledged) = match outcome {
             Outcome::Delivered => (0, true),
-            Outcome::Undelivered => (1, false),
-            Outcome::Refused => (2, false),
+            Outcome::Stored => (1, true),
+            Outcome::Undelivered => (2, false),
+            Outcome::Refused => (3, false),
         };
         counts[place] += 1;
-        assert!(!acknowledged || received.contains(&(*user, *number)), "{user}/{number} is said to be delivered");
+        assert!(!acknowledged || received.contains(&(*user, *number)), "{user}/{number} is said to be {outcome:?}");
     }
-    let [delivered, undelivered, refused] = counts;
-    println!("{} sent: {delivered} acknowledged, {undelivered} undelivered, {refused} refused; {duplicates} twice", sent.len());
-    assert_eq!((sent.len(), delivered + undelivered + refused), (messages, messages));
-    assert!(delivered > messages / 2, "most of it went well: {counts:?}");
+    let [delivered, stored, undelivered, refused] = counts;
+    println!(
+        "{} sent: {delivered} acknowledged, {stored} stored and received, {undelivered} undelivered, {refused} refused; \
+        {duplicates} twice",
+        sent.len()
+    );
+    assert_eq!((sent.len(), delivered + stored + undelivered + refused), (messages, messages));
+    assert!(delivered + stored > messages / 2, "most of it went well: {counts:?}");
     for (user, numbers) in first {
         assert!(numbers.is_sorted(), "user {user} on gateway {}: out of order: {numbers:?}", gateway_of(user));
     }

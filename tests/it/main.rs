@@ -12,6 +12,7 @@ mod doubt;
 mod gateways;
 mod harness;
 mod hints;
+mod inbox;
 mod neighbours;
 mod order;
 mod redis_faults;

@@ -50,7 +50,7 @@ pub enum Devices {
 /// A gateway with a socket for each user it is asked to bind, and all that it was told.
 pub struct TestGateway {
     pub addr: String,
-    gateway: gateway::Gateway,
+    gateway: Option<gateway::Gateway>,
     log: Arc<Log>,
 }
 
@@ -75,7 +75,7 @@ impl TestGateway {
         let (log, options) = (Arc::<Log>::default(), Options { nodes, gateway_addr: addr.to_owned(), ..Default::default() });
         let told = log.clone();
         let gateway = gateway::Gateway::start(options, move |event| told.take(event, devices)).expect("addresses of nodes");
-        let this = Self { addr: addr.to_owned(), gateway, log };
+        let this = Self { addr: addr.to_owned(), gateway: Some(gateway), log };
         eventually("the gateway is attached", ATTACHED_WITHIN, async || !this.epochs().is_empty()).await;
         this
     }
@@ -91,7 +91,8 @@ impl TestGateway {
 
     /// A client connects; insists that it is bound.
     pub async fn bind(&self, user: i64, device: &str, conn: &str) -> pb::BindRouteResp {
-        let bound = self.gateway.bind(connection(user, device, conn)).await.expect("the gateway runs");
+        let gateway = self.gateway.as_ref().expect("it has not left");
+        let bound = gateway.bind(connection(user, device, conn)).await.expect("the gateway runs");
         assert_eq!(code(&bound.result), Code::Ok, "{bound:?}");
         bound
     }
@@ -104,6 +105,11 @@ impl TestGateway {
             binds.spawn(async move { this.bind(user, PHONE, &format!("c-{user}")).await });
         }
         binds.join_all().await;
+    }
+
+    /// It is gone without a word. What it was told is remembered.
+    pub fn leaves(&mut self) {
+        self.gateway = None;
     }
 
     /// While true, nothing is read from the stream, and nothing is said on it.
