@@ -521,7 +521,7 @@ mod tests {
         check("bind 1 gw-1", NO, "CODE_REFUSED").await;
         check("unbind 1 --gateway gw-1", FAILED, "does not offer this call").await;
         check("batch-query 1 two", BAD_USAGE, "a user is a number").await;
-        check("deliver 1 hello", DONE, "delivered to 2 subscribers").await;
+        check("deliver 1 hello", DONE, "delivered to 2 receivers").await;
         check("deliver 1 hello --json", DONE, "\"receivers\":2").await;
         check("deliver 2 hello", NO, "(NOT_FOUND): hello").await;
         check("deliver 4 hello --type text", NO, "(CODE_UNDELIVERED): hello+0 text").await;
