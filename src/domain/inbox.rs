@@ -237,8 +237,10 @@ mod tests {
 
     #[test]
     fn what_comes_and_goes_in_one_transaction_is_not_written_down() {
-        let mut inbox =
-            Inbox::of(BTreeMap::from([(1, Stored { message_id: "a".to_owned(), bytes: 1, expires_at: NOW, devices: None })]));
+        let mut inbox = Inbox::of(BTreeMap::from([(
+            1,
+            Stored { message_id: "a".to_owned(), bytes: 1, expires_at: NOW.plus(LIMITS.ttl), devices: None },
+        )]));
         store(&mut inbox, message("b", ""), 1);
         let gone = inbox.apply(&InboxChange::Acknowledged(vec![1, 2]), 2, Version(0), NOW, &LIMITS);
         assert_eq!((gone, inbox.added, inbox.removed), (InboxOutcome::Removed { messages: 2 }, vec![], vec![1]));

@@ -234,7 +234,7 @@ pub enum Outcome {
     Delivered,
     Stored,
     Undelivered,
-    Refused,
+    Refused(tonic::Code),
 }
 
 pub struct Sent {
@@ -278,7 +278,7 @@ impl Caller {
                     assert!(matches!(code(&answer.result), Code::Undelivered | Code::NotFound), "{answer:?}");
                     Outcome::Undelivered
                 }
-                Err(_) => Outcome::Refused,
+                Err(status) => Outcome::Refused(status.code()),
             };
             sent.push(Sent { user, number, outcome });
             self.answered.fetch_add(1, Ordering::Relaxed);
@@ -354,20 +354,24 @@ pub fn check(sent: &[Sent], messages: usize, told: &[Arc<TestGateway>], gateway_
             false => duplicates += 1,
         }
     }
-    let mut counts = [0; 4];
+    let (mut counts, mut whys) = ([0; 4], HashMap::<String, usize>::new());
     for Sent { user, number, outcome } in sent {
         let (place, acknowledged) = match outcome {
             Outcome::Delivered => (0, true),
             Outcome::Stored => (1, true),
             Outcome::Undelivered => (2, false),
-            Outcome::Refused => (3, false),
+            Outcome::Refused(why) => {
+                *whys.entry(format!("{why:?}")).or_default() += 1;
+                (3, false)
+            }
         };
         counts[place] += 1;
         assert!(!acknowledged || received.contains(&(*user, *number)), "{user}/{number} is said to be {outcome:?}");
     }
     let [delivered, stored, undelivered, refused] = counts;
     println!(
-        "{} sent: {delivered} acknowledged, {stored} stored and received, {undelivered} undelivered, {refused} refused; \
+        "{} sent: {delivered} acknowledged, {stored} stored and received, {undelivered} undelivered, {refused} refused \
+        {whys:?}; \
         {duplicates} twice",
         sent.len()
     );
