@@ -6,12 +6,12 @@
 //! |---|---|
 //! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
-//! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`) |
+//! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`); lives of gateways (`gateways`, `heartbeats`, `watch`, `sweep`); messages (`delivery`, `streams`, `acks`, `inbox`) |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
-//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways |
+//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
 //! | [`clock`], [`config`], [`error`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`ctl`] is a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`client`] is a library for gateways and message services, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!
@@ -27,7 +27,7 @@
 //!
 //! | tier | holds | is it the truth |
 //! |---|---|---|
-//! | SQL | users, routes, lives, outbox | the only one |
+//! | SQL | users, routes, lives, inbox, outbox | the only one |
 //! | L2 (Redis, optional) | records with store, generation and version, and the two keys that other services read | no; `engine::l2` says when it may be believed |
 //! | L1 (memory, per node) | records of hot users | no; see `engine::cache` for the rule that no reader is ever taken back in time |
 //! | lives (memory, per node) | copy of the table, with the time since it is known | no |
@@ -38,7 +38,8 @@
 //! a device to a life of a gateway · **life**, **epoch**, **lease**, **heartbeat**: a gateway's right to be believed alive ·
 //! **version** numbers the changes of a user · **floor** the version below which nothing may be answered · **lane** one queue of
 //! the write path · **outbox** what a committed batch still has to show to the outside · **generation** raised when caches may
-//! hold what SQL does not.
+//! hold what SQL does not · **stream** carries everything between an attached gateway and a node · **inbox** messages stored for
+//! a user until a device has acknowledged them · **hold** a time in which no gateway is declared dead.
 
 pub mod api;
 pub mod app;
