@@ -16,8 +16,9 @@ use std::time::Instant;
 use im_presence::pb;
 use im_presence::pb::gateway_service_client::GatewayServiceClient;
 use serde_json::json;
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
@@ -101,7 +102,8 @@ struct Gateway {
     epoch: u64,
     /// When its lease ends, as far as it was told last.
     lease_end: Arc<Mutex<Instant>>,
-    beating: AbortHandle,
+    stop: CancellationToken,
+    beating: JoinHandle<()>,
 }
 
 impl Gateway {
@@ -111,28 +113,33 @@ impl Gateway {
         let registered = client.register_gateway(request).await.expect("a registration").into_inner();
         let (epoch, gateway_addr) = (registered.gateway_epoch, addr.to_owned());
         let lease_end = Arc::new(Mutex::new(Instant::now()));
-        let end = lease_end.clone();
+        let (end, stop) = (lease_end.clone(), CancellationToken::new());
+        let stopped = stop.clone();
         let beating = tokio::spawn(async move {
-            loop {
+            while !stopped.is_cancelled() {
                 let beat = pb::HeartbeatReq { gateway_addr: gateway_addr.clone(), gateway_epoch: epoch, ..Default::default() };
                 if let Ok(answer) = client.heartbeat(beat).await {
                     let left = Duration::from_millis(answer.into_inner().lease_ms.into());
                     *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + left;
                 }
-                tokio::time::sleep(BEAT).await;
+                stopped.run_until_cancelled(tokio::time::sleep(BEAT)).await;
             }
         });
-        Self { epoch, lease_end, beating: beating.abort_handle() }
+        Self { epoch, lease_end, stop, beating }
     }
 
-    fn lease_end(&self) -> Instant {
+    /// Sends no further beat, and returns when the lease ends. The answer to the last beat is waited for: a beat that is
+    /// recorded and not answered would extend the lease unseen.
+    async fn fall_silent(mut self) -> Instant {
+        self.stop.cancel();
+        (&mut self.beating).await.expect("the last beat");
         *self.lease_end.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Gateway {
     fn drop(&mut self) {
-        self.beating.abort();
+        self.stop.cancel();
     }
 }
 
@@ -162,9 +169,7 @@ async fn seed(cluster: &Cluster, gateway: &Gateway, size: u64) {
 
 /// How long after the end of its lease both nodes say that all users of the gateway are offline.
 async fn die(cluster: &Cluster, gateway: Gateway, size: u64) -> Duration {
-    gateway.beating.abort();
-    tokio::time::sleep(BEAT).await; // a beat that was under way has arrived
-    let end = gateway.lease_end();
+    let end = gateway.fall_silent().await;
     assert!(end > Instant::now(), "the lease ends later");
     let mut last = Duration::ZERO;
     for node in &cluster.nodes {

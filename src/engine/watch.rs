@@ -34,6 +34,8 @@ use crate::store::lives::Ending;
 pub const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// How long after the end of a lease the watch wakes: clocks are compared in whole milliseconds.
 const AFTER_LEASE: Duration = Duration::from_millis(3);
+/// How soon the watch looks again at a lease that should have ended by now.
+const JUST_ENDED: Duration = Duration::from_millis(20);
 /// A node that has not said for this long that it is there is not missed on the bus.
 const NODE_TERM: Duration = Duration::from_secs(3);
 /// Lives that one statement declares dead.
@@ -88,11 +90,16 @@ impl Watch {
         }
     }
 
-    /// How long until the next look: a second, or until a lease ends.
+    /// How long until the next look: a second, or until a lease ends. This node's idea of the database's clock may be a round
+    /// trip ahead: a lease that ended just now, and whose gateway still lives, is looked at again soon.
     pub fn pause(&self) -> Duration {
         let (table, now) = (self.lives.table(), self.lives.clock.now());
         let leases = table.iter().filter(|life| life.is_managed() && life.is_alive()).map(|life| life.lease_until);
-        let next = leases.filter(|end| *end >= now).min().map(|end| end.since(now) + AFTER_LEASE);
+        let until_look = |end: Timestamp| match end >= now {
+            true => end.since(now) + AFTER_LEASE,
+            false => JUST_ENDED,
+        };
+        let next = leases.filter(|end| end.plus(WATCH_INTERVAL) > now).map(until_look).min();
         next.unwrap_or(WATCH_INTERVAL).min(WATCH_INTERVAL)
     }
 
