@@ -45,6 +45,11 @@ pub struct Stored {
     pub devices: Option<BTreeSet<DeviceId>>,
 }
 
+/// Whether a message for `devices`, or for any, is for this one.
+pub fn is_for(devices: &Option<BTreeSet<DeviceId>>, device: &DeviceId) -> bool {
+    devices.as_ref().is_none_or(|devices| devices.contains(device))
+}
+
 /// A change of an inbox.
 #[derive(Clone, Debug)]
 pub enum InboxChange {
@@ -109,10 +114,9 @@ impl Inbox {
                 self.store(message, (last + 1).max(clock.0), now, limits)
             }
             InboxChange::Acknowledged(seqs) => self.remove(|seq, _| seqs.contains(&seq)),
-            InboxChange::ReadUpTo { seq: up_to, device } => self.remove(|seq, stored| {
-                let is_for_it = stored.devices.as_ref().is_none_or(|devices| devices.contains(device));
-                seq <= *up_to && is_for_it
-            }),
+            InboxChange::ReadUpTo { seq: up_to, device } => {
+                self.remove(|seq, stored| seq <= *up_to && is_for(&stored.devices, device))
+            }
             InboxChange::Expire => self.remove(|_, stored| stored.expires_at <= now),
         }
     }

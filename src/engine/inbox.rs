@@ -25,7 +25,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
-use crate::domain::inbox::NewMessage;
+use crate::domain::inbox::is_for;
 use crate::domain::user::Outcome;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Directory;
@@ -184,7 +184,7 @@ impl Inboxes {
             let page = self.read(user, after).await?;
             let Some(last) = page.last() else { return Ok((found, false)) };
             after = last.seq;
-            found.extend(page.into_iter().filter(|stored| is_for(&stored.message, device)));
+            found.extend(page.into_iter().filter(|stored| is_for(&stored.message.devices, device)));
             if found.len() > limit {
                 found.truncate(limit);
                 return Ok((found, true));
@@ -235,7 +235,7 @@ impl Inboxes {
                 // Nothing is for the devices that are here; or there is nothing at all, and it is counted anew.
                 None => return self.change(user, InboxChange::Expire).await.map(|_| ()),
             }
-            window.retain(|stored| awake.keys().any(|device| is_for(&stored.message, device)));
+            window.retain(|stored| awake.keys().any(|device| is_for(&stored.message.devices, device)));
             if !window.is_empty() {
                 break window;
             }
@@ -243,7 +243,7 @@ impl Inboxes {
         let pushed = self.deliveries.push_stored(user, &answer, &window).await;
         let missed = |device: &DeviceId| {
             let mut not_done = window.iter().filter(|stored| !pushed.done.contains(&stored.seq));
-            !pushed.acked.contains(device) && not_done.any(|stored| is_for(&stored.message, device))
+            !pushed.acked.contains(device) && not_done.any(|stored| is_for(&stored.message.devices, device))
         };
         awake.retain(|device, bound| {
             let is_silent = missed(device);
@@ -308,13 +308,13 @@ impl Inboxes {
         }
         while connection.claim_job("inbox", &self.node_id, TERM).await? {
             let users = connection.users_with_old_messages(self.lives.clock.now(), PAGE).await?;
-            for user in &users {
-                if self.lanes.submit_in_background(*user, Change::Inbox(InboxChange::Expire)).await.is_err() {
-                    warn!(user.id = %user, "messages that are over could not be removed now");
-                    return Ok(());
-                }
+            let last = users.len() < PAGE as usize;
+            let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;
+            if let Some(Err(error)) = outcomes.into_iter().find(Result::is_err) {
+                warn!(%error, "messages that are over could not be removed now");
+                return Ok(());
             }
-            if users.len() < PAGE as usize {
+            if last {
                 break;
             }
         }
@@ -324,10 +324,6 @@ impl Inboxes {
         self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
         Ok(())
     }
-}
-
-fn is_for(message: &NewMessage, device: &DeviceId) -> bool {
-    message.devices.as_ref().is_none_or(|devices| devices.contains(device))
 }
 
 #[cfg(test)]

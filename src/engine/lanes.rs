@@ -197,12 +197,26 @@ impl Lanes {
     }
 
     /// Makes one change when there is nothing more urgent.
-    pub async fn submit_in_background(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
+    async fn submit_in_background(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
         let received = Instant::now();
         let (pending, answer) = Pending::new(user, change, received, None);
         let entrance = &self.entrances[self.lane_of(user)];
         entrance.background.send(pending).await.map_err(|_| stopping())?;
         self.outcome(answer, received).await
+    }
+
+    /// The same change for each of `users`.
+    pub async fn submit_all_in_background(
+        self: &Arc<Self>,
+        users: impl IntoIterator<Item = UserId>,
+        change: impl Fn() -> Change,
+    ) -> Vec<Result<Outcome, Error>> {
+        let mut changes = JoinSet::new();
+        for user in users {
+            let (lanes, change) = (self.clone(), change());
+            changes.spawn(async move { lanes.submit_in_background(user, change).await });
+        }
+        changes.join_all().await
     }
 
     /// How many changes callers have asked for.

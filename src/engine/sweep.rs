@@ -11,7 +11,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tracing::debug;
 use tracing::info;
@@ -24,6 +23,7 @@ use crate::domain::user::Outcome;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
+use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::Kept;
@@ -64,7 +64,10 @@ impl Sweep {
         let mut connection = self.kept.take().await?;
         let mut removed = self.expired(&mut connection).await?;
         if connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
-            for life in connection.unswept_lives().await? {
+            let lives = connection.unswept_lives().await?;
+            let unswept: HashSet<Epoch> = lives.iter().map(|life| life.epoch).collect();
+            self.empty.retain(|epoch| unswept.contains(epoch));
+            for life in lives {
                 removed += self.life(&mut connection, &life).await?;
             }
         }
@@ -99,7 +102,10 @@ impl Sweep {
             return Ok(0);
         }
         let (mut after, mut removed, began) = (0, 0, Instant::now());
-        while connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+        loop {
+            if !connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+                return Ok(removed); // another node goes on; this pass says nothing
+            }
             let began = Instant::now();
             let users = connection.users_of_life(epoch, after, PAGE).await?;
             let Some(last) = users.last() else { break };
@@ -119,7 +125,6 @@ impl Sweep {
             info!(gateway.addr = %gateway, gateway.epoch = epoch.0, routes = removed, duration_ms, "routes of a dead gateway removed");
         } else if sure {
             connection.mark_swept(epoch).await?;
-            self.empty.remove(&epoch);
         } else {
             self.empty.insert(epoch);
         }
@@ -127,17 +132,10 @@ impl Sweep {
     }
 
     async fn sweep(&mut self, users: Vec<UserId>) -> usize {
-        let mut sweeps = JoinSet::new();
-        for user in users.into_iter().collect::<BTreeSet<_>>() {
-            let lanes = self.lanes.clone();
-            sweeps.spawn(async move { lanes.submit_in_background(user, Change::Sweep).await });
-        }
-        let mut removed = 0;
-        while let Some(done) = sweeps.join_next().await {
-            if let Ok(Ok(Outcome::Swept { routes })) = done {
-                removed += routes;
-            }
-        }
+        let users: BTreeSet<UserId> = users.into_iter().collect();
+        let outcomes = self.lanes.submit_all_in_background(users, || Change::Sweep).await;
+        let routes = |outcome: &Result<Outcome, Error>| if let Ok(Outcome::Swept { routes }) = outcome { *routes } else { 0 };
+        let removed: usize = outcomes.iter().map(routes).sum();
         self.tools.metrics.swept_routes.inc_by(removed as u64);
         removed
     }
