@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tonic::Request;
 
 use crate::deliver::a_message;
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
@@ -162,7 +163,7 @@ async fn gateways_that_subscribe_acknowledge_what_they_get_in_an_envelope() {
     for (asked, told) in [(one, one), (one, two), (two, one)] {
         let mut client = asked.presence();
         let call = tokio::spawn(async move { client.deliver(with_ack(ALICE, "hello", PATIENCE_MS)).await });
-        let (_, body) = subscriber.next(HEARD_WITHIN).await.expect("a message");
+        let (_, body) = subscriber.next(allowed(HEARD_WITHIN)).await.expect("a message");
         let delivery = Delivery::decode(body.as_slice()).expect("a Delivery");
         assert!(delivery.wants_ack && !call.is_finished());
         let ack =
@@ -221,7 +222,7 @@ async fn silence_is_undelivered_within_the_callers_deadline_and_leaves_nothing_w
     let began = Instant::now();
     let answer = node.presence().deliver(request).await.expect("an answer, not a deadline that has passed").into_inner();
     assert_eq!((code(&answer.result), answer.delivered), (Code::Undelivered, false), "{answer:?}");
-    assert!(answer.receivers == 1 && answer.attempts > 2 && began.elapsed() < limit, "{answer:?}");
+    assert!(answer.receivers == 1 && answer.attempts > 2 && began.elapsed() < allowed(limit), "{answer:?}");
     let unknown = acks(node, "unknown").await;
     let late = pb::DeliveryAck { delivery_id: answer.delivery_id, user_id: ALICE, device_id: PHONE.to_owned(), not_here: false };
     gateways(node).ack_delivery(pb::AckDeliveryReq { acks: vec![late] }).await.expect("taken");

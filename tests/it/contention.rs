@@ -11,6 +11,7 @@ use tokio::task::JoinSet;
 use tonic::Response;
 use tonic::Status;
 
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::Cluster;
 use crate::harness::cluster::PHONE;
@@ -86,9 +87,7 @@ async fn stop_in_the_middle_of_a_batch(
     let mut client = node.presence();
     let binds = (1..=users).map(|user| a_bind(user, PHONE, LATE)).collect();
     let call = tokio::spawn(async move { client.batch_bind_route(BatchBindRouteReq { binds }).await });
-    let waiting = "\
-        SELECT CAST(variable_value AS SIGNED) FROM information_schema.GLOBAL_STATUS WHERE variable_name = 'INNODB_ROW_LOCK_CURRENT_WAITS'";
-    eventually("the lane waits for the row", LOCK_WAIT, async || cluster.db.number(waiting).await > 0).await;
+    eventually("the lane waits for the row", LOCK_WAIT, async || cluster.db.waiting_for_a_row().await > 0).await;
     node.stop();
     sqlx::raw_sql("ROLLBACK").execute(&mut blocker).await.expect("free the user");
     call
@@ -132,10 +131,10 @@ async fn a_node_stopped_in_the_middle_of_a_batch_holds_its_users_for_11_s_at_mos
             Some(_) => try_locked(&mut locked),
             None => {}
         }
-        assert!(since.elapsed() < LOCKS_END, "the users of the stopped node cannot be bound");
+        assert!(since.elapsed() < allowed(LOCKS_END), "the users of the stopped node cannot be bound");
     }
     println!("locked user bound after {:?}; {} others meanwhile, slowest {slowest:?}", since.elapsed(), stranger - USERS - 1);
-    assert!(slowest < OTHERS_WAIT, "{slowest:?}");
+    assert!(slowest < allowed(OTHERS_WAIT), "{slowest:?}");
     let mixed = mixed.await.expect("the task").expect("half of the batch was done").into_inner();
     assert_eq!(mixed.results.iter().map(|bind| code(&bind.result)).collect::<Vec<_>>(), [Code::Unavailable, Code::Ok]);
 

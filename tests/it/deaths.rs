@@ -10,6 +10,7 @@ use im_presence::pb::Code;
 use im_presence::pb::RouteState;
 use tonic::Code as Grpc;
 
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::Cluster;
 use crate::harness::cluster::GATEWAY;
@@ -47,6 +48,9 @@ const DEAD_WITHIN: Duration = Duration::from_millis(1_500);
 const AT_ONCE: Duration = Duration::from_millis(500);
 /// When the node that sweeps dies, its claim ends after 10 s.
 const SWEPT_BY_ANOTHER_WITHIN: Duration = Duration::from_secs(15);
+
+/// How often a node looks whether there is something to sweep.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a node begins to look who lives.
 const READ_CLUSTER: &str = "hold_reason FROM cluster";
@@ -104,7 +108,7 @@ async fn users_of_a_killed_gateway_are_offline_within_its_lease_and_a_log_in_els
         assert_eq!(bound.kicked.len(), 1, "{bound:?}");
         let answer = other.query(ALICE).await;
         assert_eq!((answer.is_online, answer.gateway_addr.as_str()), (true, OTHER_GATEWAY), "{answer:?}");
-        assert!(killed.elapsed() < AT_ONCE, "logged in elsewhere after {:?}", killed.elapsed());
+        assert!(killed.elapsed() < allowed(AT_ONCE), "logged in elsewhere after {:?}", killed.elapsed());
         offline_everywhere(&cluster, 2..=USERS, killed, LEASE + DEAD_WITHIN).await;
         println!("{} users offline on both nodes {:?} after the kill, lease {LEASE:?}", USERS - 1, killed.elapsed());
         all_are_on(&cluster, ALICE..=ALICE, elsewhere.epoch).await;
@@ -195,7 +199,7 @@ async fn when_the_node_that_declares_a_death_is_killed_another_declares_and_anno
         cluster.nodes.pop();
         offline_everywhere(&cluster, 1..=USERS, killed, Duration::from_secs(5)).await;
         println!("committed {committed}: offline {:?} after the kill", killed.elapsed());
-        assert!(nodes_hear.next(Duration::from_secs(8)).await.is_some(), "announced, committed {committed}");
+        assert!(nodes_hear.next(allowed(Duration::from_secs(8))).await.is_some(), "announced, committed {committed}");
         for _ in 0..USERS {
             let said = anyone_hears.text(SWEPT_BY_ANOTHER_WITHIN).await;
             assert!(said.ends_with(':'), "somebody went offline: {said:?}");
@@ -261,6 +265,33 @@ async fn when_the_node_that_sweeps_is_killed_another_goes_on_and_touches_no_live
         .await;
     assert_eq!(redis.keys("user:route:*").await.len() as i64, MIXED);
     assert_eq!(lives_on.failed(), Vec::<String>::new());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_turn_to_sweep_ended_before_it_looked_does_not_believe_that_nothing_is_left() {
+    // The same statement: which lives are to be swept.
+    const WHICH: &str = "swept_at = 0 ORDER BY";
+    const WHICH_NEXT: &str = "ORDER BY ended_at";
+    let server = MariaDb::shared();
+    let proxy = Proxy::start(server.port).await;
+    let mut cluster = Cluster::on(server, 0, &[]).await;
+    cluster.add_node_through(&proxy, &[]).await;
+    let (node, db) = (cluster.node(), &cluster.db);
+    let epoch = node.register(GATEWAY).await;
+    node.bind_all([ALICE], GATEWAY, epoch).await;
+    // Long after the death one finding of nothing is enough.
+    db.run(&format!("UPDATE lives SET alive = 0, ended_at = 1, swept_at = 1 WHERE epoch = {epoch}")).await;
+    proxy.hold_answers(Kind::Reader, WHICH);
+    proxy.struck().await;
+    db.run(&format!("UPDATE lives SET swept_at = 0 WHERE epoch = {epoch}")).await;
+    proxy.hold_answers(Kind::Reader, WHICH_NEXT);
+    proxy.struck().await;
+    db.run("UPDATE jobs SET node_id = 'another', until = until + 3600000 WHERE name = 'sweep'").await;
+    proxy.release();
+    tokio::time::sleep(2 * SWEEP_INTERVAL).await;
+    assert_eq!(routes_of(&cluster, epoch).await, 1, "it is not this node's turn");
+    db.run("DELETE FROM jobs WHERE name = 'sweep'").await;
+    eventually("the route is removed", SWEPT_BY_ANOTHER_WITHIN, async || routes_of(&cluster, epoch).await == 0).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -333,7 +364,7 @@ async fn gateways_of_a_node_that_is_cut_off_from_the_database_are_told_in_time_a
     let since = Instant::now();
     let status = cut.try_beat(&moving[0].addr, moving[0].epoch).await.expect_err("it cannot be recorded");
     assert_eq!(status.code(), Grpc::Unavailable, "{status:?}");
-    assert!(since.elapsed() < TOLD_WITHIN, "told after {:?}", since.elapsed());
+    assert!(since.elapsed() < allowed(TOLD_WITHIN), "told after {:?}", since.elapsed());
     println!("told after {:?}: {}", since.elapsed(), status.message());
     offline_on(whole, 6, since, LEASE + DEAD_WITHIN).await;
     assert!(since.elapsed() > LEASE - 2 * BEAT, "not before its lease was over");
@@ -541,7 +572,7 @@ async fn a_gateway_that_comes_back_and_binds_all_it_believes_in_takes_nobody_bac
         let binds = (1..=users).map(|user| moved(user, to.epoch)).collect();
         let answer = other.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
         assert!(answer.results.iter().all(|bound| code(&bound.result) == Code::Ok && bound.kicked.len() == 1));
-        assert!(former_hears.next(DEAD_WITHIN).await.is_some(), "the gateway they left is told, if it can hear");
+        assert!(former_hears.next(allowed(DEAD_WITHIN)).await.is_some(), "the gateway they left is told, if it can hear");
         if died_meanwhile {
             let living = format!("SELECT alive FROM lives WHERE epoch = {}", from.epoch);
             eventually("it is dead", LEASE + DEAD_WITHIN, async || cluster.db.number(&living).await == 0).await;

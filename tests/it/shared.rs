@@ -11,6 +11,7 @@ use im_presence::pb::UnbindRouteReq;
 use im_presence::pb::node_frame::Body;
 use prost::Message;
 
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
@@ -146,13 +147,13 @@ async fn a_bind_shows_on_the_other_node_at_once_and_no_answer_ever_goes_back() {
             if other.query(user).await.version >= bound.version {
                 break;
             }
-            assert!(acknowledged.elapsed() < WITHIN, "user {user} does not show");
+            assert!(acknowledged.elapsed() < allowed(WITHIN), "user {user} does not show");
         }
         delays.push(acknowledged.elapsed());
     }
     let (p50, p99, max) = (percentile(&mut delays, 0.5), percentile(&mut delays, 0.99), percentile(&mut delays, 1.0));
     println!("seen by the other node: p50 {p50:?}, p99 {p99:?}, max {max:?}");
-    assert!(p99 < Duration::from_millis(500), "{p99:?}");
+    assert!(p99 < allowed(Duration::from_millis(500)), "{p99:?}");
 
     let traffic = Traffic::start(&cluster, 100);
     traffic.goes_on(1_500).await;

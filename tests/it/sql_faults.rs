@@ -17,6 +17,7 @@ use sqlx::Row;
 use tokio::task::JoinSet;
 use tonic::Code;
 
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::CAROL;
@@ -159,7 +160,7 @@ async fn binds_are_refused_in_time(node: &Node, users: std::ops::Range<i64>, con
         assert!(retry_delay(&refused).is_some(), "{refused:?}");
     }
     println!("binds refused after {:?}", began.elapsed());
-    assert!(began.elapsed() < REFUSED_WITHIN, "{:?}", began.elapsed());
+    assert!(began.elapsed() < allowed(REFUSED_WITHIN), "{:?}", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -304,7 +305,7 @@ async fn more_binds_than_fit_are_refused_at_once_and_never_applied() {
     assert!(growth < GROWTH, "grew by {growth} bytes");
     println!("within the node, {quick} binds were answered in 51 ms");
     assert!(quick >= refused.len() as f64, "only {quick} of {} refusals took the node less than 51 ms", refused.len());
-    assert!(long() || p99 < Duration::from_millis(500), "{p99:?}");
+    assert!(long() || p99 < allowed(Duration::from_millis(500)), "{p99:?}");
 
     let applied = cluster.db.number("SELECT COUNT(*) FROM routes WHERE conn_id = 'offered'").await;
     assert_eq!(applied, 0, "everybody was told that it was not done, so nothing of it is done afterwards");
@@ -369,10 +370,7 @@ async fn a_deadlock_with_somebody_elses_transaction_reaches_no_caller() {
     sqlx::raw_sql(heavy).execute(&mut other).await.expect("lock the last user");
     let (mut client, request) = (node.presence(), binds("after"));
     let call = tokio::spawn(async move { client.batch_bind_route(request).await });
-    // The node's other tasks may wait for each other, too.
-    let waiting = "SELECT COUNT(*) FROM information_schema.INNODB_TRX \
-        WHERE trx_state = 'LOCK WAIT' AND trx_query LIKE 'INSERT INTO users%'";
-    eventually("the lane waits", Duration::from_secs(1), async || cluster.db.number(waiting).await > 0).await;
+    eventually("the lane waits", AGREE, async || cluster.db.waiting_for_a_row().await > 0).await;
     let first = "SELECT version FROM users WHERE user_id = 1 FOR UPDATE";
     sqlx::raw_sql(first).execute(&mut other).await.expect("lock the first user, which the lane holds");
     sqlx::raw_sql("ROLLBACK").execute(&mut other).await.expect("free them");

@@ -84,6 +84,14 @@ impl TestDb {
         sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
     }
 
+    /// Lanes that wait for a user's row, to judge by their patience. (InnoDB renews its table of transactions only when nobody
+    /// has looked at it for 100 ms, and other tests look.)
+    pub async fn waiting_for_a_row(&self) -> i64 {
+        const SQL: &str = "SELECT COUNT(*) FROM information_schema.processlist \
+            WHERE db = DATABASE() AND info LIKE 'INSERT INTO users%' AND time_ms > 150";
+        self.number(SQL).await
+    }
+
     /// The number that `sql` selects.
     pub async fn number(&self, sql: &str) -> i64 {
         let mut connection = self.connect().await;

@@ -27,6 +27,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
+use crate::harness::allowed;
 use crate::harness::eventually;
 use crate::harness::mariadb::free_port;
 use crate::harness::mariadb::scratch;
@@ -228,14 +229,14 @@ impl Subscriber {
 
     /// The next message's body as text.
     pub async fn text(&mut self, deadline: Duration) -> String {
-        let (_, body) = self.next(deadline).await.unwrap_or_else(|| panic!("no message within {deadline:?}"));
+        let (_, body) = self.next(allowed(deadline)).await.unwrap_or_else(|| panic!("no message within {deadline:?}"));
         String::from_utf8(body).expect("text")
     }
 
     /// Waits for a message with this body; others are passed over.
     pub async fn hears(&mut self, body: &str, deadline: Duration) {
         let began = Instant::now();
-        while let Some((_, heard)) = self.next(deadline.saturating_sub(began.elapsed())).await {
+        while let Some((_, heard)) = self.next(allowed(deadline).saturating_sub(began.elapsed())).await {
             if heard == body.as_bytes() {
                 return;
             }

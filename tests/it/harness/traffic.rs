@@ -19,6 +19,7 @@ use im_presence::pb::QueryRouteResp;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+use crate::harness::allowed;
 use crate::harness::cluster::Cluster;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
@@ -251,7 +252,7 @@ pub async fn everything_agrees_with_sql(cluster: &Cluster, users: RangeInclusive
             return;
         }
         let some = &differences[..differences.len().min(MAX_COMPLAINTS)];
-        assert!(began.elapsed() < deadline, "after {deadline:?} {} things differ: {some:#?}", differences.len());
+        assert!(began.elapsed() < allowed(deadline), "after {deadline:?} {} things differ: {some:#?}", differences.len());
         tokio::time::sleep(PACE).await;
     }
 }
