@@ -1,6 +1,6 @@
 //! The wire types and services, generated from `proto/`. `Result` and `Status` shadow well-known names: import by name.
 
-mod codec;
+pub mod codec;
 
 tonic::include_proto!("mpim");
 

@@ -82,7 +82,7 @@ pub fn serve_if_asked() {
 
 async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl PresenceService) {
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
-    let (_health, service) = serve::data_service(serve::Services { presence: handler, cluster: None }).await;
+    let (_health, service) = serve::data_service(serve::Services { presence: handler, more: None }).await;
     let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
     let (_threads, desks): (_, Vec<Desk>) = started.expect("threads");
     listen::accept(listener, config.presence_service.max_connections, desks, Metrics::new(), draining, stop).await;

@@ -82,7 +82,7 @@ impl Binder {
                 let lives = self.lives.table();
                 pb::BindRouteResp {
                     result: convert::result(pb::Code::Ok, ""),
-                    route_key: convert::route_key(user, bound_version),
+                    route_key: convert::route_key(user, bound_version).to_string(),
                     version: version.0,
                     kicked: kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect(),
                     gateway_epoch: epoch.0,

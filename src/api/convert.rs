@@ -1,5 +1,7 @@
 //! Between wire types and domain types. Everything that comes in is checked here, once; the error names the field.
 
+use std::fmt;
+use std::fmt::Display;
 use std::net::IpAddr;
 use std::time::Duration;
 
@@ -100,8 +102,8 @@ pub fn unbind(request: &pb::UnbindRouteReq) -> Result<(UserId, Unbind), Error> {
     Ok((user, Unbind::Exact { bound_version, conn, epoch }))
 }
 
-pub fn route_key(user: UserId, bound_version: Version) -> String {
-    format!("{KEY_PREFIX}{user}:{}", bound_version.0)
+pub fn route_key(user: UserId, bound_version: Version) -> impl Display {
+    fmt::from_fn(move |f| write!(f, "{KEY_PREFIX}{user}:{}", bound_version.0))
 }
 
 fn parse_route_key(user: UserId, key: &str) -> Result<Version, Error> {
@@ -188,7 +190,7 @@ fn platform(raw: i32) -> Result<Platform, Error> {
     })
 }
 
-fn platform_to_pb(platform: Platform) -> pb::Platform {
+pub fn platform_to_pb(platform: Platform) -> pb::Platform {
     match platform {
         Platform::Unspecified => pb::Platform::Unspecified,
         Platform::Ios => pb::Platform::Ios,
@@ -220,9 +222,8 @@ pub fn source_to_pb(source: Source) -> pb::Source {
     }
 }
 
-pub fn live_route(user: UserId, live: &LiveRoute<'_>) -> pb::Route {
-    let state = if live.suspect { pb::RouteState::Suspect } else { pb::RouteState::Live };
-    pb::Route { state: state.into(), ..route(user, live.route, live.life.gateway.to_string()) }
+pub fn state_to_pb(live: &LiveRoute<'_>) -> pb::RouteState {
+    if live.suspect { pb::RouteState::Suspect } else { pb::RouteState::Live }
 }
 
 /// A route that a bind has removed.
@@ -231,7 +232,8 @@ pub fn kicked_route(user: UserId, removed: &Route, lives: &LifeTable) -> pb::Rou
     route(user, removed, gateway)
 }
 
-fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
+/// A route as a message, of which is not said whether it is live.
+pub fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
     pb::Route {
         device_id: route.device.to_string(),
         platform: platform_to_pb(route.platform).into(),
@@ -241,7 +243,7 @@ fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
         client_ip: route.client_ip.map(|ip| ip.to_string()).unwrap_or_default(),
         client_port: route.client_port.into(),
         bound_at_ms: route.bound_at.0,
-        route_key: route_key(user, route.bound_version),
+        route_key: route_key(user, route.bound_version).to_string(),
         state: pb::RouteState::Unspecified.into(),
     }
 }

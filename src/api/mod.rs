@@ -1,6 +1,7 @@
 //! The protocols: gRPC for gateways and services, HTTP for operators. They translate and decide nothing.
 
 pub mod admin;
+pub mod answer;
 pub mod attach;
 pub mod binder;
 pub mod convert;
@@ -10,4 +11,5 @@ pub mod http;
 pub mod listen;
 pub mod node;
 pub mod presence;
+pub mod queries;
 pub mod status;

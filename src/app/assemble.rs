@@ -14,6 +14,7 @@ use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
 use crate::api::node::Node;
 use crate::api::presence::Presence;
+use crate::api::queries::Queries;
 use crate::app::StartError;
 use crate::app::neighbours;
 use crate::app::serve::Services;
@@ -163,6 +164,7 @@ impl Assembled {
             draining: draining.clone(),
         });
         let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
+        let queries = Queries { directory, metrics };
         let max_message_bytes = config.delivery.max_message_bytes;
         let leases = Leases {
             gateways: self.gateways.clone(),
@@ -174,8 +176,8 @@ impl Assembled {
         };
         let (store_id, streams, acks) = (self.database.store_id.clone(), self.streams.clone(), self.acks.clone());
         Services {
-            presence: Presence { binder, directory, deliveries, metrics, max_message_bytes },
-            cluster: Some((leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
+            presence: Presence { binder, deliveries, max_message_bytes },
+            more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
         }
     }
 }

@@ -21,6 +21,7 @@ use crate::api::admin::Admin;
 use crate::api::gateway::Leases;
 use crate::api::http as operators;
 use crate::api::node::Node;
+use crate::api::queries::Queries;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
@@ -45,19 +46,20 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 /// What the data port offers.
 pub struct Services<P> {
     pub presence: P,
-    /// What gateways and other nodes need. None: a bare server, to be measured against.
-    pub cluster: Option<(Leases, Node)>,
+    /// What the daemon offers besides. None: a bare server, to be measured against.
+    pub more: Option<(Queries, Leases, Node)>,
 }
 
 /// Everything served on the data port. The calls that come by the thousand do not go through the router of the others.
 pub struct DataService<P> {
+    queries: Option<Queries>,
     presence: PresenceServiceServer<P>,
     others: Routes,
 }
 
 impl<P> Clone for DataService<P> {
     fn clone(&self) -> Self {
-        Self { presence: self.presence.clone(), others: self.others.clone() }
+        Self { queries: self.queries.clone(), presence: self.presence.clone(), others: self.others.clone() }
     }
 }
 
@@ -71,9 +73,13 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        match request.uri().path().strip_prefix(PRESENCE) {
-            Some(_) => self.presence.call(request),
-            None => Box::pin(self.others.call(request)),
+        match (request.uri().path().strip_prefix(PRESENCE), self.queries.clone()) {
+            (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request, MAX_REQUEST_BYTES)),
+            (Some("BatchQueryRoute"), Some(queries)) => {
+                Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request, MAX_REQUEST_BYTES))
+            }
+            (Some(_), _) => self.presence.call(request),
+            (None, _) => Box::pin(self.others.call(request)),
         }
     }
 }
@@ -86,7 +92,9 @@ pub async fn data_service<P: PresenceService>(services: Services<P>) -> (HealthR
     let presence = PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES);
     let mut routes = Routes::builder();
     routes.add_service(health_service);
-    if let Some((leases, node)) = services.cluster {
+    let mut queries = None;
+    if let Some((resolving, leases, node)) = services.more {
+        queries = Some(resolving);
         routes
             .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
             .add_service(NodeServiceServer::new(node).max_decoding_message_size(MAX_FORWARD_BYTES));
@@ -97,7 +105,7 @@ pub async fn data_service<P: PresenceService>(services: Services<P>) -> (HealthR
     if let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
         routes.add_service(v1alpha); // for clients of before 2023
     }
-    (health, DataService { presence, others: routes.routes().prepare() })
+    (health, DataService { queries, presence, others: routes.routes().prepare() })
 }
 
 /// The gRPC server of the data port.

@@ -3,7 +3,11 @@
 use std::marker::PhantomData;
 
 use prost::Message;
+use prost::bytes::BufMut;
+use tonic::Status;
 use tonic::codec::BufferSettings;
+use tonic::codec::EncodeBuf;
+use tonic::codec::Encoder;
 use tonic_prost::ProstDecoder;
 use tonic_prost::ProstEncoder;
 
@@ -32,10 +36,58 @@ where
     type Decoder = ProstDecoder<U>;
 
     fn encoder(&mut self) -> Self::Encoder {
-        ProstEncoder::new(BufferSettings::new(BUFFER_BYTES, YIELD_BYTES))
+        ProstEncoder::new(buffers())
     }
 
     fn decoder(&mut self) -> Self::Decoder {
-        ProstDecoder::new(BufferSettings::new(BUFFER_BYTES, YIELD_BYTES))
+        ProstDecoder::new(buffers())
     }
+}
+
+/// Answers that were written by hand, to requests that are messages.
+#[derive(Clone, Copy, Debug)]
+pub struct Written<U>(PhantomData<U>);
+
+impl<U> Default for Written<U> {
+    fn default() -> Self {
+        Self(PhantomData)
+    }
+}
+
+impl<U: Message + Default + Send + 'static> tonic::codec::Codec for Written<U> {
+    type Encode = Vec<u8>;
+    type Decode = U;
+    type Encoder = Bytes;
+    type Decoder = ProstDecoder<U>;
+
+    fn encoder(&mut self) -> Self::Encoder {
+        Bytes
+    }
+
+    fn decoder(&mut self) -> Self::Decoder {
+        ProstDecoder::new(buffers())
+    }
+}
+
+/// Writes what is written already.
+#[derive(Clone, Copy, Debug)]
+pub struct Bytes;
+
+impl Encoder for Bytes {
+    type Item = Vec<u8>;
+    type Error = Status;
+
+    fn encode(&mut self, message: Vec<u8>, buffer: &mut EncodeBuf<'_>) -> Result<(), Status> {
+        buffer.reserve(message.len());
+        buffer.put_slice(&message);
+        Ok(())
+    }
+
+    fn buffer_settings(&self) -> BufferSettings {
+        buffers()
+    }
+}
+
+fn buffers() -> BufferSettings {
+    BufferSettings::new(BUFFER_BYTES, YIELD_BYTES)
 }
