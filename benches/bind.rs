@@ -226,7 +226,7 @@ async fn try_bind_alone(connection: &mut Connection, request: &pb::BindRouteReq,
         expires_at: Some(now.plus(Duration::from_secs(3_600))),
     };
     let mut after = before.clone();
-    (after.version, after.last_seen, after.routes) = (version, now, vec![route]);
+    (after.version, after.last_seen, after.routes) = (version, now, vec![route].into());
     connection.write_users(&[UserChange { user, before, after: &after }]).await?;
     let mut body = OutboxBody::default();
     body.changed(user, version);

@@ -1,11 +1,14 @@
 //! `PresenceService`: QueryRoute and BatchQueryRoute. They answer in bytes that are written straight from memory.
 
 use std::convert::Infallible;
+use std::future::Ready;
+use std::future::ready;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
 use prost::Message;
+use tokio_util::either::Either;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -19,6 +22,7 @@ use crate::api::answer;
 use crate::api::convert;
 use crate::api::presence::unless_all_failed;
 use crate::api::status::status;
+use crate::domain::id::UserId;
 use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Source;
@@ -29,13 +33,25 @@ use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::codec::Written;
 
+/// Cloning it counts references, and threads that count in one place slow each other down: each has one of its own.
 #[derive(Clone)]
-pub struct Queries {
-    pub directory: Arc<Directory>,
-    pub metrics: Arc<Metrics>,
+pub struct Queries(Arc<Tools>);
+
+#[derive(Clone)]
+struct Tools {
+    directory: Arc<Directory>,
+    metrics: Arc<Metrics>,
 }
 
 impl Queries {
+    pub fn new(directory: Arc<Directory>, metrics: Arc<Metrics>) -> Self {
+        Self(Arc::new(Tools { directory, metrics }))
+    }
+
+    pub fn for_another_thread(&self) -> Self {
+        Self(Arc::new(Tools::clone(&self.0)))
+    }
+
     /// Serves the call that is asked by `Q`. Requests may be as long as `max_bytes`.
     pub async fn serve<Q>(self, request: http::Request<Body>, max_bytes: usize) -> Result<http::Response<Body>, Infallible>
     where
@@ -46,21 +62,27 @@ impl Queries {
         Ok(call.unary(self, request).await)
     }
 
-    /// Where a user is.
-    async fn one(self, request: pb::QueryRouteReq) -> Result<Response<Vec<u8>>, Status> {
-        let began = Instant::now();
-        let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
-        let answer = self.directory.get(user, bound(request.max_staleness_ms)).await.map_err(|error| status(&error))?;
-        by_source(&self.metrics.queries, answer.source).inc();
-        self.metrics.query_seconds.observe(began.elapsed());
-        Ok(Response::new(answer::about_one(user, &answer)))
+    /// Where a user is, if this takes no waiting.
+    fn one_at_once(&self, user: UserId, bound: Option<Duration>, asked: Instant) -> Option<Response<Vec<u8>>> {
+        self.0.directory.recall(user, bound, asked).map(|answer| self.about_one(user, &answer, asked))
+    }
+
+    async fn one_later(self, user: UserId, bound: Option<Duration>, asked: Instant) -> Result<Response<Vec<u8>>, Status> {
+        let answer = self.0.directory.look_up(user, bound).await.map_err(|error| status(&error))?;
+        Ok(self.about_one(user, &answer, asked))
+    }
+
+    fn about_one(&self, user: UserId, answer: &Answer, asked: Instant) -> Response<Vec<u8>> {
+        by_source(&self.0.metrics.queries, answer.source).inc();
+        self.0.metrics.query_seconds.observe(asked.elapsed());
+        Response::new(answer::about_one(user, answer))
     }
 
     /// Where many users are.
     async fn many(self, request: pb::BatchQueryRouteReq) -> Result<Response<Vec<u8>>, Status> {
         let limit = if request.with_routes { convert::MAX_BATCH_WITH_ROUTES } else { convert::MAX_BATCH };
         let users = convert::user_ids(&request.user_ids, limit).map_err(|error| status(&error))?;
-        let answers = self.directory.get_many(&users, bound(request.max_staleness_ms)).await;
+        let answers = self.0.directory.get_many(&users, bound(request.max_staleness_ms)).await;
         unless_all_failed(&answers)?;
         self.count_batch(&answers);
         Ok(Response::new(answer::about_many(&users, &answers, request.with_routes, request.online_only)))
@@ -70,7 +92,7 @@ impl Queries {
         for source in [Source::Local, Source::Shared, Source::Durable] {
             let users = answers.iter().flatten().filter(|answer| answer.source == source).count();
             if users > 0 {
-                by_source(&self.metrics.batch_users, source).inc_by(users as u64);
+                by_source(&self.0.metrics.batch_users, source).inc_by(users as u64);
             }
         }
     }
@@ -88,12 +110,22 @@ fn by_source(counts: &LookedUp, source: Source) -> &HotCounter {
     }
 }
 
+/// What memory knows is answered before anything is put aside to wait.
 impl UnaryService<pb::QueryRouteReq> for Queries {
     type Response = Vec<u8>;
-    type Future = BoxFuture<Response<Vec<u8>>, Status>;
+    type Future = Either<Ready<Result<Response<Vec<u8>>, Status>>, BoxFuture<Response<Vec<u8>>, Status>>;
 
     fn call(&mut self, request: Request<pb::QueryRouteReq>) -> Self::Future {
-        Box::pin(self.clone().one(request.into_inner()))
+        let (asked, request) = (Instant::now(), request.into_inner());
+        let bound = bound(request.max_staleness_ms);
+        let user = match convert::user_id(request.user_id) {
+            Ok(user) => user,
+            Err(error) => return Either::Left(ready(Err(status(&error)))),
+        };
+        match self.one_at_once(user, bound, asked) {
+            Some(answer) => Either::Left(ready(Ok(answer))),
+            None => Either::Right(Box::pin(self.clone().one_later(user, bound, asked))),
+        }
     }
 }
 

@@ -164,7 +164,7 @@ impl Assembled {
             draining: draining.clone(),
         });
         let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
-        let queries = Queries { directory, metrics };
+        let queries = Queries::new(directory, metrics);
         let max_message_bytes = config.delivery.max_message_bytes;
         let leases = Leases {
             gateways: self.gateways.clone(),

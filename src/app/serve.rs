@@ -63,6 +63,12 @@ impl<P> Clone for DataService<P> {
     }
 }
 
+impl<P> DataService<P> {
+    pub fn for_another_thread(&self) -> Self {
+        Self { queries: self.queries.as_ref().map(Queries::for_another_thread), ..self.clone() }
+    }
+}
+
 impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
     type Response = http::Response<Body>;
     type Error = Infallible;

@@ -42,7 +42,8 @@ impl Threads {
             let (desk, handed) = Desk::new();
             desks.push(desk);
             let runtime = Builder::new_current_thread().enable_all().build()?;
-            let (service, draining, stop, alive) = (service.clone(), draining.clone(), stop.clone(), alive.clone());
+            let service = service.for_another_thread();
+            let (draining, stop, alive) = (draining.clone(), stop.clone(), alive.clone());
             let work = move || {
                 let _alive = alive;
                 let stop_node = stop.clone().drop_guard();

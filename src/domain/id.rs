@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::fmt;
 use std::hash::BuildHasherDefault;
 use std::hash::Hasher;
-use std::sync::Arc;
+
+use compact_str::CompactString;
 
 /// Longest device id, connection id and message id.
 pub const MAX_NAME_BYTES: usize = 128;
@@ -56,11 +57,11 @@ macro_rules! ascii_id {
     ($(#[$doc:meta])* $name:ident, $min:expr, $max:expr) => {
         $(#[$doc])*
         #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-        pub struct $name(Arc<str>);
+        pub struct $name(CompactString);
 
         impl $name {
             pub fn parse(raw: &str) -> Result<Self, InvalidId> {
-                check_ascii(raw, $min, $max).map(|()| Self(raw.into()))
+                check_ascii(raw, $min, $max).map(|()| Self(CompactString::new(raw)))
             }
 
             pub fn as_str(&self) -> &str {

@@ -3,6 +3,8 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
@@ -63,13 +65,16 @@ pub struct Route {
     pub expires_at: Option<Timestamp>,
 }
 
+/// A list with room for one within the record: most users have one device, and finding it costs no look elsewhere.
+pub type Routes = SmallVec<[Route; 1]>;
+
 /// All that is known of a user. Without routes and with version 0: no such user.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UserRecord {
     pub version: Version,
     pub status: Status,
     pub last_seen: Timestamp,
-    pub routes: Vec<Route>,
+    pub routes: Routes,
     /// The greatest number that a stored message of the user ever had.
     pub inbox_seq: u64,
     /// How many messages are stored.
@@ -235,7 +240,7 @@ impl UserRecord {
             Err(refusal) => return Applied::unchanged(Outcome::Refused(refusal)),
         };
         let mut kicked: Vec<(Route, Reason)> = holder.map(|holder| (holder.clone(), Reason::Replaced)).into_iter().collect();
-        let mut routes = Vec::with_capacity(others.len() + 1 - leaving.len());
+        let mut routes = Routes::with_capacity(others.len() + 1 - leaving.len());
         for (i, route) in others.into_iter().enumerate() {
             match leaving.iter().find(|(leaver, _)| *leaver == i) {
                 Some((_, reason)) => kicked.push((route, *reason)),
@@ -299,7 +304,7 @@ impl UserRecord {
     }
 
     fn sweep(&self, context: &Context<'_>) -> Applied {
-        let routes: Vec<Route> = self.live(context).cloned().collect();
+        let routes: Routes = self.live(context).cloned().collect();
         let swept = self.routes.len() - routes.len();
         if swept == 0 {
             return Applied::unchanged(Outcome::Swept { routes: 0 });
@@ -312,7 +317,7 @@ impl UserRecord {
         Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
     }
 
-    fn changed(&self, version: Version, last_seen: Timestamp, routes: Vec<Route>) -> Self {
+    fn changed(&self, version: Version, last_seen: Timestamp, routes: Routes) -> Self {
         let Self { status, inbox_seq, inbox_pending, .. } = *self;
         Self { version, status, last_seen, routes, inbox_seq, inbox_pending }
     }

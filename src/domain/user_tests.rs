@@ -94,7 +94,7 @@ impl World {
         let mut lives = LifeTable::default();
         (HERE..UNHEARD_OF).for_each(|epoch| lives.learn(Arc::new(life(epoch))));
         let routes: Vec<Route> = had.iter().zip(1..).map(|(had, version)| route(*had, version)).collect();
-        let record = UserRecord { version: Version(routes.len() as u64), routes, ..UserRecord::default() };
+        let record = UserRecord { version: Version(routes.len() as u64), routes: routes.into(), ..UserRecord::default() };
         Self { policy, lives, now: NOW, record }
     }
 

@@ -70,16 +70,11 @@ pub struct Directory {
     database_slow: AtomicInstant,
 }
 
-/// The lives at one moment, shared by all answers of one call: counting its users touches no other thread's memory.
-type Table = Arc<Guard<Arc<LifeTable>>>;
-
 /// Where a user is, as far as this node can tell.
 #[derive(Clone, Debug)]
 pub struct Answer {
     entry: Arc<Entry>,
-    table: Table,
-    now: Timestamp,
-    heartbeat_interval: Duration,
+    moment: Arc<Moment>,
     all_suspect: bool,
     pub source: Source,
     /// How far this answer can be behind.
@@ -87,11 +82,14 @@ pub struct Answer {
 }
 
 /// What all answers of one call from memory rest on, looked at once.
+#[derive(Debug)]
 struct Moment {
     at: Instant,
     now: Timestamp,
-    table: Table,
+    /// A look at the lives as they were. It touches no memory that other threads use.
+    table: Guard<Arc<LifeTable>>,
     lives_age: Duration,
+    heartbeat_interval: Duration,
     /// How long ago all changes made until then were known. None: some may be missing.
     complete: Option<Duration>,
 }
@@ -107,8 +105,9 @@ pub struct LiveRoute<'a> {
 impl Answer {
     pub fn live_routes(&self) -> impl Iterator<Item = LiveRoute<'_>> {
         self.entry.record.routes.iter().filter_map(|route| {
-            let life = self.table.get(route.epoch)?;
-            let liveness = route.liveness(&self.table, self.now, self.heartbeat_interval);
+            let Moment { table, now, heartbeat_interval, .. } = &*self.moment;
+            let life = table.get(route.epoch)?;
+            let liveness = route.liveness(table, *now, *heartbeat_interval);
             let suspect = self.all_suspect || liveness == Liveness::Late;
             (liveness != Liveness::Over).then_some(LiveRoute { route, life, suspect })
         })
@@ -143,15 +142,26 @@ impl Directory {
         Self { cache, lives, loader, metrics, settings, database_slow: AtomicInstant::never() }
     }
 
-    /// Where `user` is. `bound`: how far the answer may be behind; zero: SQL is read.
+    /// Where `user` is, if memory can tell at `now`. `bound`: how far the answer may be behind; zero: SQL is read.
+    pub fn recall(&self, user: UserId, bound: Option<Duration>, now: Instant) -> Option<Answer> {
+        let answer = self.in_memory(user, bound, &Arc::new(self.moment(now)))?;
+        self.metrics.l1_hits.inc();
+        Some(answer)
+    }
+
+    /// Where `user` is, if need be by asking beyond memory.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if SQL cannot be read and nothing good enough is known.
     pub async fn get(&self, user: UserId, bound: Option<Duration>) -> Result<Answer, Error> {
-        if let Some(answer) = self.in_memory(user, bound, &self.moment()) {
-            self.metrics.l1_hits.inc();
-            return Ok(answer);
+        match self.recall(user, bound, Instant::now()) {
+            Some(answer) => Ok(answer),
+            None => self.look_up(user, bound).await,
         }
+    }
+
+    /// As [`Directory::get`], after memory could not tell.
+    pub async fn look_up(&self, user: UserId, bound: Option<Duration>) -> Result<Answer, Error> {
         self.metrics.l1_misses.inc();
         let load = self.loader.request(&[user], is_close(bound)).map(Vec::into_iter);
         match load {
@@ -162,7 +172,7 @@ impl Directory {
 
     /// As [`Directory::get`] for each of `users`, in their order. A user who cannot be looked up costs the others nothing.
     pub async fn get_many(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
-        let moment = self.moment();
+        let moment = Arc::new(self.moment(Instant::now()));
         let mut answers: Vec<Option<Result<Answer, Error>>> =
             users.iter().map(|user| self.in_memory(*user, bound, &moment).map(Ok)).collect();
         let missing: Vec<usize> = (0..users.len()).filter(|i| answers[*i].is_none()).collect();
@@ -187,19 +197,18 @@ impl Directory {
         answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(no_answer()))).collect()
     }
 
-    fn moment(&self) -> Moment {
-        let at = Instant::now();
+    fn moment(&self, at: Instant) -> Moment {
         let complete = match &self.settings.hearing {
             Hearing::Alone => Some(Duration::ZERO),
             Hearing::Deaf => None,
             Hearing::Hints(hints) => hints.complete_since(at),
         };
-        let table = Arc::new(self.lives.glance());
-        Moment { at, now: self.lives.clock.at(at), table, lives_age: self.lives.age(at), complete }
+        let (table, heartbeat_interval) = (self.lives.glance(), self.settings.heartbeat_interval);
+        Moment { at, now: self.lives.clock.at(at), table, lives_age: self.lives.age(at), heartbeat_interval, complete }
     }
 
     /// An answer from this node's memory, if it is good enough.
-    fn in_memory(&self, user: UserId, bound: Option<Duration>, moment: &Moment) -> Option<Answer> {
+    fn in_memory(&self, user: UserId, bound: Option<Duration>, moment: &Arc<Moment>) -> Option<Answer> {
         if is_zero(bound) {
             return None;
         }
@@ -254,13 +263,13 @@ impl Directory {
 
     fn loaded(&self, entry: Arc<Entry>) -> Answer {
         let (source, age) = if entry.from_l2 { (Source::Shared, L2_AGE) } else { (Source::Durable, Duration::ZERO) };
-        self.answer(entry, source, age, &self.moment())
+        self.answer(entry, source, age, &Arc::new(self.moment(Instant::now())))
     }
 
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
     fn outdated(&self, user: UserId, bound: Option<Duration>) -> Option<Answer> {
         let entry = self.cache.get(user).filter(|_| !is_zero(bound))?;
-        let moment = self.moment();
+        let moment = Arc::new(self.moment(Instant::now()));
         let age = moment.at.saturating_duration_since(entry.as_of).max(moment.lives_age);
         if bound.is_some_and(|bound| age > bound) {
             return None;
@@ -270,10 +279,9 @@ impl Directory {
         Some(answer)
     }
 
-    fn answer(&self, entry: Arc<Entry>, source: Source, age: Duration, moment: &Moment) -> Answer {
+    fn answer(&self, entry: Arc<Entry>, source: Source, age: Duration, moment: &Arc<Moment>) -> Answer {
         let all_suspect = source != Source::Durable && moment.lives_age > SUSPECT_AFTER;
-        let (table, heartbeat_interval) = (moment.table.clone(), self.settings.heartbeat_interval);
-        Answer { entry, table, now: moment.now, heartbeat_interval, all_suspect, source, age }
+        Answer { entry, moment: moment.clone(), all_suspect, source, age }
     }
 }
 

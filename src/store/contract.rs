@@ -96,7 +96,13 @@ fn route(device: &str, bound_version: u64) -> Route {
 
 /// Routes in the order of their devices, as bytes.
 fn record(version: u64, routes: Vec<Route>) -> UserRecord {
-    UserRecord { version: Version(version), last_seen: Timestamp(3), routes, inbox_seq: 9, ..UserRecord::default() }
+    UserRecord {
+        version: Version(version),
+        last_seen: Timestamp(3),
+        routes: routes.into(),
+        inbox_seq: 9,
+        ..UserRecord::default()
+    }
 }
 
 async fn load(connection: &mut Connection, id: i64) -> UserRecord {

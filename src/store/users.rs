@@ -14,6 +14,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Route;
+use crate::domain::user::Routes;
 use crate::domain::user::UserRecord;
 use crate::store::codec;
 use crate::store::connection::Connection;
@@ -302,7 +303,7 @@ fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
             version: Version(unsigned(row.try_get(1)?)),
             status: codec::status_from_i32(row.try_get(2)?).unwrap_or_default(),
             last_seen: Timestamp(row.try_get(3)?),
-            routes: Vec::new(),
+            routes: Routes::new(),
             inbox_seq: unsigned(row.try_get(15)?),
             inbox_pending: unsigned(row.try_get(16)?),
         }),
