@@ -116,7 +116,8 @@ impl Field {
             node: Node::start(db.settings(&with(&[capacity]))).await,
             empty: contender::empty(None, &[]).await,
             one_runtime: contender::one_runtime(&db, &with(&[capacity])).await,
-            past_l2: Node::start(db.settings(&[NO_L1])).await,
+            // It says hints: while a node is silent, the others keep nothing for longer than a second.
+            past_l2: Node::start(db.settings(&[NO_L1, ("REDIS_QUEUE__PORT", &*port), L1_TTL])).await,
             redis: plain_redis,
             _cluster_redis: redis,
             db,

@@ -7,7 +7,6 @@ use std::fmt::Display;
 use std::io::Write;
 
 use prost::encoding::WireType;
-use prost::encoding::encode_key;
 use prost::encoding::encode_varint;
 
 use crate::api::convert;
@@ -116,8 +115,8 @@ impl Wire {
 
     fn number(&mut self, tag: u32, value: u64) {
         if value != 0 {
-            encode_key(tag, WireType::Varint, &mut self.0);
-            encode_varint(value, &mut self.0);
+            self.key(tag, WireType::Varint);
+            self.varint(value);
         }
     }
 
@@ -127,8 +126,8 @@ impl Wire {
 
     fn text(&mut self, tag: u32, text: &str) {
         if !text.is_empty() {
-            encode_key(tag, WireType::LengthDelimited, &mut self.0);
-            encode_varint(text.len() as u64, &mut self.0);
+            self.key(tag, WireType::LengthDelimited);
+            self.varint(text.len() as u64);
             self.0.extend_from_slice(text.as_bytes());
         }
     }
@@ -141,7 +140,7 @@ impl Wire {
 
     /// A field that is as long as what `write` puts into it.
     fn nested(&mut self, tag: u32, write: impl FnOnce(&mut Self)) {
-        encode_key(tag, WireType::LengthDelimited, &mut self.0);
+        self.key(tag, WireType::LengthDelimited);
         let at = self.0.len();
         self.0.push(0);
         write(self);
@@ -153,6 +152,17 @@ impl Wire {
                 encode_varint(length as u64, &mut long);
                 self.0.splice(at..=at, long);
             }
+        }
+    }
+
+    fn key(&mut self, tag: u32, wire_type: WireType) {
+        self.varint((tag << 3 | wire_type as u32).into());
+    }
+
+    fn varint(&mut self, value: u64) {
+        match u8::try_from(value) {
+            Ok(short @ ..0x80) => self.0.push(short), // as most are
+            _ => encode_varint(value, &mut self.0),
         }
     }
 }

@@ -26,6 +26,7 @@ fn a_record_in_memory_has_no_room_to_spare() {
     };
     let grown = || {
         let mut grown = record(1);
+        grown.routes.reserve(4);
         grown.routes.push(route.clone());
         assert!(grown.routes.capacity() > 1, "a list that grows has room to spare");
         grown

@@ -5,7 +5,6 @@ use std::time::Duration;
 use std::time::Instant;
 
 use arc_swap::Guard;
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::clock::AtomicInstant;
@@ -24,6 +23,8 @@ use crate::engine::hints::Hints;
 use crate::engine::lives::Lives;
 use crate::engine::lives::SUSPECT_AFTER;
 use crate::engine::loader::Loader;
+use crate::engine::loads::Load;
+use crate::engine::loads::Loads;
 use crate::error::Error;
 use crate::metrics::Metrics;
 
@@ -162,39 +163,48 @@ impl Directory {
 
     /// As [`Directory::get`], after memory could not tell.
     pub async fn look_up(&self, user: UserId, bound: Option<Duration>) -> Result<Answer, Error> {
-        self.metrics.l1_misses.inc();
-        let load = self.loader.request(&[user], is_close(bound)).map(Vec::into_iter);
-        match load {
-            Ok(mut load) => self.finish(user, bound, load.next(), Instant::now()).await,
-            Err(overloaded) => self.outdated(user, bound).ok_or(overloaded),
-        }
+        self.load(&[user], bound).await.pop().unwrap_or_else(|| Err(no_answer()))
     }
 
     /// As [`Directory::get`] for each of `users`, in their order. A user who cannot be looked up costs the others nothing.
     pub async fn get_many(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
         let moment = Arc::new(self.moment(Instant::now()));
-        let mut answers: Vec<Option<Result<Answer, Error>>> =
-            users.iter().map(|user| self.in_memory(*user, bound, &moment).map(Ok)).collect();
-        let missing: Vec<usize> = (0..users.len()).filter(|i| answers[*i].is_none()).collect();
+        let known: Vec<Option<Answer>> = users.iter().map(|user| self.in_memory(*user, bound, &moment)).collect();
+        let missing: Vec<UserId> = users.iter().zip(&known).filter(|(_, known)| known.is_none()).map(|(user, _)| *user).collect();
         self.metrics.l1_hits.inc_by(count(users.len() - missing.len()));
-        if missing.is_empty() {
-            return answers.into_iter().flatten().collect();
+        let mut loaded = if missing.is_empty() { Vec::new() } else { self.load(&missing, bound).await }.into_iter();
+        known.into_iter().map(|known| known.map_or_else(|| loaded.next().unwrap_or_else(|| Err(no_answer())), Ok)).collect()
+    }
+
+    /// As each of `users` is beyond memory; if that cannot be told soon, as it was.
+    async fn load(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
+        self.metrics.l1_misses.inc_by(count(users.len()));
+        let asked = Instant::now();
+        let loads = match self.loader.request(users, is_close(bound)) {
+            Ok(loads) => self.wait(loads, users, bound, asked).await,
+            Err(overloaded) => vec![Some(Err(overloaded)); users.len()],
+        };
+        let moment = Arc::new(self.moment(Instant::now()));
+        let answer = |(user, load): (&UserId, Option<Load>)| match load.unwrap_or_else(|| Err(no_answer())) {
+            Ok(entry) => Ok(self.loaded(entry, &moment)),
+            Err(error) => self.outdated(*user, bound, &moment).ok_or(error),
+        };
+        users.iter().zip(loads).map(answer).collect()
+    }
+
+    /// Waits for all of them, but not for long if each can be given an old answer.
+    async fn wait(&self, loads: Loads, users: &[UserId], bound: Option<Duration>, asked: Instant) -> Vec<Option<Load>> {
+        let moment = Arc::new(self.moment(asked));
+        let is_known = |user: &UserId| self.outdated(*user, bound, &moment).is_some();
+        let patience = match users.iter().all(is_known) {
+            false => self.settings.patience,
+            true if self.database_slow.age(asked) < SLOW_MEMORY => Duration::ZERO,
+            true => STALE_PATIENCE,
+        };
+        if timeout(patience, loads.complete()).await.is_err() {
+            self.database_slow.set(Instant::now());
         }
-        self.metrics.l1_misses.inc_by(count(missing.len()));
-        let ids: Vec<UserId> = missing.iter().map(|i| users[*i]).collect();
-        match self.loader.request(&ids, is_close(bound)) {
-            Ok(loads) => {
-                for (i, load) in missing.into_iter().zip(loads) {
-                    answers[i] = Some(self.finish(users[i], bound, Some(load), moment.at).await);
-                }
-            }
-            Err(overloaded) => {
-                for i in missing {
-                    answers[i] = Some(self.outdated(users[i], bound).ok_or_else(|| overloaded.clone()));
-                }
-            }
-        }
-        answers.into_iter().map(|answer| answer.unwrap_or_else(|| Err(no_answer()))).collect()
+        loads.take()
     }
 
     fn moment(&self, at: Instant) -> Moment {
@@ -243,38 +253,19 @@ impl Directory {
         if entry.from_l2 { since.min(complete + L2_AGE) } else { since.min(complete) }
     }
 
-    async fn finish(&self, user: UserId, bound: Option<Duration>, load: Option<Load>, asked: Instant) -> Result<Answer, Error> {
-        let load = load.ok_or_else(no_answer)?;
-        let patience = match self.outdated(user, bound) {
-            None => self.settings.patience,
-            Some(_) if self.database_slow.age(Instant::now()) < SLOW_MEMORY => Duration::ZERO,
-            Some(_) => STALE_PATIENCE,
-        };
-        match timeout(patience.saturating_sub(asked.elapsed()), load).await {
-            Ok(Ok(Ok(entry))) => Ok(self.loaded(entry)),
-            Ok(Ok(Err(error))) => self.outdated(user, bound).ok_or(error),
-            Ok(Err(_)) => self.outdated(user, bound).ok_or_else(no_answer),
-            Err(_) => {
-                self.database_slow.set(Instant::now());
-                self.outdated(user, bound).ok_or_else(no_answer)
-            }
-        }
-    }
-
-    fn loaded(&self, entry: Arc<Entry>) -> Answer {
+    fn loaded(&self, entry: Arc<Entry>, moment: &Arc<Moment>) -> Answer {
         let (source, age) = if entry.from_l2 { (Source::Shared, L2_AGE) } else { (Source::Durable, Duration::ZERO) };
-        self.answer(entry, source, age, &Arc::new(self.moment(Instant::now())))
+        self.answer(entry, source, age, moment)
     }
 
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
-    fn outdated(&self, user: UserId, bound: Option<Duration>) -> Option<Answer> {
+    fn outdated(&self, user: UserId, bound: Option<Duration>, moment: &Arc<Moment>) -> Option<Answer> {
         let entry = self.cache.get(user).filter(|_| !is_zero(bound))?;
-        let moment = Arc::new(self.moment(Instant::now()));
         let age = moment.at.saturating_duration_since(entry.as_of).max(moment.lives_age);
         if bound.is_some_and(|bound| age > bound) {
             return None;
         }
-        let mut answer = self.answer(entry, Source::Local, age, &moment);
+        let mut answer = self.answer(entry, Source::Local, age, moment);
         answer.all_suspect = true;
         Some(answer)
     }
@@ -284,8 +275,6 @@ impl Directory {
         Answer { entry, moment: moment.clone(), all_suspect, source, age }
     }
 }
-
-type Load = oneshot::Receiver<Result<Arc<Entry>, Error>>;
 
 fn is_zero(bound: Option<Duration>) -> bool {
     bound == Some(Duration::ZERO)

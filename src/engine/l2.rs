@@ -85,7 +85,7 @@ impl L2 {
     /// The records it has of `users`, for readers. Nothing if it is not usable, or takes too long.
     pub async fn read(&self, users: &[UserId]) -> Records {
         if users.is_empty() || !self.is_usable() {
-            return Records::new();
+            return Records::default();
         }
         let found = self.shared.read(users, self.generation(), READ_BUDGET).await;
         match self.answered(found.map(|found| (found.connection, found))) {
@@ -96,14 +96,14 @@ impl L2 {
                 self.metrics.rejected("another_store", found.foreign);
                 found.records
             }
-            None => Records::new(),
+            None => Records::default(),
         }
     }
 
     /// The versions it has of `users`. Nothing if it is not usable, or takes too long.
     pub async fn versions(&self, users: &[UserId]) -> Versions {
         if users.is_empty() || !self.is_usable() {
-            return Versions::new();
+            return Versions::default();
         }
         self.answered(self.shared.versions(users, self.generation(), READ_BUDGET).await).unwrap_or_default()
     }

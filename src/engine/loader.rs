@@ -12,8 +12,8 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Instant;
 
+use smallvec::SmallVec;
 use tokio::sync::Notify;
-use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
@@ -22,11 +22,13 @@ use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
-use crate::engine::cache::Entry;
 use crate::engine::cache::LoadTicket;
 use crate::engine::cache::Loaded;
 use crate::engine::l2::L2;
 use crate::engine::lives::Lives;
+use crate::engine::loads::Load;
+use crate::engine::loads::Loads;
+use crate::engine::loads::Place;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::connection::Connection;
@@ -40,14 +42,15 @@ const MAX_USERS_PER_LOAD: usize = 512;
 /// Users waiting to be loaded. Ten of the largest batches.
 const MAX_WAITING: usize = 100_000;
 
-type Answer = Result<Arc<Entry>, Error>;
+/// Most users are asked for by one caller at a time.
+type Places = SmallVec<[Place; 1]>;
 
 #[derive(Default)]
 struct Flight {
     /// Answered by the load in progress. None: no load is in progress.
-    running: Option<Vec<oneshot::Sender<Answer>>>,
+    running: Option<Places>,
     /// Answered by the next load.
-    waiting: Vec<oneshot::Sender<Answer>>,
+    waiting: Places,
     /// Somebody among them wants to hear SQL itself.
     past_l2: bool,
 }
@@ -90,16 +93,17 @@ impl Loader {
     ///
     /// # Errors
     /// [`Error::Overloaded`] if too many users wait already; then none of these does.
-    pub fn request(&self, users: &[UserId], fresh: bool) -> Result<Vec<oneshot::Receiver<Answer>>, Error> {
+    pub fn request(&self, users: &[UserId], fresh: bool) -> Result<Loads, Error> {
         let mut queue = self.queue();
         if queue.order.len() + users.len() > MAX_WAITING {
             self.metrics.shed("loads");
             return Err(Error::overloaded("too many users wait to be read from the database"));
         }
-        let answers = users.iter().map(|user| queue.join(*user, fresh)).collect();
+        let (loads, places) = Loads::of(users.len());
+        users.iter().zip(places).for_each(|(user, place)| queue.join(*user, fresh, place));
         drop(queue);
         self.wake.notify_one();
-        Ok(answers)
+        Ok(loads)
     }
 
     /// Serves requests over one connection until `shutdown`.
@@ -233,20 +237,18 @@ impl Loader {
 type Read = (Records, Vec<Arc<Life>>);
 
 impl Queue {
-    fn join(&mut self, user: UserId, fresh: bool) -> oneshot::Receiver<Answer> {
-        let (sender, receiver) = oneshot::channel();
+    fn join(&mut self, user: UserId, fresh: bool, place: Place) {
         let flight = self.flights.entry(user).or_default();
         match &mut flight.running {
-            Some(running) if !fresh => running.push(sender),
+            Some(running) if !fresh => running.push(place),
             running => {
                 if flight.waiting.is_empty() && running.is_none() {
                     self.order.push_back(user);
                 }
-                flight.waiting.push(sender);
+                flight.waiting.push(place);
                 flight.past_l2 |= fresh;
             }
         }
-        receiver
     }
 
     /// The users of the next load. Those whose callers have all gone are left out.
@@ -255,7 +257,7 @@ impl Queue {
         while users.len() < MAX_USERS_PER_LOAD {
             let Some(user) = self.order.pop_front() else { break };
             let Some(flight) = self.flights.get_mut(&user) else { continue };
-            flight.waiting.retain(|waiting| !waiting.is_closed());
+            flight.waiting.retain(|place| place.is_awaited());
             if flight.waiting.is_empty() {
                 self.flights.remove(&user);
                 continue;
@@ -266,11 +268,11 @@ impl Queue {
         users
     }
 
-    fn answer(&mut self, answers: impl Iterator<Item = (UserId, Answer)>) {
+    fn answer(&mut self, answers: impl Iterator<Item = (UserId, Load)>) {
         for (user, answer) in answers {
             let Some(flight) = self.flights.get_mut(&user) else { continue };
-            for caller in flight.running.take().into_iter().flatten() {
-                let _ = caller.send(answer.clone()); // a caller that has gone needs no answer
+            for place in flight.running.take().into_iter().flatten() {
+                place.answer(answer.clone());
             }
             if flight.waiting.is_empty() {
                 self.flights.remove(&user);

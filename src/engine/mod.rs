@@ -19,6 +19,7 @@ mod lane;
 pub mod lanes;
 pub mod lives;
 pub mod loader;
+pub mod loads;
 pub mod outlets;
 pub mod peers;
 pub mod projection;

@@ -42,6 +42,7 @@ use crate::store::connection::SqlError;
 use crate::store::inbox::Addition;
 use crate::store::outbox::OutboxId;
 use crate::store::users::DatabaseClock;
+use crate::store::users::Records;
 use crate::store::users::UserChange;
 
 /// Why a part of a batch was not committed.
@@ -105,7 +106,7 @@ impl Transaction<'_> {
             events.iter().filter(|event| event.change.is_of_inbox()).map(|event| event.user).collect();
         let inboxes = self.connection.load_inboxes(&with_inbox.into_iter().collect::<Vec<_>>()).await?;
         let before = &loaded.records;
-        let mut work = Work { current, before, after: HashMap::new(), kicks: Vec::new(), inboxes, messages: Vec::new() };
+        let mut work = Work { current, before, after: Records::default(), kicks: Vec::new(), inboxes, messages: Vec::new() };
         let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
         if work.after.is_empty() {
             self.connection.rollback().await?;
@@ -133,11 +134,7 @@ impl Transaction<'_> {
 
     /// Reads, without locking, the lives that the events and the routes name, and returns the gateways' current ones. A bind's
     /// epoch is decided by this, inside the transaction; memory may be behind.
-    async fn read_lives(
-        &mut self,
-        events: &[Pending],
-        records: &HashMap<UserId, UserRecord>,
-    ) -> Result<HashMap<GatewayAddr, Arc<Life>>, Failure> {
+    async fn read_lives(&mut self, events: &[Pending], records: &Records) -> Result<HashMap<GatewayAddr, Arc<Life>>, Failure> {
         let binds = || events.iter().filter_map(|event| if let Change::Bind(bind) = &event.change { Some(bind) } else { None });
         let table = self.tools.lives.table();
         let unknown =
@@ -238,7 +235,7 @@ impl Transaction<'_> {
 
     async fn write(
         &mut self,
-        before: &HashMap<UserId, UserRecord>,
+        before: &Records,
         after: &BTreeMap<UserId, UserRecord>,
         mut body: OutboxBody,
     ) -> Result<(OutboxId, Vec<UserId>), SqlError> {
@@ -261,8 +258,8 @@ impl Transaction<'_> {
 /// What a batch has done so far, in memory.
 struct Work<'a> {
     current: HashMap<GatewayAddr, Arc<Life>>,
-    before: &'a HashMap<UserId, UserRecord>,
-    after: HashMap<UserId, UserRecord>,
+    before: &'a Records,
+    after: Records,
     kicks: Vec<KickedRoute>,
     inboxes: HashMap<UserId, Inbox>,
     /// Messages that were stored, with their numbers.

@@ -4,7 +4,6 @@
 //! generation it was written in; a reader ignores any other, and the generation is raised whenever the server is not the one
 //! it was before.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use redis::Script;
 
 use crate::config;
 use crate::domain::gateway::Life;
+use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::status::Status;
@@ -83,7 +83,7 @@ pub struct Found {
     pub foreign: u64,
 }
 
-pub type Versions = HashMap<UserId, Version>;
+pub type Versions = NumberMap<UserId, Version>;
 
 /// Why a record is none.
 enum Unfit {
@@ -148,7 +148,7 @@ impl SharedCache {
     /// The records of `users` as far as Redis has them in `generation`.
     pub async fn read(&self, users: &[UserId], generation: u64, limit: Duration) -> Result<Found, LinkError> {
         let (connection, answers) = self.get(users, limit).await?;
-        let mut found = Found { connection, records: Records::new(), outdated: 0, foreign: 0 };
+        let mut found = Found { connection, records: Records::default(), outdated: 0, foreign: 0 };
         for (user, bytes) in users.iter().zip(answers) {
             let Some(bytes) = bytes else { continue };
             match self.decode(&bytes, generation) {

@@ -10,6 +10,7 @@ use sqlx::any::AnyRow;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
+use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::time::Timestamp;
@@ -26,7 +27,7 @@ use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
 
-pub type Records = HashMap<UserId, UserRecord>;
+pub type Records = NumberMap<UserId, UserRecord>;
 
 /// Records as one statement read them, and the database's clock then.
 #[derive(Debug, Default)]
