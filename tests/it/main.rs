@@ -3,6 +3,7 @@
 mod acks;
 mod bad_input;
 mod bind;
+mod client;
 mod container;
 mod contention;
 mod crash;
