@@ -24,3 +24,4 @@ mod stale_reads;
 mod streams;
 mod tidy;
 mod two_nodes;
+mod ws_gateways;
