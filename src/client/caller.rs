@@ -26,8 +26,10 @@ use crate::pb::presence_service_client::PresenceServiceClient;
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 /// Before another try, if the node did not say when.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
-/// For so long a node that could not be reached is asked only if there is no other.
-const AVOIDED_FOR: Duration = Duration::from_secs(1);
+/// For so long a node that could not be reached is asked only if there is no better one: from, to. As many times what it took
+/// to find out, so that waiting for a silent node stays the exception.
+const AVOIDED_FOR: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+const AVOIDED_TIMES: u32 = 4;
 
 /// Calls nodes in turn. A call that a node could not serve is made again, on the next one, as long as there is time.
 pub struct Caller {
@@ -38,7 +40,7 @@ pub struct Caller {
 
 struct Node {
     client: PresenceServiceClient<Channel>,
-    avoided_until: Mutex<Option<Instant>>,
+    avoided_until: Mutex<Instant>,
 }
 
 impl Caller {
@@ -53,7 +55,7 @@ impl Caller {
         }
         let nodes = nodes.iter().map(|node| {
             let client = PresenceServiceClient::new(channel(node, timeout)?).max_decoding_message_size(MAX_ANSWER_BYTES);
-            Ok(Node { client, avoided_until: Mutex::default() })
+            Ok(Node { client, avoided_until: Mutex::new(Instant::now()) })
         });
         Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
     }
@@ -141,16 +143,21 @@ impl Caller {
         loop {
             let node = self.node(turn.wrapping_add(tried));
             tried += 1;
-            let left = deadline.saturating_duration_since(Instant::now());
+            let began = Instant::now();
+            let left = deadline.saturating_duration_since(began);
             let mut attempt = Request::new(request.clone());
             attempt.set_timeout(if tried == 1 && self.nodes.len() > 1 { left / 2 } else { left });
             let status = match call(&mut node.client.clone(), attempt).await {
-                Ok(answer) => return Ok(answer.into_inner()),
+                Ok(answer) => {
+                    node.avoid_until(began);
+                    return Ok(answer.into_inner());
+                }
                 Err(status) => status,
             };
             let broken = std::error::Error::source(&status).is_some(); // a node's own refusal has none
             if broken {
-                *node.avoided_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now() + AVOIDED_FOR);
+                let time = (AVOIDED_TIMES * began.elapsed()).clamp(AVOIDED_FOR.0, AVOIDED_FOR.1);
+                node.avoid_until(Instant::now() + time);
             }
             let pause = match status.get_details_retry_info().and_then(|info| info.retry_delay) {
                 Some(delay) => delay + jittered(RETRY_AFTER),
@@ -167,14 +174,19 @@ impl Caller {
 
     /// The node with this turn, or the next one that was not out of reach lately.
     fn node(&self, turn: usize) -> &Node {
-        let mut from_turn = self.nodes.iter().cycle().skip(turn % self.nodes.len()).take(self.nodes.len());
-        from_turn.find(|node| !node.is_avoided()).unwrap_or(&self.nodes[turn % self.nodes.len()])
+        let (first, count, now) = (turn % self.nodes.len(), self.nodes.len(), Instant::now());
+        let from_turn = (first..first + count).map(|n| &self.nodes[n % count]);
+        from_turn.min_by_key(|node| node.avoided_until().max(now)).unwrap_or(&self.nodes[first])
     }
 }
 
 impl Node {
-    fn is_avoided(&self) -> bool {
-        self.avoided_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| Instant::now() < until)
+    fn avoid_until(&self, until: Instant) {
+        *self.avoided_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    fn avoided_until(&self) -> Instant {
+        *self.avoided_until.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use std::time::Instant;
 
 use im_presence::client::caller::Caller;
 use im_presence::client::gateway::Acker;
@@ -192,9 +193,24 @@ async fn while_the_database_is_away_messages_arrive_and_changes_are_made_when_it
             let unbound = other.gateway.unbind(LEAVER, PHONE, &format!("c-{LEAVER}")).await.expect("it runs");
             assert_eq!(code(&unbound.result), Code::Ok, "{unbound:?}");
         });
+        let (this, other) = (program.clone(), program.clone());
+        let strangers = move |n| (1_000 * newcomer..).take(n).collect::<Vec<_>>();
+        changes.spawn(async move {
+            let request = BatchQueryRouteReq { user_ids: strangers(50), ..Default::default() };
+            let answer = this.caller.query_many(request).await.expect("an answer");
+            assert!(answer.users.len() == 50 && answer.users.iter().all(|user| user.code() == Code::NotFound), "{answer:?}");
+        });
+        changes.spawn(async move {
+            let user_ids = strangers(50);
+            let request = BatchDeliverReq { user_ids, store_offline: true, message: "hello".to_owned(), ..Default::default() };
+            let answer = other.caller.deliver_many(request).await.expect("an answer");
+            assert!(answer.users.iter().all(|user| user.stored), "{answer:?}");
+        });
         program.works(what).await;
         tokio::time::sleep(OUTAGE).await;
-        assert_eq!(changes.len(), 2, "both wait");
+        while let Some(change) = changes.try_join_next() {
+            panic!("nothing can be done yet: {change:?}");
+        }
         end(&server);
         while let Some(change) = changes.join_next().await {
             change.expect("it was made");
@@ -244,6 +260,36 @@ async fn nodes_that_are_killed_in_the_middle_of_calls_cost_no_answer_and_no_life
         lock(&program.told).detached
     );
     program.works("after all").await;
+    assert!(program.has_one_life(), "{:?}", program.epochs());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_stands_still_is_left_for_another_and_is_waited_for_once() {
+    const LIMIT: Duration = Duration::from_secs(4);
+    let _turn = heavy().await;
+    let cluster = Cluster::with_redis(2, &[]).await;
+    let program = Program::start(&cluster.nodes);
+    program.log_in_all().await;
+    let nodes: Vec<String> = cluster.nodes.iter().map(|node| node.data.to_string()).collect();
+    let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
+    let caller = Caller::new(&nodes, allowed(LIMIT)).expect("addresses");
+    for still in &cluster.nodes {
+        program.works("before").await;
+        still.stop();
+        let (began, mut waited) = (Instant::now(), 0);
+        while began.elapsed() < LIMIT + WHILE {
+            for user in 1..=USERS {
+                let asked = Instant::now();
+                let request = QueryRouteReq { user_id: user, max_staleness_ms: None };
+                assert!(caller.query(request).await.expect("an answer").is_online, "user {user}");
+                waited += usize::from(asked.elapsed() >= allowed(LIMIT) / 2);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        eventually("messages arrive", SOON, async || program.write(ALICE, "meanwhile").await.delivered).await;
+        still.cont();
+        assert!(waited <= 1, "{waited} calls have waited for it");
+    }
     assert!(program.has_one_life(), "{:?}", program.epochs());
 }
 
