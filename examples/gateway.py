@@ -1,13 +1,15 @@
 """A gateway in Python: attaches to a node, says who is connected, prints what it is told to hand over, and acknowledges it.
 
+    python3 -m venv venv && . venv/bin/activate
     pip install grpcio grpcio-tools
-    python3 -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. proto/mpim/{common,presence,gateway}.proto
-    PYTHONPATH=. python3 examples/gateway.py gw-1:7000 42 43 --node 127.0.0.1:6000 --node 127.0.0.1:6002
+    python3 -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. proto/mpim/common.proto proto/mpim/presence.proto proto/mpim/gateway.proto
+    PYTHONPATH=. python3 examples/gateway.py gw-1:7000 42 43 --node 127.0.0.1:6000
 
-It keeps its epoch when a stream ends and goes on with it on the next node, so its users stay online meanwhile. Only if the
-node says that its life is over (CODE_FENCED) does it begin a new one and bind everybody again.
+With several --node it goes on with its epoch on the next one when a stream ends, so its users stay online meanwhile. Only if
+a node says that its life is over (CODE_FENCED) does it begin a new one and bind everybody again. Ctrl-C ends it.
 """
 import argparse
+import functools
 import itertools
 import queue
 import random
@@ -17,59 +19,101 @@ import time
 import grpc
 from mpim import common_pb2 as codes, gateway_pb2 as gw, gateway_pb2_grpc as calls, presence_pb2 as presence
 
-
-def attach(node, addr, epoch, users, since):
-    """Serves one stream to its end. Returns the epoch to go on with; 0: begin a new life."""
-    frames = queue.Queue()
-    with grpc.insecure_channel(node) as channel:
-        hello = gw.RegisterGatewayReq(gateway_addr=addr, gateway_epoch=epoch)
-        frames.put(gw.GatewayFrame(seq=1, hello=hello))
-        answers = calls.GatewayServiceStub(channel).Attach(iter(frames.get, None))
-        welcome = next(answers).welcome
-        if welcome.result.code != codes.OK:
-            print(f"refused: {welcome.result.msg}")
-            return 0
-        print(f"attached to {node} as {addr} with epoch {welcome.gateway_epoch}")
-        stopped = threading.Event()
-        beats = threading.Thread(target=beat, args=(frames, welcome.heartbeat_interval_ms / 1000, len(users), stopped))
-        beats.start()
-        try:
-            if welcome.gateway_epoch != epoch:
-                for seq, user in zip(itertools.count(2), users):
-                    ago = int((time.monotonic() - since) * 1000)
-                    bind = presence.BindRouteReq(user_id=user, conn_id=f"{addr}-{user}", connected_ms_ago=ago)
-                    frames.put(gw.GatewayFrame(seq=seq, bind=bind))
-            for frame in answers:
-                take(frame, frames)
-                if frame.heartbeat.result.code == codes.CODE_FENCED:
-                    return 0
-        except grpc.RpcError as error:
-            print(f"the stream has ended: {error.details()}")
-        finally:
-            stopped.set()
-            frames.put(None)
-            beats.join()
-        return welcome.gateway_epoch
+print = functools.partial(print, flush=True)
+# A node that says nothing, not even to a ping, is left for another one.
+PINGS = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 3000), ("grpc.http2.max_pings_without_data", 0)]
+BEAT = 2**63  # as the seq of heartbeats; binds have that of their user
 
 
-def take(frame, frames):
-    """Does what a node says."""
-    kind = frame.WhichOneof("body")
-    if kind == "delivery":
-        delivery = frame.delivery
-        print(f"user {delivery.user_id}: {delivery.message or delivery.payload}")
-        if delivery.wants_ack:
-            ack = gw.DeliveryAck(delivery_id=delivery.delivery_id, user_id=delivery.user_id, device_id="")
-            frames.put(gw.GatewayFrame(ack=ack))
-    elif kind == "kick":
-        print(f"close the connection of user {frame.kick.user_id} ({frame.kick.route_key})")
-    elif kind == "bound" and frame.bound.result.code != codes.OK:
-        print(f"not bound: {frame.bound.result.msg}")
+class Gateway:
+    def __init__(self, addr, users):
+        self.addr, self.users, self.since = addr, dict.fromkeys(users), time.monotonic()
+        self.epoch, self.bound = 0, set()
 
+    def attach(self, node):
+        """Serves one stream to its end."""
+        frames, stopped = queue.Queue(), threading.Event()
+        with grpc.insecure_channel(node, PINGS) as channel:
+            answers = calls.GatewayServiceStub(channel).Attach(iter(frames.get, None))
+            try:
+                hello = gw.RegisterGatewayReq(gateway_addr=self.addr, gateway_epoch=self.epoch)
+                frames.put(gw.GatewayFrame(seq=1, hello=hello))
+                first = next(answers)
+                if first.WhichOneof("body") != "welcome" or self.is_over(first.welcome.result):
+                    return  # a node that stops says so at once
+                welcome = first.welcome
+                self.epoch = welcome.gateway_epoch
+                print(f"attached to {node} as {self.addr} with epoch {self.epoch}")
+                every = welcome.heartbeat_interval_ms / 1000
+                threading.Thread(target=self.beat, args=(frames, every, stopped), daemon=True).start()
+                for user in self.users.keys() - self.bound:
+                    frames.put(self.bind(user))
+                for frame in answers:
+                    if not self.take(frame, frames):
+                        return
+            finally:
+                stopped.set()
+                frames.put(None)
 
-def beat(frames, every, connections, stopped):
-    while not stopped.wait(every):
-        frames.put(gw.GatewayFrame(seq=2**32, heartbeat=gw.HeartbeatReq(connections=connections)))
+    def bind(self, user):
+        ago = int((time.monotonic() - self.since) * 1000)  # whoever has moved on meanwhile is not taken back
+        bind = presence.BindRouteReq(user_id=user, conn_id=f"{self.addr}-{user}", connected_ms_ago=ago)
+        return gw.GatewayFrame(seq=user, bind=bind)
+
+    def beat(self, frames, every, stopped):
+        while not stopped.wait(every):
+            frames.put(gw.GatewayFrame(seq=BEAT, heartbeat=gw.HeartbeatReq(connections=len(self.users))))
+
+    def take(self, frame, frames):
+        """Does what a node says. False: attach again."""
+        kind = frame.WhichOneof("body")
+        if kind == "delivery":
+            delivery = frame.delivery
+            print(f"user {delivery.user_id}: {delivery.message or delivery.payload}")
+            if delivery.wants_ack:
+                ack = gw.DeliveryAck(delivery_id=delivery.delivery_id, user_id=delivery.user_id, device_id="")
+                frames.put(gw.GatewayFrame(ack=ack))
+        elif kind == "kick":
+            self.close(frame.kick.user_id, codes.Reason.Name(frame.kick.reason))
+        elif kind == "bound":
+            return self.take_bound(frame.seq, frame.bound, frames)
+        elif kind == "heartbeat":
+            return not self.is_over(frame.heartbeat.result)
+        return kind != "drain"
+
+    def take_bound(self, user, bound, frames):
+        if bound.result.code == codes.OK:
+            self.bound.add(user)
+            print(f"user {user} is bound")
+        elif bound.result.code == codes.CODE_UNAVAILABLE:
+            threading.Timer(bound.retry_after_ms / 1000 + random.random(), frames.put, [self.bind(user)]).start()
+        elif not self.is_over(bound.result):
+            self.close(user, bound.result.msg)
+        return self.epoch != 0
+
+    def close(self, user, why):
+        self.users.pop(user, None)
+        self.bound.discard(user)
+        print(f"close the connection of user {user}: {why}")
+
+    def is_over(self, result):
+        """Whether this life is over: the next attach begins a new one, in which everybody is bound again."""
+        if result.code == codes.CODE_SUPERSEDED:
+            raise SystemExit(f"another process is {self.addr}")
+        if result.code != codes.CODE_FENCED:
+            return False
+        print(f"this life is over: {result.msg}")
+        self.epoch, self.bound = 0, set()
+        return True
+
+    def deregister(self, nodes):
+        for node in nodes:
+            with grpc.insecure_channel(node) as channel:
+                request = gw.DeregisterGatewayReq(gateway_addr=self.addr, gateway_epoch=self.epoch)
+                try:
+                    return calls.GatewayServiceStub(channel).DeregisterGateway(request, timeout=3)
+                except grpc.RpcError as error:
+                    print(f"{node}: {error.details()}")
 
 
 def main():
@@ -78,13 +122,16 @@ def main():
     args.add_argument("users", metavar="USER", type=int, nargs="+")
     args.add_argument("--node", action="append", help="host:port of a node; may be given for each node")
     args = args.parse_args()
-    epoch, since = 0, time.monotonic()
-    for node in itertools.cycle(args.node or ["127.0.0.1:6000"]):
-        try:
-            epoch = attach(node, args.addr, epoch, args.users, since)
-        except grpc.RpcError as error:
-            print(f"{node}: {error.details()}")
-        time.sleep(random.uniform(0.1, 0.5))
+    gateway, nodes = Gateway(args.addr, args.users), args.node or ["127.0.0.1:6000"]
+    try:
+        for node in itertools.cycle(nodes):
+            try:
+                gateway.attach(node)
+            except grpc.RpcError as error:
+                print(f"{node}: {error.details()}")
+            time.sleep(random.uniform(0.1, 0.5))  # not everybody at the same instant
+    except KeyboardInterrupt:
+        gateway.deregister(nodes)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,18 @@
 //!
 //! Then open http://127.0.0.1:8001/?user=1 and http://127.0.0.1:8002/?user=2 and write to each other. Everything after the
 //! first address is a node; with several, one may be killed.
+//!
+//! A client writes `{"id": "…", "to": 2, "text": "…"}` and is told `{"id": "…", "outcome": "delivered"}`, or `stored`, or
+//! `not sent`. It is told `{"delivery": "…", "id": "…", "from": 1, "text": "…"}`, says `{"got": "…"}` with the delivery once
+//! it has it, and drops a message whose id it has seen. After it was cut off it writes again what had no outcome.
 
+use std::collections::BTreeMap;
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::Mutex;
+use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
 
@@ -18,12 +25,14 @@ use axum::Router;
 use axum::extract::Query;
 use axum::extract::State;
 use axum::extract::WebSocketUpgrade;
+use axum::extract::ws::CloseFrame;
 use axum::extract::ws::Message;
 use axum::extract::ws::WebSocket;
 use axum::response::Html;
 use axum::response::Response;
 use axum::routing::get;
 use im_presence::client::caller::Caller;
+use im_presence::client::gateway::Acker;
 use im_presence::client::gateway::Connection;
 use im_presence::client::gateway::Event;
 use im_presence::client::gateway::Gateway;
@@ -33,16 +42,30 @@ use serde::Deserialize;
 use serde::Serialize;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
+use tokio::time::interval;
 
 /// A call with all its retries.
-const CALL_LIMIT: Duration = Duration::from_secs(5);
+const CALL_LIMIT: Duration = Duration::from_secs(10);
 /// How long a device has to acknowledge.
 const ACK_TIMEOUT_MS: u32 = 2_000;
-/// Messages that wait for one socket; a client that reads too slowly gets the rest from its inbox.
+/// Messages that wait for one socket, or for its acknowledgement; a client that is too slow gets the rest from its inbox.
 const SOCKET_QUEUE: usize = 256;
+/// A client that says nothing for two of these, not even to a ping, is gone.
+const PING: Duration = Duration::from_secs(20);
+/// Tells a client that its place was taken: it should not come back by itself.
+const CONNECTED_ELSEWHERE: u16 = 4_000;
 
-/// Which socket a connection is: user and connection id.
-type Sockets = Arc<Mutex<HashMap<(i64, String), mpsc::Sender<ToClient>>>>;
+/// User and connection.
+type Place = (i64, String);
+type Sockets = Arc<Mutex<BTreeMap<Place, Socket>>>;
+
+/// What is known of a client. Dropping it closes the client's connection.
+struct Socket {
+    device: String,
+    to_client: mpsc::Sender<ToClient>,
+    /// By delivery.
+    unacknowledged: HashMap<String, Acker>,
+}
 
 struct Chat {
     sockets: Sockets,
@@ -53,23 +76,37 @@ struct Chat {
 #[derive(Deserialize)]
 struct Who {
     user: i64,
+    #[serde(default)]
+    device: String,
 }
 
-/// What a client writes.
 #[derive(Deserialize)]
-struct Written {
-    to: i64,
-    text: String,
-    /// The message's own id: sent again, it is shown once.
-    id: String,
+#[serde(untagged)]
+enum FromClient {
+    Message { id: String, to: i64, text: String },
+    Got { got: String },
 }
 
-/// What a client is told.
-#[derive(Clone, Serialize)]
-struct ToClient {
-    from: String,
+#[derive(Serialize)]
+#[serde(untagged)]
+enum ToClient {
+    Message {
+        delivery: String,
+        id: String,
+        #[serde(flatten)]
+        said: Said,
+    },
+    Outcome {
+        id: String,
+        outcome: &'static str,
+    },
+}
+
+/// What travels through im-presence.
+#[derive(Deserialize, Serialize)]
+struct Said {
+    from: i64,
     text: String,
-    id: String,
 }
 
 #[tokio::main]
@@ -93,20 +130,8 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// What the nodes say.
 fn hear(sockets: &Sockets, addr: &str, event: Event) {
     match event {
-        Event::Delivery(delivery, ack) => {
-            let message =
-                ToClient { from: delivery.message_type.clone(), text: delivery.message.clone(), id: delivery.message_id.clone() };
-            let mut taken = false;
-            for ((_, _), socket) in lock(sockets).iter().filter(|((user, _), _)| *user == delivery.user_id) {
-                taken |= socket.try_send(message.clone()).is_ok();
-            }
-            if taken { ack.taken("") } else { ack.not_here("") }
-        }
-        Event::Kick(kick) => {
-            let others = |(user, _): &(i64, String)| *user != kick.user_id;
-            lock(sockets).retain(|socket, _| others(socket)); // dropping its sender closes the socket
-        }
-        Event::Lost(connection, _) => {
+        Event::Delivery(delivery, acker) => hand_over(&mut lock(sockets), &delivery, &acker),
+        Event::Kick(connection, _) | Event::Lost(connection, _) => {
             lock(sockets).remove(&(connection.user_id, connection.conn_id));
         }
         Event::Attached { epoch } => eprintln!("{addr} is attached with epoch {epoch}"),
@@ -115,62 +140,135 @@ fn hear(sockets: &Sockets, addr: &str, event: Event) {
     }
 }
 
+/// Puts a message into the queue of each device that it is for. One that has no place gets it later: nobody acknowledges it.
+fn hand_over(sockets: &mut BTreeMap<Place, Socket>, delivery: &pb::Delivery, acker: &Acker) {
+    let user = delivery.user_id;
+    for (_, socket) in sockets.range_mut((user, String::new())..).take_while(|((of, _), _)| *of == user) {
+        let is_for_it = delivery.device_ids.is_empty() || delivery.device_ids.contains(&socket.device);
+        if !is_for_it || socket.unacknowledged.len() >= SOCKET_QUEUE {
+            continue;
+        }
+        let said = serde_json::from_str(&delivery.message).unwrap_or_else(|_| Said { from: 0, text: delivery.message.clone() });
+        let named = [&delivery.message_id, &delivery.delivery_id].into_iter().find(|id| !id.is_empty());
+        let (delivery, id) = (delivery.delivery_id.clone(), named.cloned().unwrap_or_default());
+        if socket.to_client.try_send(ToClient::Message { delivery: delivery.clone(), id, said }).is_ok() {
+            socket.unacknowledged.insert(delivery, acker.clone());
+        }
+    }
+}
+
 async fn connect(State(chat): State<Arc<Chat>>, Query(who): Query<Who>, upgrade: WebSocketUpgrade) -> Response {
-    upgrade.on_upgrade(move |socket| serve(chat, who.user, socket))
+    upgrade.on_upgrade(move |socket| serve(chat, who, socket))
 }
 
 /// One client, from its log-in to its end.
-async fn serve(chat: Arc<Chat>, user: i64, mut socket: WebSocket) {
+async fn serve(chat: Arc<Chat>, Who { user, device }: Who, mut socket: WebSocket) {
     let conn_id = uuid::Uuid::new_v4().to_string();
-    let (sender, mut messages) = mpsc::channel(SOCKET_QUEUE);
-    lock(&chat.sockets).insert((user, conn_id.clone()), sender);
-    let connection = Connection { user_id: user, conn_id: conn_id.clone(), ..Connection::default() };
-    let bound = chat.gateway.bind(connection).await;
-    if bound.is_ok_and(|bound| bound.result.unwrap_or_default().code() == pb::Code::Ok) {
-        loop {
-            tokio::select! {
-                message = messages.recv() => {
-                    let Some(Ok(text)) = message.map(|message| serde_json::to_string(&message)) else { break };
-                    if socket.send(Message::Text(text.into())).await.is_err() {
-                        break;
-                    }
-                }
-                read = socket.recv() => match read {
-                    Some(Ok(Message::Text(text))) => if let Ok(written) = serde_json::from_str(&text) {
-                        let answer = send(&chat.caller, user, written).await;
-                        if socket.send(Message::Text(answer.into())).await.is_err() {
-                            break;
-                        }
-                    },
-                    Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Binary(_))) => {}
-                    Some(Ok(Message::Close(_)) | Err(_)) | None => break,
-                },
+    let place = (user, conn_id.clone());
+    let (to_client, messages) = mpsc::channel(SOCKET_QUEUE);
+    let known = Socket { device: device.clone(), to_client, unacknowledged: HashMap::new() };
+    lock(&chat.sockets).insert(place.clone(), known);
+    if talk(&chat, &device, &place, messages, &mut socket).await == End::Elsewhere {
+        let frame = CloseFrame { code: CONNECTED_ELSEWHERE, reason: "connected elsewhere".into() };
+        let _ = socket.send(Message::Close(Some(frame))).await; // it may be gone
+    }
+    drop(socket);
+    lock(&chat.sockets).remove(&place);
+    let _ = chat.gateway.unbind(user, &device, &conn_id).await; // stopped: it is unbound with everybody
+}
+
+#[derive(PartialEq)]
+enum End {
+    Gone,
+    /// Another connection has the client's place, or there is none for it.
+    Elsewhere,
+}
+
+/// Until the client is gone. It may write before its bind is answered: the database may be away.
+async fn talk(
+    chat: &Arc<Chat>,
+    device: &str,
+    place: &Place,
+    mut messages: mpsc::Receiver<ToClient>,
+    socket: &mut WebSocket,
+) -> End {
+    let (user_id, device_id, conn_id) = (place.0, device.to_owned(), place.1.clone());
+    let mut binding = pin!(chat.gateway.bind(Connection { user_id, device_id, conn_id, ..Connection::default() }));
+    let (mut is_bound, mut is_heard, mut pings) = (false, true, interval(PING));
+    let (written, to_send) = mpsc::channel(SOCKET_QUEUE);
+    let (done, mut outcomes) = mpsc::channel(SOCKET_QUEUE);
+    tokio::spawn(send_all(chat.clone(), user_id, to_send, done));
+    loop {
+        let to_client = tokio::select! {
+            bound = &mut binding, if !is_bound => {
+                is_bound = bound.is_ok_and(|bound| bound.result.unwrap_or_default().code() == pb::Code::Ok);
+                if is_bound { continue } else { return End::Elsewhere }
             }
+            message = messages.recv() => match message.map(|message| serde_json::to_string(&message)) {
+                Some(Ok(text)) => Message::Text(text.into()),
+                Some(Err(_)) => continue, // a struct of numbers and texts is always written
+                None => return End::Elsewhere,
+            },
+            Some(outcome) = outcomes.recv() => match serde_json::to_string(&outcome) {
+                Ok(text) => Message::Text(text.into()),
+                Err(_) => continue,
+            },
+            _ = pings.tick() => {
+                if !std::mem::take(&mut is_heard) {
+                    return End::Gone;
+                }
+                Message::Ping(Vec::new().into())
+            }
+            read = socket.recv(), if written.capacity() > 0 => {
+                is_heard = true;
+                match read {
+                    Some(Ok(Message::Text(text))) => take(chat, device, place, &text, &written),
+                    Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Binary(_))) => {}
+                    Some(Ok(Message::Close(_)) | Err(_)) | None => return End::Gone,
+                }
+                continue;
+            }
+        };
+        if socket.send(to_client).await.is_err() {
+            return End::Gone;
         }
     }
-    lock(&chat.sockets).remove(&(user, conn_id.clone()));
-    let _ = chat.gateway.unbind(user, "", &conn_id).await; // stopped: it is unbound with everybody
 }
 
-/// Hands a message over, and says what came of it.
-async fn send(caller: &Caller, from: i64, written: Written) -> String {
-    let request = pb::DeliverReq {
-        user_id: written.to,
-        message: written.text,
-        message_type: format!("from-{from}"),
-        message_id: written.id.clone(),
-        ack_timeout_ms: ACK_TIMEOUT_MS,
-        store_offline: true,
-        ..Default::default()
-    };
-    let outcome = match caller.deliver(request).await {
-        Ok(answer) if answer.delivered => "delivered",
-        Ok(answer) if answer.stored => "stored",
-        Ok(_) | Err(_) => "not sent",
-    };
-    serde_json::json!({ "id": written.id, "outcome": outcome }).to_string()
+/// What a client says.
+fn take(chat: &Chat, device: &str, place: &Place, text: &str, written: &mpsc::Sender<FromClient>) {
+    match serde_json::from_str(text) {
+        Ok(FromClient::Got { got }) => {
+            let acker = lock(&chat.sockets).get_mut(place).and_then(|socket| socket.unacknowledged.remove(&got));
+            acker.iter().for_each(|acker| acker.taken(device));
+        }
+        Ok(message) => _ = written.try_send(message), // there was a place for it
+        Err(_) => {}                                  // it does not speak our language
+    }
 }
 
-fn lock(sockets: &Sockets) -> std::sync::MutexGuard<'_, HashMap<(i64, String), mpsc::Sender<ToClient>>> {
+/// Hands over what a client writes, one after the other, and says what came of it. Goes on when the client is gone.
+async fn send_all(chat: Arc<Chat>, from: i64, mut to_send: mpsc::Receiver<FromClient>, done: mpsc::Sender<ToClient>) {
+    while let Some(written) = to_send.recv().await {
+        let FromClient::Message { id, to, text } = written else { continue };
+        let request = pb::DeliverReq {
+            user_id: to,
+            message: serde_json::to_string(&Said { from, text }).unwrap_or_default(),
+            message_type: "chat".to_owned(),
+            message_id: id.clone(),
+            ack_timeout_ms: ACK_TIMEOUT_MS,
+            store_offline: true,
+            ..Default::default()
+        };
+        let outcome = match chat.caller.deliver(request).await {
+            Ok(answer) if answer.delivered => "delivered",
+            Ok(answer) if answer.stored => "stored",
+            Ok(_) | Err(_) => "not sent",
+        };
+        let _ = done.send(ToClient::Outcome { id, outcome }).await; // a client that is gone asks again
+    }
+}
+
+fn lock(sockets: &Sockets) -> MutexGuard<'_, BTreeMap<Place, Socket>> {
     sockets.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,8 +1,10 @@
-//! A client library for gateways ([`gateway`]) and for message services ([`caller`]). A plain user of the gRPC API: what it
-//! does, others can do in any language.
+//! A client library for gateways ([`gateway`]) and for message services ([`caller`]). A user of the gRPC API like any other:
+//! what it does can be done in any language.
 
 pub mod caller;
+mod connections;
 pub mod gateway;
+mod life;
 
 use std::time::Duration;
 
@@ -10,18 +12,24 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
 /// A connection to a node that is made when it is needed.
-fn channel(node: &str, timeout: Duration) -> Result<Channel, InvalidNode> {
-    let endpoint = Endpoint::from_shared(format!("http://{node}")).map_err(|_| InvalidNode(node.to_owned()))?;
-    Ok(endpoint.connect_timeout(timeout).tcp_nodelay(true).http2_keep_alive_interval(KEEPALIVE).connect_lazy())
+fn channel(node: &str, timeout: Duration) -> Result<Channel, InvalidAddress> {
+    let endpoint = Endpoint::from_shared(format!("http://{node}"));
+    let endpoint = endpoint.map_err(|_| InvalidAddress { of: "a node", address: node.to_owned() })?;
+    let endpoint = endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(KEEPALIVE_LIMIT);
+    Ok(endpoint.connect_timeout(timeout).tcp_nodelay(true).connect_lazy())
 }
 
-/// A node that is gone without a word is noticed after this and hyper's own time-out for the answer.
-const KEEPALIVE: Duration = Duration::from_secs(10);
+/// A node that is gone without a word is noticed after both.
+const KEEPALIVE: Duration = Duration::from_secs(5);
+const KEEPALIVE_LIMIT: Duration = Duration::from_secs(5);
 
-/// Not `host:port`.
+/// No address, or none that makes sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("a node must be host:port, not {0:?}")]
-pub struct InvalidNode(String);
+#[error("{of} must be host:port, not {address:?}")]
+pub struct InvalidAddress {
+    of: &'static str,
+    address: String,
+}
 
 /// So long, more or less: clients that lost the same node must not come back at the same instant.
 fn jittered(base: Duration) -> Duration {

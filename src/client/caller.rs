@@ -1,5 +1,8 @@
 //! For message services: query and deliver, on whichever node answers.
 
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -13,7 +16,7 @@ use tonic::Status;
 use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
-use crate::client::InvalidNode;
+use crate::client::InvalidAddress;
 use crate::client::channel;
 use crate::client::jittered;
 use crate::pb;
@@ -23,28 +26,38 @@ use crate::pb::presence_service_client::PresenceServiceClient;
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 /// Before another try, if the node did not say when.
 const RETRY_AFTER: Duration = Duration::from_millis(50);
+/// For so long a node that could not be reached is asked only if there is no better one: from, to. As many times what it took
+/// to find out, so that waiting for a silent node stays the exception.
+const AVOIDED_FOR: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
+const AVOIDED_TIMES: u32 = 4;
 
 /// Calls nodes in turn. A call that a node could not serve is made again, on the next one, as long as there is time.
 pub struct Caller {
-    nodes: Vec<PresenceServiceClient<Channel>>,
+    nodes: Vec<Node>,
     next: AtomicUsize,
     timeout: Duration,
 }
 
+struct Node {
+    client: PresenceServiceClient<Channel>,
+    avoided_until: Mutex<Instant>,
+}
+
 impl Caller {
-    /// `nodes`: `host:port` of each. `timeout`: of a call with all its retries. Connects when it is used.
+    /// `nodes`: `host:port` of each. `timeout`: of a call with all its retries; a node that says nothing is left for another
+    /// after half of it. Connects when it is used.
     ///
     /// # Errors
     /// An address makes no sense, or there is none.
-    pub fn new(nodes: &[&str], timeout: Duration) -> Result<Self, InvalidNode> {
+    pub fn new(nodes: &[&str], timeout: Duration) -> Result<Self, InvalidAddress> {
         if nodes.is_empty() {
-            return Err(InvalidNode(String::new()));
+            return Err(InvalidAddress { of: "a node", address: String::new() });
         }
-        let clients = nodes.iter().map(|node| {
-            let client = PresenceServiceClient::new(channel(node, timeout)?);
-            Ok(client.max_decoding_message_size(MAX_ANSWER_BYTES))
+        let nodes = nodes.iter().map(|node| {
+            let client = PresenceServiceClient::new(channel(node, timeout)?).max_decoding_message_size(MAX_ANSWER_BYTES);
+            Ok(Node { client, avoided_until: Mutex::new(Instant::now()) })
         });
-        Ok(Self { nodes: clients.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
+        Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
     }
 
     /// Where a user is.
@@ -52,63 +65,138 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn query(&self, request: pb::QueryRouteReq) -> Result<pb::QueryRouteResp, Status> {
-        self.call(&request, async |client, request| client.query_route(request).await).await
+        self.call(self.turn(), self.deadline(), &request, async |client, request| client.query_route(request).await).await
     }
 
-    /// Where many users are.
+    /// Where many users are. Who could not be looked up is asked for again; CODE_UNAVAILABLE if there was no time for it.
     ///
     /// # Errors
     /// What the last node tried said.
-    pub async fn query_many(&self, request: pb::BatchQueryRouteReq) -> Result<pb::BatchQueryRouteResp, Status> {
-        self.call(&request, async |client, request| client.batch_query_route(request).await).await
+    pub async fn query_many(&self, mut request: pb::BatchQueryRouteReq) -> Result<pb::BatchQueryRouteResp, Status> {
+        let deadline = self.deadline();
+        let call = async |client: &mut PresenceServiceClient<Channel>, request| client.batch_query_route(request).await;
+        let mut answer = self.call(self.turn(), deadline, &request, call).await?;
+        loop {
+            let missing = answer.users.iter().filter(|user| user.code() == pb::Code::Unavailable);
+            request.user_ids = missing.map(|user| user.user_id).collect();
+            if request.user_ids.is_empty() || !is_time_for_more(deadline).await {
+                return Ok(answer);
+            }
+            let Ok(again) = self.call(self.turn(), deadline, &request, call).await else { return Ok(answer) };
+            let found: HashMap<i64, pb::UserRoute> = again.users.into_iter().map(|user| (user.user_id, user)).collect();
+            let replace = |user: &mut pb::UserRoute| found.get(&user.user_id).map(|found| user.clone_from(found)).is_some();
+            answer.users.retain_mut(|user| user.code() != pb::Code::Unavailable || replace(user));
+        }
     }
 
-    /// Delivers a message. With a `message_id`, a retry is no second message for receivers that drop repeats.
+    /// Delivers a message. With a `message_id`, a retry is no second message for receivers that drop repeats. Messages for a
+    /// user go through the same node as long as that is there: those that are sent one after the other's answer keep their order.
     ///
     /// # Errors
     /// What the last node tried said.
     pub async fn deliver(&self, request: pb::DeliverReq) -> Result<pb::DeliverResp, Status> {
-        self.call(&request, async |client, request| client.deliver(request).await).await
+        let turn = usize::try_from(request.user_id).unwrap_or(0);
+        self.call(turn, self.deadline(), &request, async |client, request| client.deliver(request).await).await
     }
 
-    /// Delivers a message to many users.
+    /// Delivers a message to many users; again to those to whom it could not be done at once.
     ///
     /// # Errors
     /// What the last node tried said.
-    pub async fn deliver_many(&self, request: pb::BatchDeliverReq) -> Result<pb::BatchDeliverResp, Status> {
-        self.call(&request, async |client, request| client.batch_deliver(request).await).await
+    pub async fn deliver_many(&self, mut request: pb::BatchDeliverReq) -> Result<pb::BatchDeliverResp, Status> {
+        let deadline = self.deadline();
+        let call = async |client: &mut PresenceServiceClient<Channel>, request| client.batch_deliver(request).await;
+        let mut answer = self.call(self.turn(), deadline, &request, call).await?;
+        loop {
+            let missing = answer.users.iter().filter(|user| is_unavailable(user));
+            request.user_ids = missing.map(|user| user.user_id).collect();
+            if request.user_ids.is_empty() || !is_time_for_more(deadline).await {
+                return Ok(answer);
+            }
+            let Ok(again) = self.call(self.turn(), deadline, &request, call).await else { return Ok(answer) };
+            let done: HashMap<i64, pb::UserDelivery> = again.users.into_iter().map(|user| (user.user_id, user)).collect();
+            for user in answer.users.iter_mut().filter(|user| is_unavailable(user)) {
+                if let Some(done) = done.get(&user.user_id) {
+                    user.clone_from(done);
+                }
+            }
+        }
     }
 
+    fn turn(&self) -> usize {
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn deadline(&self) -> Instant {
+        Instant::now() + self.timeout
+    }
+
+    /// Calls the node whose turn it is, then others.
     async fn call<Q: Clone, A>(
         &self,
+        turn: usize,
+        deadline: Instant,
         request: &Q,
         call: impl AsyncFn(&mut PresenceServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Status> {
-        let began = Instant::now();
+        let mut tried = 0;
         loop {
-            let turn = self.next.fetch_add(1, Ordering::Relaxed);
-            let mut client = self.nodes[turn % self.nodes.len()].clone();
+            let node = self.node(turn.wrapping_add(tried));
+            tried += 1;
+            let began = Instant::now();
+            let left = deadline.saturating_duration_since(began);
             let mut attempt = Request::new(request.clone());
-            attempt.set_timeout(self.timeout.saturating_sub(began.elapsed()));
-            let status = match call(&mut client, attempt).await {
-                Ok(answer) => return Ok(answer.into_inner()),
+            attempt.set_timeout(if tried == 1 && self.nodes.len() > 1 { left / 2 } else { left });
+            let status = match call(&mut node.client.clone(), attempt).await {
+                Ok(answer) => {
+                    node.avoid_until(began);
+                    return Ok(answer.into_inner());
+                }
                 Err(status) => status,
             };
-            let pause = jittered(retry_after(&status));
-            if !is_worth_a_retry(&status) || began.elapsed() + pause >= self.timeout {
+            let broken = std::error::Error::source(&status).is_some(); // a node's own refusal has none
+            if broken {
+                let time = (AVOIDED_TIMES * began.elapsed()).clamp(AVOIDED_FOR.0, AVOIDED_FOR.1);
+                node.avoid_until(Instant::now() + time);
+            }
+            let pause = match status.get_details_retry_info().and_then(|info| info.retry_delay) {
+                Some(delay) => delay + jittered(RETRY_AFTER),
+                None if tried < self.nodes.len() => Duration::ZERO,
+                None => jittered(RETRY_AFTER),
+            };
+            let is_worth_a_retry = broken || matches!(status.code(), Code::Unavailable | Code::ResourceExhausted);
+            if !is_worth_a_retry || Instant::now() + pause >= deadline {
                 return Err(status);
             }
             sleep(pause).await;
         }
     }
+
+    /// The node with this turn, or the next one that was not out of reach lately.
+    fn node(&self, turn: usize) -> &Node {
+        let (first, count, now) = (turn % self.nodes.len(), self.nodes.len(), Instant::now());
+        let from_turn = (first..first + count).map(|n| &self.nodes[n % count]);
+        from_turn.min_by_key(|node| node.avoided_until().max(now)).unwrap_or(&self.nodes[first])
+    }
 }
 
-/// The node could not, another one or a later moment may; or the connection broke.
-fn is_worth_a_retry(status: &Status) -> bool {
-    let broken = std::error::Error::source(status).is_some_and(|cause| cause.is::<tonic::transport::Error>());
-    broken || matches!(status.code(), Code::Unavailable | Code::ResourceExhausted)
+impl Node {
+    fn avoid_until(&self, until: Instant) {
+        *self.avoided_until.lock().unwrap_or_else(PoisonError::into_inner) = until;
+    }
+
+    fn avoided_until(&self) -> Instant {
+        *self.avoided_until.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
-fn retry_after(status: &Status) -> Duration {
-    status.get_details_retry_info().and_then(|info| info.retry_delay).unwrap_or(RETRY_AFTER)
+/// Waits a moment. False: that would be too long.
+async fn is_time_for_more(deadline: Instant) -> bool {
+    let pause = jittered(RETRY_AFTER);
+    sleep(pause.min(deadline.saturating_duration_since(Instant::now()))).await;
+    Instant::now() < deadline
+}
+
+fn is_unavailable(user: &pb::UserDelivery) -> bool {
+    user.result.as_ref().is_some_and(|result| result.code() == pb::Code::Unavailable)
 }

@@ -3,6 +3,7 @@
 mod acks;
 mod bad_input;
 mod bind;
+mod client;
 mod container;
 mod contention;
 mod crash;
@@ -23,3 +24,4 @@ mod stale_reads;
 mod streams;
 mod tidy;
 mod two_nodes;
+mod ws_gateways;

@@ -166,7 +166,7 @@ impl Log {
                 }
                 lock(&self.deliveries).push(delivery);
             }
-            Event::Kick(kick) => lock(&self.kicks).push(kick),
+            Event::Kick(_, kick) => lock(&self.kicks).push(kick),
             Event::Attached { epoch } => lock(&self.epochs).push(epoch),
             Event::Detached(status) => lock(&self.detached).push(format!("{status:?}")),
             Event::Lost(connection, answer) => panic!("not bound again: {connection:?}, {answer:?}"),

@@ -1,0 +1,138 @@
+//! Who is connected to a gateway: what a new life of it binds again, and which connection a kick means.
+
+use std::collections::BTreeMap;
+use std::time::Instant;
+
+use crate::client::gateway::Connection;
+use crate::client::gateway::request;
+use crate::pb;
+
+/// User, device, connection.
+type Place = (i64, String, String);
+
+struct Held {
+    connection: Connection,
+    since: Instant,
+    /// Empty: no node has said that it is bound.
+    route_key: String,
+}
+
+#[derive(Default)]
+pub struct Connections {
+    held: BTreeMap<Place, Held>,
+    /// Kicks that have overtaken the answer to their bind.
+    early: Vec<pb::Kick>,
+}
+
+impl Connections {
+    pub fn len(&self) -> usize {
+        self.held.len()
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Connection> {
+        self.held.values().map(|held| &held.connection)
+    }
+
+    pub fn insert(&mut self, connection: &Connection) {
+        let held = Held { connection: connection.clone(), since: Instant::now(), route_key: String::new() };
+        self.held.insert(place(connection), held);
+    }
+
+    /// What to say of a connection. None: it has ended.
+    pub fn bind_request(&self, connection: &Connection) -> Option<pb::BindRouteReq> {
+        self.held.get(&place(connection)).map(|held| request(&held.connection, held.since))
+    }
+
+    /// A node has bound it. Returns the kick that was there before.
+    pub fn bound(&mut self, connection: &Connection, route_key: &str) -> Option<pb::Kick> {
+        self.held.get_mut(&place(connection))?.route_key = route_key.to_owned();
+        let early = self.early.iter().position(|kick| kick.route_key == route_key)?;
+        Some(self.early.swap_remove(early))
+    }
+
+    pub fn refused(&mut self, connection: &Connection) {
+        self.held.remove(&place(connection));
+    }
+
+    /// It has ended. True: its bind was not answered, and may still be carried out.
+    pub fn ended(&mut self, user_id: i64, device_id: &str, conn_id: &str) -> bool {
+        let held = self.held.remove(&(user_id, device_id.to_owned(), conn_id.to_owned()));
+        held.is_some_and(|held| held.route_key.is_empty())
+    }
+
+    /// Which connection is to be closed. None: it has ended, or that was said before.
+    pub fn kicked(&mut self, kick: &pb::Kick) -> Option<Connection> {
+        let first = (kick.user_id, kick.device_id.clone(), String::new());
+        let is_of_device = |held: &Connection| held.user_id == kick.user_id && held.device_id == kick.device_id;
+        let of_device = self.held.range(first..).map(|(_, held)| held).take_while(|held| is_of_device(&held.connection));
+        let (mut meant, mut unanswered) = (None, false);
+        for held in of_device {
+            unanswered |= held.route_key.is_empty();
+            if held.route_key == kick.route_key {
+                meant = Some(held.connection.clone());
+            }
+        }
+        match &meant {
+            Some(connection) => _ = self.held.remove(&place(connection)),
+            None if unanswered => self.early.push(kick.clone()),
+            None => {}
+        }
+        meant
+    }
+
+    /// A new stream: what was not answered is asked again.
+    pub fn forget_early_kicks(&mut self) {
+        self.early.clear();
+    }
+}
+
+fn place(connection: &Connection) -> Place {
+    (connection.user_id, connection.device_id.clone(), connection.conn_id.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of_alice(conn_id: &str) -> Connection {
+        Connection { user_id: 1, device_id: "phone".to_owned(), conn_id: conn_id.to_owned(), ..Connection::default() }
+    }
+
+    fn kick(route_key: &str) -> pb::Kick {
+        let (device_id, route_key) = ("phone".to_owned(), route_key.to_owned());
+        pb::Kick { user_id: 1, device_id, route_key, ..Default::default() }
+    }
+
+    #[test]
+    fn a_kick_means_the_connection_whose_bind_it_names_and_once() {
+        let mut connections = Connections::default();
+        for conn in ["a", "b"] {
+            connections.insert(&of_alice(conn));
+            assert_eq!(connections.bound(&of_alice(conn), conn), None);
+        }
+        assert_eq!(connections.kicked(&kick("a")), Some(of_alice("a")));
+        assert_eq!(connections.kicked(&kick("a")), None);
+        assert_eq!(connections.all().collect::<Vec<_>>(), [&of_alice("b")]);
+    }
+
+    #[test]
+    fn a_kick_that_overtakes_the_answer_to_its_bind_waits_for_it() {
+        let mut connections = Connections::default();
+        connections.insert(&of_alice("a"));
+        assert_eq!(connections.kicked(&kick("key")), None);
+        let waited = connections.bound(&of_alice("a"), "key").expect("it waited");
+        assert_eq!(connections.kicked(&waited), Some(of_alice("a")));
+    }
+
+    #[test]
+    fn only_a_connection_whose_bind_was_not_answered_may_still_be_bound() {
+        let mut connections = Connections::default();
+        connections.insert(&of_alice("a"));
+        connections.insert(&of_alice("b"));
+        connections.bound(&of_alice("b"), "key");
+        assert!(connections.ended(1, "phone", "a"));
+        assert!(!connections.ended(1, "phone", "b"));
+        assert!(!connections.ended(1, "phone", "b"), "it has ended before");
+        assert_eq!(connections.bind_request(&of_alice("b")), None);
+    }
+}
