@@ -15,6 +15,7 @@ use crate::engine::gateways::Terms;
 use crate::engine::streams::Attached;
 use crate::engine::streams::Streams;
 use crate::error::Error;
+use crate::store::codec::KickedRoute;
 
 /// Who ended a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,7 +59,8 @@ impl Attaching {
 
     /// A stream has ended. If the gateway has a newer one, anywhere, nothing else happens.
     pub async fn detach(&self, epoch: Epoch, no: u64, end: End) {
-        self.streams.detach(epoch, no);
+        let lost = self.streams.detach(epoch, no).into_iter().map(|kick| KickedRoute::of(kick, epoch));
+        self.gateways.outside.kicks.lost(lost);
         debug!(gateway.epoch = epoch.0, ?end, "a gateway's stream has ended");
         let grace = (end == End::Theirs).then_some(self.grace);
         let _ = self.gateways.detach(epoch, no, grace).await; // if it cannot be noted, its lease ends by itself
