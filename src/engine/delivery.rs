@@ -176,6 +176,12 @@ struct Targets {
     has_stored: bool,
 }
 
+/// Messages that gateways have, as far as they took them, and why a channel could not be reached.
+struct HandedOut<'a> {
+    parcels: Vec<(Parcel<'a>, Targets, Option<Error>)>,
+    at: Instant,
+}
+
 impl Deliveries {
     #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
     pub fn new(
@@ -288,7 +294,7 @@ impl Deliveries {
                 .into_iter()
                 .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
             to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
-            let tried = self.hand_out(live, deadline).await;
+            let tried = self.answers(self.hand_out(live, deadline).await, deadline).await;
             parcels = Vec::new();
             let pause = if past_caches { self.settings.retry_interval } else { Duration::ZERO };
             let last = past_caches && attempts > self.settings.max_retries || Instant::now() + pause >= deadline;
@@ -341,9 +347,10 @@ impl Deliveries {
         }
     }
 
-    /// Brings stored messages to a user's devices, in their order.
+    /// Brings stored messages to a user's devices, in their order. Messages that come meanwhile wait until these are handed
+    /// out, not for the devices: what is not acknowledged stays in the inbox, and what can be stored queues up behind it there.
     pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: &[StoredMessage]) -> Pushed {
-        let _place = self.queues.get_with(user, Arc::default).lock_owned().await;
+        let place = self.queues.get_with(user, Arc::default).lock_owned().await;
         let mut live = Vec::with_capacity(window.len());
         for stored in window {
             let mut message = Message::stored(stored.message.clone());
@@ -356,7 +363,10 @@ impl Deliveries {
                 live.push((parcel, targets));
             }
         }
-        let tried = self.hand_out(live, Instant::now() + STORED_ACK_TIMEOUT).await;
+        let deadline = Instant::now() + STORED_ACK_TIMEOUT;
+        let handed_out = self.hand_out(live, deadline).await;
+        drop(place);
+        let tried = self.answers(handed_out, deadline).await;
         let mut pushed = Pushed::default();
         for (parcel, ..) in tried.into_iter().filter(|(.., result)| *result == Ok(Outcome::Delivered)) {
             pushed.done.push(parcel.inbox_seq);
@@ -387,13 +397,8 @@ impl Deliveries {
         live
     }
 
-    /// Hands messages to every gateway concerned, in their order, and waits for devices if that is asked for. Says of each
-    /// also whether none of its gateways has been heard lately.
-    async fn hand_out<'a>(
-        &'a self,
-        mut live: Vec<(Parcel<'a>, Targets)>,
-        deadline: Instant,
-    ) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
+    /// Hands messages to every gateway concerned, in their order.
+    async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
             let devices = targets.routes.keys().cloned().collect();
@@ -404,14 +409,23 @@ impl Deliveries {
         }
         let (streams, channels) = tokio::join!(self.down_streams(&live), self.on_channels(&live, deadline));
         self.metrics.delivery_stage("handed", began.elapsed());
-        let handed = Instant::now();
-        let mut tried = Vec::with_capacity(live.len());
-        for ((mut parcel, targets), (taken, received)) in live.into_iter().zip(streams.into_iter().zip(channels)) {
+        let received = streams.into_iter().zip(channels);
+        let parcels = live.into_iter().zip(received).map(|((mut parcel, targets), (taken, received))| {
             parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
-            let result = match (received, parcel.report.receivers) {
-                (Err(error), 0) => Err(error),
-                (_, 0) => Ok(Outcome::Undelivered),
-                _ => Ok(self.acknowledged(&mut parcel, &targets, handed, deadline).await),
+            (parcel, targets, received.err())
+        });
+        HandedOut { parcels: parcels.collect(), at: Instant::now() }
+    }
+
+    /// Waits for devices, where that is asked for. Says of each message also whether none of its gateways has been heard
+    /// lately.
+    async fn answers<'a>(&self, out: HandedOut<'a>, deadline: Instant) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
+        let mut tried = Vec::with_capacity(out.parcels.len());
+        for (mut parcel, targets, error) in out.parcels {
+            let result = match (error, parcel.report.receivers) {
+                (Some(error), 0) => Err(error),
+                (None, 0) => Ok(Outcome::Undelivered),
+                _ => Ok(self.acknowledged(&mut parcel, &targets, out.at, deadline).await),
             };
             tried.push((parcel, targets.all_suspect, result));
         }
