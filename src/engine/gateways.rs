@@ -221,13 +221,7 @@ impl Gateways {
     pub async fn purge(self: &Arc<Self>, epochs: Vec<Epoch>) -> Result<usize, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
-            Box::pin(async move {
-                let mut ended = 0;
-                for epochs in epochs.chunks(ENDED_AT_ONCE) {
-                    ended += this.end(connection, epochs, Ending::Said(EndReason::Operator)).await?;
-                }
-                Ok(ended)
-            })
+            Box::pin(async move { this.end(connection, &epochs, Ending::Said(EndReason::Operator)).await })
         })
         .await
     }
@@ -244,12 +238,8 @@ impl Gateways {
                 }
                 connection.set_hold(Duration::ZERO, this.terms.lease, "").await?;
                 let lives = connection.read_lives(Duration::ZERO).await?.into_iter();
-                let over = lives.filter(|life| life.is_managed() && life.is_alive() && life.lease_until < now);
-                let mut ended = 0;
-                for epochs in over.map(|life| life.epoch).collect::<Vec<_>>().chunks(ENDED_AT_ONCE) {
-                    ended += this.end(connection, epochs, Ending::Confirmed).await?;
-                }
-                Ok(Some(ended))
+                let over: Vec<Epoch> = lives.filter(|life| life.is_lapsed(now)).map(|life| life.epoch).collect();
+                this.end(connection, &over, Ending::Confirmed).await.map(Some)
             })
         })
         .await
@@ -263,9 +253,13 @@ impl Gateways {
 
     /// Ends those of `epochs` for which `ending` holds, and tells everybody. Returns how many.
     pub(super) async fn end(&self, connection: &mut Connection, epochs: &[Epoch], ending: Ending) -> Result<usize, SqlError> {
-        let Some(ended) = connection.end_lives(&self.node_id, epochs, ending).await? else { return Ok(0) };
-        let count = ended.lives.len();
-        self.tell(connection, ended).await?;
+        let mut count = 0;
+        for epochs in epochs.chunks(ENDED_AT_ONCE) {
+            if let Some(ended) = connection.end_lives(&self.node_id, epochs, ending).await? {
+                count += ended.lives.len();
+                self.tell(connection, ended).await?;
+            }
+        }
         Ok(count)
     }
 

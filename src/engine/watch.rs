@@ -38,8 +38,6 @@ const AFTER_LEASE: Duration = Duration::from_millis(3);
 const JUST_ENDED: Duration = Duration::from_millis(20);
 /// A node that has not said for this long that it is there is not missed on the bus.
 const NODE_TERM: Duration = Duration::from_secs(3);
-/// Lives that one statement declares dead.
-const DEATHS_AT_ONCE: usize = 256;
 
 pub struct Watch {
     database: Arc<Database>,
@@ -176,13 +174,9 @@ impl Watch {
 
     /// Declares dead whose lease is over.
     async fn bury(&mut self, connection: &mut Connection, lives: &[Arc<Life>], now: Timestamp) -> Result<(), SqlError> {
-        let over = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && life.lease_until < now;
-        let mut epochs: Vec<Epoch> = lives.iter().filter(over).map(|life| life.epoch).collect();
+        let mut epochs: Vec<Epoch> = lives.iter().filter(|life| life.is_lapsed(now)).map(|life| life.epoch).collect();
         epochs.sort_unstable();
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
-        for epochs in epochs.chunks(DEATHS_AT_ONCE) {
-            self.gateways.end(connection, epochs, ending).await?;
-        }
-        Ok(())
+        self.gateways.end(connection, &epochs, ending).await.map(|_| ())
     }
 }
