@@ -47,11 +47,7 @@ impl GatewayService for Leases {
         request: Request<pb::RegisterGatewayReq>,
     ) -> Result<Response<pb::RegisterGatewayResp>, Status> {
         let (profile, epoch) = convert::registration(request.into_inner()).map_err(|error| status(&error))?;
-        let epoch = match epoch {
-            None => Ok(self.gateways.register(profile).await.map_err(|error| status(&error))?.epoch),
-            Some(epoch) => self.gateways.resume(profile, epoch).await.map_err(|error| status(&error))?.map(|()| epoch),
-        };
-        Ok(Response::new(match epoch {
+        Ok(Response::new(match self.gateways.enter(profile, epoch).await.map_err(|error| status(&error))? {
             Ok(epoch) => convert::welcome(epoch, &self.gateways.terms),
             Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
         }))

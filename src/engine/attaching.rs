@@ -41,12 +41,9 @@ impl Attaching {
     /// Begins a life of a gateway, or goes on with the one it claims, with a stream to this node.
     pub async fn attach(&self, profile: Profile, epoch: Option<Epoch>) -> Result<Result<(Arc<Life>, Attached), Fence>, Error> {
         let gateway = profile.gateway.clone();
-        let epoch = match epoch {
-            None => self.gateways.register(profile).await?.epoch,
-            Some(epoch) => match self.gateways.resume(profile, epoch).await? {
-                Ok(()) => epoch,
-                Err(fence) => return Ok(Err(fence)),
-            },
+        let epoch = match self.gateways.enter(profile, epoch).await? {
+            Ok(epoch) => epoch,
+            Err(fence) => return Ok(Err(fence)),
         };
         let life = match self.gateways.attach(gateway.clone(), epoch).await? {
             Ok(life) => life,

@@ -114,11 +114,19 @@ impl Gateways {
         Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, runtime, shown })
     }
 
+    /// Begins a life of a gateway, or goes on with the one it claims.
+    pub async fn enter(self: &Arc<Self>, profile: Profile, claimed: Option<Epoch>) -> Result<Result<Epoch, Fence>, Error> {
+        match claimed {
+            None => Ok(Ok(self.register(profile).await?.epoch)),
+            Some(epoch) => Ok(self.resume(profile, epoch).await?.map(|()| epoch)),
+        }
+    }
+
     /// Begins a life of a gateway; whatever life its address had is over.
     ///
     /// # Errors
     /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
-    pub async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
+    async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
         let this = self.clone();
         self.change(move |connection, caller| {
             Box::pin(async move {
@@ -143,7 +151,7 @@ impl Gateways {
     }
 
     /// Goes on with a life, on this node.
-    pub async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
+    async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
             Box::pin(async move {
