@@ -14,7 +14,6 @@ use tonic::codegen::BoxStream;
 use crate::api::attach::OUTGOING;
 use crate::api::attach::Stream;
 use crate::api::attach::Tools;
-use crate::api::attach::take_acks;
 use crate::api::convert;
 use crate::api::status::status;
 use crate::domain::id::DeviceId;
@@ -84,7 +83,7 @@ impl GatewayService for Leases {
         let acks = request.into_inner().acks;
         convert::batch_size("acks", acks.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
         let acks = acks.iter().map(convert::ack).collect::<Result<_, _>>().map_err(|error| status(&error))?;
-        take_acks(&self.stream_tools.acks, &self.stream_tools.peers, acks);
+        self.stream_tools.peers.take_acks(&self.stream_tools.acks, acks);
         Ok(Response::new(pb::AckDeliveryResp { result: convert::result(pb::Code::Ok, "") }))
     }
 
