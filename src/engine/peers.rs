@@ -62,6 +62,11 @@ impl Peers {
         self.nodes.store(nodes);
     }
 
+    /// Whether a node that is there has this address.
+    pub fn has(&self, addr: &str) -> bool {
+        self.nodes.load().values().any(|known| **known == *addr)
+    }
+
     /// A node has said where it is.
     pub fn learn(&self, id: &str, addr: &str) {
         if !self.nodes.load().contains_key(id) {
