@@ -28,6 +28,9 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 
 const REPEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// A node that shows nothing to anybody takes up what others left behind only after this time: they come first, if there are
+/// any who do.
+pub(super) const NOTHING_TO_SHOW_AGE: Duration = Duration::from_secs(60);
 const MAX_REPEATS: u32 = 10;
 /// Kicks that wait to be repeated; further ones are given up.
 const QUEUE: usize = 10_000;
@@ -95,8 +98,11 @@ impl Kicks {
         if kicks.is_empty() {
             return Ok(());
         }
+        // Without a queue the others, too, show nothing to anybody, and are in no hurry.
+        let age = if self.outlets.bus.is_none() { NOTHING_TO_SHOW_AGE } else { Duration::ZERO };
         let mut connection = self.database.connect(Purpose::General).await?;
-        connection.add_outbox(&self.outlets.node_id, &OutboxBody { kicks, ..OutboxBody::default() }).await.map(|_| ())
+        let body = OutboxBody { kicks, ..OutboxBody::default() };
+        connection.add_aged_outbox(&self.outlets.node_id, &body, age).await.map(|_| ())
     }
 
     async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), NotTold> {

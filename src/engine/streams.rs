@@ -49,12 +49,12 @@ struct Stream {
     orders: mpsc::Sender<Order>,
     /// Tells the stream that a newer one has taken its place.
     replaced: CancellationToken,
-    kicks: Kicks,
+    kicks: TakenKicks,
 }
 
 /// Kicks that a stream took lately, the oldest first; no more than its queue holds.
 #[derive(Default)]
-struct Kicks(VecDeque<(Instant, KickOrder)>);
+struct TakenKicks(VecDeque<(Instant, KickOrder)>);
 
 pub struct Streams {
     streams: Mutex<HashMap<Epoch, Stream>>,
@@ -84,7 +84,7 @@ impl Streams {
                 streams.insert(epoch, newer);
             }
             older => {
-                let mut stream = Stream { no, orders, replaced: replaced.clone(), kicks: Kicks::default() };
+                let mut stream = Stream { no, orders, replaced: replaced.clone(), kicks: TakenKicks::default() };
                 if let Some(older) = older {
                     older.replaced.cancel();
                     for kick in older.kicks.younger_than(self.lease) {
@@ -147,7 +147,7 @@ impl Streams {
     }
 }
 
-impl Kicks {
+impl TakenKicks {
     fn note(&mut self, kick: &KickOrder, lease: Duration) {
         let is_old = |(when, _): &(Instant, KickOrder)| when.elapsed() > lease;
         while self.0.len() >= STREAM_QUEUE || self.0.front().is_some_and(is_old) {

@@ -96,19 +96,20 @@ async fn a_kick_between_two_streams_waits_for_the_second_also_without_redis() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kicks_that_streams_of_a_stopping_node_have_lost_are_told_by_another() {
-    let mut cluster = Cluster::with_redis(2, &[]).await;
-    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
-    let (mut lost, epoch) = RawStream::attach(one, GATEWAY, 0).await;
-    let mut bound = Vec::new();
-    for (user, through) in [(ALICE, one), (BOB, two)] {
-        bound.push(lost.bind(user, PHONE, "c").await.route_key);
-        moves(user, through).await;
+    for mut cluster in [Cluster::mariadb(2, &[]).await, Cluster::with_redis(2, &[]).await] {
+        let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+        let (mut lost, epoch) = RawStream::attach(one, GATEWAY, 0).await;
+        let mut bound = Vec::new();
+        for (user, through) in [(ALICE, one), (BOB, two)] {
+            bound.push(lost.bind(user, PHONE, "c").await.route_key);
+            moves(user, through).await;
+        }
+        all_are_told(&cluster).await;
+        one.terminate();
+        assert!(cluster.nodes[0].ended().await.success());
+        let (mut next, again) = RawStream::attach(&cluster.nodes[1], GATEWAY, epoch).await;
+        let mut told = [next.kick().await.route_key, next.kick().await.route_key];
+        told.sort_unstable();
+        assert_eq!((again, told.to_vec()), (epoch, bound));
     }
-    all_are_told(&cluster).await;
-    one.terminate();
-    assert!(cluster.nodes[0].ended().await.success());
-    let (mut next, again) = RawStream::attach(&cluster.nodes[1], GATEWAY, epoch).await;
-    let mut told = [next.kick().await.route_key, next.kick().await.route_key];
-    told.sort_unstable();
-    assert_eq!((again, told.to_vec()), (epoch, bound));
 }
