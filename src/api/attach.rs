@@ -255,7 +255,7 @@ type Place<'a> = mpsc::Permit<'a, Result<pb::NodeFrame, Status>>;
 /// The next order, once there is a place for it. None: the gateway is gone.
 async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(Place<'a>, Order)> {
     let (place, attached) = (out.reserve().await.ok()?, attached?);
-    let order = attached.orders.recv().await?;
+    let order = attached.next().await?;
     Some((place, order))
 }
 

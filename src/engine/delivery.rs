@@ -18,6 +18,7 @@ use tokio::sync::Mutex;
 use tokio::sync::OwnedMutexGuard;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
+use tokio::time::timeout;
 use tokio::time::timeout_at;
 
 use crate::domain::id::DeviceId;
@@ -139,17 +140,21 @@ pub struct Deliveries {
     outcomes: moka::sync::Cache<(UserId, String), Remembered>,
     /// Held while a message for this user is on its way.
     queues: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
+    /// Held while this user's inbox is being emptied.
+    drains: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
     /// Routes of which their gateway has said once that the device is not there.
     refused: moka::sync::Cache<(UserId, Version), ()>,
 }
 
 /// What came of stored messages that were brought to a user's devices.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pushed {
     /// Those that were acknowledged; on channels without envelopes, where nobody can acknowledge, that were received.
     pub done: Vec<u64>,
     /// Who acknowledged any of them.
     pub acked: BTreeSet<DeviceId>,
+    /// Dropped when those that are done have been removed.
+    _drain: OwnedMutexGuard<()>,
 }
 
 /// One user's part of a delivery, through all attempts.
@@ -195,9 +200,10 @@ impl Deliveries {
     ) -> Arc<Self> {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
         let queues = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
+        let drains = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
         let refused = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_live(QUEUED_FOR).build();
         let under_way = Semaphore::new(UNDER_WAY as usize);
-        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, refused })
+        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, drains, refused })
     }
 
     /// Whether messages can be addressed to single devices: on the channels only in an envelope.
@@ -227,6 +233,9 @@ impl Deliveries {
         distinct.dedup();
         let (mut done, mut turns) = self.take_turns(&distinct, message).await;
         distinct.retain(|user| !done.contains_key(user));
+        if message.store.is_some() {
+            self.let_drain(&distinct, deadline).await;
+        }
         let _place = self.queue_up(&distinct, deadline).await?;
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         for (user, turn) in &mut turns {
@@ -272,6 +281,16 @@ impl Deliveries {
         let [user] = users else { return Ok(None) };
         let place = timeout_at(deadline.into(), self.queues.get_with(*user, Arc::default).lock_owned()).await;
         place.map(Some).map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))
+    }
+
+    /// What can be stored does not queue up in an inbox, perhaps a full one, that is empty in a moment. But half of the time
+    /// is left for storing it.
+    async fn let_drain(&self, users: &[UserId], deadline: Instant) {
+        if let [user] = users
+            && let Some(drain) = self.drains.get(user)
+        {
+            let _ = timeout(deadline.saturating_duration_since(Instant::now()) / 2, drain.lock()).await;
+        }
     }
 
     async fn attempt(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
@@ -348,8 +367,10 @@ impl Deliveries {
     }
 
     /// Brings stored messages to a user's devices, in their order. Messages that come meanwhile wait until these are handed
-    /// out, not for the devices: what is not acknowledged stays in the inbox, and what can be stored queues up behind it there.
+    /// out, not for the devices: what is not acknowledged stays in the inbox, and what can be stored queues up behind it there
+    /// if its deadline is short.
     pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: &[StoredMessage]) -> Pushed {
+        let drain = self.drains.get_with(user, Arc::default).lock_owned().await;
         let place = self.queues.get_with(user, Arc::default).lock_owned().await;
         let mut live = Vec::with_capacity(window.len());
         for stored in window {
@@ -367,7 +388,7 @@ impl Deliveries {
         let handed_out = self.hand_out(live, deadline).await;
         drop(place);
         let tried = self.answers(handed_out, deadline).await;
-        let mut pushed = Pushed::default();
+        let mut pushed = Pushed { done: Vec::new(), acked: BTreeSet::new(), _drain: drain };
         for (parcel, ..) in tried.into_iter().filter(|(.., result)| *result == Ok(Outcome::Delivered)) {
             pushed.done.push(parcel.inbox_seq);
             pushed.acked.extend(parcel.report.acked);

@@ -2,8 +2,8 @@
 //! queue full, and what does not fit is not taken; other gateways are not delayed by it.
 //!
 //! Nobody acknowledges a kick, and what is written to a broken stream arrives nowhere. But a gateway whose heartbeats are not
-//! answered leaves its stream within a lease, so what a stream took earlier than that before its end has arrived. The kicks it
-//! took later go to the stream that takes its place, or back to whoever ends it, to be told again.
+//! answered leaves its stream within a lease, so what was written earlier than that before its end has arrived. The kicks that
+//! were written later, or not at all, go to the stream that takes its place, or back to whoever ends it, to be told again.
 
 use std::collections::HashMap;
 use std::collections::VecDeque;
@@ -49,12 +49,12 @@ struct Stream {
     orders: mpsc::Sender<Order>,
     /// Tells the stream that a newer one has taken its place.
     replaced: CancellationToken,
-    kicks: TakenKicks,
+    kicks: Arc<Mutex<TakenKicks>>,
 }
 
-/// Kicks that a stream took lately, the oldest first; no more than its queue holds.
+/// Kicks that a stream took lately, the oldest first, with the time when they were written; no more than its queue holds.
 #[derive(Default)]
-struct TakenKicks(VecDeque<(Instant, KickOrder)>);
+struct TakenKicks(VecDeque<(Option<Instant>, KickOrder)>);
 
 pub struct Streams {
     streams: Mutex<HashMap<Epoch, Stream>>,
@@ -64,7 +64,8 @@ pub struct Streams {
 
 /// A stream's own end.
 pub struct Attached {
-    pub orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Order>,
+    kicks: Arc<Mutex<TakenKicks>>,
     pub replaced: CancellationToken,
 }
 
@@ -76,27 +77,23 @@ impl Streams {
     /// Takes stream number `no` of a life in. An older one of the same life is ended; what it may have lost comes first.
     pub fn attach(&self, epoch: Epoch, no: u64) -> Attached {
         let (orders, receiver) = mpsc::channel(STREAM_QUEUE);
-        let replaced = CancellationToken::new();
+        let (replaced, kicks) = (CancellationToken::new(), Arc::<Mutex<TakenKicks>>::default());
+        let stream = Stream { no, orders, replaced: replaced.clone(), kicks: kicks.clone() };
         let mut streams = self.lock();
-        match streams.remove(&epoch) {
-            Some(newer) if newer.no > no => {
-                replaced.cancel();
-                streams.insert(epoch, newer);
-            }
+        match streams.get(&epoch) {
+            Some(newer) if newer.no > no => replaced.cancel(),
             older => {
-                let mut stream = Stream { no, orders, replaced: replaced.clone(), kicks: TakenKicks::default() };
                 if let Some(older) = older {
                     older.replaced.cancel();
-                    for kick in older.kicks.younger_than(self.lease) {
-                        stream.kicks.note(&kick, self.lease);
-                        let _ = stream.orders.try_send(Order::Kick(kick)); // no more than fit into a queue
+                    for kick in older.may_have_lost(self.lease) {
+                        let _ = stream.take(kick, self.lease); // no more than fit into a queue
                     }
                 }
                 streams.insert(epoch, stream);
             }
         }
         self.metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
-        Attached { orders: receiver, replaced }
+        Attached { orders: receiver, kicks, replaced }
     }
 
     /// Forgets stream number `no` of a life. Returns the kicks that it may have lost, unless a newer stream has them.
@@ -104,7 +101,7 @@ impl Streams {
         let mut streams = self.lock();
         let ended = if streams.get(&epoch).is_some_and(|stream| stream.no == no) { streams.remove(&epoch) } else { None };
         self.metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
-        ended.map(|stream| stream.kicks.younger_than(self.lease).collect()).unwrap_or_default()
+        ended.map(|stream| stream.may_have_lost(self.lease)).unwrap_or_default()
     }
 
     /// Ends every stream that `is_current` does not know as its life's newest.
@@ -118,16 +115,17 @@ impl Streams {
 
     /// Hands an order to the stream of a life.
     pub fn hand(&self, epoch: Epoch, order: Order) -> Handed {
-        let orders = match self.lock().get_mut(&epoch) {
-            Some(stream) if !stream.replaced.is_cancelled() => {
-                if let Order::Kick(kick) = &order {
-                    stream.kicks.note(kick, self.lease);
-                }
-                stream.orders.clone()
+        let streams = self.lock();
+        let Some(stream) = streams.get(&epoch).filter(|stream| !stream.replaced.is_cancelled()) else { return Handed::NotHere };
+        let taken = match order {
+            Order::Kick(kick) => stream.take(kick, self.lease), // before anybody can end the stream
+            delivery => {
+                let orders = stream.orders.clone();
+                drop(streams);
+                orders.try_send(delivery)
             }
-            _ => return Handed::NotHere,
         };
-        match orders.try_send(order) {
+        match taken {
             Ok(()) => Handed::Taken,
             Err(TrySendError::Full(_)) => {
                 self.metrics.shed("stream");
@@ -147,18 +145,52 @@ impl Streams {
     }
 }
 
-impl TakenKicks {
-    fn note(&mut self, kick: &KickOrder, lease: Duration) {
-        let is_old = |(when, _): &(Instant, KickOrder)| when.elapsed() > lease;
-        while self.0.len() >= STREAM_QUEUE || self.0.front().is_some_and(is_old) {
-            self.0.pop_front();
-        }
-        self.0.push_back((Instant::now(), kick.clone()));
+impl Stream {
+    fn take(&self, kick: KickOrder, lease: Duration) -> Result<(), TrySendError<Order>> {
+        let mut kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner); // noted before it can be written
+        self.orders.try_send(Order::Kick(kick.clone()))?;
+        kicks.note(kick, lease);
+        Ok(())
     }
 
-    fn younger_than(self, lease: Duration) -> impl Iterator<Item = KickOrder> {
-        self.0.into_iter().filter(move |(when, _)| when.elapsed() <= lease).map(|(_, kick)| kick)
+    fn may_have_lost(&self, lease: Duration) -> Vec<KickOrder> {
+        self.kicks.lock().unwrap_or_else(PoisonError::into_inner).may_have_been_lost(lease)
     }
+}
+
+impl Attached {
+    /// The next order, for a caller who writes it at once.
+    pub async fn next(&mut self) -> Option<Order> {
+        let order = self.orders.recv().await?;
+        if let Order::Kick(_) = order {
+            self.kicks.lock().unwrap_or_else(PoisonError::into_inner).next_is_written();
+        }
+        Some(order)
+    }
+}
+
+impl TakenKicks {
+    fn note(&mut self, kick: KickOrder, lease: Duration) {
+        while self.0.len() >= STREAM_QUEUE || self.0.front().is_some_and(|(written, _)| has_arrived(*written, lease)) {
+            self.0.pop_front(); // if they are too many it was written: the others fill the queue
+        }
+        self.0.push_back((None, kick));
+    }
+
+    fn next_is_written(&mut self) {
+        let at = self.0.partition_point(|(written, _)| written.is_some());
+        if let Some((written, _)) = self.0.get_mut(at) {
+            *written = Some(Instant::now());
+        }
+    }
+
+    fn may_have_been_lost(&self, lease: Duration) -> Vec<KickOrder> {
+        self.0.iter().filter(|(written, _)| !has_arrived(*written, lease)).map(|(_, kick)| kick.clone()).collect()
+    }
+}
+
+fn has_arrived(written: Option<Instant>, lease: Duration) -> bool {
+    written.is_some_and(|written| written.elapsed() > lease)
 }
 
 #[cfg(test)]
@@ -182,13 +214,13 @@ mod tests {
         assert_eq!(streams.hand(Epoch(1), kick(-1)), Handed::Full);
         assert_eq!(streams.hand(Epoch(2), kick(0)), Handed::Taken);
         assert_eq!(streams.depth(), STREAM_QUEUE + 1);
-        assert_eq!(slow.orders.recv().await, Some(kick(0)));
+        assert_eq!(slow.next().await, Some(kick(0)));
         assert_eq!(streams.hand(Epoch(1), kick(-2)), Handed::Taken);
         assert_eq!(streams.hand(Epoch(3), kick(0)), Handed::NotHere);
     }
 
-    #[test]
-    fn the_newest_stream_of_a_life_counts() {
+    #[tokio::test]
+    async fn the_newest_stream_of_a_life_counts() {
         let streams = Streams::new(LEASE, Metrics::new());
         let first = streams.attach(Epoch(1), 1);
         let mut third = streams.attach(Epoch(1), 3);
@@ -196,28 +228,39 @@ mod tests {
         assert!(streams.attach(Epoch(1), 2).replaced.is_cancelled(), "it came late");
         streams.detach(Epoch(1), 1); // and so does the end of the first
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::Taken);
-        assert_eq!(third.orders.try_recv(), Ok(kick(0)));
+        assert_eq!(third.next().await, Some(kick(0)));
         streams.end_unless(|_, no| no == 4);
         assert!(third.replaced.is_cancelled());
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::NotHere);
     }
 
-    #[test]
-    fn kicks_that_a_stream_took_lately_go_to_the_next_or_come_back_at_its_end() {
+    #[tokio::test]
+    async fn kicks_that_a_stream_took_lately_go_to_the_next_or_come_back_at_its_end() {
         let streams = Streams::new(LEASE, Metrics::new());
         let mut first = streams.attach(Epoch(1), 1);
         streams.hand(Epoch(1), kick(1));
-        assert_eq!(first.orders.try_recv(), Ok(kick(1)), "it was written, and who knows whether it arrived");
-        let mut second = streams.attach(Epoch(1), 2);
-        assert_eq!(second.orders.try_recv(), Ok(kick(1)));
+        assert_eq!(first.next().await, Some(kick(1)), "it was written, and who knows whether it arrived");
         streams.hand(Epoch(1), kick(2));
+        let mut second = streams.attach(Epoch(1), 2);
+        assert_eq!((second.next().await, second.next().await), (Some(kick(1)), Some(kick(2))));
+        streams.hand(Epoch(1), kick(3));
         assert_eq!(streams.detach(Epoch(1), 1), [], "the second has them");
-        let orders: Vec<Order> = streams.detach(Epoch(1), 2).into_iter().map(Order::Kick).collect();
-        assert_eq!(orders, [kick(1), kick(2)]);
+        let lost: Vec<Order> = streams.detach(Epoch(1), 2).into_iter().map(Order::Kick).collect();
+        assert_eq!(lost, [kick(1), kick(2), kick(3)]);
+    }
 
-        let impatient = Streams::new(Duration::ZERO, Metrics::new());
-        impatient.attach(Epoch(1), 1);
-        impatient.hand(Epoch(1), kick(1));
-        assert_eq!(impatient.detach(Epoch(1), 1), [], "a lease later it has arrived");
+    #[tokio::test]
+    async fn a_kick_that_was_written_a_lease_ago_has_arrived_and_one_in_the_queue_has_not() {
+        let streams = Streams::new(Duration::ZERO, Metrics::new());
+        let mut stream = streams.attach(Epoch(1), 1);
+        for n in 0..STREAM_QUEUE as i64 {
+            streams.hand(Epoch(1), kick(n));
+        }
+        for n in [0, 1] {
+            assert_eq!(stream.next().await, Some(kick(n)));
+            assert_eq!(streams.hand(Epoch(1), kick(-n)), Handed::Taken);
+        }
+        let lost: Vec<Order> = streams.detach(Epoch(1), 1).into_iter().map(Order::Kick).collect();
+        assert_eq!((lost.len(), &lost[..1], &lost[STREAM_QUEUE - 1..]), (STREAM_QUEUE, &[kick(2)][..], &[kick(-1)][..]));
     }
 }
