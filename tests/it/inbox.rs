@@ -532,6 +532,27 @@ async fn what_comes_while_stored_messages_wait_for_a_silent_device_is_answered_w
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_while_a_full_inbox_is_being_emptied_waits_for_that_and_is_not_refused() {
+    let cluster = Cluster::mariadb(1, &[("DELIVERY__INBOX_MAX_MESSAGES", "3")]).await;
+    let node = cluster.node();
+    let (mut stream, _) = RawStream::attach(node, GATEWAY, 0).await;
+    for text in ["one", "two", "three"] {
+        store(node, storable(ALICE, text)).await;
+    }
+    stream.send(7, bind_frame(ALICE, PHONE, "c")).await;
+    let heard = [stream.delivery().await, stream.delivery().await, stream.delivery().await];
+    let mut client = node.presence();
+    let mut call = tokio::spawn(async move { client.deliver(storable(ALICE, "four")).await });
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut call).await.is_err(), "there is no room for it yet");
+    for delivery in heard {
+        stream.send(0, ack_frame(&delivery.delivery_id, ALICE, PHONE)).await;
+    }
+    let answer = call.await.expect("the task").expect("an answer").into_inner();
+    assert!(answer.delivered || answer.stored, "{answer:?}");
+    assert_eq!(stream.delivery().await.message, "four");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_whose_devices_do_not_acknowledge_hold_up_nobody_else() {
     const SILENT: i64 = 100;
     let _turn = heavy().await;
