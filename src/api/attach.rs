@@ -20,6 +20,8 @@ use tonic::Streaming;
 
 use crate::api::binder::Binder;
 use crate::api::convert;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
 use crate::domain::session::Frame;
 use crate::domain::session::Session;
 use crate::engine::acks::Acks;
@@ -198,8 +200,7 @@ impl Stream {
     }
 
     fn heartbeat(&mut self, seq: u64, mut beat: pb::HeartbeatReq) -> Result<(), String> {
-        let (gateway, epoch) =
-            self.session.speaks_for(&beat.gateway_addr, beat.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        let (gateway, epoch) = self.speaks_for(&beat.gateway_addr, beat.gateway_epoch)?;
         (beat.gateway_addr, beat.gateway_epoch) = (gateway.to_string(), epoch.0);
         let (gateway, beat) = convert::beat(&beat).map_err(|error| error.to_string())?;
         let tools = self.tools.clone();
@@ -217,8 +218,7 @@ impl Stream {
     }
 
     fn bind(&mut self, seq: u64, bind: &pb::BindRouteReq) -> Result<(), String> {
-        let (gateway, epoch) =
-            self.session.speaks_for(&bind.gateway_addr, bind.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        let (gateway, epoch) = self.speaks_for(&bind.gateway_addr, bind.gateway_epoch)?;
         let (user, bind) = convert::bind_on(gateway.clone(), Some(epoch), bind).map_err(|error| error.to_string())?;
         let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Bind(bind)));
         self.answer(seq, async move { Down::Bound(binder.finish_bind(user, begun).await) });
@@ -226,8 +226,7 @@ impl Stream {
     }
 
     fn unbind(&mut self, seq: u64, mut unbind: pb::UnbindRouteReq) -> Result<(), String> {
-        let (gateway, epoch) =
-            self.session.speaks_for(&unbind.gateway_addr, unbind.gateway_epoch).map_err(|illegal| illegal.to_string())?;
+        let (gateway, epoch) = self.speaks_for(&unbind.gateway_addr, unbind.gateway_epoch)?;
         (unbind.gateway_addr, unbind.gateway_epoch) = (gateway.to_string(), epoch.0);
         let (user, unbind) = convert::unbind(&unbind).map_err(|error| error.to_string())?;
         let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Unbind(unbind)));
@@ -237,8 +236,12 @@ impl Stream {
 
     fn ack(&self, ack: &pb::DeliveryAck) -> Result<(), String> {
         let ack = convert::ack(ack).map_err(|error| error.to_string())?;
-        take_acks(&self.tools.acks, &self.tools.peers, vec![ack]);
+        self.tools.peers.take_acks(&self.tools.acks, vec![ack]);
         Ok(())
+    }
+
+    fn speaks_for(&self, addr: &str, claimed: u64) -> Result<(&GatewayAddr, Epoch), String> {
+        self.session.speaks_for(addr, claimed).map_err(|illegal| illegal.to_string())
     }
 
     /// Answers with the same seq once it is known what to say.
@@ -247,26 +250,12 @@ impl Stream {
     }
 }
 
-/// Each acknowledgement goes to the node that waits for it.
-pub fn take_acks(acks: &Acks, peers: &Peers, taken: Vec<crate::engine::acks::Ack>) {
-    let mut elsewhere: std::collections::HashMap<String, Vec<_>> = std::collections::HashMap::new();
-    for ack in taken {
-        match Acks::origin(&ack.delivery_id) {
-            Some(node) if !acks.is_own(&ack.delivery_id) => elsewhere.entry(node.to_owned()).or_default().push(ack),
-            _ => acks.take(ack), // of nobody: counted as unknown
-        }
-    }
-    for (node, acks) in elsewhere {
-        peers.pass_acks(&node, acks);
-    }
-}
-
 type Place<'a> = mpsc::Permit<'a, Result<pb::NodeFrame, Status>>;
 
 /// The next order, once there is a place for it. None: the gateway is gone.
 async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(Place<'a>, Order)> {
     let (place, attached) = (out.reserve().await.ok()?, attached?);
-    let order = attached.orders.recv().await?;
+    let order = attached.next().await?;
     Some((place, order))
 }
 

@@ -14,7 +14,6 @@ use tonic::codegen::BoxStream;
 use crate::api::attach::OUTGOING;
 use crate::api::attach::Stream;
 use crate::api::attach::Tools;
-use crate::api::attach::take_acks;
 use crate::api::convert;
 use crate::api::status::status;
 use crate::domain::id::DeviceId;
@@ -47,11 +46,7 @@ impl GatewayService for Leases {
         request: Request<pb::RegisterGatewayReq>,
     ) -> Result<Response<pb::RegisterGatewayResp>, Status> {
         let (profile, epoch) = convert::registration(request.into_inner()).map_err(|error| status(&error))?;
-        let epoch = match epoch {
-            None => Ok(self.gateways.register(profile).await.map_err(|error| status(&error))?.epoch),
-            Some(epoch) => self.gateways.resume(profile, epoch).await.map_err(|error| status(&error))?.map(|()| epoch),
-        };
-        Ok(Response::new(match epoch {
+        Ok(Response::new(match self.gateways.enter(profile, epoch).await.map_err(|error| status(&error))? {
             Ok(epoch) => convert::welcome(epoch, &self.gateways.terms),
             Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
         }))
@@ -88,7 +83,7 @@ impl GatewayService for Leases {
         let acks = request.into_inner().acks;
         convert::batch_size("acks", acks.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
         let acks = acks.iter().map(convert::ack).collect::<Result<_, _>>().map_err(|error| status(&error))?;
-        take_acks(&self.stream_tools.acks, &self.stream_tools.peers, acks);
+        self.stream_tools.peers.take_acks(&self.stream_tools.acks, acks);
         Ok(Response::new(pb::AckDeliveryResp { result: convert::result(pb::Code::Ok, "") }))
     }
 

@@ -119,6 +119,10 @@ impl Caller {
             let addr = match &call {
                 Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } => addr.clone(),
             };
+            if !nodes.contains_key(&addr) {
+                nodes.retain(|addr, _| self.peers.has(addr)); // whoever has gone ends when its queue is empty
+                while tasks.try_join_next().is_some() {}
+            }
             let node = nodes.entry(addr).or_insert_with_key(|addr| {
                 let (sender, queue) = mpsc::channel(QUEUE);
                 tasks.spawn(self.clone().call_node(addr.clone(), queue));

@@ -215,12 +215,12 @@ impl<'a> Ground<'a> {
 
     fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
         let (peers, calls) = Peers::new((self.node_id.clone(), self.addr.clone()));
-        let (node_id, streams, bus) = (self.node_id.clone(), Streams::new(self.metrics.clone()), self.bus.clone());
-        (Arc::new(Outlets { node_id, streams, peers, bus }), calls)
+        let streams = Streams::new(self.config.gateway.lease, self.metrics.clone());
+        (Arc::new(Outlets { node_id: self.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
     }
 
     fn outside(&mut self, outlets: &Arc<Outlets>) -> Arc<Outside> {
-        let (kicks, unheard) = Kicks::new(outlets.clone(), self.lives.clone(), self.metrics.clone());
+        let (kicks, unheard) = Kicks::new(outlets.clone(), self.lives.clone(), self.metrics.clone(), self.database.clone());
         self.spawn(kicks.clone().keep_repeating(unheard, self.stop.clone()));
         let outside = Arc::new(Outside {
             l2: self.l2.clone(),

@@ -119,6 +119,11 @@ impl Life {
         self.kind == LifeKind::Managed
     }
 
+    /// Its lease has ended, and nobody has declared it dead yet.
+    pub fn is_lapsed(&self, now: Timestamp) -> bool {
+        self.is_managed() && self.is_alive() && self.lease_until < now
+    }
+
     pub fn liveness(&self, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
         match (self.is_alive(), self.kind) {
             (false, _) => Liveness::Over,

@@ -15,6 +15,7 @@ use crate::engine::gateways::Terms;
 use crate::engine::streams::Attached;
 use crate::engine::streams::Streams;
 use crate::error::Error;
+use crate::store::codec::KickedRoute;
 
 /// Who ended a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -40,12 +41,9 @@ impl Attaching {
     /// Begins a life of a gateway, or goes on with the one it claims, with a stream to this node.
     pub async fn attach(&self, profile: Profile, epoch: Option<Epoch>) -> Result<Result<(Arc<Life>, Attached), Fence>, Error> {
         let gateway = profile.gateway.clone();
-        let epoch = match epoch {
-            None => self.gateways.register(profile).await?.epoch,
-            Some(epoch) => match self.gateways.resume(profile, epoch).await? {
-                Ok(()) => epoch,
-                Err(fence) => return Ok(Err(fence)),
-            },
+        let epoch = match self.gateways.enter(profile, epoch).await? {
+            Ok(epoch) => epoch,
+            Err(fence) => return Ok(Err(fence)),
         };
         let life = match self.gateways.attach(gateway.clone(), epoch).await? {
             Ok(life) => life,
@@ -58,7 +56,8 @@ impl Attaching {
 
     /// A stream has ended. If the gateway has a newer one, anywhere, nothing else happens.
     pub async fn detach(&self, epoch: Epoch, no: u64, end: End) {
-        self.streams.detach(epoch, no);
+        let lost = self.streams.detach(epoch, no).into_iter().map(|kick| KickedRoute::of(kick, epoch));
+        self.gateways.outside.kicks.lost(lost);
         debug!(gateway.epoch = epoch.0, ?end, "a gateway's stream has ended");
         let grace = (end == End::Theirs).then_some(self.grace);
         let _ = self.gateways.detach(epoch, no, grace).await; // if it cannot be noted, its lease ends by itself

@@ -18,6 +18,7 @@ use tokio::sync::Mutex;
 use tokio::sync::OwnedMutexGuard;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
+use tokio::time::timeout;
 use tokio::time::timeout_at;
 
 use crate::domain::id::DeviceId;
@@ -139,17 +140,21 @@ pub struct Deliveries {
     outcomes: moka::sync::Cache<(UserId, String), Remembered>,
     /// Held while a message for this user is on its way.
     queues: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
+    /// Held while this user's inbox is being emptied.
+    drains: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
     /// Routes of which their gateway has said once that the device is not there.
     refused: moka::sync::Cache<(UserId, Version), ()>,
 }
 
 /// What came of stored messages that were brought to a user's devices.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Pushed {
     /// Those that were acknowledged; on channels without envelopes, where nobody can acknowledge, that were received.
     pub done: Vec<u64>,
     /// Who acknowledged any of them.
     pub acked: BTreeSet<DeviceId>,
+    /// Dropped when those that are done have been removed.
+    _drain: OwnedMutexGuard<()>,
 }
 
 /// One user's part of a delivery, through all attempts.
@@ -176,6 +181,12 @@ struct Targets {
     has_stored: bool,
 }
 
+/// Messages that gateways have, as far as they took them, and why a channel could not be reached.
+struct HandedOut<'a> {
+    parcels: Vec<(Parcel<'a>, Targets, Option<Error>)>,
+    at: Instant,
+}
+
 impl Deliveries {
     #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
     pub fn new(
@@ -189,9 +200,10 @@ impl Deliveries {
     ) -> Arc<Self> {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
         let queues = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
+        let drains = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
         let refused = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_live(QUEUED_FOR).build();
         let under_way = Semaphore::new(UNDER_WAY as usize);
-        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, refused })
+        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, drains, refused })
     }
 
     /// Whether messages can be addressed to single devices: on the channels only in an envelope.
@@ -221,6 +233,9 @@ impl Deliveries {
         distinct.dedup();
         let (mut done, mut turns) = self.take_turns(&distinct, message).await;
         distinct.retain(|user| !done.contains_key(user));
+        if message.store.is_some() {
+            self.let_drain(&distinct, deadline).await;
+        }
         let _place = self.queue_up(&distinct, deadline).await?;
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         for (user, turn) in &mut turns {
@@ -268,6 +283,16 @@ impl Deliveries {
         place.map(Some).map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))
     }
 
+    /// What can be stored does not queue up in an inbox, perhaps a full one, that is empty in a moment. But half of the time
+    /// is left for storing it.
+    async fn let_drain(&self, users: &[UserId], deadline: Instant) {
+        if let [user] = users
+            && let Some(drain) = self.drains.get(user)
+        {
+            let _ = timeout(deadline.saturating_duration_since(Instant::now()) / 2, drain.lock()).await;
+        }
+    }
+
     async fn attempt(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
         let (mut done, mut to_store) = (Done::new(), Vec::new());
         let mut parcels: Vec<Parcel<'_>> = users.iter().map(|user| self.parcel(*user, message.clone(), 0)).collect();
@@ -288,7 +313,7 @@ impl Deliveries {
                 .into_iter()
                 .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
             to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
-            let tried = self.hand_out(live, deadline).await;
+            let tried = self.answers(self.hand_out(live, deadline).await, deadline).await;
             parcels = Vec::new();
             let pause = if past_caches { self.settings.retry_interval } else { Duration::ZERO };
             let last = past_caches && attempts > self.settings.max_retries || Instant::now() + pause >= deadline;
@@ -341,9 +366,12 @@ impl Deliveries {
         }
     }
 
-    /// Brings stored messages to a user's devices, in their order.
+    /// Brings stored messages to a user's devices, in their order. Messages that come meanwhile wait until these are handed
+    /// out, not for the devices: what is not acknowledged stays in the inbox, and what can be stored queues up behind it there
+    /// if its deadline is short.
     pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: &[StoredMessage]) -> Pushed {
-        let _place = self.queues.get_with(user, Arc::default).lock_owned().await;
+        let drain = self.drains.get_with(user, Arc::default).lock_owned().await;
+        let place = self.queues.get_with(user, Arc::default).lock_owned().await;
         let mut live = Vec::with_capacity(window.len());
         for stored in window {
             let mut message = Message::stored(stored.message.clone());
@@ -356,8 +384,11 @@ impl Deliveries {
                 live.push((parcel, targets));
             }
         }
-        let tried = self.hand_out(live, Instant::now() + STORED_ACK_TIMEOUT).await;
-        let mut pushed = Pushed::default();
+        let deadline = Instant::now() + STORED_ACK_TIMEOUT;
+        let handed_out = self.hand_out(live, deadline).await;
+        drop(place);
+        let tried = self.answers(handed_out, deadline).await;
+        let mut pushed = Pushed { done: Vec::new(), acked: BTreeSet::new(), _drain: drain };
         for (parcel, ..) in tried.into_iter().filter(|(.., result)| *result == Ok(Outcome::Delivered)) {
             pushed.done.push(parcel.inbox_seq);
             pushed.acked.extend(parcel.report.acked);
@@ -387,13 +418,8 @@ impl Deliveries {
         live
     }
 
-    /// Hands messages to every gateway concerned, in their order, and waits for devices if that is asked for. Says of each
-    /// also whether none of its gateways has been heard lately.
-    async fn hand_out<'a>(
-        &'a self,
-        mut live: Vec<(Parcel<'a>, Targets)>,
-        deadline: Instant,
-    ) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
+    /// Hands messages to every gateway concerned, in their order.
+    async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
             let devices = targets.routes.keys().cloned().collect();
@@ -404,14 +430,23 @@ impl Deliveries {
         }
         let (streams, channels) = tokio::join!(self.down_streams(&live), self.on_channels(&live, deadline));
         self.metrics.delivery_stage("handed", began.elapsed());
-        let handed = Instant::now();
-        let mut tried = Vec::with_capacity(live.len());
-        for ((mut parcel, targets), (taken, received)) in live.into_iter().zip(streams.into_iter().zip(channels)) {
+        let received = streams.into_iter().zip(channels);
+        let parcels = live.into_iter().zip(received).map(|((mut parcel, targets), (taken, received))| {
             parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
-            let result = match (received, parcel.report.receivers) {
-                (Err(error), 0) => Err(error),
-                (_, 0) => Ok(Outcome::Undelivered),
-                _ => Ok(self.acknowledged(&mut parcel, &targets, handed, deadline).await),
+            (parcel, targets, received.err())
+        });
+        HandedOut { parcels: parcels.collect(), at: Instant::now() }
+    }
+
+    /// Waits for devices, where that is asked for. Says of each message also whether none of its gateways has been heard
+    /// lately.
+    async fn answers<'a>(&self, out: HandedOut<'a>, deadline: Instant) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
+        let mut tried = Vec::with_capacity(out.parcels.len());
+        for (mut parcel, targets, error) in out.parcels {
+            let result = match (error, parcel.report.receivers) {
+                (Some(error), 0) => Err(error),
+                (None, 0) => Ok(Outcome::Undelivered),
+                _ => Ok(self.acknowledged(&mut parcel, &targets, out.at, deadline).await),
             };
             tried.push((parcel, targets.all_suspect, result));
         }

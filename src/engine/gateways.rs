@@ -114,11 +114,19 @@ impl Gateways {
         Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, runtime, shown })
     }
 
+    /// Begins a life of a gateway, or goes on with the one it claims.
+    pub async fn enter(self: &Arc<Self>, profile: Profile, claimed: Option<Epoch>) -> Result<Result<Epoch, Fence>, Error> {
+        match claimed {
+            None => Ok(Ok(self.register(profile).await?.epoch)),
+            Some(epoch) => Ok(self.resume(profile, epoch).await?.map(|()| epoch)),
+        }
+    }
+
     /// Begins a life of a gateway; whatever life its address had is over.
     ///
     /// # Errors
     /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
-    pub async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
+    async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
         let this = self.clone();
         self.change(move |connection, caller| {
             Box::pin(async move {
@@ -143,7 +151,7 @@ impl Gateways {
     }
 
     /// Goes on with a life, on this node.
-    pub async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
+    async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
             Box::pin(async move {
@@ -221,13 +229,7 @@ impl Gateways {
     pub async fn purge(self: &Arc<Self>, epochs: Vec<Epoch>) -> Result<usize, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
-            Box::pin(async move {
-                let mut ended = 0;
-                for epochs in epochs.chunks(ENDED_AT_ONCE) {
-                    ended += this.end(connection, epochs, Ending::Said(EndReason::Operator)).await?;
-                }
-                Ok(ended)
-            })
+            Box::pin(async move { this.end(connection, &epochs, Ending::Said(EndReason::Operator)).await })
         })
         .await
     }
@@ -244,12 +246,8 @@ impl Gateways {
                 }
                 connection.set_hold(Duration::ZERO, this.terms.lease, "").await?;
                 let lives = connection.read_lives(Duration::ZERO).await?.into_iter();
-                let over = lives.filter(|life| life.is_managed() && life.is_alive() && life.lease_until < now);
-                let mut ended = 0;
-                for epochs in over.map(|life| life.epoch).collect::<Vec<_>>().chunks(ENDED_AT_ONCE) {
-                    ended += this.end(connection, epochs, Ending::Confirmed).await?;
-                }
-                Ok(Some(ended))
+                let over: Vec<Epoch> = lives.filter(|life| life.is_lapsed(now)).map(|life| life.epoch).collect();
+                this.end(connection, &over, Ending::Confirmed).await.map(Some)
             })
         })
         .await
@@ -263,9 +261,13 @@ impl Gateways {
 
     /// Ends those of `epochs` for which `ending` holds, and tells everybody. Returns how many.
     pub(super) async fn end(&self, connection: &mut Connection, epochs: &[Epoch], ending: Ending) -> Result<usize, SqlError> {
-        let Some(ended) = connection.end_lives(&self.node_id, epochs, ending).await? else { return Ok(0) };
-        let count = ended.lives.len();
-        self.tell(connection, ended).await?;
+        let mut count = 0;
+        for epochs in epochs.chunks(ENDED_AT_ONCE) {
+            if let Some(ended) = connection.end_lives(&self.node_id, epochs, ending).await? {
+                count += ended.lives.len();
+                self.tell(connection, ended).await?;
+            }
+        }
         Ok(count)
     }
 

@@ -1,14 +1,18 @@
 //! Telling gateways to close connections whose routes other devices' binds removed. A kick that nobody received is repeated
-//! once a second as long as that gateway lives, up to ten times: somebody's client believes that it is online.
+//! once a second as long as that gateway lives, up to ten times: somebody's client believes that it is online. So is one that
+//! a stream took and may have lost when it broke; it finds the gateway wherever that has gone with its epoch. Told twice is
+//! told once: a kick names one bind. What waits when the node stops is left to the outbox, for another node to tell.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use crate::domain::id::Epoch;
 use crate::engine::lives::Lives;
@@ -18,35 +22,58 @@ use crate::engine::streams::Handed;
 use crate::engine::streams::Order;
 use crate::metrics::Metrics;
 use crate::store::codec::KickedRoute;
-use crate::store::link::LinkError;
+use crate::store::codec::OutboxBody;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
 
 const REPEAT_INTERVAL: Duration = Duration::from_secs(1);
+/// A node that shows nothing to anybody takes up what others left behind only after this time: they come first, if there are
+/// any who do.
+pub(super) const NOTHING_TO_SHOW_AGE: Duration = Duration::from_secs(60);
 const MAX_REPEATS: u32 = 10;
 /// Kicks that wait to be repeated; further ones are given up.
 const QUEUE: usize = 10_000;
 
 type Unheard = (KickedRoute, u32);
 
+/// Some kicks were not told and will not be repeated: the outbox has to keep them.
+#[derive(Debug)]
+pub struct NotTold;
+
 pub struct Kicks {
     outlets: Arc<Outlets>,
     lives: Arc<Lives>,
     metrics: Arc<Metrics>,
+    database: Arc<Database>,
     unheard: mpsc::Sender<Unheard>,
 }
 
 impl Kicks {
-    pub fn new(outlets: Arc<Outlets>, lives: Arc<Lives>, metrics: Arc<Metrics>) -> (Arc<Self>, mpsc::Receiver<Unheard>) {
+    pub fn new(
+        outlets: Arc<Outlets>,
+        lives: Arc<Lives>,
+        metrics: Arc<Metrics>,
+        database: Arc<Database>,
+    ) -> (Arc<Self>, mpsc::Receiver<Unheard>) {
         let (unheard, queue) = mpsc::channel(QUEUE);
-        (Arc::new(Self { outlets, lives, metrics, unheard }), queue)
+        (Arc::new(Self { outlets, lives, metrics, database, unheard }), queue)
     }
 
     /// Tells the gateways. What nobody received is repeated.
     ///
     /// # Errors
-    /// If the queue cannot be reached.
-    pub async fn send(&self, kicks: &[KickedRoute]) -> Result<(), LinkError> {
+    /// If the queue cannot be reached, or this node stops.
+    pub async fn send(&self, kicks: &[KickedRoute]) -> Result<(), NotTold> {
         let first = kicks.iter().map(|kick| (kick.clone(), 0)).collect();
         self.tell(first).await
+    }
+
+    /// Has kicks repeated that a stream may have lost.
+    pub fn lost(&self, kicks: impl Iterator<Item = KickedRoute>) {
+        for kick in kicks {
+            let _ = self.note((kick, 0), false); // streams end before the node does
+        }
     }
 
     /// Repeats until `stop`.
@@ -55,18 +82,31 @@ impl Kicks {
         let mut ticks = interval(REPEAT_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            let mut again = Vec::new();
-            while let Ok(kick) = unheard.try_recv() {
-                again.push(kick);
-            }
-            if self.tell(again).await.is_err() {
+            if self.tell(waiting(&mut unheard)).await.is_err() {
                 self.metrics.redis_error("queue");
             }
         }
+        unheard.close();
+        let left: Vec<KickedRoute> = waiting(&mut unheard).into_iter().map(|(kick, _)| kick).collect();
+        let count = left.len();
+        if let Err(error) = self.leave_to_others(left).await {
+            warn!(%error, kicks = count, "gateways are not told to close connections of which they could not be told before");
+        }
     }
 
-    async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), LinkError> {
-        let table = self.lives.table();
+    async fn leave_to_others(&self, kicks: Vec<KickedRoute>) -> Result<(), SqlError> {
+        if kicks.is_empty() {
+            return Ok(());
+        }
+        // Without a queue the others, too, show nothing to anybody, and are in no hurry.
+        let age = if self.outlets.bus.is_none() { NOTHING_TO_SHOW_AGE } else { Duration::ZERO };
+        let mut connection = self.database.connect(Purpose::General).await?;
+        let body = OutboxBody { kicks, ..OutboxBody::default() };
+        connection.add_aged_outbox(&self.outlets.node_id, &body, age).await.map(|_| ())
+    }
+
+    async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), NotTold> {
+        let (table, mut all) = (self.lives.table(), Ok(()));
         let (mut attached, mut orders, mut others, mut messages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for kick in kicks {
             let Some(life) = table.get(Epoch(kick.0.epoch)).filter(|life| life.is_alive()) else { continue };
@@ -76,26 +116,38 @@ impl Kicks {
             } else if let Some(bus) = &self.outlets.bus {
                 messages.push((bus.channels.gateway(life.gateway.as_str()), kick.0.as_frame().encode_to_vec()));
                 others.push(kick);
+            } else {
+                all = all.and(self.note(kick, false)); // between two streams
             }
         }
         for (kick, handed) in attached.into_iter().zip(self.outlets.hand(orders).await) {
-            self.note(kick, handed == Handed::Taken);
+            all = all.and(self.note(kick, handed == Handed::Taken));
         }
-        let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return Ok(()) };
-        match bus.publish(&messages, bus.link.timeout()).await {
-            Ok(received) => others.into_iter().zip(received).for_each(|(kick, receivers)| self.note(kick, receivers > 0)),
-            Err(error) => {
-                // The first time the outbox keeps it.
-                others.into_iter().filter(|(_, repeats)| *repeats > 0).for_each(|kick| self.note(kick, false));
-                return Err(error);
-            }
-        }
-        Ok(())
+        let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return all };
+        let Ok(received) = bus.publish(&messages, bus.link.timeout()).await else {
+            // The first time the outbox keeps it.
+            others.into_iter().filter(|(_, repeats)| *repeats > 0).for_each(|kick| drop(self.note(kick, false)));
+            return Err(NotTold);
+        };
+        others.into_iter().zip(received).fold(all, |all, (kick, receivers)| all.and(self.note(kick, receivers > 0)))
     }
 
-    fn note(&self, (kick, repeats): Unheard, heard: bool) {
-        if !heard && repeats < MAX_REPEATS && self.unheard.try_send((kick, repeats + 1)).is_err() {
-            self.metrics.shed("kicks");
+    /// Has a kick repeated that nobody has heard, unless that was done often enough.
+    fn note(&self, (kick, repeats): Unheard, heard: bool) -> Result<(), NotTold> {
+        if heard || repeats >= MAX_REPEATS {
+            return Ok(());
+        }
+        match self.unheard.try_send((kick, repeats + 1)) {
+            Ok(()) => Ok(()),
+            Err(TrySendError::Full(_)) => {
+                self.metrics.shed("kicks");
+                Ok(())
+            }
+            Err(TrySendError::Closed(_)) => Err(NotTold),
         }
     }
+}
+
+fn waiting(unheard: &mut mpsc::Receiver<Unheard>) -> Vec<Unheard> {
+    std::iter::from_fn(|| unheard.try_recv().ok()).collect()
 }

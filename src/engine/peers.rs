@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use crate::domain::id::Epoch;
 use crate::engine::acks::Ack;
+use crate::engine::acks::Acks;
 use crate::engine::streams::Handed;
 use crate::engine::streams::Order;
 
@@ -61,6 +62,11 @@ impl Peers {
         self.nodes.store(nodes);
     }
 
+    /// Whether a node that is there has this address.
+    pub fn has(&self, addr: &str) -> bool {
+        self.nodes.load().values().any(|known| **known == *addr)
+    }
+
     /// A node has said where it is.
     pub fn learn(&self, id: &str, addr: &str) {
         if !self.nodes.load().contains_key(id) {
@@ -87,8 +93,20 @@ impl Peers {
         }
     }
 
-    /// Passes acknowledgements to the node that waits for them. If they are lost, the delivery is repeated.
-    pub fn pass_acks(&self, node: &str, acks: Vec<Ack>) {
+    /// Gives each acknowledgement to the node that waits for it; `own` waits here.
+    pub fn take_acks(&self, own: &Acks, acks: Vec<Ack>) {
+        let mut elsewhere: HashMap<String, Vec<Ack>> = HashMap::new();
+        for ack in acks {
+            match Acks::origin(&ack.delivery_id) {
+                Some(node) if !own.is_own(&ack.delivery_id) => elsewhere.entry(node.to_owned()).or_default().push(ack),
+                _ => own.take(ack), // of nobody: counted as unknown
+            }
+        }
+        elsewhere.into_iter().for_each(|(node, acks)| self.pass_acks(&node, acks));
+    }
+
+    /// Passes acknowledgements to another node. If they are lost, the delivery is repeated.
+    fn pass_acks(&self, node: &str, acks: Vec<Ack>) {
         if let Some(addr) = self.nodes.load().get(node).cloned() {
             let _ = self.calls.try_send(Call::Acks { addr, acks }); // full: see above
         }

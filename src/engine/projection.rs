@@ -30,6 +30,7 @@ use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
 use crate::engine::hints::Hints;
 use crate::engine::kicks::Kicks;
+use crate::engine::kicks::NOTHING_TO_SHOW_AGE;
 use crate::engine::l2::L2;
 use crate::engine::lives::Lives;
 use crate::metrics::Metrics;
@@ -50,8 +51,6 @@ const QUEUE: usize = 64;
 const LATE: Duration = Duration::from_secs(1);
 /// A row older than this was left behind.
 const REPAIR_AGE: Duration = Duration::from_secs(2);
-/// The same for a node that shows nothing to anybody: others, if there are any, come first.
-const NOTHING_TO_SHOW_AGE: Duration = Duration::from_secs(60);
 /// How long a claim keeps other nodes from repairing the same row.
 const CLAIM_TERM: Duration = Duration::from_secs(10);
 const CLAIM_ROWS: i64 = 100;

@@ -1,11 +1,18 @@
 //! The streams of gateways that are attached to this node. Each has a bounded queue: a gateway that reads too slowly has its
 //! queue full, and what does not fit is not taken; other gateways are not delayed by it.
+//!
+//! Nobody acknowledges a kick, and what is written to a broken stream arrives nowhere. But a gateway whose heartbeats are not
+//! answered leaves its stream within a lease, so what was written earlier than that before its end has arrived. The kicks that
+//! were written later, or not at all, go to the stream that takes its place, or back to whoever ends it, to be told again.
 
 use std::collections::HashMap;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
@@ -42,49 +49,59 @@ struct Stream {
     orders: mpsc::Sender<Order>,
     /// Tells the stream that a newer one has taken its place.
     replaced: CancellationToken,
+    kicks: Arc<Mutex<TakenKicks>>,
 }
+
+/// Kicks that a stream took lately, the oldest first, with the time when they were written; no more than its queue holds.
+#[derive(Default)]
+struct TakenKicks(VecDeque<(Option<Instant>, KickOrder)>);
 
 pub struct Streams {
     streams: Mutex<HashMap<Epoch, Stream>>,
+    lease: Duration,
     metrics: Arc<Metrics>,
 }
 
 /// A stream's own end.
 pub struct Attached {
-    pub orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Order>,
+    kicks: Arc<Mutex<TakenKicks>>,
     pub replaced: CancellationToken,
 }
 
 impl Streams {
-    pub fn new(metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { streams: Mutex::default(), metrics })
+    pub fn new(lease: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { streams: Mutex::default(), lease, metrics })
     }
 
-    /// Takes stream number `no` of a life in. An older one of the same life is ended.
+    /// Takes stream number `no` of a life in. An older one of the same life is ended; what it may have lost comes first.
     pub fn attach(&self, epoch: Epoch, no: u64) -> Attached {
         let (orders, receiver) = mpsc::channel(STREAM_QUEUE);
-        let replaced = CancellationToken::new();
+        let (replaced, kicks) = (CancellationToken::new(), Arc::<Mutex<TakenKicks>>::default());
+        let stream = Stream { no, orders, replaced: replaced.clone(), kicks: kicks.clone() };
         let mut streams = self.lock();
         match streams.get(&epoch) {
             Some(newer) if newer.no > no => replaced.cancel(),
-            _ => {
-                let stream = Stream { no, orders, replaced: replaced.clone() };
-                if let Some(older) = streams.insert(epoch, stream) {
+            older => {
+                if let Some(older) = older {
                     older.replaced.cancel();
+                    for kick in older.may_have_lost(self.lease) {
+                        let _ = stream.take(kick, self.lease); // no more than fit into a queue
+                    }
                 }
+                streams.insert(epoch, stream);
             }
         }
         self.metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
-        Attached { orders: receiver, replaced }
+        Attached { orders: receiver, kicks, replaced }
     }
 
-    /// Forgets stream number `no` of a life.
-    pub fn detach(&self, epoch: Epoch, no: u64) {
+    /// Forgets stream number `no` of a life. Returns the kicks that it may have lost, unless a newer stream has them.
+    pub fn detach(&self, epoch: Epoch, no: u64) -> Vec<KickOrder> {
         let mut streams = self.lock();
-        if streams.get(&epoch).is_some_and(|stream| stream.no == no) {
-            streams.remove(&epoch);
-        }
+        let ended = if streams.get(&epoch).is_some_and(|stream| stream.no == no) { streams.remove(&epoch) } else { None };
         self.metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
+        ended.map(|stream| stream.may_have_lost(self.lease)).unwrap_or_default()
     }
 
     /// Ends every stream that `is_current` does not know as its life's newest.
@@ -98,11 +115,17 @@ impl Streams {
 
     /// Hands an order to the stream of a life.
     pub fn hand(&self, epoch: Epoch, order: Order) -> Handed {
-        let orders = match self.lock().get(&epoch) {
-            Some(stream) if !stream.replaced.is_cancelled() => stream.orders.clone(),
-            _ => return Handed::NotHere,
+        let streams = self.lock();
+        let Some(stream) = streams.get(&epoch).filter(|stream| !stream.replaced.is_cancelled()) else { return Handed::NotHere };
+        let taken = match order {
+            Order::Kick(kick) => stream.take(kick, self.lease), // before anybody can end the stream
+            delivery => {
+                let orders = stream.orders.clone();
+                drop(streams);
+                orders.try_send(delivery)
+            }
         };
-        match orders.try_send(order) {
+        match taken {
             Ok(()) => Handed::Taken,
             Err(TrySendError::Full(_)) => {
                 self.metrics.shed("stream");
@@ -122,9 +145,59 @@ impl Streams {
     }
 }
 
+impl Stream {
+    fn take(&self, kick: KickOrder, lease: Duration) -> Result<(), TrySendError<Order>> {
+        let mut kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner); // noted before it can be written
+        self.orders.try_send(Order::Kick(kick.clone()))?;
+        kicks.note(kick, lease);
+        Ok(())
+    }
+
+    fn may_have_lost(&self, lease: Duration) -> Vec<KickOrder> {
+        self.kicks.lock().unwrap_or_else(PoisonError::into_inner).may_have_been_lost(lease)
+    }
+}
+
+impl Attached {
+    /// The next order, for a caller who writes it at once.
+    pub async fn next(&mut self) -> Option<Order> {
+        let order = self.orders.recv().await?;
+        if let Order::Kick(_) = order {
+            self.kicks.lock().unwrap_or_else(PoisonError::into_inner).next_is_written();
+        }
+        Some(order)
+    }
+}
+
+impl TakenKicks {
+    fn note(&mut self, kick: KickOrder, lease: Duration) {
+        while self.0.len() >= STREAM_QUEUE || self.0.front().is_some_and(|(written, _)| has_arrived(*written, lease)) {
+            self.0.pop_front(); // if they are too many it was written: the others fill the queue
+        }
+        self.0.push_back((None, kick));
+    }
+
+    fn next_is_written(&mut self) {
+        let at = self.0.partition_point(|(written, _)| written.is_some());
+        if let Some((written, _)) = self.0.get_mut(at) {
+            *written = Some(Instant::now());
+        }
+    }
+
+    fn may_have_been_lost(&self, lease: Duration) -> Vec<KickOrder> {
+        self.0.iter().filter(|(written, _)| !has_arrived(*written, lease)).map(|(_, kick)| kick.clone()).collect()
+    }
+}
+
+fn has_arrived(written: Option<Instant>, lease: Duration) -> bool {
+    written.is_some_and(|written| written.elapsed() > lease)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LEASE: Duration = Duration::from_secs(15);
 
     fn kick(n: i64) -> Order {
         Order::Kick(KickOrder { user_id: n, ..KickOrder::default() })
@@ -132,7 +205,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_slow_reader_is_not_waited_for_and_delays_nobody() {
-        let streams = Streams::new(Metrics::new());
+        let streams = Streams::new(LEASE, Metrics::new());
         let mut slow = streams.attach(Epoch(1), 1);
         let _other = streams.attach(Epoch(2), 1);
         for n in 0..STREAM_QUEUE as i64 {
@@ -141,23 +214,53 @@ mod tests {
         assert_eq!(streams.hand(Epoch(1), kick(-1)), Handed::Full);
         assert_eq!(streams.hand(Epoch(2), kick(0)), Handed::Taken);
         assert_eq!(streams.depth(), STREAM_QUEUE + 1);
-        assert_eq!(slow.orders.recv().await, Some(kick(0)));
+        assert_eq!(slow.next().await, Some(kick(0)));
         assert_eq!(streams.hand(Epoch(1), kick(-2)), Handed::Taken);
         assert_eq!(streams.hand(Epoch(3), kick(0)), Handed::NotHere);
     }
 
-    #[test]
-    fn the_newest_stream_of_a_life_counts() {
-        let streams = Streams::new(Metrics::new());
+    #[tokio::test]
+    async fn the_newest_stream_of_a_life_counts() {
+        let streams = Streams::new(LEASE, Metrics::new());
         let first = streams.attach(Epoch(1), 1);
         let mut third = streams.attach(Epoch(1), 3);
         assert!(first.replaced.is_cancelled());
         assert!(streams.attach(Epoch(1), 2).replaced.is_cancelled(), "it came late");
         streams.detach(Epoch(1), 1); // and so does the end of the first
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::Taken);
-        assert_eq!(third.orders.try_recv(), Ok(kick(0)));
+        assert_eq!(third.next().await, Some(kick(0)));
         streams.end_unless(|_, no| no == 4);
         assert!(third.replaced.is_cancelled());
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::NotHere);
+    }
+
+    #[tokio::test]
+    async fn kicks_that_a_stream_took_lately_go_to_the_next_or_come_back_at_its_end() {
+        let streams = Streams::new(LEASE, Metrics::new());
+        let mut first = streams.attach(Epoch(1), 1);
+        streams.hand(Epoch(1), kick(1));
+        assert_eq!(first.next().await, Some(kick(1)), "it was written, and who knows whether it arrived");
+        streams.hand(Epoch(1), kick(2));
+        let mut second = streams.attach(Epoch(1), 2);
+        assert_eq!((second.next().await, second.next().await), (Some(kick(1)), Some(kick(2))));
+        streams.hand(Epoch(1), kick(3));
+        assert_eq!(streams.detach(Epoch(1), 1), [], "the second has them");
+        let lost: Vec<Order> = streams.detach(Epoch(1), 2).into_iter().map(Order::Kick).collect();
+        assert_eq!(lost, [kick(1), kick(2), kick(3)]);
+    }
+
+    #[tokio::test]
+    async fn a_kick_that_was_written_a_lease_ago_has_arrived_and_one_in_the_queue_has_not() {
+        let streams = Streams::new(Duration::ZERO, Metrics::new());
+        let mut stream = streams.attach(Epoch(1), 1);
+        for n in 0..STREAM_QUEUE as i64 {
+            streams.hand(Epoch(1), kick(n));
+        }
+        for n in [0, 1] {
+            assert_eq!(stream.next().await, Some(kick(n)));
+            assert_eq!(streams.hand(Epoch(1), kick(-n)), Handed::Taken);
+        }
+        let lost: Vec<Order> = streams.detach(Epoch(1), 1).into_iter().map(Order::Kick).collect();
+        assert_eq!((lost.len(), &lost[..1], &lost[STREAM_QUEUE - 1..]), (STREAM_QUEUE, &[kick(2)][..], &[kick(-1)][..]));
     }
 }

@@ -38,8 +38,6 @@ const AFTER_LEASE: Duration = Duration::from_millis(3);
 const JUST_ENDED: Duration = Duration::from_millis(20);
 /// A node that has not said for this long that it is there is not missed on the bus.
 const NODE_TERM: Duration = Duration::from_secs(3);
-/// Lives that one statement declares dead.
-const DEATHS_AT_ONCE: usize = 256;
 
 pub struct Watch {
     database: Arc<Database>,
@@ -90,17 +88,11 @@ impl Watch {
         }
     }
 
-    /// How long until the next look: a second, or until a lease ends. This node's idea of the database's clock may be a round
-    /// trip ahead: a lease that ended just now, and whose gateway still lives, is looked at again soon.
+    /// How long until the next look: a second, or until a lease ends.
     pub fn pause(&self) -> Duration {
         let (table, now) = (self.lives.table(), self.lives.clock.now());
-        let leases = table.iter().filter(|life| life.is_managed() && life.is_alive()).map(|life| life.lease_until);
-        let until_look = |end: Timestamp| match end >= now {
-            true => end.since(now) + AFTER_LEASE,
-            false => JUST_ENDED,
-        };
-        let next = leases.filter(|end| end.plus(WATCH_INTERVAL) > now).map(until_look).min();
-        next.unwrap_or(WATCH_INTERVAL).min(WATCH_INTERVAL)
+        let living = table.iter().filter(|life| life.is_managed() && life.is_alive());
+        living.map(|life| until_look(life.lease_until, now)).min().unwrap_or(WATCH_INTERVAL)
     }
 
     async fn look(&mut self) -> Result<(), SqlError> {
@@ -176,13 +168,37 @@ impl Watch {
 
     /// Declares dead whose lease is over.
     async fn bury(&mut self, connection: &mut Connection, lives: &[Arc<Life>], now: Timestamp) -> Result<(), SqlError> {
-        let over = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && life.lease_until < now;
-        let mut epochs: Vec<Epoch> = lives.iter().filter(over).map(|life| life.epoch).collect();
+        let mut epochs: Vec<Epoch> = lives.iter().filter(|life| life.is_lapsed(now)).map(|life| life.epoch).collect();
         epochs.sort_unstable();
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
-        for epochs in epochs.chunks(DEATHS_AT_ONCE) {
-            self.gateways.end(connection, epochs, ending).await?;
+        self.gateways.end(connection, &epochs, ending).await.map(|_| ())
+    }
+}
+
+/// When to look whether a lease is over. This node's idea of the database's clock may be a round trip ahead: one that ended
+/// just now, and whose gateway still lives, is looked at again soon; one that ended before is held by a hold, or by somebody
+/// who has locked it.
+fn until_look(lease_until: Timestamp, now: Timestamp) -> Duration {
+    let pause = match lease_until >= now {
+        true => lease_until.since(now) + AFTER_LEASE,
+        false if lease_until.plus(WATCH_INTERVAL) > now => JUST_ENDED,
+        false => WATCH_INTERVAL,
+    };
+    pause.min(WATCH_INTERVAL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_watch_looks_when_a_lease_ends_and_soon_again_if_it_was_too_early() {
+        let now = Timestamp(1_000_000);
+        for (lease_left_ms, want_ms) in
+            [(5_000, 1_000), (998, 1_000), (500, 503), (0, 3), (-1, 20), (-999, 20), (-1_000, 1_000), (-60_000, 1_000)]
+        {
+            let pause = until_look(Timestamp(now.0 + lease_left_ms), now);
+            assert_eq!(pause, Duration::from_millis(want_ms), "{lease_left_ms} ms before its end");
         }
-        Ok(())
     }
 }

@@ -250,6 +250,13 @@ pub struct Envelope {
 }
 
 impl KickedRoute {
+    /// What an order to the gateway that lives `epoch` is about.
+    pub fn of(order: KickOrder, epoch: Epoch) -> Self {
+        let bound_version = order.route_key.rsplit(':').next().and_then(|version| version.parse().ok()).unwrap_or_default();
+        let KickOrder { user_id, device_id, reason, .. } = order;
+        Self { user_id, device_id, epoch: epoch.0, bound_version, reason }
+    }
+
     /// The order to the gateway.
     pub fn order(&self) -> KickOrder {
         let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);

@@ -15,6 +15,7 @@ use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::clock_micros;
 use crate::store::users::corrupt;
+use crate::store::users::duration_millis;
 
 /// Names one outbox row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,10 +23,15 @@ pub struct OutboxId(String);
 
 impl Connection {
     pub async fn add_outbox(&mut self, node_id: &str, body: &OutboxBody) -> Result<OutboxId, SqlError> {
-        let id = uuid::Uuid::now_v7().to_string();
-        let sql =
-            format!("INSERT INTO outbox (id, node_id, created, body) VALUES (?, ?, {} / 1000, ?)", clock_micros(self.engine()));
-        self.execute(statement(sql).bind(id.clone()).bind(node_id.to_owned()).bind(body.encode_to_vec())).await?;
+        self.add_aged_outbox(node_id, body, Duration::ZERO).await
+    }
+
+    /// Adds a row that looks as if it had been left behind for `age` already.
+    pub async fn add_aged_outbox(&mut self, node_id: &str, body: &OutboxBody, age: Duration) -> Result<OutboxId, SqlError> {
+        let (id, now) = (uuid::Uuid::now_v7().to_string(), clock_micros(self.engine()));
+        let sql = format!("INSERT INTO outbox (id, node_id, created, body) VALUES (?, ?, {now} / 1000 - ?, ?)");
+        let add = statement(sql).bind(id.clone()).bind(node_id.to_owned()).bind(duration_millis(age)).bind(body.encode_to_vec());
+        self.execute(add).await?;
         Ok(OutboxId(id))
     }
 

@@ -52,7 +52,8 @@ async fn acks(node: &Node, result: &str) -> f64 {
 }
 
 impl RawStream {
-    async fn delivery(&mut self) -> Delivery {
+    /// The next message, whatever comes before.
+    pub async fn delivery(&mut self) -> Delivery {
         loop {
             if let Some(Down::Delivery(delivery)) = self.next().await.expect("a delivery").body {
                 return delivery;
@@ -227,6 +228,35 @@ async fn silence_is_undelivered_within_the_callers_deadline_and_leaves_nothing_w
     let late = pb::DeliveryAck { delivery_id: answer.delivery_id, user_id: ALICE, device_id: PHONE.to_owned(), not_here: false };
     gateways(node).ack_delivery(pb::AckDeliveryReq { acks: vec![late] }).await.expect("taken");
     assert!((acks(node, "unknown").await - unknown - 1.0).abs() < 0.5, "nobody waits for it any more");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_waits_for_nobodys_retry() {
+    /// The message before the batch is under way for so long at least.
+    const PATIENCE: Duration = Duration::from_secs(20);
+    const LIMIT: Duration = Duration::from_secs(4);
+    let cluster = Cluster::mariadb(1, &[]).await;
+    let node = cluster.node();
+    let (mut silent, _) = RawStream::attach(node, GATEWAY, 0).await;
+    silent.bind(ALICE, PHONE, "c").await;
+    let present = TestGateway::start(&cluster.nodes, "gw-present:7000", Devices::Acknowledge).await;
+    present.bind(BOB, PHONE, "c").await;
+    let mut client = node.presence();
+    let patience_ms = u32::try_from(PATIENCE.as_millis()).expect("seconds");
+    let waits = tokio::spawn(async move { client.deliver(with_ack(ALICE, "before", patience_ms)).await });
+    assert_eq!(silent.delivery().await.message, "before");
+    let began = Instant::now();
+    let request = pb::BatchDeliverReq { user_ids: vec![ALICE, BOB], message: "to both".to_owned(), ..Default::default() };
+    let answer = node.presence().batch_deliver(request).await.expect("an answer").into_inner();
+    assert!(answer.users.iter().all(|user| user.delivered), "a gateway took it for each: {answer:?}");
+    assert_eq!(silent.delivery().await.message, "to both");
+    present.hears(1).await;
+    // A message to her alone keeps its place, and does not get it in time.
+    let mut request = Request::new(a_message(ALICE, "after"));
+    request.set_timeout(LIMIT);
+    let status = node.presence().deliver(request).await.expect_err("another message is before it");
+    assert_eq!((status.code(), status.message().contains("came before")), (tonic::Code::Unavailable, true), "{status:?}");
+    assert!(began.elapsed() < PATIENCE && !waits.is_finished(), "all this while the first is under way");
 }
 
 /// What came of one message.

@@ -214,6 +214,60 @@ async fn when_the_node_that_declares_a_death_is_killed_another_declares_and_anno
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_death_that_two_nodes_are_about_to_declare_is_told_once_and_so_is_each_user() {
+    const USERS: i64 = 20;
+    /// How a declaration begins: from here on a node believes that it has to make it.
+    const LOCK: &str = "FOR UPDATE SKIP LOCKED";
+    let server = MariaDb::shared();
+    let (one, two) = (Proxy::start(server.port).await, Proxy::start(server.port).await);
+    let mut cluster = Cluster::on_all(server, Redis::one(), 0, &[]).await;
+    cluster.add_node_through(&one, SHORT_LEASE).await;
+    cluster.add_node_through(&two, SHORT_LEASE).await;
+    let (node, db) = (cluster.node(), &cluster.db);
+    for (round, one_after_the_other) in [true, false].into_iter().enumerate() {
+        let addr = |which: &str| format!("gw-{which}-{round}:7000");
+        let first = node.register(&addr("first")).await;
+        node.bind_all(1..=USERS / 2, &addr("first"), first).await;
+        tokio::time::sleep(BEAT).await; // so much later its lease ends
+        let second = node.register(&addr("second")).await;
+        node.bind_all(USERS / 2 + 1..=USERS, &addr("second"), second).await;
+        eventually("all are shown", DEAD_WITHIN, async || db.number("SELECT COUNT(*) FROM outbox").await == 0).await;
+        two.hold_requests(READ_CLUSTER);
+        one.hold_requests(LOCK); // it has seen the end of the first
+        one.struck().await;
+        let left =
+            format!("SELECT lease_until - CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) FROM lives WHERE epoch = {second}");
+        eventually("the second ends, too", LEASE, async || db.number(&left).await < 0).await;
+        two.hold_requests(LOCK); // it has seen the end of both
+        two.struck().await;
+        let mut nodes_hear = cluster.queue().subscribe(&["presence:gateway"]).await;
+        let mut anyone_hears = cluster.queue().subscribe(&["presence:route"]).await;
+        one.release();
+        if one_after_the_other {
+            let is_dead = format!("SELECT alive = 0 FROM lives WHERE epoch = {first}");
+            eventually("one node has declared the first", DEAD_WITHIN, async || db.number(&is_dead).await == 1).await;
+        }
+        two.release();
+        let mut told = Vec::new();
+        for _ in 0..USERS {
+            told.push(anyone_hears.text(SWEPT_BY_ANOTHER_WITHIN).await);
+        }
+        told.sort_unstable();
+        let mut want: Vec<String> = (1..=USERS).map(|user| format!("{user}:")).collect();
+        want.sort_unstable();
+        assert_eq!(told, want, "one after the other: {one_after_the_other}");
+        // Longer than a row waits in the outbox before another node shows it, too.
+        assert_eq!(anyone_hears.next(Duration::from_secs(3)).await, None, "each user once");
+        assert!(nodes_hear.next(allowed(DEAD_WITHIN)).await.is_some(), "nodes are told");
+        let mut deaths = 0.0;
+        for node in &cluster.nodes {
+            deaths += node.metric("im_presence_gateway_deaths_total").await;
+        }
+        assert_eq!(deaths as usize, 2 * (round + 1), "each death is counted by the node that declared it");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn when_the_node_that_sweeps_is_killed_another_goes_on_and_touches_no_live_route() {
     /// Users whose laptop is on a gateway that lives.
     const MIXED: i64 = 100;

@@ -168,6 +168,23 @@ async fn a_hold_ends_early_when_the_gateways_are_heard_again_and_none_has_lost_i
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_time_before_a_hold_does_not_count_towards_its_early_end() {
+    const BEAT: Duration = Duration::from_secs(4);
+    const CLOCK: &str = "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
+    let cluster = Cluster::mariadb(2, &[("GATEWAY__HEARTBEAT_INTERVAL", "4000"), ("GATEWAY__LEASE", "12000")]).await;
+    // All has been normal for longer than an interval: two nodes that see it begin by the doubt of a third must not end it.
+    tokio::time::sleep(BEAT + DEAD_WITHIN).await;
+    let hold = format!("hold_until = {CLOCK} + 3600000, hold_rearm = {CLOCK} + 3600000, hold_reason = 'doubt: of another node'");
+    let before = cluster.db.number(&format!("SELECT {CLOCK}")).await;
+    cluster.db.run(&format!("UPDATE cluster SET {hold} WHERE id = 1")).await;
+    let is_over = async || cluster.db.number("SELECT hold_until FROM cluster").await == 0;
+    eventually("it ends early", 2 * BEAT, is_over).await;
+    let lasted = cluster.db.number(&format!("SELECT {CLOCK}")).await - before;
+    println!("the hold lasted {lasted} ms at most");
+    assert!(lasted >= 4_000, "normal for one interval from its begin: {lasted} ms");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_of_two_gateways_dies_and_so_do_several_one_after_the_other_without_a_hold() {
     let _turn = heavy().await;
     for (count, dying) in [(2, 1), (8, 3)] {

@@ -40,6 +40,7 @@ use crate::harness::node::Node;
 use crate::harness::stream::Devices;
 use crate::harness::stream::RawStream;
 use crate::harness::stream::TestGateway;
+use crate::harness::stream::ack_frame;
 use crate::harness::stream::bind_frame;
 use crate::harness::stream::gateways;
 
@@ -492,6 +493,63 @@ async fn a_device_that_does_not_acknowledge_is_tried_again_ever_later_and_loses_
     gateway.bind(BOB, PHONE, "c-2").await;
     eventually("at once", AT_ONCE, async || gateway.deliveries().len() > before).await;
     println!("after a new bind: {:?}", began.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_while_stored_messages_wait_for_a_silent_device_is_answered_within_its_deadline() {
+    /// Shorter than devices have for stored messages.
+    const LIMIT: Duration = Duration::from_secs(2);
+    let cluster = Cluster::mariadb(1, &[]).await;
+    let node = cluster.node();
+    let (mut silent, _) = RawStream::attach(node, GATEWAY, 0).await;
+    let mut heard = Vec::new();
+    for text in ["one", "two", "three"] {
+        store(node, storable(ALICE, text)).await;
+    }
+    silent.send(7, bind_frame(ALICE, PHONE, "c")).await;
+    for _ in 0..3 {
+        heard.push(silent.delivery().await);
+    }
+    let in_time = async |message: DeliverReq| {
+        let mut request = tonic::Request::new(message);
+        request.set_timeout(LIMIT);
+        node.presence().deliver(request).await.expect("an answer, not a deadline that has passed").into_inner()
+    };
+    let answer = in_time(storable(ALICE, "four")).await;
+    assert_eq!((answer.stored, answer.delivered), (true, false), "{answer:?}");
+    let answer = in_time(a_message(ALICE, "aside")).await;
+    assert_eq!((answer.stored, answer.delivered), (false, true), "a gateway took it: {answer:?}");
+    assert_eq!(silent.delivery().await.message, "aside");
+    let answer = in_time(DeliverReq { ack_timeout_ms: 100, ..a_message(ALICE, "to be acknowledged") }).await;
+    assert_eq!((code(&answer.result), answer.stored, answer.delivered), (Code::Undelivered, false, false), "{answer:?}");
+    for delivery in &heard {
+        silent.send(0, ack_frame(&delivery.delivery_id, ALICE, PHONE)).await;
+    }
+    while heard.len() < 4 {
+        heard.extend(Some(silent.delivery().await).filter(|delivery| delivery.inbox_seq > 0));
+    }
+    assert_eq!(texts(&heard), ["one", "two", "three", "four"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_comes_while_a_full_inbox_is_being_emptied_waits_for_that_and_is_not_refused() {
+    let cluster = Cluster::mariadb(1, &[("DELIVERY__INBOX_MAX_MESSAGES", "3")]).await;
+    let node = cluster.node();
+    let (mut stream, _) = RawStream::attach(node, GATEWAY, 0).await;
+    for text in ["one", "two", "three"] {
+        store(node, storable(ALICE, text)).await;
+    }
+    stream.send(7, bind_frame(ALICE, PHONE, "c")).await;
+    let heard = [stream.delivery().await, stream.delivery().await, stream.delivery().await];
+    let mut client = node.presence();
+    let mut call = tokio::spawn(async move { client.deliver(storable(ALICE, "four")).await });
+    assert!(tokio::time::timeout(Duration::from_millis(300), &mut call).await.is_err(), "there is no room for it yet");
+    for delivery in heard {
+        stream.send(0, ack_frame(&delivery.delivery_id, ALICE, PHONE)).await;
+    }
+    let answer = call.await.expect("the task").expect("an answer").into_inner();
+    assert!(answer.delivered || answer.stored, "{answer:?}");
+    assert_eq!(stream.delivery().await.message, "four");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

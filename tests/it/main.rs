@@ -14,6 +14,7 @@ mod gateways;
 mod harness;
 mod hints;
 mod inbox;
+mod kicks;
 mod neighbours;
 mod order;
 mod redis_faults;
