@@ -69,7 +69,9 @@ async fn an_older_change_that_arrives_in_redis_behind_a_newer_one_changes_nothin
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_message_that_was_overtaken_is_followed_by_what_is_true() {
-    const ROUNDS: usize = 5;
+    /// As many as it takes, on a machine that stalls now and then.
+    const ROUNDS: usize = 30;
+    const ENOUGH: usize = 3;
     /// A node that cannot say it within 200 ms gives up, and then nothing arrives late.
     const SOON: Duration = Duration::from_millis(120);
     let _turn = heavy().await;
@@ -99,6 +101,9 @@ async fn a_message_that_was_overtaken_is_followed_by_what_is_true() {
             assert_eq!(said.last(), Some(&format!("{ALICE}:{OTHER_GATEWAY}")), "{said:?}");
         }
         everything_agrees_with_sql(&cluster, ALICE..=ALICE, SHOWN_WITHIN).await;
+        if overtaken == ENOUGH {
+            break;
+        }
     }
     assert!(overtaken > 0, "the test was a test");
 }
