@@ -33,6 +33,8 @@ const LEASE: Duration = Duration::from_secs(5);
 const SAMPLE: u64 = 1_000;
 /// What other nodes change is seen within this time, as there is no bus.
 const SEEN_ELSEWHERE: Duration = Duration::from_millis(1_200);
+/// After a million rows were written.
+const SETTLED_WITHIN: Duration = Duration::from_secs(10);
 /// Steady load while the sweep gives way.
 const QUERIES_PER_SECOND: u32 = 2_000;
 const QUERYING: u32 = 8;
@@ -163,7 +165,9 @@ async fn seed(cluster: &Cluster, gateway: &Gateway, size: u64) {
         .await;
     tokio::time::sleep(SEEN_ELSEWHERE).await;
     for node in &cluster.nodes {
-        assert_eq!(online(node, size).await, SAMPLE.min(size), "all are online while their gateway lives");
+        // The tables are busy with what they were given: some may still be answered as they were.
+        let all = async || online(node, size).await == SAMPLE.min(size);
+        eventually("all are online while their gateway lives", SETTLED_WITHIN, all).await;
     }
 }
 

@@ -8,11 +8,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use futures_util::FutureExt;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
-use tokio::task::JoinError;
-use tokio::task::JoinSet;
 use tokio::time::sleep_until;
-use tokio_stream::StreamExt;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::Status;
@@ -68,14 +69,15 @@ pub struct Stream {
     tools: Arc<Tools>,
     session: Session,
     attached: Option<Attached>,
-    in_flight: JoinSet<pb::NodeFrame>,
+    /// Within this task: waking one for each would cost more than what they wait for.
+    in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
     out: Outgoing,
 }
 
 impl Stream {
     pub fn new(tools: Arc<Tools>, out: Outgoing) -> Self {
-        let (session, in_flight, answers) = (Session::default(), JoinSet::new(), VecDeque::new());
+        let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
         Self { tools, session, attached: None, in_flight, answers, out }
     }
 
@@ -118,10 +120,10 @@ impl Stream {
                     }
                     _ => return (End::Theirs, None),
                 },
-                Some(done) = self.in_flight.join_next() => {
-                    self.note_answer(done);
-                    while let Some(done) = self.in_flight.try_join_next() {
-                        self.note_answer(done); // a batch's answers come together
+                Some(answer) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                    self.note_answer(answer);
+                    while let Some(Some(answer)) = self.in_flight.next().now_or_never() {
+                        self.note_answer(answer); // a batch's answers come together
                     }
                 }
                 read = frames.next(), if may_read => match read {
@@ -139,8 +141,8 @@ impl Stream {
         }
     }
 
-    fn note_answer(&mut self, done: Result<pb::NodeFrame, JoinError>) {
-        self.answers.extend(done.ok().filter(|frame| frame.seq != 0));
+    fn note_answer(&mut self, answer: pb::NodeFrame) {
+        self.answers.extend(Some(answer).filter(|frame| frame.seq != 0));
     }
 
     /// Sends answers as long as there is room.
@@ -246,7 +248,7 @@ impl Stream {
 
     /// Answers with the same seq once it is known what to say.
     fn answer(&mut self, seq: u64, body: impl Future<Output = Down> + Send + 'static) {
-        self.in_flight.spawn(async move { frame(seq, body.await) });
+        self.in_flight.push(async move { frame(seq, body.await) }.boxed());
     }
 }
 
