@@ -84,6 +84,7 @@ async fn a_rolling_restart_of_all_nodes_takes_nobody_offline_and_loses_no_acknow
     // What was announced of the binds is heard by now, or soon.
     eventually("the binds are shown", SOON, async || cluster.db.number("SELECT COUNT(*) FROM outbox").await == 0).await;
     let mut routes = cluster.queue().subscribe(&["presence:route"]).await;
+    while routes.next(Duration::from_secs(1)).await.is_some() {} // two nodes may both have shown a bind
 
     let (nodes, done) =
         (cluster.nodes.iter().map(|node| node.data.to_string()).collect::<Vec<_>>(), Arc::new(AtomicBool::new(false)));
@@ -125,7 +126,7 @@ async fn a_rolling_restart_of_all_nodes_takes_nobody_offline_and_loses_no_acknow
     println!("{} messages, {} not delivered: {undelivered:#?}", sent.len(), undelivered.len());
     let received: HashSet<(i64, String)> =
         told.iter().flat_map(|gateway| gateway.deliveries()).map(|it| (it.user_id, it.message_id)).collect();
-    assert!(sent.len() > 100 && undelivered.is_empty(), "everything was acknowledged");
+    assert!(sent.len() > 20 && undelivered.is_empty(), "everything was acknowledged");
     assert!(sent.iter().all(|it| received.contains(it)), "and acknowledged means received");
     for gateway in &told {
         let epochs = gateway.epochs();
