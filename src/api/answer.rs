@@ -36,10 +36,8 @@ pub fn about_one(user: UserId, answer: &Answer) -> Vec<u8> {
             result.text(2, "the user has no live route");
         }
     });
-    wire.text(2, newest.map_or("", |newest| newest.life.gateway.as_str()));
-    wire.number(3, (shown != Status::Offline).into());
-    wire.number(4, code(convert::status_to_pb(shown)));
-    wire.routes(5, user, answer);
+    wire.standing(newest.as_ref(), shown);
+    wire.routes(user, answer);
     wire.number(6, answer.version().0);
     wire.signed(7, answer.last_seen().0);
     wire.number(8, code(convert::source_to_pb(answer.source)));
@@ -80,20 +78,25 @@ impl Wire {
         }
         self.nested(2, |wire| {
             wire.signed(1, user.get());
-            wire.text(2, newest.as_ref().map_or("", |newest| newest.life.gateway.as_str()));
-            wire.number(3, (shown != Status::Offline).into());
-            wire.number(4, code(convert::status_to_pb(shown)));
+            wire.standing(newest.as_ref(), shown);
             if with_routes {
-                wire.routes(5, user, answer);
+                wire.routes(user, answer);
             }
             wire.number(6, code(if newest.is_some() { pb::Code::Ok } else { pb::Code::NotFound }));
         });
     }
 
-    /// A `Route` for each that is live.
-    fn routes(&mut self, tag: u32, user: UserId, answer: &Answer) {
+    /// Fields 2 to 4 of both messages.
+    fn standing(&mut self, newest: Option<&LiveRoute<'_>>, shown: Status) {
+        self.text(2, newest.map_or("", |newest| newest.life.gateway.as_str()));
+        self.number(3, (shown != Status::Offline).into());
+        self.number(4, code(convert::status_to_pb(shown)));
+    }
+
+    /// Field 5 of both: a `Route` for each that is live.
+    fn routes(&mut self, user: UserId, answer: &Answer) {
         for live in answer.live_routes() {
-            self.nested(tag, |wire| wire.route(user, &live));
+            self.nested(5, |wire| wire.route(user, &live));
         }
     }
 

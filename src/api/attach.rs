@@ -120,7 +120,7 @@ impl Stream {
                     }
                     _ => return (End::Theirs, None),
                 },
-                Some(answer) = self.in_flight.next(), if !self.in_flight.is_empty() => {
+                Some(answer) = self.in_flight.next() => {
                     self.note_answer(answer);
                     while let Some(Some(answer)) = self.in_flight.next().now_or_never() {
                         self.note_answer(answer); // a batch's answers come together
@@ -142,7 +142,9 @@ impl Stream {
     }
 
     fn note_answer(&mut self, answer: pb::NodeFrame) {
-        self.answers.extend(Some(answer).filter(|frame| frame.seq != 0));
+        if answer.seq != 0 {
+            self.answers.push_back(answer);
+        }
     }
 
     /// Sends answers as long as there is room.
