@@ -344,6 +344,8 @@ async fn a_node_whose_turn_to_sweep_ended_before_it_looked_does_not_believe_that
     proxy.release();
     tokio::time::sleep(2 * SWEEP_INTERVAL).await;
     assert_eq!(routes_of(&cluster, epoch).await, 1, "it is not this node's turn");
+    let swept = db.number(&format!("SELECT swept_at FROM lives WHERE epoch = {epoch}")).await;
+    assert_eq!(swept, 0, "nobody has looked"); // the census would find what was left, a minute later
     db.run("DELETE FROM jobs WHERE name = 'sweep'").await;
     eventually("the route is removed", SWEPT_BY_ANOTHER_WITHIN, async || routes_of(&cluster, epoch).await == 0).await;
 }
