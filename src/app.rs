@@ -210,9 +210,7 @@ async fn open(config: &Config) -> Result<Database, StartError> {
         let opened = timeout(left.max(START_RETRY), Database::open(&config.store)).await;
         let cause = match opened {
             Ok(Ok(database)) => return Ok(database),
-            Ok(Err(error @ (OpenError::InUse(_) | OpenError::Lock { .. } | OpenError::Migrate(_)))) => {
-                return Err(StartError::Store(error));
-            }
+            Ok(Err(error @ (OpenError::InUse(_) | OpenError::Lock { .. }))) => return Err(StartError::Store(error)),
             Ok(Err(error)) => error,
             Err(_) => OpenError::NoAnswer,
         };

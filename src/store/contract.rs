@@ -1,5 +1,6 @@
 //! What the store promises, each promise kept on both engines: SQLite in a file, and a real MariaDB.
 
+mod schema;
 mod server;
 
 use std::collections::BTreeMap;

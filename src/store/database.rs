@@ -1,18 +1,12 @@
 //! The database as a whole: reaching it, laying its tables, and what its durability rests on.
 
-use std::borrow::Cow;
 use std::fs::File;
 use std::fs::TryLockError;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use sqlx::AssertSqlSafe;
 use sqlx::Row;
-use sqlx::SqlSafeStr;
-use sqlx::migrate::Migration;
-use sqlx::migrate::MigrationType;
-use sqlx::migrate::Migrator;
 
 use crate::config;
 use crate::store::connection::Connection;
@@ -20,10 +14,10 @@ use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
+use crate::store::schema;
 
 /// The server may have ended a connection that was not used for longer.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
-const INIT: &str = include_str!("../../migrations/0001_init.sql");
 
 /// Where to connect, and the facts about the database that hold for the life of this process.
 pub struct Database {
@@ -70,8 +64,6 @@ pub enum OpenError {
     Migrate(#[from] sqlx::migrate::MigrateError),
     #[error(transparent)]
     Sql(#[from] SqlError),
-    #[error("another node has been laying the tables for long; if it stands still, end it")]
-    Busy,
     #[error("no answer")]
     NoAnswer,
 }
@@ -87,7 +79,7 @@ impl Database {
             Engine::Sqlite => (creating(url), lock_file(url)?),
         };
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
-        lay_tables(&mut connection).await?;
+        schema::lay(connection.raw()).await?;
         let store_id = store_id(&mut connection).await?;
         Ok(Self { engine, store_id, url, deadline: store.timeout, _lock: lock })
     }
@@ -137,38 +129,18 @@ impl Durability {
     }
 }
 
-/// Lays the tables that are missing; nodes that start at once take turns. (The library's own lock waits for ever on MySQL,
-/// and is none on MariaDB.)
-async fn lay_tables(connection: &mut Connection) -> Result<(), OpenError> {
-    const LOCK: &str = "SELECT GET_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)), 2)";
-    const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('im-presence ', LEFT(MD5(DATABASE()), 16)))";
-    let mysql = connection.engine() == Engine::MySql;
-    if mysql && connection.fetch(statement(LOCK)).await?.first().and_then(|row| row.try_get(0).ok()) != Some(1) {
-        return Err(OpenError::Busy);
-    }
-    migrator().run(connection.raw()).await?;
-    if mysql {
-        connection.fetch(statement(UNLOCK)).await?;
-    }
-    Ok(())
-}
-
-fn migrator() -> Migrator {
-    let init =
-        Migration::new(1, Cow::Borrowed("init"), MigrationType::Simple, AssertSqlSafe(INIT.to_owned()).into_sql_str(), false);
-    let mut migrator = Migrator::with_migrations(vec![init]);
-    migrator.set_locking(false);
-    migrator
-}
-
 /// The store's id: whoever comes first makes it.
 async fn store_id(connection: &mut Connection) -> Result<String, SqlError> {
+    const READ: &str = "SELECT store_id FROM cluster WHERE id = 1";
     let sql = match connection.engine() {
         Engine::MySql => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON DUPLICATE KEY UPDATE id = id",
         Engine::Sqlite => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON CONFLICT DO NOTHING",
     };
-    connection.execute(statement(sql).bind(uuid::Uuid::new_v4().to_string())).await?;
-    let rows = connection.fetch(statement("SELECT store_id FROM cluster WHERE id = 1")).await?;
+    let mut rows = connection.fetch(statement(READ)).await?;
+    if rows.is_empty() {
+        connection.execute(statement(sql).bind(uuid::Uuid::new_v4().to_string())).await?;
+        rows = connection.fetch(statement(READ)).await?;
+    }
     let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
     Ok(row.try_get(0)?)
 }

@@ -11,6 +11,7 @@ pub mod keys;
 pub mod link;
 pub mod lives;
 pub mod outbox;
+mod schema;
 pub mod shared;
 mod statement;
 pub mod users;

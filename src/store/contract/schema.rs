@@ -1,0 +1,73 @@
+//! The tables can be laid by anybody, in any company, however often somebody was killed while doing it.
+
+use sqlx::AssertSqlSafe;
+use sqlx::SqlSafeStr;
+use sqlx::migrate::Migration;
+use sqlx::migrate::MigrationType;
+use sqlx::migrate::Migrator;
+
+use super::*;
+
+const INIT: &str = include_str!("../../../migrations/0001_init.sql");
+
+/// How the last release lays its tables.
+fn last_release() -> Migrator {
+    let sql = AssertSqlSafe(INIT).into_sql_str();
+    let mut migrator = Migrator::with_migrations(vec![Migration::new(1, "init".into(), MigrationType::Simple, sql, false)]);
+    migrator.set_locking(false);
+    migrator
+}
+
+async fn bare(url: &str) -> Connection {
+    let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
+    Connection::open(url, engine, Purpose::General, DEADLINE).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_node_that_is_killed_while_it_lays_the_tables_can_be_started_again() {
+    let statements: Vec<&str> = INIT.split(";\n").filter(|statement| !statement.trim().is_empty()).collect();
+    for cut in 0..=statements.len() {
+        let url = server::fresh_database().await;
+        let mut killed = bare(&url).await;
+        // What the last release leaves behind: its migration is begun and not done.
+        let begun = "CREATE TABLE _sqlx_migrations (version BIGINT PRIMARY KEY, description TEXT NOT NULL, \
+            installed_on TIMESTAMP NOT NULL DEFAULT CURRENT_TIMESTAMP, success BOOLEAN NOT NULL, checksum BLOB NOT NULL, \
+            execution_time BIGINT NOT NULL)";
+        killed.run(begun).await.unwrap();
+        killed.run("INSERT INTO _sqlx_migrations VALUES (1, 'init', NOW(), FALSE, 'x', -1)").await.unwrap();
+        for statement in &statements[..cut] {
+            killed.run(statement).await.unwrap();
+        }
+        let store_id = open(&url).await.unwrap_or_else(|error| panic!("killed after {cut} statements: {error}")).store_id;
+        assert_eq!(open(&url).await.unwrap().store_id, store_id);
+        last_release().run(killed.raw()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn nodes_of_the_last_release_start_on_tables_of_this_one_and_the_other_way_round() {
+    let directory = tempfile::tempdir().unwrap();
+    for (ours, theirs) in [
+        (server::fresh_database().await, server::fresh_database().await),
+        (sqlite(&directory), format!("sqlite://{}?mode=rwc", directory.path().join("theirs.db").display())),
+    ] {
+        drop(open(&ours).await.unwrap());
+        last_release().run(bare(&ours).await.raw()).await.unwrap();
+        sqlx::any::install_default_drivers();
+        last_release().run(bare(&theirs).await.raw()).await.unwrap();
+        drop(open(&theirs).await.unwrap());
+        last_release().run(bare(&theirs).await.raw()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_store_whose_tables_are_there_is_opened_without_a_write() {
+    let url = server::fresh_database().await;
+    let store_id = open(&url).await.unwrap().store_id;
+    let (server, name) = url.rsplit_once('/').unwrap();
+    let mut root = bare(&url).await;
+    root.execute(statement(format!("CREATE USER {name}_reader"))).await.unwrap();
+    root.execute(statement(format!("GRANT SELECT ON {name}.* TO {name}_reader"))).await.unwrap();
+    let reader = format!("{}/{name}", server.replace("root@", &format!("{name}_reader@")));
+    assert_eq!(open(&reader).await.unwrap().store_id, store_id);
+}
