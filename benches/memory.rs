@@ -11,6 +11,7 @@ mod load;
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -116,7 +117,7 @@ fn hit_ratios(users: u64, seed: u64) -> (f64, f64) {
     (ours as f64 / calls as f64, theirs as f64 / calls as f64)
 }
 
-fn is_hit(cache: &Cache, user: u64) -> bool {
+fn is_hit(cache: &Arc<Cache>, user: u64) -> bool {
     let user = UserId::parse(i64::try_from(user).expect("a user")).expect("a user");
     let hit = cache.get(user).is_some();
     if !hit {

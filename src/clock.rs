@@ -73,6 +73,11 @@ impl AtomicInstant {
         self.nanos.fetch_max(i64::try_from(nanos).unwrap_or(i64::MAX), Ordering::Relaxed);
     }
 
+    /// As if it had never been.
+    pub fn clear(&self) {
+        self.nanos.store(i64::MIN, Ordering::Relaxed);
+    }
+
     /// How long ago it was, at `now`.
     pub fn age(&self, now: Instant) -> Duration {
         let nanos = self.nanos.load(Ordering::Relaxed);

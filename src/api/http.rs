@@ -93,10 +93,10 @@ impl Operator {
         degraded
     }
 
-    /// What is configured and does not answer; `hints`: this node does not hear itself, or one of the others.
+    /// What is configured and does not answer; `store` also if it answers and changes cannot be stored; `hints`: this node does not hear itself, or one of the others.
     fn missing(&self) -> Vec<&'static str> {
         let parts = [
-            ("store", self.store_up()),
+            ("store", self.store_up() && self.lanes.are_healthy()),
             ("redis_cache", self.metrics.is_redis_up("cache").unwrap_or(true)),
             ("redis_queue", self.metrics.is_redis_up("queue").unwrap_or(true)),
             ("hints", self.hints.as_ref().is_none_or(|hints| hints.complete_since(Instant::now()).is_some())),

@@ -39,6 +39,7 @@ use crate::engine::l2::L2Check;
 use crate::engine::lanes::Lanes;
 use crate::engine::lanes::Tools;
 use crate::engine::lives::Lives;
+use crate::engine::loader::L2_READERS;
 use crate::engine::loader::Loader;
 use crate::engine::outlets::Outlets;
 use crate::engine::peers::Call;
@@ -267,6 +268,7 @@ impl<'a> Ground<'a> {
             metrics: self.metrics.clone(),
             outside,
             drains: drains.clone(),
+            write_health: Arc::default(),
             settings: settings::lanes(self.config, self.database.engine),
         });
         let lanes = Lanes::start(&tools, self.tasks, self.stop);
@@ -280,6 +282,11 @@ impl<'a> Ground<'a> {
         let loader = Loader::new(database.clone(), cache.clone(), lives.clone(), self.l2.clone(), metrics.clone());
         for _ in 0..self.config.store.connections {
             self.spawn(loader.clone().work(self.stop.clone()));
+        }
+        if self.l2.is_some() {
+            for _ in 0..L2_READERS {
+                self.spawn(loader.clone().work_ahead(self.stop.clone()));
+            }
         }
         let settings = settings::directory(self.config, database.engine, self.hints.clone());
         let directory = Arc::new(Directory::new(cache, lives, loader, metrics, settings));

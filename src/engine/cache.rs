@@ -72,7 +72,6 @@ struct UnderWay {
 }
 
 /// What a load is allowed to do with what it read.
-#[derive(Debug)]
 pub enum Loaded {
     /// Answer this. It may be newer than what was read.
     Answer(Arc<Entry>),
@@ -80,10 +79,12 @@ pub enum Loaded {
     Again(LoadTicket),
 }
 
-/// A load in progress. Ends by [`Cache::end_load`] or [`Cache::abandon_load`].
-#[derive(Debug)]
+/// A load in progress. Ends by [`Cache::end_load`], or when it is dropped.
 #[must_use]
 pub struct LoadTicket {
+    cache: Arc<Cache>,
+    /// Counted among the user's loads.
+    is_open: bool,
     user: UserId,
     /// What was known for sure before the load read anything.
     floor_before: Version,
@@ -99,6 +100,18 @@ impl LoadTicket {
     /// Whether the shared cache's answer may be used; below the floor it is a miss.
     pub fn accepts(&self, version: Version) -> bool {
         version >= self.floor_before
+    }
+}
+
+impl Drop for LoadTicket {
+    fn drop(&mut self) {
+        if self.is_open {
+            let mut shard = self.cache.shard(self.user);
+            if let Some(under_way) = shard.get_mut(&self.user) {
+                under_way.loads = under_way.loads.saturating_sub(1);
+                tidy_up(&mut shard, self.user);
+            }
+        }
     }
 }
 
@@ -225,7 +238,7 @@ impl Cache {
     }
 
     /// To be called before anything is read.
-    pub fn begin_load(&self, user: UserId) -> LoadTicket {
+    pub fn begin_load(self: &Arc<Self>, user: UserId) -> LoadTicket {
         let began = Instant::now();
         let trust = self.trust.load(Ordering::Acquire);
         let mut shard = self.shard(user);
@@ -234,7 +247,7 @@ impl Cache {
         if let Some(entry) = self.l1.peek(&user).filter(|entry| entry.trust == trust) {
             under_way.floor = under_way.floor.max(entry.record.version);
         }
-        LoadTicket { user, floor_before: under_way.floor, trust, began }
+        LoadTicket { cache: self.clone(), is_open: true, user, floor_before: under_way.floor, trust, began }
     }
 
     /// A load read `record`. SQL below a floor that was known before the load began proves that the database went back in
@@ -263,18 +276,10 @@ impl Cache {
         let as_of = if from_sql { ticket.began } else { ticket.began.checked_sub(L2_AGE).unwrap_or(ticket.began) };
         under_way.floor = version;
         under_way.loads = under_way.loads.saturating_sub(1);
+        ticket.is_open = false;
         let entry = self.keep_newest(user, Entry::new(record, as_of, !from_sql, ticket.trust));
         tidy_up(&mut shard, user);
         Loaded::Answer(entry)
-    }
-
-    /// A load failed.
-    pub fn abandon_load(&self, ticket: LoadTicket) {
-        let mut shard = self.shard(ticket.user);
-        if let Some(under_way) = shard.get_mut(&ticket.user) {
-            under_way.loads = under_way.loads.saturating_sub(1);
-            tidy_up(&mut shard, ticket.user);
-        }
     }
 
     /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge.

@@ -58,7 +58,7 @@ impl Cache {
         self.get(alice()).map(|entry| entry.record.version.0)
     }
 
-    fn loads(&self, version: u64) {
+    fn loads(self: &Arc<Self>, version: u64) {
         let ticket = self.begin_load(alice());
         assert_eq!(answer(self.ends(ticket, version)), version);
     }
@@ -145,7 +145,7 @@ fn what_is_under_way_is_forgotten_when_it_ends_however_it_ends() {
     cache.hint(alice(), Version(9));
     assert_eq!(cache.under_way(), 1);
     drop(write); // rolled back
-    cache.abandon_load(load);
+    drop(load);
     assert_eq!(cache.under_way(), 1);
     assert_eq!(answer(cache.ends(other, 9)), 9);
     assert_eq!(cache.under_way(), 0);
@@ -260,7 +260,7 @@ fn a_shared_cache_that_lags_is_watched_until_it_has_caught_up() {
     assert_eq!(cache.under_way(), 1, "version 3 is not there yet");
     let load = cache.begin_load(alice());
     assert!(!load.accepts(Version(2)) && load.accepts(Version(3)));
-    cache.abandon_load(load);
+    drop(load);
     cache.confirmed(alice(), Version(3));
     assert_eq!(cache.under_way(), 0);
 }
@@ -476,6 +476,8 @@ impl World {
         let (sql, shared, node) = (self.sql, self.shared, &mut self.nodes[n]);
         let Some(load) = &mut node.load else { unreachable!() };
         let ticket = LoadTicket {
+            cache: cache.clone(),
+            is_open: false, // it is put together anew for each step
             user: alice(),
             floor_before: Version(load.floor_before),
             trust: cache.trust.load(Ordering::Relaxed),

@@ -201,8 +201,10 @@ impl Directory {
             true if self.database_slow.age(asked) < SLOW_MEMORY => Duration::ZERO,
             true => STALE_PATIENCE,
         };
-        if timeout(patience, loads.complete()).await.is_err() {
-            self.database_slow.set(Instant::now());
+        match timeout(patience, loads.complete()).await {
+            Ok(()) => self.database_slow.clear(),
+            Err(_) if patience.is_zero() => {} // nobody waited: that tells nothing new
+            Err(_) => self.database_slow.set(Instant::now()),
         }
         loads.take()
     }

@@ -9,7 +9,9 @@
 //! * Lost before COMMIT was sent: run again. Lost after: nobody knows, so it is never run again; its callers are told to
 //!   repeat (a repeat is harmless) and its users leave L1.
 //! * Somebody else holds a user's row, perhaps a node that stands still: that user's events are parked, all others go on.
-//! * A deadlock: halved and run again, at most five times. Any other error: halved until the one bad event fails alone.
+//! * A deadlock: halved and run again, at most five times. An error about rows: halved until the one bad event fails alone.
+//! * Any other error is the server's trouble: run again, ever later, until something has committed. Reaching the server is no
+//!   recovery: one that is read-only lets everybody in.
 
 use std::collections::HashSet;
 use std::collections::VecDeque;
@@ -31,6 +33,7 @@ use tracing::warn;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::user::Outcome;
+use crate::engine::backoff::Backoff;
 use crate::engine::lanes::Pending;
 use crate::engine::lanes::Tools;
 use crate::engine::projection::Batch;
@@ -55,8 +58,14 @@ const BACKGROUND_SHARE: usize = MAX_BATCH / 8;
 const MAX_TRIES: u32 = 5;
 /// How often the lane looks whether parked users are free.
 const PARKED_INTERVAL: Duration = Duration::from_millis(100);
-/// Between attempts to reach the database.
-const RECONNECT_INTERVAL: Duration = Duration::from_millis(100);
+/// Events of locked users that may be set aside, and their size. Further ones are refused.
+const MAX_PARKED: usize = 8 * MAX_BATCH;
+const MAX_PARKED_BYTES: usize = 8 * MAX_BATCH_BYTES;
+/// Between attempts to commit anything, from the second failure on.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LIMIT: Duration = Duration::from_secs(2);
+/// A server without room or memory is left alone for at least this long.
+const ILL_PAUSE: Duration = Duration::from_secs(1);
 /// An idle lane asks for a sign of life, well within the session's wait_timeout of 10 s.
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a committed batch's callers wait for L2 to have it.
@@ -84,7 +93,10 @@ pub(super) struct Lane {
     shown: Vec<ShownRow>,
     /// Batches whose callers are answered once L2 has them.
     answering: JoinSet<()>,
-    unreachable_since: Option<Instant>,
+    /// Since when nothing has committed, although it should have.
+    failing_since: Option<Instant>,
+    has_told_denied: bool,
+    backoff: Backoff,
 }
 
 impl Lane {
@@ -95,8 +107,20 @@ impl Lane {
         projector: ToProjector,
     ) -> Self {
         let (parked, shown, answering) = (Vec::new(), Vec::new(), JoinSet::new());
-        let (connection, unreachable_since) = (None, None);
-        Self { tools, callers, background, parked, connection, projector, shown, answering, unreachable_since }
+        let (connection, failing_since, backoff) = (None, None, Backoff::new(RETRY_FIRST, RETRY_LIMIT));
+        Self {
+            tools,
+            callers,
+            background,
+            parked,
+            connection,
+            projector,
+            shown,
+            answering,
+            failing_since,
+            has_told_denied: false,
+            backoff,
+        }
     }
 
     pub async fn run(mut self, shutdown: CancellationToken) {
@@ -159,12 +183,6 @@ impl Lane {
         take(&mut self.callers, &mut batch, MAX_BATCH - BACKGROUND_SHARE);
         take(&mut self.background, &mut batch, MAX_BATCH);
         take(&mut self.callers, &mut batch, MAX_BATCH);
-        let parked: HashSet<UserId> = self.parked.iter().map(|event| event.user).collect();
-        let (behind, mut batch): (Vec<_>, Vec<_>) = batch.into_iter().partition(|event| parked.contains(&event.user));
-        self.parked.extend(behind);
-        for event in &mut batch {
-            event.under_way = Some(self.tools.cache.begin_write(event.user));
-        }
         batch
     }
 
@@ -174,6 +192,10 @@ impl Lane {
         let mut parts = VecDeque::from([Part { events: batch, tries: 0 }]);
         while let Some(mut part) = parts.pop_front() {
             part.events = self.wanted(part.events);
+            part.events = self.not_behind_parked(part.events);
+            for event in part.events.iter_mut().filter(|event| event.under_way.is_none()) {
+                event.under_way = Some(self.tools.cache.begin_write(event.user));
+            }
             if part.events.is_empty() {
                 continue;
             }
@@ -189,9 +211,36 @@ impl Lane {
         let max_age = self.tools.settings.max_event_age;
         let (wanted, dropped): (Vec<_>, Vec<_>) = events.into_iter().partition(|event| event.is_wanted(max_age));
         for event in dropped {
+            if !event.is_given_up() {
+                self.tools.write_health.note_refused();
+            }
             event.answer(Err(Error::unavailable("the change waited for too long and was not made")));
         }
         wanted
+    }
+
+    /// Sets aside the events of users who have events set aside already: a user's changes are made in their order.
+    fn not_behind_parked(&mut self, events: Vec<Pending>) -> Vec<Pending> {
+        if self.parked.is_empty() {
+            return events;
+        }
+        let parked: HashSet<UserId> = self.parked.iter().map(|event| event.user).collect();
+        let (behind, events) = events.into_iter().partition(|event| parked.contains(&event.user));
+        self.set_aside(behind);
+        events
+    }
+
+    fn set_aside(&mut self, events: Vec<Pending>) {
+        let mut bytes: usize = self.parked.iter().map(|event| event.change.bytes()).sum();
+        for event in events {
+            bytes += event.change.bytes();
+            if self.parked.len() < MAX_PARKED && bytes <= MAX_PARKED_BYTES {
+                self.parked.push(event);
+            } else {
+                self.tools.metrics.shed("locked");
+                event.answer(Err(Error::overloaded("too many changes wait for users whose rows another session has locked")));
+            }
+        }
     }
 
     async fn attempt(&mut self, events: &[Pending]) -> Result<Committed, Failure> {
@@ -202,9 +251,11 @@ impl Lane {
         let usable = match &result {
             Ok(_) => {
                 self.tools.metrics.lane_commit_seconds.observe(began.elapsed().as_secs_f64());
+                self.note_committed();
                 true
             }
-            Err(Failure::Uncertain(_) | Failure::Sql(SqlError::Lost(_))) => false,
+            Err(Failure::Uncertain(_)) => false,
+            Err(Failure::Sql(error)) if error.ends_connection() => false,
             Err(_) => connection.rollback().await.is_ok(),
         };
         self.connection = usable.then_some(connection);
@@ -257,16 +308,16 @@ impl Lane {
         let metrics = self.tools.metrics.clone();
         match failure {
             Failure::TooLate => parts.push_front(part),
-            Failure::Sql(SqlError::Lost(error)) => {
-                metrics.lane_retry("lost");
-                if self.unreachable_since.is_some() {
-                    sleep(RECONNECT_INTERVAL).await;
-                }
-                self.note_unreachable(&error);
+            Failure::Sql(error @ (SqlError::Lost(_) | SqlError::Denied(_) | SqlError::Ill(_))) => {
+                metrics.lane_retry(if error.ends_connection() { "lost" } else { "ill" });
+                self.note_failing(&error);
+                let pause = self.backoff.next();
+                sleep(if error.ends_connection() { pause } else { pause.max(ILL_PAUSE) }).await;
                 parts.push_front(part);
             }
             Failure::Uncertain(error) => {
                 metrics.lane_retry("uncertain");
+                self.note_failing(&error);
                 warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
                 refuse(part, "the database did not confirm the change");
@@ -312,7 +363,7 @@ impl Lane {
                     info!(gateway.addr = %gateway, "gateway {gateway} binds without being registered: its routes end by themselves");
                     self.connection = Some(connection);
                 }
-                Err(SqlError::Lost(error)) => self.note_unreachable(&error),
+                Err(error) if error.ends_connection() => self.note_failing(&error),
                 Err(_) => self.connection = connection.rollback().await.is_ok().then_some(connection),
             }
         }
@@ -322,7 +373,7 @@ impl Lane {
     async fn park(&mut self, part: Part, parts: &mut VecDeque<Part>) {
         let locked = self.locked(&part.events).await;
         let (parked, events): (Vec<_>, Vec<_>) = part.events.into_iter().partition(|event| locked.contains(&event.user));
-        self.parked.extend(parked);
+        self.set_aside(parked);
         parts.push_front(Part { events, tries: part.tries });
     }
 
@@ -336,11 +387,8 @@ impl Lane {
         let locked = self.locked(&parked).await;
         let (still, mut free): (Vec<_>, Vec<_>) = parked.into_iter().partition(|event| locked.contains(&event.user));
         self.parked = still;
-        for event in free.iter_mut().filter(|event| event.under_way.is_none()) {
-            event.under_way = Some(self.tools.cache.begin_write(event.user));
-        }
         while !free.is_empty() {
-            let rest = free.split_off(free.len().min(MAX_BATCH));
+            let rest = free.split_off(as_many_as_fit(&free));
             self.settle(free).await;
             free = rest;
         }
@@ -364,26 +412,39 @@ impl Lane {
     }
 
     async fn connected(&mut self) -> Result<Connection, SqlError> {
-        let connection = match self.connection.take() {
-            Some(connection) => connection,
-            None => self.tools.database.connect(Purpose::Lane).await?,
-        };
-        if let Some(since) = self.unreachable_since.take() {
-            info!(duration_ms = since.elapsed().as_millis() as u64, "a lane reaches the database again");
+        match self.connection.take() {
+            Some(connection) => Ok(connection),
+            None => self.tools.database.connect(Purpose::Lane).await,
         }
-        Ok(connection)
     }
 
-    fn note_unreachable(&mut self, error: &str) {
+    /// One line when it begins, however often it fails then; and one for a right that is missing.
+    fn note_failing(&mut self, error: &SqlError) {
         self.tools.metrics.store_error("lane");
-        if self.unreachable_since.is_none() {
-            self.unreachable_since = Some(Instant::now());
-            warn!(%error, "a lane lost the database; changes wait, or are refused");
+        if matches!(error, SqlError::Denied(_)) && !std::mem::replace(&mut self.has_told_denied, true) {
+            error!(%error, "changes cannot be stored until the database's user is granted this");
+        }
+        if self.failing_since.is_none() {
+            self.failing_since = Some(Instant::now());
+            self.tools.write_health.begin_failing();
+            warn!(%error, "a lane can store nothing now; changes wait, or are refused");
+        }
+    }
+
+    fn note_committed(&mut self) {
+        self.backoff.reset();
+        self.has_told_denied = false;
+        if let Some(since) = self.failing_since.take() {
+            self.tools.write_health.end_failing();
+            info!(duration_ms = since.elapsed().as_millis() as u64, "a lane stores changes again");
         }
     }
 
     /// Keeps the server from ending an idle session, and has one ready for the next event.
     async fn keep_connection(&mut self) {
+        if self.failing_since.is_some() {
+            return self.probe().await;
+        }
         if !self.parked.is_empty() || self.tools.database.engine == Engine::Sqlite && self.connection.is_some() {
             return;
         }
@@ -391,6 +452,16 @@ impl Lane {
             && connection.ping().await.is_ok()
         {
             self.connection = Some(connection);
+        }
+    }
+
+    /// Without changes to store, a lane that failed finds out by a commit of its own whether it could.
+    async fn probe(&mut self) {
+        if let Ok(mut connection) = self.connected().await
+            && connection.probe_write(&self.tools.node_id).await.is_ok()
+        {
+            self.connection = Some(connection);
+            self.note_committed();
         }
     }
 
@@ -415,6 +486,16 @@ fn answer(answers: impl Iterator<Item = (Pending, Option<Result<Outcome, Error>>
 enum Wake {
     Event(Pending),
     Nothing,
+}
+
+/// How many of `events`, from the first on, make a batch.
+fn as_many_as_fit(events: &[Pending]) -> usize {
+    let mut bytes = 0;
+    let fits = |event: &&Pending| {
+        bytes += event.change.bytes();
+        bytes <= MAX_BATCH_BYTES
+    };
+    events.iter().take(MAX_BATCH).take_while(fits).count().max(1)
 }
 
 fn halve(part: Part, parts: &mut VecDeque<Part>) {

@@ -34,6 +34,7 @@ use crate::engine::inbox::Drains;
 use crate::engine::lane::Lane;
 use crate::engine::lives::Lives;
 use crate::engine::projection::Outside;
+use crate::engine::write_health::WriteHealth;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::database::Database;
@@ -102,6 +103,7 @@ pub struct Tools {
     pub outside: Arc<Outside>,
     /// Who has messages waiting, and a way to get them.
     pub drains: Arc<Drains>,
+    pub write_health: Arc<WriteHealth>,
     pub settings: Settings,
 }
 
@@ -133,6 +135,7 @@ pub struct Lanes {
     entrances: Vec<Entrance>,
     taken: AtomicU64,
     metrics: Arc<Metrics>,
+    write_health: Arc<WriteHealth>,
     max_event_age: Duration,
 }
 
@@ -144,12 +147,12 @@ impl Lanes {
         for _ in 0..settings.lanes {
             let (callers, from_callers) = mpsc::channel(settings.queue);
             let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
-            let projector = tools.outside.projector(tasks);
+            let projector = tools.outside.projector(tasks, shutdown);
             tasks.spawn(Lane::new(tools.clone(), from_callers, from_background, projector).run(shutdown.clone()));
             entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
         }
-        let taken = AtomicU64::new(0);
-        Arc::new(Self { entrances, taken, metrics: tools.metrics.clone(), max_event_age: settings.max_event_age })
+        let (taken, metrics, write_health) = (AtomicU64::new(0), tools.metrics.clone(), tools.write_health.clone());
+        Arc::new(Self { entrances, taken, metrics, write_health, max_event_age: settings.max_event_age })
     }
 
     /// Makes one change. When this returns an outcome, the change is durable.
@@ -224,6 +227,11 @@ impl Lanes {
         self.taken.load(Ordering::Relaxed)
     }
 
+    /// Whether changes can be stored now.
+    pub fn are_healthy(&self) -> bool {
+        self.write_health.is_good()
+    }
+
     /// Events that wait.
     pub fn depth(&self) -> usize {
         self.entrances.iter().map(|entrance| entrance.callers.max_capacity() - entrance.callers.capacity()).sum()
@@ -267,6 +275,7 @@ impl Lanes {
         self.entrances[lane].callers.try_send(pending).map_err(|error| match error {
             TrySendError::Full(_) => {
                 self.metrics.shed("changes");
+                self.write_health.note_refused();
                 Error::overloaded("too many changes wait to be stored")
             }
             TrySendError::Closed(_) => stopping(),
@@ -299,6 +308,11 @@ impl Pending {
     /// Whether somebody still waits for it. If not, its caller has been told to repeat it, and it must not be applied late.
     pub fn is_wanted(&self, max_age: Duration) -> bool {
         !self.answer.is_closed() && self.received.elapsed() < max_age
+    }
+
+    /// Whether its caller has gone.
+    pub fn is_given_up(&self) -> bool {
+        self.answer.is_closed()
     }
 
     pub fn answer(self, outcome: Result<Outcome, Error>) {

@@ -3,13 +3,14 @@
 //! Whoever misses names the user and waits; workers with a connection each take all that is asked for, up to one statement's
 //! worth, and read it at once. So there is one load per user at a time, misses of different callers share statements, and
 //! the number of statements in flight is bounded. Loads are tasks of their own: a caller that gives up cancels nothing.
-//! Full: the caller is told to come again.
+//! Full: the caller is told to come again. Where there is an L2, others ask it first, and only what it lacks comes here.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Duration;
 use std::time::Instant;
 
 use smallvec::SmallVec;
@@ -21,6 +22,7 @@ use crate::domain::gateway::Life;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::user::UserRecord;
+use crate::engine::backoff::Backoff;
 use crate::engine::cache::Cache;
 use crate::engine::cache::LoadTicket;
 use crate::engine::cache::Loaded;
@@ -41,6 +43,12 @@ use crate::store::users::Records;
 const MAX_USERS_PER_LOAD: usize = 512;
 /// Users waiting to be loaded. Ten of the largest batches.
 const MAX_WAITING: usize = 100_000;
+
+/// Tasks that ask L2. Each waits for one batch of users at a time.
+pub const L2_READERS: usize = 4;
+/// Between attempts to reach the database, from the second failure on.
+const RETRY_FIRST: Duration = Duration::from_millis(100);
+const RETRY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Most users are asked for by one caller at a time.
 type Places = SmallVec<[Place; 1]>;
@@ -66,11 +74,14 @@ struct Wanted {
 struct Queue {
     flights: NumberMap<UserId, Flight>,
     order: VecDeque<UserId>,
+    /// Loads that L2 could not answer.
+    for_sql: VecDeque<LoadTicket>,
 }
 
 pub struct Loader {
     queue: Mutex<Queue>,
     wake: Notify,
+    wake_sql: Notify,
     database: Arc<Database>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
@@ -86,7 +97,16 @@ impl Loader {
         l2: Option<Arc<L2>>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
-        Arc::new(Self { queue: Mutex::default(), wake: Notify::new(), database, cache, lives, l2, metrics })
+        Arc::new(Self {
+            queue: Mutex::default(),
+            wake: Notify::new(),
+            wake_sql: Notify::new(),
+            database,
+            cache,
+            lives,
+            l2,
+            metrics,
+        })
     }
 
     /// Asks for `users`. `fresh`: only a load that begins after this call will do; otherwise one in progress is joined.
@@ -95,33 +115,33 @@ impl Loader {
     /// [`Error::Overloaded`] if too many users wait already; then none of these does.
     pub fn request(&self, users: &[UserId], fresh: bool) -> Result<Loads, Error> {
         let mut queue = self.queue();
-        if queue.order.len() + users.len() > MAX_WAITING {
+        if queue.order.len() + queue.for_sql.len() + users.len() > MAX_WAITING {
             self.metrics.shed("loads");
             return Err(Error::overloaded("too many users wait to be read from the database"));
         }
         let (loads, places) = Loads::of(users.len());
         users.iter().zip(places).for_each(|(user, place)| queue.join(*user, fresh, place));
         drop(queue);
-        self.wake.notify_one();
+        self.wake_first();
         Ok(loads)
     }
 
-    /// Serves requests over one connection until `shutdown`.
-    pub async fn work(self: Arc<Self>, shutdown: CancellationToken) {
+    /// Whoever takes requests first: those who ask L2, if there is one.
+    fn wake_first(&self) {
+        if self.l2.is_some() { self.wake.notify_one() } else { self.wake_sql.notify_one() }
+    }
+
+    /// Answers requests from L2 as far as it goes, until `shutdown`, and leaves the others to those who read SQL: a database
+    /// that stands still keeps nobody from what Redis has.
+    pub async fn work_ahead(self: Arc<Self>, shutdown: CancellationToken) {
         let _stop_node_on_panic = shutdown.clone().drop_guard();
-        let mut connection = None;
         while let Some(wanted) = shutdown.run_until_cancelled(self.take()).await {
-            let mut unanswered: Vec<UserId> = wanted.iter().map(|wanted| wanted.user).collect();
-            if let Err(error) = self.load(&mut connection, &wanted, &mut unanswered).await {
-                connection = None;
-                self.metrics.store_error("load");
-                if let SqlError::Failed(_) = error {
-                    error!(%error, "users cannot be loaded");
-                }
-                let told = Error::unavailable("the database does not answer");
-                self.queue().answer(unanswered.into_iter().map(|user| (user, Err(told.clone()))));
+            let tickets = wanted.iter().map(|wanted| self.cache.begin_load(wanted.user)).collect();
+            let left = self.ask_l2(tickets, &wanted).await;
+            if !left.is_empty() {
+                self.queue().for_sql.extend(left);
+                self.wake_sql.notify_one();
             }
-            self.wake.notify_one();
         }
     }
 
@@ -129,39 +149,64 @@ impl Loader {
         loop {
             let users = self.queue().take();
             if !users.is_empty() {
-                self.wake.notify_one(); // there may be more than one worker's worth
+                self.wake.notify_one(); // there may be more than one batch
                 return users;
             }
             self.wake.notified().await;
         }
     }
 
-    /// Reads who is wanted, from L2 as far as it goes, and answers those who wait. Leaves in `users` whom it could not answer.
-    async fn load(
-        &self,
-        connection: &mut Option<Connection>,
-        wanted: &[Wanted],
-        users: &mut Vec<UserId>,
-    ) -> Result<(), SqlError> {
-        let began = Instant::now();
-        let tickets: Vec<LoadTicket> = users.iter().map(|user| self.cache.begin_load(*user)).collect();
-        let mut tickets = self.ask_l2(tickets, wanted).await;
-        users.clear();
-        users.extend(tickets.iter().map(LoadTicket::user));
-        while !tickets.is_empty() {
-            let (records, lives) = match self.read(connection, users).await {
-                Ok(read) => read,
-                Err(error) => {
-                    tickets.into_iter().for_each(|ticket| self.cache.abandon_load(ticket));
-                    return Err(error);
+    /// Reads SQL over one connection until `shutdown`.
+    pub async fn work(self: Arc<Self>, shutdown: CancellationToken) {
+        let _stop_node_on_panic = shutdown.clone().drop_guard();
+        let mut reader = Reader { connection: None, backoff: Backoff::new(RETRY_FIRST, RETRY_LIMIT), not_before: Instant::now() };
+        while let Some(tickets) = shutdown.run_until_cancelled(self.take_for_sql()).await {
+            let mut unanswered: Vec<UserId> = tickets.iter().map(LoadTicket::user).collect();
+            if let Err(error) = self.load(&mut reader, tickets, &mut unanswered).await {
+                reader.connection = None;
+                self.metrics.store_error("load");
+                if let SqlError::Failed(_) = error {
+                    error!(%error, "users cannot be loaded");
                 }
-            };
+                let told = Error::unavailable("the database does not answer");
+                self.answer(unanswered.into_iter().map(|user| (user, Err(told.clone()))));
+            }
+        }
+    }
+
+    async fn take_for_sql(&self) -> Vec<LoadTicket> {
+        loop {
+            let tickets = self.next_for_sql();
+            if !tickets.is_empty() {
+                self.wake_sql.notify_one();
+                return tickets;
+            }
+            self.wake_sql.notified().await;
+        }
+    }
+
+    fn next_for_sql(&self) -> Vec<LoadTicket> {
+        let mut queue = self.queue();
+        if self.l2.is_none() {
+            let wanted = queue.take();
+            drop(queue);
+            return wanted.iter().map(|wanted| self.cache.begin_load(wanted.user)).collect();
+        }
+        let batch = queue.for_sql.len().min(MAX_USERS_PER_LOAD);
+        queue.for_sql.drain(..batch).collect()
+    }
+
+    /// Reads the users of `tickets`, and answers those who wait. Leaves in `users` whom it could not answer.
+    async fn load(&self, reader: &mut Reader, mut tickets: Vec<LoadTicket>, users: &mut Vec<UserId>) -> Result<(), SqlError> {
+        let began = Instant::now();
+        while !tickets.is_empty() {
+            let (mut records, lives) = reader.read(&self.database, users).await?;
             self.lives.learn(&lives);
             if let Some(l2) = &self.l2 {
                 let fills: Vec<_> = records.iter().map(|(user, record)| (*user, record.clone())).collect();
                 l2.fill(&fills, began).await;
             }
-            let (went_back, mut records) = (self.cache.went_back(), records);
+            let went_back = self.cache.went_back();
             let mut answers = Vec::with_capacity(tickets.len());
             let mut again = Vec::new();
             for ticket in tickets {
@@ -172,12 +217,12 @@ impl Loader {
                     Loaded::Again(ticket) => again.push(ticket),
                 }
             }
-            self.queue().answer(answers.into_iter());
+            self.answer(answers.into_iter());
             users.clear();
             users.extend(again.iter().map(LoadTicket::user));
             tickets = again;
             if self.cache.went_back() > went_back {
-                self.raise_generation(connection).await?;
+                self.raise_generation(&mut reader.connection).await?;
             }
         }
         Ok(())
@@ -202,8 +247,14 @@ impl Loader {
                 None => on_to_sql.push(ticket),
             }
         }
-        self.queue().answer(answers.into_iter());
+        self.answer(answers.into_iter());
         on_to_sql
+    }
+
+    /// Answers those who wait, and has the users loaded again whom others have asked for meanwhile.
+    fn answer(&self, answers: impl Iterator<Item = (UserId, Load)>) {
+        self.queue().answer(answers);
+        self.wake_first();
     }
 
     async fn raise_generation(&self, connection: &mut Option<Connection>) -> Result<(), SqlError> {
@@ -215,26 +266,50 @@ impl Loader {
         Ok(())
     }
 
-    /// Reads on the connection kept from before if it still works, else on a new one.
-    async fn read(&self, connection: &mut Option<Connection>, users: &[UserId]) -> Result<Read, SqlError> {
-        if let Some(kept) = connection {
-            match kept.load_users_with_lives(users).await {
-                Err(SqlError::Lost(_)) => *connection = None,
-                done => return done,
-            }
-        }
-        let mut fresh = self.database.connect(Purpose::General).await?;
-        let read = fresh.load_users_with_lives(users).await;
-        *connection = Some(fresh);
-        read
-    }
-
     fn queue(&self) -> MutexGuard<'_, Queue> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 type Read = (Records, Vec<Arc<Life>>);
+
+/// One connection for reading. A database that cannot be reached is not asked for by every query.
+struct Reader {
+    connection: Option<Connection>,
+    backoff: Backoff,
+    not_before: Instant,
+}
+
+impl Reader {
+    /// Reads on the connection kept from before if it still works, else on a new one.
+    async fn read(&mut self, database: &Database, users: &[UserId]) -> Result<Read, SqlError> {
+        if let Some(kept) = &mut self.connection {
+            match kept.load_users_with_lives(users).await {
+                Err(error) if error.ends_connection() => self.connection = None,
+                done => return done,
+            }
+        }
+        if Instant::now() < self.not_before {
+            return Err(SqlError::Lost("it could not be reached a moment ago".to_owned()));
+        }
+        let read = async {
+            let mut fresh = database.connect(Purpose::General).await?;
+            let read = fresh.load_users_with_lives(users).await?;
+            Ok((fresh, read))
+        };
+        match read.await {
+            Ok((fresh, read)) => {
+                self.connection = Some(fresh);
+                self.backoff.reset();
+                Ok(read)
+            }
+            Err(error) => {
+                self.not_before = Instant::now() + self.backoff.next();
+                Err(error)
+            }
+        }
+    }
+}
 
 impl Queue {
     fn join(&mut self, user: UserId, fresh: bool, place: Place) {

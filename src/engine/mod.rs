@@ -1,11 +1,12 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`, `outlets`, `kicks`, `loads`, `loader`,
+//! Order of the files: `backoff`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`, `outlets`, `kicks`, `loads`, `loader`,
 //! `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`, `transaction`, `lane` with `lanes`,
 //! `sweep`, `delivery`, `inbox`.
 
 pub mod acks;
 pub mod attaching;
+mod backoff;
 pub mod cache;
 pub mod delivery;
 pub mod directory;
@@ -28,3 +29,4 @@ pub mod sweep;
 mod transaction;
 pub mod warm_up;
 pub mod watch;
+pub mod write_health;

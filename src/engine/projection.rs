@@ -18,6 +18,7 @@ use std::time::Instant;
 use tokio::sync::Notify;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::domain::gateway::Life;
@@ -135,11 +136,12 @@ impl Outside {
     }
 
     /// Starts a projector. It ends when its lane does, after the last batch.
-    pub fn projector(self: &Arc<Self>, tasks: &mut tokio::task::JoinSet<()>) -> ToProjector {
+    pub fn projector(self: &Arc<Self>, tasks: &mut tokio::task::JoinSet<()>, stop: &CancellationToken) -> ToProjector {
         let (batches, mut queue) = mpsc::channel::<Batch>(QUEUE);
         let (outside, shown) = (self.clone(), Arc::<Shelf>::default());
-        let done = Arc::clone(&shown);
+        let (done, stop) = (Arc::clone(&shown), stop.clone());
         tasks.spawn(async move {
+            let _stop_node_on_panic = stop.drop_guard();
             let mut kept = Kept::new(outside.database.clone());
             while let Some(batch) = queue.recv().await {
                 if let Some(row) = outside.project(batch, &mut kept).await {
@@ -159,7 +161,9 @@ impl Outside {
         let versions: Vec<(UserId, Version)> = batch.records.iter().map(|(user, record)| (*user, record.version)).collect();
         let records: Vec<_> = batch.records.into_iter().map(|(user, record)| self.shown(user, record)).collect();
         let winners = self.write_l2(&records).await;
-        let _ = batch.in_l2.send(()); // the callers may have been answered already
+        if winners.is_some() {
+            let _ = batch.in_l2.send(()); // the callers may have been answered already
+        }
         if let Some(hints) = &self.hints {
             hints.tell(&versions).await;
         }

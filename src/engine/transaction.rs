@@ -17,6 +17,7 @@ use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::domain::id::Version;
 use crate::domain::inbox::Inbox;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
@@ -101,6 +102,10 @@ impl Transaction<'_> {
         self.connection.begin().await?;
         self.connection.lock_users(&users).await?;
         let loaded = self.connection.load_users(&users).await?;
+        if loaded.rows != users.len() {
+            let what = format!("it returned {} of {} rows that are locked", loaded.rows, users.len());
+            return Err(SqlError::Lost(what).into());
+        }
         let current = self.read_lives(events, &loaded.records).await?;
         let with_inbox: BTreeSet<UserId> =
             events.iter().filter(|event| event.change.is_of_inbox()).map(|event| event.user).collect();
@@ -116,6 +121,9 @@ impl Transaction<'_> {
         let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
         let body = OutboxBody { kicks: work.kicks.clone(), stored: stored.clone(), ..OutboxBody::default() };
         let (outbox, overtaken) = self.write(&loaded.records, &after, body).await?;
+        let is_stranger = |user: &UserId| loaded.records.get(user).is_none_or(|record| record.version == Version::NONE);
+        users.retain(|user| is_stranger(user) && !after.contains_key(user));
+        self.connection.remove_strangers(&users).await?;
         let max_age = self.tools.settings.max_event_age;
         let late = |(event, outcome): (&Pending, &Option<_>)| outcome.is_some() && event.received.elapsed() >= max_age;
         if events.iter().zip(&outcomes).any(late) {

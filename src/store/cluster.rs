@@ -58,7 +58,7 @@ impl Connection {
         let sql =
             format!("SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason FROM cluster WHERE id = 1");
         let rows = self.fetch(statement(sql)).await?;
-        let row = rows.first().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
+        let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
         Ok(ClusterRow {
             clock: DatabaseClock::from_micros(row.try_get(0)?),
             generation: unsigned(row.try_get(1)?),

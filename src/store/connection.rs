@@ -12,8 +12,9 @@ use sqlx::Executor;
 use sqlx::Row;
 use sqlx::any::AnyConnectOptions;
 use sqlx::any::AnyRow;
-use sqlx::mysql::MySqlDatabaseError;
 use tokio::time::timeout;
+
+pub use crate::store::sql_error::SqlError;
 
 /// Which SQL is spoken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,48 +23,6 @@ pub enum Engine {
     MySql,
     /// A file of this node's own.
     Sqlite,
-}
-
-/// What went wrong, by what it means for the connection and the transaction on it.
-#[derive(Debug, thiserror::Error)]
-pub enum SqlError {
-    /// The connection is of no use any more. Whether the last statement was carried out is unknown.
-    #[error("connection lost: {0}")]
-    Lost(String),
-    /// The database chose this transaction as a victim. It is rolled back; run it again.
-    #[error("deadlock")]
-    Deadlock,
-    /// Somebody else holds a row. The transaction stays open; roll it back.
-    #[error("a row is locked")]
-    Locked,
-    /// The statement itself failed. Trying again will not help.
-    #[error("statement failed: {0}")]
-    Failed(#[source] sqlx::Error),
-}
-
-/// Numbers of MySQL and MariaDB.
-const ER_LOCK_WAIT_TIMEOUT: u16 = 1205;
-const ER_LOCK_DEADLOCK: u16 = 1213;
-/// The row changed since this transaction's snapshot (MariaDB): the same as a deadlock.
-const ER_CHECKREAD: u16 = 1020;
-/// Errors after which the session is of no use: the server ends, is read-only after a fail-over, or has closed it.
-const SESSION_OVER: [u16; 8] = [1053, 1290, 1836, 1927, 2006, 2013, 1317, 4031];
-
-impl From<sqlx::Error> for SqlError {
-    fn from(error: sqlx::Error) -> Self {
-        let sqlx::Error::Database(database) = &error else {
-            return match error {
-                sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) | sqlx::Error::ColumnNotFound(_) => Self::Failed(error),
-                other => Self::Lost(other.to_string()),
-            };
-        };
-        match database.try_downcast_ref::<MySqlDatabaseError>().map(MySqlDatabaseError::number) {
-            Some(ER_LOCK_WAIT_TIMEOUT) => Self::Locked,
-            Some(ER_LOCK_DEADLOCK | ER_CHECKREAD) => Self::Deadlock,
-            Some(number) if SESSION_OVER.contains(&number) => Self::Lost(error.to_string()),
-            _ => Self::Failed(error),
-        }
-    }
 }
 
 /// What a connection is for: decides how its session is set up.
@@ -75,9 +34,20 @@ pub enum Purpose {
     Lane,
 }
 
+/// All that the statements rely on. A server's own defaults may be anything: a limit on selected rows would make users who are
+/// online look offline, and chained transactions would never end.
+const SESSION: &str = "SET NAMES utf8mb4, autocommit = 1, completion_type = 'NO_CHAIN', \
+    sql_mode = 'STRICT_TRANS_TABLES,NO_ENGINE_SUBSTITUTION', time_zone = '+00:00', max_join_size = 18446744073709551615, \
+    sql_big_selects = 1, sql_select_limit = 18446744073709551615, sql_safe_updates = 0, sql_auto_is_null = 0, \
+    unique_checks = 1, default_storage_engine = 'InnoDB', innodb_lock_wait_timeout = 50, lock_wait_timeout = 60, \
+    wait_timeout = 60, net_read_timeout = 30, net_write_timeout = 60";
+const READ_COMMITTED: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE";
+/// The deadline of a statement is ours. Each kind of server has its own name for its limit.
+const NO_LIMIT_MARIADB: &str =
+    "SET SESSION max_statement_time = 0, idle_transaction_timeout = 0, idle_write_transaction_timeout = 0";
+const NO_LIMIT_MYSQL: &str = "SET SESSION max_execution_time = 0";
 /// Ends a lane's transaction on the server if its node stands still: its row locks must not outlive it by much.
 const LANE_SESSION_LIMIT: &str = "SET SESSION wait_timeout = 10, innodb_lock_wait_timeout = 1";
-const READ_COMMITTED: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED";
 const SQLITE_SESSION: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000";
 /// Prepared statements kept per connection: each kind of statement times its chunk sizes.
 const STATEMENTS_KEPT: usize = 256;
@@ -115,7 +85,11 @@ impl Connection {
         if self.engine == Engine::Sqlite {
             return self.run(SQLITE_SESSION).await;
         }
+        self.run(SESSION).await?;
         self.run(READ_COMMITTED).await?;
+        let version: String =
+            self.fetch(statement("SELECT VERSION()")).await?.first().map_or(Ok(String::new()), |row| row.try_get(0))?;
+        self.run(if version.contains("MariaDB") { NO_LIMIT_MARIADB } else { NO_LIMIT_MYSQL }).await?;
         if purpose == Purpose::Lane {
             self.run(LANE_SESSION_LIMIT).await?;
         }

@@ -164,7 +164,7 @@ impl Connection {
             return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
         }
         self.commit().await?;
-        let life = begun.into_iter().next().ok_or_else(|| SqlError::Failed(sqlx::Error::RowNotFound))?;
+        let life = begun.into_iter().next().ok_or_else(|| SqlError::Lost("a row is missing that was there".to_owned()))?;
         Ok(Some(Begun { life, ended }))
     }
 

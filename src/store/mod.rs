@@ -13,6 +13,7 @@ pub mod lives;
 pub mod outbox;
 mod schema;
 pub mod shared;
+mod sql_error;
 mod statement;
 pub mod users;
 

@@ -33,6 +33,8 @@ pub type Records = NumberMap<UserId, UserRecord>;
 #[derive(Debug, Default)]
 pub struct Loaded {
     pub records: Records,
+    /// How many of the users have a row.
+    pub rows: usize,
     pub clock: DatabaseClock,
 }
 
@@ -138,10 +140,20 @@ impl Connection {
                 read_row(&row, &mut loaded)?;
             }
         }
+        loaded.rows = loaded.records.len();
         for user in users {
             loaded.records.entry(*user).or_default();
         }
         Ok(loaded)
+    }
+
+    /// Deletes the rows of `users` that locking them has made, and that nothing was written to.
+    pub async fn remove_strangers(&mut self, users: &[UserId]) -> Result<(), SqlError> {
+        for (chunk, fill) in chunks(users) {
+            let sql = repeated("DELETE FROM users WHERE version = 0 AND user_id IN (", "?", chunk.len() + fill, ")");
+            self.execute(bind_users(statement(sql), chunk, fill)).await?;
+        }
+        Ok(())
     }
 
     /// Writes what changed. The users have to be locked.

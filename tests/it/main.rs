@@ -22,6 +22,7 @@ mod running;
 mod shared;
 mod sql_faults;
 mod stale_reads;
+mod store_trouble;
 mod streams;
 mod tidy;
 mod two_nodes;

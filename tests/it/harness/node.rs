@@ -181,6 +181,10 @@ impl Node {
         TICK * numbers.sum()
     }
 
+    pub fn pid(&self) -> u32 {
+        self.process.child.id()
+    }
+
     pub fn rss_bytes(&self) -> u64 {
         let text = std::fs::read_to_string(format!("/proc/{}/status", self.process.child.id())).expect("a running node");
         let line = text.lines().find(|line| line.starts_with("VmRSS:")).expect("VmRSS");
