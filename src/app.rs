@@ -1,6 +1,8 @@
 //! Puts the daemon together. The only place that connects, listens and starts tasks.
 
+mod admin_port;
 pub mod assemble;
+mod files;
 mod neighbours;
 pub mod serve;
 mod settings;
@@ -13,6 +15,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use tokio::net::TcpListener;
+use tokio::signal::unix::Signal;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
 use tokio::task::JoinSet;
@@ -33,12 +36,14 @@ use crate::api::node::Caller;
 use crate::app::assemble::Assembled;
 use crate::app::threads::Threads;
 use crate::config::Config;
+use crate::config::UNNAMED;
 use crate::engine::delivery::Deliveries;
 use crate::engine::gateways::Gateways;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
 use crate::store::link::LinkError;
+use crate::telemetry;
 
 /// How long a starting node waits for its database.
 const START_DEADLINE: Duration = Duration::from_secs(10);
@@ -68,6 +73,8 @@ pub enum StartError {
     ChannelsTaken { store: String },
     #[error("[{section}] asks for TLS, which this build does not have for Redis: put a tunnel before it, or use no TLS")]
     NoTls { section: &'static str },
+    #[error("{UNNAMED}")]
+    Unnamed,
     #[error("cannot listen on {addr}: {cause}")]
     Listen { addr: String, cause: std::io::Error },
     #[error("cannot start the serving threads: {0}")]
@@ -96,22 +103,19 @@ pub struct App {
     deliveries: Arc<Deliveries>,
 }
 
-/// Runs the daemon until SIGTERM or SIGINT. A second signal ends it at once.
+/// Runs the daemon until SIGTERM, SIGINT or SIGHUP (a terminal that went away). A second signal ends it at once.
 ///
 /// # Errors
 /// When it cannot start, or one of its tasks ended.
 pub async fn run(config: Config) -> Result<(), StartError> {
-    let mut terminate = signal(SignalKind::terminate()).map_err(StartError::Signals)?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(StartError::Signals)?;
+    let mut signals = Signals::watch().map_err(StartError::Signals)?;
     let app = tokio::select! {
         app = App::start(config) => app?,
-        _ = terminate.recv() => return Ok(()),
-        _ = interrupt.recv() => return Ok(()),
+        () = signals.next() => return Ok(()),
     };
     let ended = app.stop.clone();
     tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+        () = signals.next() => {}
         () = ended.cancelled() => {
             app.shutdown().await;
             return Err(StartError::TaskEnded);
@@ -120,10 +124,27 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     info!("stopping: calls in progress are finished; a second signal ends them");
     tokio::select! {
         () = app.shutdown() => info!("stopped"),
-        _ = terminate.recv() => warn!("ended by a second signal"),
-        _ = interrupt.recv() => warn!("ended by a second signal"),
+        () = signals.next() => warn!("ended by a second signal"),
     }
     Ok(())
+}
+
+/// The signals that ask the daemon to end.
+struct Signals([Signal; 3]);
+
+impl Signals {
+    fn watch() -> std::io::Result<Self> {
+        Ok(Self([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]))
+    }
+
+    async fn next(&mut self) {
+        let [terminate, interrupt, hangup] = &mut self.0;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    }
 }
 
 impl App {
@@ -132,6 +153,7 @@ impl App {
     /// # Errors
     /// When the database cannot be reached or used, or an address cannot be listened on.
     pub async fn start(config: Config) -> Result<Self, StartError> {
+        let max_connections = files::max_connections(&config);
         let database = Arc::new(open(&config).await?);
         let (data_listener, data) = bind(&config.presence_service.host, config.presence_service.port).await?;
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
@@ -150,10 +172,12 @@ impl App {
             lives: engine.lives.clone(),
             hints: engine.hints.clone(),
             max_capacity,
+            dropped_log_lines: telemetry::dropped_lines,
             draining: draining.clone(),
         };
         let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone() };
-        tasks.spawn(serve::serve_admin(admin_listener, operator, for_operators, stop.clone()));
+        let router = serve::admin_router(operator, for_operators);
+        tasks.spawn(admin_port::serve(admin_listener, router, stop.clone()));
         let caller =
             Caller { store_id: engine.database.store_id.clone(), peers: engine.peers.clone(), lives: engine.lives.clone() };
         if let Some(calls) = engine.peer_calls.take() {
@@ -162,7 +186,6 @@ impl App {
         let (health, service) = serve::data_service(engine.services(&config, &draining, &attached)).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
-        let max_connections = config.presence_service.max_connections;
         tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));
 
         announce(&config, &engine.database, data, admin).await;

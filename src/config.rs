@@ -18,6 +18,7 @@ use serde::Serializer;
 
 pub use load::ConfigError;
 pub use load::Problem;
+pub use rules::UNNAMED;
 
 const MASK: &str = "***";
 
@@ -274,9 +275,25 @@ impl fmt::Display for Url {
         let mark = if query.is_empty() { "" } else { "?" };
         match rest.rsplit_once('@').map(|(login, server)| (login.split_once(':'), server)) {
             Some((Some((user, _)), server)) => write!(f, "{scheme}{separator}{user}:{MASK}@{server}{mark}{query}"),
-            _ => write!(f, "{scheme}{separator}{rest}{mark}{query}"),
+            // Without an `@` this is HOST:PORT; or USER:PASSWORD, if the host was forgotten.
+            _ => match rest.rsplit_once(':') {
+                Some((user, port)) if !is_file(scheme, rest) && !is_port(port) => {
+                    write!(f, "{scheme}{separator}{user}:{MASK}{mark}{query}")
+                }
+                _ => write!(f, "{scheme}{separator}{rest}{mark}{query}"),
+            },
         }
     }
+}
+
+fn is_file(scheme: &str, rest: &str) -> bool {
+    scheme == "sqlite" || rest.starts_with("sqlite:") || scheme.ends_with("unix")
+}
+
+/// A port, with whatever may follow it in a URL; or the end of an IPv6 address.
+fn is_port(text: &str) -> bool {
+    let port = text.split(['/', '?']).next().unwrap_or_default();
+    port.parse::<u16>().is_ok() || port.ends_with(']')
 }
 
 impl fmt::Debug for Url {
@@ -347,5 +364,11 @@ mod tests {
         check("redis://:s3cret@cache", "redis://:***@cache");
         check("redis+unix:///run/redis.sock?db=1&pass=s3cret", "redis+unix:///run/redis.sock?***");
         check("app:s3cret@db", "app:***@db");
+        check("mysql://app:s3cret", "mysql://app:***");
+        check("mysql://app:s3cret/im", "mysql://app:***");
+        check("redis://:s3cret", "redis://:***");
+        check("redis://cache:6379/1", "redis://cache:6379/1");
+        check("redis://[::1]:6379", "redis://[::1]:6379");
+        check("redis://[::1]", "redis://[::1]");
     }
 }

@@ -1,6 +1,8 @@
 //! The command line: serve (the default), `check-config`, `ctl`, `health`.
 
 use std::fmt::Display;
+use std::io;
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -70,7 +72,7 @@ fn main() -> ExitCode {
     match cli.command {
         None => with_config(&cli.file, serve),
         Some(Command::CheckConfig(file)) => with_config(&file, |config| {
-            print!("{config}");
+            let _ = write!(io::stdout(), "{config}"); // a reader that closed its pipe has seen enough
             ExitCode::SUCCESS
         }),
         Some(Command::Ctl(ctl)) => ctl.run(),
@@ -86,7 +88,7 @@ fn with_config(file: &ConfigFile, act: impl FnOnce(Config) -> ExitCode) -> ExitC
 }
 
 fn serve(config: Config) -> ExitCode {
-    telemetry::init_logging(&config.log);
+    let _logging = telemetry::init_logging(&config.log);
     match Builder::new_multi_thread().enable_all().build().map(|runtime| runtime.block_on(app::run(config))) {
         Ok(Ok(())) => ExitCode::SUCCESS,
         Ok(Err(error)) => fail(FAILED, &error),
@@ -95,6 +97,6 @@ fn serve(config: Config) -> ExitCode {
 }
 
 fn fail(code: u8, error: &impl Display) -> ExitCode {
-    eprintln!("{error}");
+    let _ = writeln!(io::stderr(), "{error}"); // the exit code says it, too
     ExitCode::from(code)
 }

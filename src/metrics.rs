@@ -2,7 +2,10 @@
 
 mod per_thread;
 
+use std::collections::HashSet;
+use std::fmt::Write;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -93,7 +96,7 @@ pub struct Metrics {
     pub gateways: Family<ByState, Gauge>,
     pub gateway_users: Family<ByGateway, Gauge>,
     pub gateway_deaths: Family<ByCause, Counter>,
-    pub oldest_beat_ms: Gauge,
+    pub oldest_beat_seconds: Gauge<f64, AtomicU64>,
     pub hold: Gauge,
     pub sweep_backlog: Gauge,
     pub swept_routes: Counter,
@@ -108,6 +111,7 @@ pub struct Metrics {
     pub stream_queue_depth: Gauge,
     pub acks: Family<ByResult, Counter>,
     delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
+    log_lines_dropped: Counter,
 }
 
 impl Metrics {
@@ -149,7 +153,11 @@ impl Metrics {
             gateways: r.gauges("gateways", "lives of gateways, by state"),
             gateway_users: r.gauges("gateway_users", "connections that each registered gateway said it had"),
             gateway_deaths: r.family("gateway_deaths", "lives that this node ended, by cause"),
-            oldest_beat_ms: r.add("gateway_oldest_beat_ms", "age of the oldest last beat of a living gateway", Gauge::default()),
+            oldest_beat_seconds: r.add(
+                "gateway_oldest_beat_seconds",
+                "age of the oldest last beat of a living gateway",
+                Gauge::default(),
+            ),
             hold: r.add("hold", "1 while no gateway is declared dead because too many are silent", Gauge::default()),
             sweep_backlog: r.add("sweep_backlog", "routes of ended lives that are still to be removed", Gauge::default()),
             swept_routes: r.add("swept_routes", "routes removed because they were over", Counter::default()),
@@ -172,6 +180,7 @@ impl Metrics {
                 "time of a delivery, by stage",
                 Family::new_with_constructor(seconds as fn() -> Histogram),
             ),
+            log_lines_dropped: r.add("log_lines_dropped", "lines of the log that nobody read in time", Counter::default()),
             registry,
         })
     }
@@ -224,11 +233,35 @@ impl Metrics {
         self.shed.get_or_create(&ByWhat { what }).inc();
     }
 
-    /// Everything in the Prometheus text format.
-    pub fn render(&self) -> Result<String, std::fmt::Error> {
+    /// How many lines of the log were dropped so far.
+    pub fn log_lines_dropped_so_far(&self, lines: u64) {
+        self.log_lines_dropped.inner().store(lines, Ordering::Relaxed);
+    }
+
+    /// Everything in the OpenMetrics text format, version 1.0.0.
+    pub fn openmetrics(&self) -> Result<String, std::fmt::Error> {
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)
+    }
+
+    /// Everything in the text format of Prometheus, version 0.0.4. There a counter's whole name stands in its description, and
+    /// units and an end mark are not known.
+    pub fn classic(&self) -> Result<String, std::fmt::Error> {
+        let text = self.openmetrics()?;
+        let described = |line: &str| Some(line.strip_prefix("# TYPE ")?.strip_suffix(" counter")?.to_owned());
+        let counters: HashSet<String> = text.lines().filter_map(described).collect();
+        let mut out = String::with_capacity(text.len());
+        for line in text.lines().filter(|line| !line.starts_with("# UNIT ") && *line != "# EOF") {
+            let mut words = line.splitn(4, ' ');
+            match (words.next(), words.next(), words.next(), words.next()) {
+                (Some("#"), Some(what), Some(name), Some(rest)) if counters.contains(name) => {
+                    writeln!(out, "# {what} {name}_total {rest}")?;
+                }
+                _ => writeln!(out, "{line}")?,
+            }
+        }
+        Ok(out)
     }
 }
 

@@ -1,25 +1,70 @@
 //! Logging: one line per event on stderr, as text for people or as JSON for collectors.
+//!
+//! The log is a side channel, and whoever reads it must never stop the service. Lines go to a thread of their own through a
+//! bounded queue; when that is full, because the reader stands still or the disk is slow, lines are dropped and counted.
+
+mod line;
+mod repeats;
 
 use std::io;
 use std::io::IsTerminal;
+use std::panic;
+use std::panic::AssertUnwindSafe;
+use std::sync::OnceLock;
 
+use tracing_appender::non_blocking::ErrorCounter;
+use tracing_appender::non_blocking::NonBlockingBuilder;
+use tracing_appender::non_blocking::WorkerGuard;
 use tracing_subscriber::EnvFilter;
 
 use crate::config::Log;
 use crate::config::LogFormat;
+use crate::telemetry::line::Line;
+
+/// Lines that wait to be written, a few hundred bytes each.
+const QUEUE_LINES: usize = 8_192;
+
+static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
+
+/// Writes what is still queued when it is dropped, but waits for a reader that stands still only for a second.
+pub struct Logging(Option<WorkerGuard>);
+
+impl Drop for Logging {
+    fn drop(&mut self) {
+        // It says on stdout that it could not flush, and panics if that is closed.
+        let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(self.0.take())));
+    }
+}
 
 /// Starts logging. A process that logs already (a test with several nodes) goes on as it does.
-pub fn init_logging(log: &Log) {
-    let terminal = io::stderr().is_terminal();
+#[must_use]
+pub fn init_logging(log: &Log) -> Logging {
+    let (writer, guard) =
+        NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES).thread_name("log").finish(io::stderr());
+    let dropped = writer.error_counter();
     let filter = EnvFilter::builder().parse_lossy(&log.level); // checked when the configuration was loaded
-    let logger = tracing_subscriber::fmt().with_writer(io::stderr).with_env_filter(filter);
-    let started = match log.format {
-        LogFormat::Json => logger.json().flatten_event(true).try_init(),
-        LogFormat::Auto if !terminal => logger.json().flatten_event(true).try_init(),
-        LogFormat::Auto | LogFormat::Text if terminal => logger.try_init(), // colours, unless NO_COLOR is set
-        LogFormat::Auto | LogFormat::Text => logger.with_ansi(false).try_init(),
+    let logger =
+        tracing_subscriber::fmt().with_ansi(false).log_internal_errors(false).with_env_filter(filter).with_writer(writer);
+    let json = match log.format {
+        LogFormat::Json => true,
+        LogFormat::Text => false,
+        LogFormat::Auto => !io::stderr().is_terminal(),
     };
-    if let Err(error) = started {
-        tracing::debug!(%error, "logging was started before");
+    let started = match json {
+        true => logger.json().map_event_format(|format| Line::json(format.flatten_event(true))).try_init(),
+        false => logger.map_event_format(Line::text).try_init(),
+    };
+    match started {
+        Ok(()) => {
+            let _ = DROPPED.set(dropped); // the first logger is the one that logs
+            panic::set_hook(Box::new(|panicked| tracing::error!("{panicked}")));
+        }
+        Err(error) => tracing::debug!(%error, "logging was started before"),
     }
+    Logging(Some(guard))
+}
+
+/// How many lines were dropped because nobody read them.
+pub fn dropped_lines() -> u64 {
+    DROPPED.get().map_or(0, |dropped| u64::try_from(dropped.dropped_lines()).unwrap_or(u64::MAX))
 }

@@ -66,7 +66,7 @@ async fn start(which: &str, core: Option<usize>, settings: Settings) -> Node {
 pub fn serve_if_asked() {
     let Ok(which) = env::var(WHICH) else { return };
     let config = Config::load(None).expect("settings");
-    telemetry::init_logging(&config.log);
+    let _logging = telemetry::init_logging(&config.log);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");

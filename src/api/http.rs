@@ -12,7 +12,12 @@ use std::time::Instant;
 use axum::Json;
 use axum::Router;
 use axum::extract::State;
+use axum::http::HeaderMap;
+use axum::http::HeaderName;
+use axum::http::HeaderValue;
 use axum::http::StatusCode;
+use axum::http::header::ACCEPT;
+use axum::http::header::CONTENT_TYPE;
 use axum::routing::get;
 use serde_json::Value;
 use serde_json::json;
@@ -25,6 +30,9 @@ use crate::engine::lives::Lives;
 use crate::engine::streams::Streams;
 use crate::metrics::Metrics;
 
+const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
+
 #[derive(Clone)]
 pub struct Operator {
     pub metrics: Arc<Metrics>,
@@ -36,6 +44,7 @@ pub struct Operator {
     pub hints: Option<Arc<Hints>>,
     /// Users online above which the node says it is full; 0: no limit.
     pub max_capacity: u64,
+    pub dropped_log_lines: fn() -> u64,
     pub draining: CancellationToken,
 }
 
@@ -72,7 +81,11 @@ async fn healthz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) 
     (code, Json(body))
 }
 
-async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode> {
+/// OpenMetrics for who asks for it, as Prometheus does; the classic format for everybody else.
+async fn metrics(
+    State(operator): State<Operator>,
+    headers: HeaderMap,
+) -> Result<([(HeaderName, &'static str); 1], String), StatusCode> {
     let metrics = &operator.metrics;
     let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
     metrics.l1_entries.set(gauge(operator.cache.len()));
@@ -80,7 +93,13 @@ async fn metrics(State(operator): State<Operator>) -> Result<String, StatusCode>
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
     metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
     metrics.rejected_so_far("l1", operator.cache.offers_rejected());
-    metrics.render().map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
+    metrics.log_lines_dropped_so_far((operator.dropped_log_lines)());
+    let accepts = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text"));
+    let (kind, text) = match headers.get_all(ACCEPT).iter().any(accepts) {
+        true => (OPENMETRICS, metrics.openmetrics()),
+        false => (CLASSIC, metrics.classic()),
+    };
+    text.map(|text| ([(CONTENT_TYPE, kind)], text)).map_err(|_| StatusCode::INTERNAL_SERVER_ERROR)
 }
 
 impl Operator {

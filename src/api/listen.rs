@@ -18,24 +18,29 @@ use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tonic::transport::server::TcpConnectInfo;
 
+use crate::api::newcomers::Newcomer;
+use crate::api::newcomers::Newcomers;
 use crate::metrics::Metrics;
 
 /// What an HTTP/2 client sends first (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long a client may take to send it. A connection that never speaks must not hold a place.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connections that have not sent it yet. They take no place of those that have.
+pub const MAX_NEWCOMERS: usize = 128;
 /// Between looks for a preface that has come in part.
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 /// Connections handed to a serving thread and not taken by it yet.
 const HANDED_QUEUE: usize = 64;
 /// Out of file descriptors: accepting again at once would only spin.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where connections are handed to one serving thread.
 pub struct Desk {
@@ -69,7 +74,7 @@ struct Place {
     _permit: OwnedSemaphorePermit,
 }
 
-/// Accepts on `listener` until `draining`. Above `max_connections` a new connection is closed at once.
+/// Accepts on `listener` until `draining`. Above `max_connections` a new connection is closed once it has begun to speak.
 pub async fn accept(
     listener: TcpListener,
     max_connections: usize,
@@ -80,25 +85,35 @@ pub async fn accept(
 ) {
     let stop_node_on_panic = stop.drop_guard();
     let (places, desks) = (Arc::new(Semaphore::new(max_connections)), Arc::new(desks));
+    let (newcomers, mut waiting) = (Newcomers::new(MAX_NEWCOMERS), JoinSet::new());
     while let Some(accepted) = draining.run_until_cancelled(listener.accept()).await {
+        while waiting.try_join_next().is_some() {}
+        while waiting.len() > MAX_NEWCOMERS {
+            waiting.join_next().await; // one that had to make room has not gone yet
+        }
         let Ok((stream, _)) = accepted else {
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        match places.clone().try_acquire_owned() {
-            Ok(permit) => drop(tokio::spawn(admit(stream, permit, metrics.clone(), desks.clone()))),
-            Err(_) => metrics.shed("connections"),
-        }
+        let (newcomer, places, metrics, desks) = (newcomers.enter(), places.clone(), metrics.clone(), desks.clone());
+        waiting.spawn(async move {
+            tokio::select! {
+                () = newcomer.closed() => metrics.shed("connections"),
+                () = admit(stream, &newcomer, places, metrics.clone(), desks) => {}
+            }
+        });
     }
     stop_node_on_panic.disarm(); // calls in progress are finished first
 }
 
-/// Lets the connection in once it has begun to speak HTTP/2.
-async fn admit(stream: TcpStream, permit: OwnedSemaphorePermit, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
+/// Lets the connection in once it has begun to speak HTTP/2, if there is a place.
+async fn admit(stream: TcpStream, newcomer: &Newcomer, places: Arc<Semaphore>, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
     let _ = stream.set_nodelay(true); // a connection that is gone already will be noticed when it is read
     if !matches!(timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await, Ok(Ok(true))) {
         return;
     }
+    newcomer.settle();
+    let Ok(permit) = places.try_acquire_owned() else { return metrics.shed("connections") };
     let least_loaded = desks.iter().min_by_key(|desk| desk.connections.load(Ordering::Relaxed));
     if let (Some(desk), Ok(stream)) = (least_loaded, stream.into_std()) {
         let place = Place::take(metrics, desk, permit);
@@ -106,7 +121,8 @@ async fn admit(stream: TcpStream, permit: OwnedSemaphorePermit, metrics: Arc<Met
     }
 }
 
-async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
+/// Whether what it sends first is the preface of HTTP/2.
+pub async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
     let mut seen = [0; PREFACE.len()];
     loop {
         let n = stream.peek(&mut seen).await?;

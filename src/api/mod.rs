@@ -9,6 +9,7 @@ pub mod delivery;
 pub mod gateway;
 pub mod http;
 pub mod listen;
+pub mod newcomers;
 pub mod node;
 pub mod presence;
 pub mod queries;

@@ -192,7 +192,11 @@ impl<'a> Ground<'a> {
         stop: &'a CancellationToken,
     ) -> Result<Self, StartError> {
         let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
-        let addr = config.presence_service.advertise.clone().unwrap_or_else(|| data.to_string());
+        let advertise = config.presence_service.advertise.clone();
+        if advertise.is_none() && database.engine == Engine::MySql && data.ip().to_canonical().is_unspecified() {
+            return Err(StartError::Unnamed); // a name that stands for every address
+        }
+        let addr = advertise.unwrap_or_else(|| data.to_string());
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
         let (bus, shared) = redis(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));

@@ -5,8 +5,7 @@ use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
-use tokio_util::sync::CancellationToken;
+use axum::Router;
 use tonic::body::Body;
 use tonic::codegen::BoxFuture;
 use tonic::codegen::Service;
@@ -15,7 +14,6 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
 use tonic_health::server::health_reporter;
-use tracing::error;
 
 use crate::api::admin::Admin;
 use crate::api::gateway::Leases;
@@ -123,11 +121,8 @@ pub fn data_server() -> Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
 }
 
-pub async fn serve_admin(listener: TcpListener, operator: operators::Operator, admin: Admin, stop: CancellationToken) {
-    let _stop_node_on_panic = stop.clone().drop_guard();
+/// What the admin port offers: HTTP for probes and collectors, gRPC for `ctl`.
+pub fn admin_router(operator: operators::Operator, admin: Admin) -> Router {
     let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
-    let served = stop.run_until_cancelled(axum::serve(listener, operators::router(operator).merge(grpc)).into_future()).await;
-    if let Some(Err(error)) = served {
-        error!(%error, "the admin server ended");
-    }
+    operators::router(operator).merge(grpc)
 }

@@ -274,15 +274,15 @@ mod tests {
             text,
             &variables,
             &[
-                "im.toml: presence_service.port: must be from 0 to 65535, not 70000",
+                "im.toml: presence_service.port: must be from 0 to 65535",
                 "im.toml: redis_cache.password: must be a string",
-                "im.toml: route.l1_ttl: must be a whole number, not 1.5",
-                "im.toml: route.on_overflow: unknown variant `explode`, expected `kick_oldest` or `refuse_new`",
-                "im.toml: store.lanes: must be from 1 to 64, not 65",
-                "environment variable IM_PRESENCE__GATEWAY__LEASE: gateway.lease: must be a whole number, not \"15s\"",
-                "environment variable IM_PRESENCE__ROUTE__MPIM_KEYS: route.mpim_keys: must be true or false, not \"perhaps\"",
+                "im.toml: route.l1_ttl: must be a whole number",
+                "im.toml: route.on_overflow: must be `kick_oldest` or `refuse_new`",
+                "im.toml: store.lanes: must be from 1 to 64",
+                "environment variable IM_PRESENCE__GATEWAY__LEASE: gateway.lease: must be a whole number",
+                "environment variable IM_PRESENCE__ROUTE__MPIM_KEYS: route.mpim_keys: must be true or false",
                 "im.toml: presence_service.node_id: must be printable ASCII without spaces, up to 64 characters",
-                "im.toml: log.level: must be a level such as info, or directives, not \"inof\"",
+                "im.toml: log.level: must be a level such as info, or directives",
                 "im.toml: store.url: must begin with sqlite:, mysql: or mariadb:",
             ],
         );
@@ -290,7 +290,7 @@ mod tests {
 
     #[test]
     fn keys_that_contradict_each_other_are_refused() {
-        let lease = "im.toml: gateway.heartbeat_interval: lease (15s) must be at least 3 x heartbeat_interval (6s)";
+        let lease = "im.toml: gateway.heartbeat_interval: lease must be at least 3 x heartbeat_interval";
         check_refused("[gateway]\nheartbeat_interval = 6000", &[], &[lease]);
         let same = "im.toml: admin.port: admin and presence_service cannot listen on the same address";
         check_refused("[admin]\nport = 6000", &[], &[same]);

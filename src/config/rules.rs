@@ -1,5 +1,6 @@
 //! What a value has to be: a range for each number, and the rules between keys.
 
+use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
 
@@ -30,6 +31,10 @@ const MAX_INBOX_MESSAGES: u64 = 1_000_000;
 const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
 const MAX_SQL_CONNECTIONS: u64 = 1000;
 const MAX_LANES: u64 = 64;
+/// What the database's driver understands in a URL.
+const MYSQL_URL_KEYS: [&str; 9] =
+    ["ssl-mode", "sslmode", "ssl-ca", "ssl-cert", "ssl-key", "socket", "charset", "collation", "statement-cache-capacity"];
+const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
 /// A shorter queue would refuse what one commit could have taken.
 const QUEUE: RangeInclusive<u64> = 1024..=1_000_000;
 /// Shorter, and a healthy server fails; longer, and a caller has long given up.
@@ -79,8 +84,7 @@ impl Config {
         let mut faults = Faults(Vec::new());
         self.check_addresses(&mut faults);
         self.check_gateways(&mut faults);
-        let level = &self.log.level;
-        faults.unless(is_filter(level), &["log.level"], || format!("must be a level such as info, or directives, not {level:?}"));
+        faults.unless(is_filter(&self.log.level), &["log.level"], || "must be a level such as info, or directives".into());
         let fits = self.delivery.inbox_max_bytes >= self.delivery.max_message_bytes as u64;
         faults.unless(fits, &["delivery.inbox_max_bytes", "delivery.max_message_bytes"], || {
             "the inbox must hold at least one message: inbox_max_bytes >= max_message_bytes".into()
@@ -88,6 +92,7 @@ impl Config {
         faults.unless(has_scheme(self.store.url.expose(), &["sqlite:", "mysql:", "mariadb:"]), &["store.url"], || {
             "must begin with sqlite:, mysql: or mariadb:".into()
         });
+        self.check_store_url(&mut faults);
         if let Some(redis) = &self.redis_cache {
             redis.check("redis_cache", &mut faults);
         }
@@ -108,22 +113,45 @@ impl Config {
             "admin and presence_service cannot listen on the same address".into()
         });
         faults.unless(data.node_id.as_deref().is_none_or(is_name), &["presence_service.node_id"], not_a_name);
-        faults.unless(data.advertise.as_deref().is_none_or(is_address), &["presence_service.advertise"], || {
-            "must be HOST:PORT, the address at which other nodes reach this one".into()
+        faults.unless(data.advertise.as_deref().is_none_or(is_reachable), &["presence_service.advertise"], || {
+            "must be HOST:PORT, the address at which other nodes reach this one: not 0.0.0.0, and not port 0".into()
         });
+        let alone = self.store.url.expose().starts_with("sqlite:");
+        let names_itself = alone || data.advertise.is_some() || !is_unspecified(&data.host);
+        faults.unless(names_itself, &["presence_service.advertise", "presence_service.host"], || UNNAMED.into());
+    }
+
+    /// A misspelt key would be ignored silently, and a store in memory is another one for each connection.
+    fn check_store_url(&self, faults: &mut Faults) {
+        let url = self.store.url.expose();
+        let query = url.rsplit_once('@').map_or(url, |(_, server)| server).split_once('?').map_or("", |(_, query)| query);
+        let pairs: Vec<(&str, &str)> =
+            query.split('&').filter(|pair| !pair.is_empty()).map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
+        let known: &[&str] = if url.starts_with("sqlite:") { &SQLITE_URL_KEYS } else { &MYSQL_URL_KEYS };
+        faults.unless(pairs.iter().all(|(key, _)| known.contains(key)), &["store.url"], || {
+            format!("may have these keys after the question mark, and no others: {}", known.join(", "))
+        });
+        if let Some(path) = url.strip_prefix("sqlite:") {
+            let path = path.trim_start_matches("//").split('?').next().unwrap_or_default();
+            let is_file = !path.is_empty() && !path.starts_with(':') && !path.starts_with("file:");
+            let writable = pairs.iter().all(|(key, mode)| *key != "mode" || ["rw", "rwc"].contains(mode));
+            faults.unless(is_file && writable, &["store.url"], || {
+                "must name a file that can be written, as in sqlite://im-presence.db: what is only in memory cannot be kept"
+                    .into()
+            });
+        }
     }
 
     fn check_gateways(&self, faults: &mut Faults) {
         let (lease, heartbeat) = (self.gateway.lease, self.gateway.heartbeat_interval);
         faults.unless(lease >= heartbeat * LEASE_IN_HEARTBEATS, &["gateway.lease", "gateway.heartbeat_interval"], || {
-            format!("lease ({lease:?}) must be at least {LEASE_IN_HEARTBEATS} x heartbeat_interval ({heartbeat:?})")
+            format!("lease must be at least {LEASE_IN_HEARTBEATS} x heartbeat_interval")
         });
         let grace = self.gateway.stream_grace;
-        faults.unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || {
-            format!("stream_grace ({grace:?}) must not be above lease ({lease:?})")
-        });
+        faults
+            .unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || "stream_grace must not be above lease".into());
         let share = self.gateway.doubt_share;
-        faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || format!("must be from 0 to 1, not {share}"));
+        faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || "must be from 0 to 1".into());
     }
 }
 
@@ -135,6 +163,10 @@ impl Redis {
         faults.unless(fits, &[&format!("{section}.url")], || "must begin with redis:, rediss: or unix:".into());
     }
 }
+
+/// Why a node needs `advertise`.
+pub const UNNAMED: &str = "with a store that several nodes share, other nodes have to reach this one, and an address such as \
+    0.0.0.0 leads each of them to itself: set presence_service.advertise = HOST:PORT";
 
 struct Faults(Vec<Fault>);
 
@@ -167,6 +199,16 @@ fn is_name(name: &str) -> bool {
 
 fn is_address(address: &str) -> bool {
     address.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok_and(|port| port > 0))
+}
+
+fn is_reachable(address: &str) -> bool {
+    is_address(address) && address.rsplit_once(':').is_some_and(|(host, _)| !is_unspecified(host))
+}
+
+/// `0.0.0.0`, `::`, and shorter spellings: every address of the machine that asks.
+fn is_unspecified(host: &str) -> bool {
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_unspecified()) || host.bytes().all(|byte| b"0.".contains(&byte))
 }
 
 fn not_a_host() -> String {

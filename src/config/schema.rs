@@ -39,12 +39,19 @@ pub fn check(schema: &Value, section: &str, key: &str, value: &Value) -> Result<
     if let (Some(range), Some(number)) = (rules::range(section, key), value.as_i64())
         && !u64::try_from(number).is_ok_and(|number| range.contains(&number))
     {
-        return Err(format!("must be from {} to {}, not {number}", range.start(), range.end()));
+        return Err(format!("must be from {} to {}", range.start(), range.end()));
     }
     let mut alone = schema.clone();
     alone[section][key] = value.clone();
-    serde_json::from_value::<Config>(alone).map_err(|error| error.to_string())?;
+    serde_json::from_value::<Config>(alone).map_err(|error| without_value(&error.to_string()))?;
     Ok(value)
+}
+
+/// What is right, without what was wrong: a value may be a password that went to the wrong key.
+fn without_value(message: &str) -> String {
+    message
+        .split_once(", expected ")
+        .map_or_else(|| "has a form that it may not have".to_owned(), |(_, right)| format!("must be {right}"))
 }
 
 /// In an .ini file and in the environment every value is a string. A string stays one: a password may be `007`.
@@ -62,7 +69,7 @@ fn coerce(value: &Value, like: &Value) -> Result<Value, String> {
         (_, Value::Bool(_)) => (None, "true or false"),
         _ => (None, "a number"),
     };
-    converted.ok_or_else(|| format!("must be {wanted}, not {value}"))
+    converted.ok_or_else(|| format!("must be {wanted}"))
 }
 
 fn boolean(text: &str) -> Option<bool> {

@@ -104,7 +104,7 @@ impl Gateway {
 }
 
 fn say(text: &str) {
-    eprintln!("{text}");
+    let _ = writeln!(io::stderr(), "{text}"); // nobody has to read it
 }
 
 fn failed(text: &str) -> Outcome {

@@ -67,7 +67,7 @@ impl Listen {
             Err(_) => return Err(failed(format!("no answer from {shown} within {} ms; see --timeout", patience.as_millis()))),
         };
         let channels = self.channels().map(|(_, channel)| channel).collect::<Vec<_>>().join(", ");
-        eprintln!("listening on {channels} at {shown}; Ctrl-C ends it");
+        let _ = writeln!(io::stderr(), "listening on {channels} at {shown}; Ctrl-C ends it"); // nobody has to read it
         let mut messages = pubsub.on_message();
         tokio::pin!(stop);
         loop {

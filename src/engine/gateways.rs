@@ -363,7 +363,7 @@ impl Gateways {
         }
         let living = || table.iter().filter(|life| life.is_managed() && life.is_alive());
         let oldest = living().map(|life| now.since(life.last_beat)).max().unwrap_or_default();
-        self.metrics.oldest_beat_ms.set(i64::try_from(oldest.as_millis()).unwrap_or(i64::MAX));
+        self.metrics.oldest_beat_seconds.set(oldest.as_secs_f64());
         self.metrics.hold.set(i64::from(held));
         let mut shown = self.shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let mut named = HashSet::new();

@@ -43,7 +43,7 @@ pub use crate::store::inbox::StoredMessage;
 /// Users drained at the same time. Most of them wait for devices, and must not hold up the others.
 pub const DRAINERS: usize = 1_024;
 /// Connections that read inboxes.
-const READERS: usize = 8;
+pub const READERS: usize = 8;
 /// Users that may wait to be drained; further ones are found by the next regular look.
 const QUEUE: usize = 100_000;
 /// Messages on their way to one user.

@@ -24,6 +24,7 @@ mod sql_faults;
 mod stale_reads;
 mod store_trouble;
 mod streams;
+mod surroundings;
 mod tidy;
 mod two_nodes;
 mod ws_gateways;

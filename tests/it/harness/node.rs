@@ -156,6 +156,10 @@ impl Node {
         self.process.kill();
     }
 
+    pub fn signal(&self, signal: Signal) {
+        process::signal(&self.process.child, signal);
+    }
+
     /// Asks it to end; [`Node::ended`] waits for that.
     pub fn terminate(&self) {
         process::signal(&self.process.child, Signal::SIGTERM);

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 /// What only the session of a lane says.
-const LANE_MARK: &str = "innodb_lock_wait_timeout";
+const LANE_MARK: &str = "innodb_lock_wait_timeout = 1";
 const COMMIT: &str = "COMMIT";
 const LAST_BEFORE_COMMIT: &str = "INTO outbox";
 const STRIKE_DEADLINE: Duration = Duration::from_secs(10);

@@ -1,0 +1,113 @@
+//! The operators' port. It has few connections and little patience, so that it answers when everything else is in trouble:
+//! half a request holds nobody else up.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::body::to_bytes;
+use axum::extract::Request;
+use axum::http::StatusCode;
+use axum::middleware::Next;
+use axum::middleware::from_fn;
+use axum::response::IntoResponse;
+use axum::response::Response;
+use hyper::body::Incoming;
+use hyper::server::conn::http1;
+use hyper::server::conn::http2;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioExecutor;
+use hyper_util::rt::TokioIo;
+use hyper_util::rt::TokioTimer;
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tonic::codegen::Service;
+
+use crate::api::listen::ACCEPT_PAUSE;
+use crate::api::listen::speaks_http2;
+use crate::api::newcomers::Newcomer;
+use crate::api::newcomers::Newcomers;
+
+/// Connections that have not made a whole request yet, and those that have.
+pub const MAX_NEWCOMERS: usize = 64;
+pub const MAX_CONNECTIONS: usize = 128;
+/// How long the head of a request may take, and then its body.
+const HEAD_LIMIT: Duration = Duration::from_secs(10);
+const BODY_LIMIT: Duration = Duration::from_secs(10);
+const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+/// A peer that is gone without a word is noticed after both.
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
+const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Serves `router` until `stop`.
+pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let router = router.layer(from_fn(with_whole_body));
+    let (newcomers, places) = (Newcomers::new(MAX_NEWCOMERS), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let mut connections = JoinSet::new();
+    while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
+        while connections.try_join_next().is_some() {}
+        while connections.len() > MAX_NEWCOMERS + MAX_CONNECTIONS {
+            connections.join_next().await; // one that had to make room has not gone yet
+        }
+        let Ok((stream, _)) = accepted else {
+            sleep(ACCEPT_PAUSE).await;
+            continue;
+        };
+        let (newcomer, places, router) = (newcomers.enter(), places.clone(), router.clone());
+        connections.spawn(async move {
+            let newcomer = Arc::new(newcomer);
+            tokio::select! {
+                () = newcomer.closed() => {}
+                () = connection(stream, newcomer.clone(), places, router) => {}
+            }
+        });
+    }
+}
+
+async fn connection(stream: TcpStream, newcomer: Arc<Newcomer>, places: Arc<Semaphore>, router: Router) {
+    let Ok(Ok(is_http2)) = timeout(HEAD_LIMIT, speaks_http2(&stream)).await else { return };
+    let place = OnceLock::new(); // held as long as the connection
+    let answer = service_fn(move |request: hyper::Request<Incoming>| {
+        newcomer.settle();
+        let has_place = place.get_or_init(|| places.clone().try_acquire_owned().ok()).is_some();
+        let mut router = router.clone();
+        async move {
+            if !has_place {
+                return Ok::<_, Infallible>((StatusCode::SERVICE_UNAVAILABLE, "too many connections\n").into_response());
+            }
+            router.call(request.map(Body::new)).await
+        }
+    });
+    let io = TokioIo::new(stream);
+    // How a connection ends is the client's business.
+    let _ = match is_http2 {
+        true => {
+            let mut server = http2::Builder::new(TokioExecutor::new());
+            server.timer(TokioTimer::new()).keep_alive_interval(Some(KEEPALIVE_INTERVAL)).keep_alive_timeout(KEEPALIVE_TIMEOUT);
+            server.serve_connection(io, answer).await
+        }
+        false => {
+            let mut server = http1::Builder::new();
+            server.timer(TokioTimer::new()).header_read_timeout(HEAD_LIMIT).serve_connection(io, answer).await
+        }
+    };
+}
+
+/// No request is begun before all of it is there.
+async fn with_whole_body(request: Request, next: Next) -> Response {
+    let (head, body) = request.into_parts();
+    match timeout(BODY_LIMIT, to_bytes(body, MAX_BODY_BYTES)).await {
+        Ok(Ok(body)) => next.run(Request::from_parts(head, Body::from(body))).await,
+        Ok(Err(_)) => StatusCode::PAYLOAD_TOO_LARGE.into_response(),
+        Err(_) => StatusCode::REQUEST_TIMEOUT.into_response(),
+    }
+}
