@@ -39,6 +39,8 @@ use crate::config::Config;
 use crate::config::UNNAMED;
 use crate::engine::delivery::Deliveries;
 use crate::engine::gateways::Gateways;
+use crate::store::cluster::NodeName;
+use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
@@ -73,6 +75,11 @@ pub enum StartError {
     ChannelsTaken { store: String },
     #[error("[{section}] asks for TLS, which this build does not have for Redis: put a tunnel before it, or use no TLS")]
     NoTls { section: &'static str },
+    #[error(
+        "another node with node_id {node_id} is running at {other}; this one would be at {own}: give each node a name of its \
+         own, or leave node_id empty"
+    )]
+    Twin { node_id: String, other: String, own: String },
     #[error("{UNNAMED}")]
     Unnamed,
     #[error("cannot listen on {addr}: {cause}")]
@@ -101,6 +108,8 @@ pub struct App {
     tasks: JoinSet<()>,
     gateways: Arc<Gateways>,
     deliveries: Arc<Deliveries>,
+    own: NodeName,
+    database: Arc<Database>,
 }
 
 /// Runs the daemon until SIGTERM, SIGINT or SIGHUP (a terminal that went away). A second signal ends it at once.
@@ -190,11 +199,14 @@ impl App {
 
         announce(&config, &engine.database, data, admin).await;
         info!(
-            listen.data = %data, listen.admin = %admin, node.id = engine.node_id,
+            listen.data = %data, listen.admin = %admin, node.id = engine.own.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store.url
         );
-        let (gateways, deliveries) = (engine.gateways, engine.deliveries);
-        Ok(Self { data, admin, health, draining, closing, attached, stop, threads, tasks, gateways, deliveries })
+        if engine.database.engine == Engine::MySql {
+            tasks.spawn(neighbours::call_oneself(engine.own.clone(), engine.database.store_id.clone()));
+        }
+        let (gateways, deliveries, own, database) = (engine.gateways, engine.deliveries, engine.own, engine.database);
+        Ok(Self { data, admin, health, draining, closing, attached, stop, threads, tasks, gateways, deliveries, own, database })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
@@ -218,6 +230,9 @@ impl App {
         let all = async {
             self.gateways.finish().await;
             while self.tasks.join_next().await.is_some() {}
+            if let Ok(mut connection) = self.database.connect(Purpose::General).await {
+                let _ = connection.leave_node(&self.own).await; // else the next process of this name waits a moment
+            }
         };
         if timeout(LANES_DEADLINE, all).await.is_err() {
             warn!("the database took too long: changes that were not acknowledged are given up");

@@ -50,13 +50,15 @@ impl NodeService for Node {
     async fn forward(&self, request: Request<pb::ForwardReq>) -> Result<Response<pb::ForwardResp>, Status> {
         let request = request.into_inner();
         self.check_store(&request.store_id)?;
-        self.peers.learn(&request.node_id, &request.addr);
+        if !request.node_id.is_empty() {
+            self.peers.learn(&request.node_id, &request.addr);
+        }
         let now = self.lives.clock.now().0;
         // A node that stood still must not hand over what its sender has given up or repeated since.
         let late = now > request.sent_at_ms.saturating_add(request.good_for_ms.into());
         let hand = |order| if late { pb::Handed::NotHere } else { self.hand(order) };
         let outcomes = request.orders.into_iter().map(|order| hand(order).into()).collect();
-        Ok(Response::new(pb::ForwardResp { outcomes }))
+        Ok(Response::new(pb::ForwardResp { outcomes, incarnation: self.peers.own.incarnation.clone() }))
     }
 
     async fn forward_acks(&self, request: Request<pb::ForwardAcksReq>) -> Result<Response<pb::ForwardAcksResp>, Status> {
@@ -110,6 +112,19 @@ struct Together {
     hello: bool,
 }
 
+/// Which process answers at `addr` for the nodes of a store.
+///
+/// # Errors
+/// Why nobody does.
+pub async fn who_answers(addr: &str, store_id: &str) -> Result<String, String> {
+    let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|error| error.to_string())?;
+    let endpoint = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT);
+    let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+    let hello = pb::ForwardReq { store_id: store_id.to_owned(), ..Default::default() };
+    let answer = NodeServiceClient::new(channel).forward(hello).await.map_err(|status| status.message().to_owned())?;
+    Ok(answer.into_inner().incarnation)
+}
+
 impl Caller {
     pub async fn run(self: Arc<Self>, mut calls: mpsc::Receiver<Call>, stop: CancellationToken) {
         let _stop_node_on_panic = stop.clone().drop_guard();
@@ -152,11 +167,20 @@ impl Caller {
         while calls.join_next().await.is_some() {}
     }
 
-    async fn call(&self, mut client: NodeServiceClient<Channel>, together: Together) {
-        if !together.acks.is_empty() {
-            let acks = together.acks.iter().map(convert::ack_to_pb).collect();
+    /// Orders do not wait for acknowledgements, nor the other way round.
+    async fn call(&self, client: NodeServiceClient<Channel>, mut together: Together) {
+        let acks = std::mem::take(&mut together.acks);
+        tokio::join!(self.forward_acks(client.clone(), &acks), self.forward(client, together));
+    }
+
+    async fn forward_acks(&self, mut client: NodeServiceClient<Channel>, acks: &[Ack]) {
+        if !acks.is_empty() {
+            let acks = acks.iter().map(convert::ack_to_pb).collect();
             let _ = client.forward_acks(pb::ForwardAcksReq { store_id: self.store_id.clone(), acks }).await; // lost: repeated
         }
+    }
+
+    async fn forward(&self, mut client: NodeServiceClient<Channel>, together: Together) {
         if together.orders.is_empty() && !together.hello {
             return;
         }
@@ -164,8 +188,8 @@ impl Caller {
             store_id: self.store_id.clone(),
             sent_at_ms: self.lives.clock.now().0,
             good_for_ms: convert::millis(FORWARD_LIMIT),
-            node_id: self.peers.own.0.clone(),
-            addr: self.peers.own.1.clone(),
+            node_id: self.peers.own.node_id.clone(),
+            addr: self.peers.own.addr.clone(),
             orders: together.orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
         };
         let Ok(answer) = client.forward(request).await else { return }; // whoever waits hears that nobody answers

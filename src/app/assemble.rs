@@ -52,6 +52,7 @@ use crate::engine::warm_up::WarmUp;
 use crate::engine::watch::Watch;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
+use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::database::Database;
 use crate::store::shared::SharedCache;
@@ -61,7 +62,7 @@ const HEAR_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The engine, running.
 pub struct Assembled {
-    pub node_id: String,
+    pub own: NodeName,
     pub database: Arc<Database>,
     pub metrics: Arc<Metrics>,
     pub cache: Arc<Cache>,
@@ -84,9 +85,7 @@ pub struct Assembled {
 /// What every part of the engine stands on, and how its tasks are started.
 struct Ground<'a> {
     config: &'a Config,
-    node_id: String,
-    /// Where other nodes reach this one.
-    addr: String,
+    own: NodeName,
     database: Arc<Database>,
     metrics: Arc<Metrics>,
     lives: Arc<Lives>,
@@ -116,7 +115,7 @@ impl Assembled {
         let drains = Arc::new(Drains::default());
         let lanes = ground.lanes(outside, &drains);
         let directory = ground.directory();
-        let acks = Acks::new(&ground.node_id, ground.metrics.clone());
+        let acks = Acks::new(&ground.own.node_id, ground.metrics.clone());
         let deliveries = Deliveries::new(
             outlets.clone(),
             acks.clone(),
@@ -129,9 +128,9 @@ impl Assembled {
         let inboxes = ground.inboxes(drains, &deliveries, &directory, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { gateways: gateways.clone(), streams: streams.clone(), grace });
-        let Ground { node_id, database, metrics, cache, lives, hints, .. } = ground;
+        let Ground { own, database, metrics, cache, lives, hints, .. } = ground;
         Ok(Self {
-            node_id,
+            own,
             database,
             metrics,
             cache,
@@ -191,18 +190,24 @@ impl<'a> Ground<'a> {
         tasks: &'a mut JoinSet<()>,
         stop: &'a CancellationToken,
     ) -> Result<Self, StartError> {
-        let node_id = config.presence_service.node_id.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string());
         let advertise = config.presence_service.advertise.clone();
         if advertise.is_none() && database.engine == Engine::MySql && data.ip().to_canonical().is_unspecified() {
             return Err(StartError::Unnamed); // a name that stands for every address
         }
-        let addr = advertise.unwrap_or_else(|| data.to_string());
+        let incarnation = uuid::Uuid::new_v4().to_string();
+        let node_id = config.presence_service.node_id.clone();
+        let is_given = node_id.is_some();
+        let node_id = node_id.unwrap_or_else(|| incarnation.clone());
+        let own = NodeName { node_id, incarnation, addr: advertise.unwrap_or_else(|| data.to_string()) };
+        if is_given {
+            neighbours::must_not_be_twins(&own, &database).await?;
+        }
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
         let (bus, shared) = redis(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
-        let ids = (&*node_id, &*database.store_id);
+        let ids = (&own, &*database.store_id);
         let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
-        Ok(Self { config, node_id, addr, database, metrics, lives, cache, bus, l2, hints, tasks, stop })
+        Ok(Self { config, own, database, metrics, lives, cache, bus, l2, hints, tasks, stop })
     }
 
     fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
@@ -219,9 +224,9 @@ impl<'a> Ground<'a> {
     }
 
     fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
-        let (peers, calls) = Peers::new((self.node_id.clone(), self.addr.clone()));
+        let (peers, calls) = Peers::new(self.own.clone());
         let streams = Streams::new(self.config.gateway.lease, self.metrics.clone());
-        (Arc::new(Outlets { node_id: self.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
+        (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
     }
 
     fn outside(&mut self, outlets: &Arc<Outlets>) -> Arc<Outside> {
@@ -238,15 +243,15 @@ impl<'a> Ground<'a> {
             database: self.database.clone(),
             heartbeat_interval: self.config.gateway.heartbeat_interval,
         });
-        self.spawn(upkeep::keep_repairing(Repair::new(outside.clone(), &self.node_id), self.stop.clone()));
+        self.spawn(upkeep::keep_repairing(Repair::new(outside.clone(), &self.own.incarnation), self.stop.clone()));
         outside
     }
 
     /// Knows who lives when this returns, unless the database does not answer.
     async fn gateways(&mut self, outlets: &Outlets, outside: &Arc<Outside>) -> (Arc<Gateways>, Arc<Heartbeats>) {
         let (terms, database, metrics) = (settings::terms(self.config), self.database.clone(), self.metrics.clone());
-        let gateways = Gateways::new(terms, &self.node_id, database, self.lives.clone(), outside.clone(), metrics);
-        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets);
+        let gateways = Gateways::new(terms, &self.own.node_id, database, self.lives.clone(), outside.clone(), metrics);
+        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets, self.stop.clone());
         watch.step().await;
         self.spawn(upkeep::keep_watching(watch, self.stop.clone()));
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
@@ -265,7 +270,8 @@ impl<'a> Ground<'a> {
 
     fn lanes(&mut self, outside: Arc<Outside>, drains: &Arc<Drains>) -> Arc<Lanes> {
         let tools = Arc::new(Tools {
-            node_id: self.node_id.clone(),
+            node_id: self.own.node_id.clone(),
+            claimant: self.own.incarnation.clone(),
             database: self.database.clone(),
             cache: self.cache.clone(),
             lives: self.lives.clone(),
@@ -307,7 +313,7 @@ impl<'a> Ground<'a> {
         lanes: &Arc<Lanes>,
     ) -> Arc<Inboxes> {
         let inboxes = Inboxes::new(
-            &self.node_id,
+            &self.own.incarnation,
             drains,
             deliveries.clone(),
             directory.clone(),

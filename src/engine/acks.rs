@@ -3,6 +3,8 @@
 
 use std::collections::BTreeSet;
 use std::collections::HashMap;
+use std::hash::BuildHasher;
+use std::hash::RandomState;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -47,6 +49,8 @@ struct Waiting {
 pub struct Acks {
     node_id: String,
     counter: AtomicU64,
+    /// Known to nobody else.
+    key: RandomState,
     waiting: Mutex<HashMap<String, Waiting>>,
     metrics: Arc<Metrics>,
 }
@@ -60,13 +64,15 @@ pub struct Expected<'a> {
 
 impl Acks {
     pub fn new(node_id: &str, metrics: Arc<Metrics>) -> Arc<Self> {
-        let (counter, waiting) = (AtomicU64::new(0), Mutex::default());
-        Arc::new(Self { node_id: node_id.to_owned(), counter, waiting, metrics })
+        let (counter, key, waiting) = (AtomicU64::new(0), RandomState::new(), Mutex::default());
+        Arc::new(Self { node_id: node_id.to_owned(), counter, key, waiting, metrics })
     }
 
-    /// An id that no delivery had before.
+    /// An id that no delivery had before, of this process or another of the same name, and that only its receivers know:
+    /// whoever could guess it could acknowledge for them.
     pub fn next_id(&self) -> String {
-        format!("{}-{}", self.node_id, self.counter.fetch_add(1, Ordering::Relaxed))
+        let number = self.key.hash_one(self.counter.fetch_add(1, Ordering::Relaxed));
+        format!("{}-{number}", self.node_id)
     }
 
     /// The node that made a delivery's id. None: no node did.
@@ -177,6 +183,7 @@ impl Drop for Expected<'_> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
     use std::time::Duration;
 
     use super::*;
@@ -221,6 +228,15 @@ mod tests {
         assert_eq!(expected.answers(soon).await, answered);
         acks.take(ack(&id, 1, "pad"));
         assert_eq!(expected.acked().len(), 2);
+    }
+
+    #[test]
+    fn an_id_is_of_one_process_alone_and_cannot_be_guessed() {
+        let (first, second) = (Acks::new("node-1", Metrics::new()), Acks::new("node-1", Metrics::new()));
+        let ids: HashSet<String> = (0..1_000).flat_map(|_| [first.next_id(), second.next_id()]).collect();
+        assert_eq!(ids.len(), 2_000);
+        let number = |id: &str| id.rsplit_once('-').unwrap().1.parse::<u64>().unwrap();
+        assert!(ids.iter().filter(|id| number(id) < 1 << 40).count() < 10, "no counters");
     }
 
     #[test]

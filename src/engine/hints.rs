@@ -18,6 +18,7 @@ use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+use tracing::error;
 use tracing::info;
 use tracing::warn;
 
@@ -31,6 +32,7 @@ use crate::engine::lives::SUSPECT_AFTER;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::bus::Heard;
+use crate::store::cluster::NodeName;
 use crate::store::codec::ChangedUser;
 use crate::store::codec::Hint;
 use crate::store::codec::LivesHint;
@@ -43,12 +45,15 @@ const MEMORY_LIMIT: Duration = Duration::from_millis(200);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const RESUBSCRIBE_INTERVAL: Duration = Duration::from_millis(200);
 
+/// What a former process of this name has sent is heard within this time after the start of this one.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// When what each other node that SQL says is alive had said last was sent.
 type Others = HashMap<String, Arc<AtomicInstant>>;
 
 pub struct Hints {
     bus: Arc<Bus>,
-    node_id: String,
+    own: NodeName,
     store_id: String,
     started: Instant,
     generation: AtomicU64,
@@ -61,7 +66,8 @@ pub struct Hints {
     others: ArcSwap<Others>,
     /// When another node had said last that it reads the database.
     others_read: AtomicInstant,
-    heard: Mutex<HashMap<String, u64>>,
+    /// Of each other node: which process of it was heard last, and the number of its last message.
+    heard: Mutex<HashMap<String, (String, u64)>>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
     metrics: Arc<Metrics>,
@@ -70,14 +76,14 @@ pub struct Hints {
 impl Hints {
     pub fn new(
         bus: Arc<Bus>,
-        (node_id, store_id): (&str, &str),
+        (own, store_id): (&NodeName, &str),
         cache: Arc<Cache>,
         lives: Arc<Lives>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
             bus,
-            node_id: node_id.to_owned(),
+            own: own.clone(),
             store_id: store_id.to_owned(),
             started: Instant::now(),
             generation: AtomicU64::new(0),
@@ -119,7 +125,7 @@ impl Hints {
     pub fn nodes_alive(&self, nodes: impl Iterator<Item = String>) {
         let known = self.others.load();
         let heard = |node: &String| known.get(node).cloned().unwrap_or_else(|| Arc::new(AtomicInstant::now()));
-        let alive: Others = nodes.filter(|node| *node != self.node_id).map(|node| (node.clone(), heard(&node))).collect();
+        let alive: Others = nodes.filter(|node| *node != self.own.node_id).map(|node| (node.clone(), heard(&node))).collect();
         self.others.store(Arc::new(alive));
     }
 
@@ -179,6 +185,10 @@ impl Hints {
                     }
                     while let Some(Some(heard)) = stop.run_until_cancelled(subscription.next()).await {
                         match heard {
+                            Heard::Users(hint) if self.is_of_a_twin(&hint) => {
+                                error!("another process with node_id {} is heard: this one ends", self.own.node_id);
+                                stop.cancel();
+                            }
                             Heard::Users(hint) => self.take(&hint),
                             Heard::Lives(hint) => self.take_ended(&hint),
                         }
@@ -195,12 +205,19 @@ impl Hints {
         }
     }
 
+    /// Whether a process of the same name has sent it that lives beside this one. The former process's last words are not.
+    fn is_of_a_twin(&self, hint: &Hint) -> bool {
+        let own_name = hint.store_id == self.store_id && hint.node_id == self.own.node_id;
+        let later = self.lives.clock.at(self.started + LAST_WORDS).0;
+        own_name && hint.incarnation != self.own.incarnation && self.started.elapsed() > LAST_WORDS && hint.sent_at_ms > later
+    }
+
     fn take(&self, hint: &Hint) {
         if hint.store_id != self.store_id {
             self.metrics.hint("of_another_store");
             return;
         }
-        if hint.node_id == self.node_id {
+        if hint.node_id == self.own.node_id && hint.incarnation == self.own.incarnation {
             self.echo.set(self.started + Duration::from_millis(hint.sent_ms));
             return;
         }
@@ -213,7 +230,8 @@ impl Hints {
         }
         // What was sent between this subscription and the first message that is heard here may not have arrived at all.
         let expected = hint.seq.saturating_sub(u64::from(!hint.users.is_empty()));
-        let before = self.heard().insert(hint.node_id.clone(), hint.seq);
+        let before = self.heard().insert(hint.node_id.clone(), (hint.incarnation.clone(), hint.seq));
+        let before = before.filter(|(incarnation, _)| *incarnation == hint.incarnation).map(|(_, seq)| seq);
         if before.unwrap_or(0) != expected {
             if before.is_some() {
                 self.metrics.hint_gaps.inc();
@@ -257,7 +275,8 @@ impl Hints {
         Hint {
             store_id: self.store_id.clone(),
             generation: self.generation.load(Ordering::Relaxed),
-            node_id: self.node_id.clone(),
+            node_id: self.own.node_id.clone(),
+            incarnation: self.own.incarnation.clone(),
             seq,
             sent_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
             users,
@@ -266,7 +285,7 @@ impl Hints {
         }
     }
 
-    fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, u64>> {
+    fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, u64)>> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

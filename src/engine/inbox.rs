@@ -148,13 +148,13 @@ pub struct Inboxes {
     silent: moka::sync::Cache<(UserId, DeviceId), Silent>,
     readers: Semaphore,
     idle: Mutex<Vec<Connection>>,
-    node_id: String,
+    claimant: String,
 }
 
 impl Inboxes {
     #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
     pub fn new(
-        node_id: &str,
+        claimant: &str,
         drains: Arc<Drains>,
         deliveries: Arc<Deliveries>,
         directory: Arc<Directory>,
@@ -164,8 +164,8 @@ impl Inboxes {
         database: Arc<Database>,
     ) -> Arc<Self> {
         let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
-        let (readers, idle, node_id) = (Semaphore::new(READERS), Mutex::default(), node_id.to_owned());
-        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, node_id })
+        let (readers, idle, claimant) = (Semaphore::new(READERS), Mutex::default(), claimant.to_owned());
+        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, claimant })
     }
 
     /// Up to `limit` messages for a device after number `after`, and whether there are more.
@@ -300,13 +300,13 @@ impl Inboxes {
     pub async fn look(&self) -> Result<(), SqlError> {
         let mut connection = self.database.connect(Purpose::General).await?;
         let mut after = 0;
-        while connection.claim_job("inbox", &self.node_id, TERM).await? {
+        while connection.claim_job("inbox", &self.claimant, TERM).await? {
             let users = connection.reachable_users_with_messages(after, PAGE).await?;
             let Some(last) = users.last() else { break };
             after = last.get();
             users.iter().for_each(|user| self.drains.wake(*user));
         }
-        while connection.claim_job("inbox", &self.node_id, TERM).await? {
+        while connection.claim_job("inbox", &self.claimant, TERM).await? {
             let users = connection.users_with_old_messages(self.lives.clock.now(), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;

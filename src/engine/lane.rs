@@ -97,6 +97,8 @@ pub(super) struct Lane {
     failing_since: Option<Instant>,
     has_told_denied: bool,
     backoff: Backoff,
+    /// Ends the node.
+    stop: CancellationToken,
 }
 
 impl Lane {
@@ -105,6 +107,7 @@ impl Lane {
         callers: mpsc::Receiver<Pending>,
         background: mpsc::Receiver<Pending>,
         projector: ToProjector,
+        stop: CancellationToken,
     ) -> Self {
         let (parked, shown, answering) = (Vec::new(), Vec::new(), JoinSet::new());
         let (connection, failing_since, backoff) = (None, None, Backoff::new(RETRY_FIRST, RETRY_LIMIT));
@@ -120,6 +123,7 @@ impl Lane {
             failing_since,
             has_told_denied: false,
             backoff,
+            stop,
         }
     }
 
@@ -248,6 +252,7 @@ impl Lane {
         let began = Instant::now();
         let shown = &self.shown;
         let result = Transaction { tools: &self.tools, connection: &mut connection, shown }.run(events).await;
+        let result = result.and_then(|committed| self.must_be_in_place(committed));
         let usable = match &result {
             Ok(_) => {
                 self.tools.metrics.lane_commit_seconds.observe(began.elapsed().as_secs_f64());
@@ -260,6 +265,16 @@ impl Lane {
         };
         self.connection = usable.then_some(connection);
         result
+    }
+
+    /// What was committed to a file that nobody will find again is not durable.
+    fn must_be_in_place(&self, committed: Committed) -> Result<Committed, Failure> {
+        if self.tools.database.is_in_place() {
+            return Ok(committed);
+        }
+        error!("the SQLite file was deleted, moved or replaced: this node ends");
+        self.stop.cancel();
+        Err(Failure::Uncertain(SqlError::Lost("the file is not there any more".to_owned())))
     }
 
     /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2

@@ -96,6 +96,8 @@ pub struct Settings {
 /// What the lanes work with.
 pub struct Tools {
     pub node_id: String,
+    /// This process, as its claims name it.
+    pub claimant: String,
     pub database: Arc<Database>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
@@ -148,7 +150,8 @@ impl Lanes {
             let (callers, from_callers) = mpsc::channel(settings.queue);
             let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
             let projector = tools.outside.projector(tasks, shutdown);
-            tasks.spawn(Lane::new(tools.clone(), from_callers, from_background, projector).run(shutdown.clone()));
+            let lane = Lane::new(tools.clone(), from_callers, from_background, projector, shutdown.clone());
+            tasks.spawn(lane.run(shutdown.clone()));
             entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
         }
         let (taken, metrics, write_health) = (AtomicU64::new(0), tools.metrics.clone(), tools.write_health.clone());

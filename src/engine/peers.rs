@@ -15,6 +15,7 @@ use crate::engine::acks::Ack;
 use crate::engine::acks::Acks;
 use crate::engine::streams::Handed;
 use crate::engine::streams::Order;
+use crate::store::cluster::NodeName;
 
 /// Calls that may wait; what does not fit is not handed over, and tried again or given up by its sender.
 const QUEUE: usize = 4_096;
@@ -39,24 +40,23 @@ pub enum Call {
 }
 
 pub struct Peers {
-    /// This node's id, and where others reach it.
-    pub own: (String, String),
+    pub own: NodeName,
     /// Addresses of the nodes that are there, by id.
     nodes: ArcSwap<HashMap<String, Arc<str>>>,
     calls: mpsc::Sender<Call>,
 }
 
 impl Peers {
-    pub fn new(own: (String, String)) -> (Arc<Self>, mpsc::Receiver<Call>) {
+    pub fn new(own: NodeName) -> (Arc<Self>, mpsc::Receiver<Call>) {
         let (calls, queue) = mpsc::channel(QUEUE);
         (Arc::new(Self { own, nodes: ArcSwap::default(), calls }), queue)
     }
 
     /// Takes over which nodes there are, and makes itself known to those that are new: they look for it once a second only.
-    pub fn set_nodes(&self, nodes: &[(String, String)]) {
-        let nodes = nodes.iter().map(|(id, addr)| (id.clone(), Arc::from(addr.as_str())));
+    pub fn set_nodes(&self, nodes: &[NodeName]) {
+        let nodes = nodes.iter().map(|node| (node.node_id.clone(), Arc::from(node.addr.as_str())));
         let (nodes, known) = (Arc::new(nodes.collect::<HashMap<String, Arc<str>>>()), self.nodes.load());
-        for (_, addr) in nodes.iter().filter(|(id, _)| **id != self.own.0 && !known.contains_key(*id)) {
+        for (_, addr) in nodes.iter().filter(|(id, addr)| **id != self.own.node_id && known.get(*id) != Some(addr)) {
             let _ = self.calls.try_send(Call::Hello { addr: addr.clone() }); // full: it will look
         }
         self.nodes.store(nodes);
@@ -67,9 +67,9 @@ impl Peers {
         self.nodes.load().values().any(|known| **known == *addr)
     }
 
-    /// A node has said where it is.
+    /// A node has said where it is now.
     pub fn learn(&self, id: &str, addr: &str) {
-        if !self.nodes.load().contains_key(id) {
+        if id != self.own.node_id && self.nodes.load().get(id).is_none_or(|known| **known != *addr) {
             self.nodes.rcu(|nodes| {
                 let mut nodes = HashMap::clone(nodes);
                 nodes.insert(id.to_owned(), Arc::from(addr));

@@ -61,8 +61,8 @@ pub const REPAIR_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_LOOKS: usize = 5;
 /// Users asked of L2 at a time.
 const MAX_CONFIRMED: usize = 1_000;
-/// A claim that nobody takes over.
-const FOR_EVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+/// How the job of showing everybody a generation is named, before its number.
+const SHOW_GENERATION: &str = "show generation ";
 /// So many rows left behind are given up for a new generation.
 const MAX_ROWS: i64 = 10_000;
 /// What nobody waits for has to be told within this time.
@@ -315,15 +315,16 @@ impl Outside {
 /// Shows what others, or this node, have left behind.
 pub struct Repair {
     pub outside: Arc<Outside>,
-    pub node_id: String,
+    /// This process, as its claims name it.
+    pub claimant: String,
     kept: Kept,
     /// The generation of which everybody was shown, as far as this node knows.
     all_shown: u64,
 }
 
 impl Repair {
-    pub fn new(outside: Arc<Outside>, node_id: &str) -> Self {
-        Self { kept: Kept::new(outside.database.clone()), outside, node_id: node_id.to_owned(), all_shown: 0 }
+    pub fn new(outside: Arc<Outside>, claimant: &str) -> Self {
+        Self { kept: Kept::new(outside.database.clone()), outside, claimant: claimant.to_owned(), all_shown: 0 }
     }
 
     /// Repairs every row that was left behind. Returns how many.
@@ -348,7 +349,7 @@ impl Repair {
         let age = if self.outside.is_empty() { NOTHING_TO_SHOW_AGE } else { REPAIR_AGE };
         let mut repaired = 0;
         loop {
-            let rows = connection.claim_outbox(&self.node_id, age, CLAIM_TERM, CLAIM_ROWS).await?;
+            let rows = connection.claim_outbox(&self.claimant, age, CLAIM_TERM, CLAIM_ROWS).await?;
             if rows.is_empty() {
                 break;
             }
@@ -375,7 +376,7 @@ impl Repair {
             if !ended.is_empty() && self.outside.tell_ended(&ended).await.is_none() {
                 return Err(SqlError::Lost("Redis cannot be reached".to_owned()));
             }
-            connection.delete_claimed(&id, &self.node_id).await?;
+            connection.delete_claimed(&id, &self.claimant).await?;
             self.outside.metrics.outbox_repaired.inc();
         }
         Ok(())
@@ -385,8 +386,8 @@ impl Repair {
     /// a key. Its claim ends by itself, so another goes on if it dies; a claim for ever says that it is done.
     async fn show_everybody(&mut self, connection: &mut Connection, l2: &L2) -> Result<(), SqlError> {
         let generation = l2.generation();
-        let job = format!("show generation {generation}");
-        if self.all_shown == generation || !connection.claim_job(&job, &self.node_id, CLAIM_TERM).await? {
+        let job = format!("{SHOW_GENERATION}{generation}");
+        if self.all_shown == generation || !connection.claim_job(&job, &self.claimant, CLAIM_TERM).await? {
             return Ok(());
         }
         let mut after = 0;
@@ -395,19 +396,19 @@ impl Repair {
             let Some(last) = users.last() else { break };
             after = last.get();
             self.outside.show_on(connection, &users).await?;
-            connection.claim_job(&job, &self.node_id, CLAIM_TERM).await?;
+            connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
         }
         let mut cursor = 0;
         loop {
             let page = l2.shared().scan_routes(cursor).await.map_err(|error| SqlError::Lost(error.to_string()))?;
             self.outside.show_on(connection, &page.1).await?;
-            connection.claim_job(&job, &self.node_id, CLAIM_TERM).await?;
+            connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
             cursor = page.0;
             if cursor == 0 {
                 break;
             }
         }
-        connection.claim_job(&job, &self.node_id, FOR_EVER).await?;
+        connection.finish_job(&job, SHOW_GENERATION).await?;
         self.all_shown = generation;
         Ok(())
     }

@@ -63,7 +63,7 @@ impl Sweep {
     pub async fn step(&mut self) -> Result<usize, SqlError> {
         let mut connection = self.kept.take().await?;
         let mut removed = self.expired(&mut connection).await?;
-        if connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+        if connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
             let lives = connection.unswept_lives().await?;
             let unswept: HashSet<Epoch> = lives.iter().map(|life| life.epoch).collect();
             self.empty.retain(|epoch| unswept.contains(epoch));
@@ -78,7 +78,7 @@ impl Sweep {
     /// Routes on unmanaged lives.
     async fn expired(&mut self, connection: &mut Connection) -> Result<usize, SqlError> {
         let mut removed = 0;
-        while connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+        while connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
             let began = Instant::now();
             let users = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
             let last = users.len() < PAGE as usize;
@@ -103,7 +103,7 @@ impl Sweep {
         }
         let (mut after, mut removed, began) = (0, 0, Instant::now());
         loop {
-            if !connection.claim_job("sweep", &self.tools.node_id, TERM).await? {
+            if !connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
                 return Ok(removed); // another node goes on; this pass says nothing
             }
             let began = Instant::now();
@@ -153,7 +153,7 @@ impl Sweep {
         let mut connection = self.kept.take().await?;
         self.tools.lives.count_users(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
-        if connection.claim_job("orphans", &self.tools.node_id, CENSUS_INTERVAL / 2).await? {
+        if connection.claim_job("orphans", &self.tools.claimant, CENSUS_INTERVAL / 2).await? {
             connection.forget_lives(MEMORY).await?;
             connection.forget_nodes(MEMORY).await?;
             match connection.reopen_orphaned_lives().await? {

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use tokio_util::sync::CancellationToken;
+use tracing::error;
 use tracing::info;
 use tracing::warn;
 
@@ -24,6 +26,7 @@ use crate::engine::peers::Peers;
 use crate::engine::streams::Streams;
 use crate::metrics::Metrics;
 use crate::store::cluster::ClusterRow;
+use crate::store::cluster::NodeName;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
@@ -37,7 +40,7 @@ const AFTER_LEASE: Duration = Duration::from_millis(3);
 /// How soon the watch looks again at a lease that should have ended by now.
 const JUST_ENDED: Duration = Duration::from_millis(20);
 /// A node that has not said for this long that it is there is not missed on the bus.
-const NODE_TERM: Duration = Duration::from_secs(3);
+pub const NODE_TERM: Duration = Duration::from_secs(3);
 
 pub struct Watch {
     database: Arc<Database>,
@@ -48,6 +51,7 @@ pub struct Watch {
     hints: Option<Arc<Hints>>,
     peers: Arc<Peers>,
     streams: Arc<Streams>,
+    stop: CancellationToken,
     seen: Seen,
 }
 
@@ -63,10 +67,16 @@ struct Seen {
 }
 
 impl Watch {
-    pub fn new(gateways: Arc<Gateways>, cache: Arc<Cache>, hints: Option<Arc<Hints>>, outlets: &Outlets) -> Self {
+    pub fn new(
+        gateways: Arc<Gateways>,
+        cache: Arc<Cache>,
+        hints: Option<Arc<Hints>>,
+        outlets: &Outlets,
+        stop: CancellationToken,
+    ) -> Self {
         let (database, lives, metrics) = (gateways.database.clone(), gateways.lives.clone(), gateways.metrics.clone());
         let (peers, streams) = (outlets.peers.clone(), outlets.streams.clone());
-        Self { database, lives, cache, metrics, gateways, hints, peers, streams, seen: Seen::default() }
+        Self { database, lives, cache, metrics, gateways, hints, peers, streams, stop, seen: Seen::default() }
     }
 
     /// Looks once.
@@ -103,15 +113,24 @@ impl Watch {
         let asked = Instant::now();
         let cluster = connection.read_cluster().await?;
         self.lives.clock.learn(cluster.clock.now(), asked);
+        if cluster.store_id != self.database.store_id {
+            self.end("the database is another one than at the start");
+        } else if !self.database.is_in_place() {
+            self.end("the SQLite file was deleted, moved or replaced");
+        }
         self.note_generation(cluster.generation);
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
         self.lives.replace(lives.clone(), asked);
-        let nodes = connection.beat_node(&self.peers.own.0, &self.peers.own.1, NODE_TERM).await?;
+        let nodes = connection.beat_node(&self.peers.own, NODE_TERM).await?;
+        if let Some(twin) = nodes.iter().find(|node| self.is_twin(node)) {
+            let (id, ours, theirs) = (&twin.node_id, &self.peers.own.addr, &twin.addr);
+            self.end(&format!("another process has taken node_id {id}: it is at {theirs}, this one at {ours}"));
+        }
         self.peers.set_nodes(&nodes);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);
-            hints.nodes_alive(nodes.into_iter().map(|(id, _)| id));
+            hints.nodes_alive(nodes.into_iter().map(|node| node.node_id));
         }
         let table = self.lives.table();
         self.streams.end_unless(|epoch, no| table.get(epoch).is_none_or(|life| life.is_alive() && life.attach_no <= no));
@@ -124,6 +143,16 @@ impl Watch {
         self.gateways.show(&self.lives.table(), self.seen.held);
         self.seen.connection = Some(connection);
         Ok(())
+    }
+
+    fn is_twin(&self, node: &NodeName) -> bool {
+        node.node_id == self.peers.own.node_id && node.incarnation != self.peers.own.incarnation
+    }
+
+    /// Whatever this node would say from here on could be wrong.
+    fn end(&self, why: &str) {
+        error!("{why}: this node ends");
+        self.stop.cancel();
     }
 
     fn note_generation(&mut self, generation: u64) {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use sqlx::Row;
+use sqlx::any::AnyRow;
 
 use crate::domain::time::Timestamp;
 use crate::store::connection::Connection;
@@ -25,6 +26,7 @@ const BY_DOUBT: &str = "doubt: ";
 #[derive(Clone, Debug)]
 pub struct ClusterRow {
     pub clock: DatabaseClock,
+    pub store_id: String,
     /// Raised whenever caches may hold what the database does not know.
     pub generation: u64,
     /// The Redis server whose records belong to this generation.
@@ -52,15 +54,37 @@ impl Hold {
     }
 }
 
+/// A node, and which process of it. The name may be used again; an incarnation is one process's alone.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeName {
+    pub node_id: String,
+    pub incarnation: String,
+    /// Where other nodes reach it.
+    pub addr: String,
+}
+
+/// What came of asking for a node's name.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Claim {
+    Taken,
+    /// Another process said at `seen_at` that it has this name.
+    InUse {
+        addr: String,
+        seen_at: Timestamp,
+    },
+}
+
 impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
-        let sql =
-            format!("SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason FROM cluster WHERE id = 1");
+        let sql = format!(
+            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason, store_id FROM cluster WHERE id = 1"
+        );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
         Ok(ClusterRow {
             clock: DatabaseClock::from_micros(row.try_get(0)?),
+            store_id: row.try_get(6)?,
             generation: unsigned(row.try_get(1)?),
             cache_identity: row.try_get(2)?,
             hold: Hold { until: Timestamp(row.try_get(3)?), rearm: Timestamp(row.try_get(4)?), reason: row.try_get(5)? },
@@ -118,18 +142,58 @@ impl Connection {
         self.execute(update).await.map(|_| ())
     }
 
-    /// Says that this node is there, and returns id and address of the nodes that said so within `term`.
-    pub async fn beat_node(&mut self, node_id: &str, addr: &str, term: Duration) -> Result<Vec<(String, String)>, SqlError> {
+    /// Takes this node's name for a process that starts, if nobody has used it for `term`.
+    pub async fn claim_node(&mut self, own: &NodeName, term: Duration) -> Result<Claim, SqlError> {
         let now = clock_millis(self.engine());
-        let known = match self.engine() {
-            Engine::MySql => "ON DUPLICATE KEY UPDATE",
-            Engine::Sqlite => "ON CONFLICT (node_id) DO UPDATE SET",
+        let take = format!(
+            "UPDATE nodes SET incarnation = ?, addr = ?, seen_at = {now} WHERE node_id = ? \
+             AND (incarnation = ? OR seen_at < {now} - ? OR seen_at > {now} + ?)"
+        );
+        let take = statement(take).bind(own.incarnation.clone()).bind(own.addr.clone()).bind(own.node_id.clone());
+        let (incarnation, term) = (own.incarnation.clone(), duration_millis(term));
+        if self.execute(take.bind(incarnation).bind(term).bind(term)).await? == 1 {
+            return Ok(Claim::Taken);
+        }
+        self.insert_node(own).await?;
+        let select = "SELECT incarnation, addr, seen_at FROM nodes WHERE node_id = ?";
+        let rows = self.fetch(statement(select).bind(own.node_id.clone())).await?;
+        match rows.first() {
+            Some(row) if row.try_get::<String, _>(0)? != own.incarnation => {
+                Ok(Claim::InUse { addr: row.try_get(1)?, seen_at: Timestamp(row.try_get(2)?) })
+            }
+            _ => Ok(Claim::Taken),
+        }
+    }
+
+    async fn insert_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
+        let unless_there = match self.engine() {
+            Engine::MySql => "ON DUPLICATE KEY UPDATE node_id = node_id",
+            Engine::Sqlite => "ON CONFLICT DO NOTHING",
         };
-        let upsert = format!("INSERT INTO nodes (node_id, addr, seen_at) VALUES (?, ?, {now}) {known} seen_at = {now}");
-        self.execute(statement(upsert).bind(node_id.to_owned()).bind(addr.to_owned())).await?;
-        let select = format!("SELECT node_id, addr FROM nodes WHERE seen_at > {now} - ?");
+        let now = clock_millis(self.engine());
+        let insert = format!("INSERT INTO nodes (node_id, incarnation, addr, seen_at) VALUES (?, ?, ?, {now}) {unless_there}");
+        let insert = statement(insert).bind(own.node_id.clone()).bind(own.incarnation.clone()).bind(own.addr.clone());
+        self.execute(insert).await.map(|_| ())
+    }
+
+    /// Says that this node is there, and returns the nodes that said so within `term`, as their newest process has it.
+    pub async fn beat_node(&mut self, own: &NodeName, term: Duration) -> Result<Vec<NodeName>, SqlError> {
+        let now = clock_millis(self.engine());
+        let beat = format!("UPDATE nodes SET seen_at = {now}, addr = ? WHERE node_id = ? AND incarnation = ?");
+        let beat = statement(beat).bind(own.addr.clone()).bind(own.node_id.clone()).bind(own.incarnation.clone());
+        if self.execute(beat).await? == 0 {
+            self.insert_node(own).await?;
+        }
+        let select = format!("SELECT node_id, incarnation, addr FROM nodes WHERE seen_at > {now} - ?");
         let rows = self.fetch(statement(select).bind(duration_millis(term))).await?;
-        rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect()
+        let read = |row: &AnyRow| Ok(NodeName { node_id: row.try_get(0)?, incarnation: row.try_get(1)?, addr: row.try_get(2)? });
+        rows.iter().map(read).collect()
+    }
+
+    /// Gives this node's name back, so that its next process need not wait.
+    pub async fn leave_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
+        const SQL: &str = "DELETE FROM nodes WHERE node_id = ? AND incarnation = ?";
+        self.execute(statement(SQL).bind(own.node_id.clone()).bind(own.incarnation.clone())).await.map(|_| ())
     }
 
     /// Forgets nodes that have not been there for `term`.

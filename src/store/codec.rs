@@ -212,6 +212,9 @@ pub struct Hint {
     /// Its sender has read the database lately.
     #[prost(bool, tag = "8")]
     pub reads_database: bool,
+    /// Which process of the node sent it.
+    #[prost(string, tag = "9")]
+    pub incarnation: String,
 }
 
 /// What nodes tell each other of gateways: epochs of lives that are over. Faster than reading the table; lost, it is read.

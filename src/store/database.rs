@@ -1,7 +1,5 @@
 //! The database as a whole: reaching it, laying its tables, and what its durability rests on.
 
-use std::fs::File;
-use std::fs::TryLockError;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -14,6 +12,7 @@ use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
+use crate::store::database_file::DatabaseFile;
 use crate::store::schema;
 
 /// The server may have ended a connection that was not used for longer.
@@ -26,8 +25,8 @@ pub struct Database {
     pub store_id: String,
     url: String,
     deadline: Duration,
-    /// Holds the SQLite file for this process alone.
-    _lock: Option<File>,
+    /// SQLite's, held for this process alone.
+    file: Option<DatabaseFile>,
 }
 
 /// A connection that one task keeps between its steps. After an error it is not given back, and the next step connects anew.
@@ -74,18 +73,26 @@ impl Database {
         sqlx::any::install_default_drivers();
         let url = store.url.expose();
         let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
-        let (url, lock) = match engine {
+        let (url, file) = match engine {
             Engine::MySql => (url.to_owned(), None),
-            Engine::Sqlite => (creating(url), lock_file(url)?),
+            Engine::Sqlite => {
+                let file = DatabaseFile::hold(url)?;
+                (file.url(), Some(file))
+            }
         };
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
         schema::lay(connection.raw()).await?;
         let store_id = store_id(&mut connection).await?;
-        Ok(Self { engine, store_id, url, deadline: store.timeout, _lock: lock })
+        Ok(Self { engine, store_id, url, deadline: store.timeout, file })
     }
 
     pub async fn connect(&self, purpose: Purpose) -> Result<Connection, SqlError> {
         Connection::open(&self.url, self.engine, purpose, self.deadline).await
+    }
+
+    /// Whether the file that was opened is still the one that its name leads to. Always so for a server.
+    pub fn is_in_place(&self) -> bool {
+        self.file.as_ref().is_none_or(DatabaseFile::is_in_place)
     }
 
     /// What "durable" rests on, and whether it is weaker than a commit that survives a power cut.
@@ -143,25 +150,6 @@ async fn store_id(connection: &mut Connection) -> Result<String, SqlError> {
     }
     let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
     Ok(row.try_get(0)?)
-}
-
-fn creating(url: &str) -> String {
-    if url.contains("mode=") { url.to_owned() } else { format!("{url}{}mode=rwc", if url.contains('?') { '&' } else { '?' }) }
-}
-
-fn lock_file(url: &str) -> Result<Option<File>, OpenError> {
-    let path = url.trim_start_matches("sqlite:").trim_start_matches("//");
-    let path = path.split('?').next().unwrap_or(path);
-    if path.is_empty() || path.starts_with(':') {
-        return Ok(None);
-    }
-    let name = format!("{path}.lock");
-    let file = File::create(&name).map_err(|cause| OpenError::Lock { path: name.clone(), cause })?;
-    match file.try_lock() {
-        Ok(()) => Ok(Some(file)),
-        Err(TryLockError::WouldBlock) => Err(OpenError::InUse(path.to_owned())),
-        Err(TryLockError::Error(cause)) => Err(OpenError::Lock { path: name, cause }),
-    }
 }
 
 #[cfg(test)]

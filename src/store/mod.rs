@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod codec;
 pub mod connection;
 pub mod database;
+mod database_file;
 pub mod inbox;
 pub mod jobs;
 pub mod keys;

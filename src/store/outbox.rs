@@ -58,24 +58,30 @@ impl Connection {
         Ok(usize::try_from(deleted).unwrap_or(usize::MAX))
     }
 
-    /// Takes up to `limit` rows that nobody has shown for `age`, or whose claim has run out.
+    /// Takes up to `limit` rows that nobody has shown for `age`, or whose claim has run out. What was written, or is claimed
+    /// until, later than can be is of a time when the clock was wrong, and as good as old.
     pub async fn claim_outbox(
         &mut self,
-        node_id: &str,
+        claimant: &str,
         age: Duration,
         term: Duration,
         limit: i64,
     ) -> Result<Vec<(OutboxId, OutboxBody)>, SqlError> {
         let now = format!("({} / 1000)", clock_micros(self.engine()));
         let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
-        let find = format!("SELECT id, body FROM outbox WHERE created < {now} - ? AND claimed_until < {now} ORDER BY id LIMIT ?");
-        let rows = self.fetch(statement(find).bind(millis(age)).bind(limit)).await?;
+        let find = format!(
+            "SELECT id, body FROM outbox WHERE (created < {now} - ? OR created > {now} + 1000) \
+             AND (claimed_until < {now} OR claimed_until > {now} + ?) ORDER BY id LIMIT ?"
+        );
+        let rows = self.fetch(statement(find).bind(millis(age)).bind(millis(term)).bind(limit)).await?;
         let mut claimed = Vec::new();
         for row in rows {
             let (id, body): (String, Vec<u8>) = (row.try_get(0)?, row.try_get(1)?);
-            let claim =
-                format!("UPDATE outbox SET claimed_by = ?, claimed_until = {now} + ? WHERE id = ? AND claimed_until < {now}");
-            let claim = statement(claim).bind(node_id.to_owned()).bind(millis(term)).bind(id.clone());
+            let claim = format!(
+                "UPDATE outbox SET claimed_by = ?, claimed_until = {now} + ? WHERE id = ? \
+                 AND (claimed_until < {now} OR claimed_until > {now} + ?)"
+            );
+            let claim = statement(claim).bind(claimant.to_owned()).bind(millis(term)).bind(id.clone()).bind(millis(term));
             if self.execute(claim).await? == 1 {
                 let body = OutboxBody::decode(body.as_slice()).map_err(|error| corrupt("outbox.body", error))?;
                 claimed.push((OutboxId(id), body));
@@ -85,9 +91,9 @@ impl Connection {
     }
 
     /// Deletes a row that this node has claimed and shown.
-    pub async fn delete_claimed(&mut self, id: &OutboxId, node_id: &str) -> Result<(), SqlError> {
+    pub async fn delete_claimed(&mut self, id: &OutboxId, claimant: &str) -> Result<(), SqlError> {
         const SQL: &str = "DELETE FROM outbox WHERE id = ? AND claimed_by = ?";
-        self.execute(statement(SQL).bind(id.0.clone()).bind(node_id.to_owned())).await.map(|_| ())
+        self.execute(statement(SQL).bind(id.0.clone()).bind(claimant.to_owned())).await.map(|_| ())
     }
 
     /// Deletes the rows up to `until`: a generation raised since then has made void what they are about.

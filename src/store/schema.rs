@@ -20,7 +20,10 @@ use sqlx::mysql::MySqlDatabaseError;
 
 /// Number, name and text of each step. Statements end with `;` at the end of a line. A step has to be quick on a table with
 /// many million rows: the nodes that start wait for it.
-const STEPS: [(i64, &str, &str); 1] = [(1, "init", include_str!("../../migrations/0001_init.sql"))];
+const STEPS: [(i64, &str, &str); 2] = [
+    (1, "init", include_str!("../../migrations/0001_init.sql")),
+    (2, "incarnation", include_str!("../../migrations/0002_incarnation.sql")),
+];
 /// Which steps are done.
 const LAID: &str = "schema_steps";
 /// Where nodes of the last release look.

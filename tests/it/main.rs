@@ -13,6 +13,7 @@ mod doubt;
 mod gateways;
 mod harness;
 mod hints;
+mod identity;
 mod inbox;
 mod kicks;
 mod neighbours;
