@@ -109,6 +109,9 @@ impl Operator {
         if self.metrics.hold.get() == 1 {
             degraded.push("hold");
         }
+        if self.lives.clock.has_stepped() {
+            degraded.push("clock");
+        }
         degraded
     }
 

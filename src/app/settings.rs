@@ -38,6 +38,7 @@ pub fn lanes(config: &Config, engine: Engine) -> lanes::Settings {
             messages: config.delivery.inbox_max_messages,
             bytes: config.delivery.inbox_max_bytes,
             ttl: config.delivery.inbox_ttl,
+            keeps_what_is_over: false,
         },
         route_ttl: config.route.route_ttl,
         heartbeat_interval: config.gateway.heartbeat_interval,

@@ -19,6 +19,8 @@ pub struct Limits {
     pub bytes: u64,
     /// How long a message is kept at most.
     pub ttl: Duration,
+    /// The clock may be wrong: nothing is removed for its age.
+    pub keeps_what_is_over: bool,
 }
 
 /// A message to store.
@@ -108,16 +110,17 @@ impl Inbox {
     /// Applies `change`. `last` is the greatest number the user ever had; a new message is above it, at the database's clock
     /// or later, so a number never comes back.
     pub fn apply(&mut self, change: &InboxChange, last: u64, clock: Version, now: Timestamp, limits: &Limits) -> InboxOutcome {
+        let is_over = |stored: &Stored| stored.expires_at <= now && !limits.keeps_what_is_over;
         match change {
             InboxChange::Store(message) => {
-                self.remove(|_, stored| stored.expires_at <= now); // what is over takes no room and is nobody's repeat
+                self.remove(|_, stored| is_over(stored)); // what is over takes no room and is nobody's repeat
                 self.store(message, (last + 1).max(clock.0), now, limits)
             }
             InboxChange::Acknowledged(seqs) => self.remove(|seq, _| seqs.contains(&seq)),
             InboxChange::ReadUpTo { seq: up_to, device } => {
                 self.remove(|seq, stored| seq <= *up_to && is_for(&stored.devices, device))
             }
-            InboxChange::Expire => self.remove(|_, stored| stored.expires_at <= now),
+            InboxChange::Expire => self.remove(|_, stored| is_over(stored)),
         }
     }
 
@@ -158,7 +161,7 @@ mod tests {
     use super::*;
 
     const NOW: Timestamp = Timestamp(1_000_000);
-    const LIMITS: Limits = Limits { messages: 3, bytes: 10, ttl: Duration::from_secs(60) };
+    const LIMITS: Limits = Limits { messages: 3, bytes: 10, ttl: Duration::from_secs(60), keeps_what_is_over: false };
 
     fn message(id: &str, body: &str) -> NewMessage {
         NewMessage {
@@ -226,6 +229,17 @@ mod tests {
         assert_eq!(expire(NOW), InboxOutcome::Removed { messages: 0 });
         assert_eq!(expire(NOW.plus(Duration::from_secs(1))), InboxOutcome::Removed { messages: 1 });
         assert_eq!(expire(NOW.plus(LIMITS.ttl)), InboxOutcome::Removed { messages: 1 });
+    }
+
+    #[test]
+    fn nothing_is_removed_for_its_age_while_the_clock_may_be_wrong() {
+        let mut inbox = Inbox::default();
+        store(&mut inbox, message("a", ""), 0);
+        let (later, unsure) = (NOW.plus(LIMITS.ttl), Limits { keeps_what_is_over: true, ..LIMITS });
+        let again = inbox.apply(&InboxChange::Store(message("a", "")), 1, Version(0), later, &unsure);
+        assert_eq!(again, InboxOutcome::Stored { seq: 1, again: true });
+        let expired = inbox.apply(&InboxChange::Expire, 1, Version(0), later, &unsure);
+        assert_eq!((expired, inbox.len()), (InboxOutcome::Removed { messages: 0 }, 1));
     }
 
     #[test]

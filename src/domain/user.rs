@@ -137,6 +137,8 @@ pub struct Context<'a> {
     pub clock: Version,
     pub route_ttl: Duration,
     pub heartbeat_interval: Duration,
+    /// Whether the clock can be believed so far that something is removed for its age.
+    pub clock_is_steady: bool,
 }
 
 /// What came of an event.
@@ -304,7 +306,7 @@ impl UserRecord {
     }
 
     fn sweep(&self, context: &Context<'_>) -> Applied {
-        let routes: Routes = self.live(context).cloned().collect();
+        let routes: Routes = self.routes.iter().filter(|route| !context.is_to_go(route)).cloned().collect();
         let swept = self.routes.len() - routes.len();
         if swept == 0 {
             return Applied::unchanged(Outcome::Swept { routes: 0 });
@@ -351,6 +353,12 @@ impl Context<'_> {
 
     fn is_live(&self, route: &Route) -> bool {
         self.liveness(route) != Liveness::Over
+    }
+
+    /// Whether the route is over for good. Its age alone says so only if the clock can be believed.
+    fn is_to_go(&self, route: &Route) -> bool {
+        let lives_on = || self.lives.get(route.epoch).is_none_or(|life| life.is_alive());
+        !self.is_live(route) && (self.clock_is_steady || !lives_on())
     }
 
     /// Until when a route that is over was good: its own time to live, or the last beat of its gateway.

@@ -105,6 +105,7 @@ impl World {
             now: self.now,
             clock: Version(self.now.0 as u64 * 1_000),
             route_ttl: ROUTE_TTL,
+            clock_is_steady: true,
             heartbeat_interval: BEAT,
         }
     }

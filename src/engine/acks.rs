@@ -71,7 +71,7 @@ impl Acks {
     /// An id that no delivery had before, of this process or another of the same name, and that only its receivers know:
     /// whoever could guess it could acknowledge for them.
     pub fn next_id(&self) -> String {
-        let number = self.key.hash_one(self.counter.fetch_add(1, Ordering::Relaxed));
+        let number = self.key.hash_one(self.counter.fetch_add(1, Ordering::Relaxed)) >> 8;
         format!("{}-{number}", self.node_id)
     }
 

@@ -274,7 +274,13 @@ impl Gateways {
     async fn tell(&self, connection: &mut Connection, ended: Ended) -> Result<(), SqlError> {
         for life in &ended.lives {
             let (gateway, epoch, cause) = (&life.gateway, life.epoch.0, life.end.map_or("unknown", |end| cause(end.reason)));
-            warn!(gateway.addr = %gateway, gateway.epoch = epoch, cause, "a life of gateway {gateway} is over: its users are offline");
+            let is_expected = life.end.is_some_and(|end| matches!(end.reason, EndReason::Deregistered | EndReason::Superseded));
+            match is_expected {
+                true => info!(gateway.addr = %gateway, gateway.epoch = epoch, cause, "gateway {gateway} has ended a life"),
+                false => {
+                    warn!(gateway.addr = %gateway, gateway.epoch = epoch, cause, "gateway {gateway} is dead: its users are offline")
+                }
+            }
             self.metrics.gateway_deaths.get_or_create(&ByCause { cause }).inc();
         }
         self.lives.learn(&ended.lives);

@@ -306,7 +306,7 @@ impl Inboxes {
             after = last.get();
             users.iter().for_each(|user| self.drains.wake(*user));
         }
-        while connection.claim_job("inbox", &self.claimant, TERM).await? {
+        while self.lives.clock.is_steady() && connection.claim_job("inbox", &self.claimant, TERM).await? {
             let users = connection.users_with_old_messages(self.lives.clock.now(), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;

@@ -21,6 +21,7 @@ use crate::domain::id::Version;
 use crate::domain::inbox::Inbox;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
+use crate::domain::inbox::Limits;
 use crate::domain::inbox::NewMessage;
 use crate::domain::user::Applied;
 use crate::domain::user::Bind;
@@ -186,6 +187,7 @@ impl Transaction<'_> {
             clock: clock.version(),
             route_ttl: settings.route_ttl,
             heartbeat_interval: settings.heartbeat_interval,
+            clock_is_steady: self.tools.lives.clock.is_steady_at(clock.now()),
         };
         let record = work.record(event.user);
         let applied = match &event.change {
@@ -203,7 +205,7 @@ impl Transaction<'_> {
             Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
             Change::Inbox(change) => {
                 let inbox = work.inboxes.entry(event.user).or_default();
-                let limits = &settings.inbox;
+                let limits = &Limits { keeps_what_is_over: !context.clock_is_steady, ..settings.inbox };
                 let applied = catch_unwind(AssertUnwindSafe(|| record.change_inbox(change, inbox, limits, &context)));
                 if let (InboxChange::Store(message), Ok(applied)) = (change, &applied) {
                     work.note_stored(event.user, message, &applied.outcome);

@@ -19,6 +19,7 @@ use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
 use crate::engine::cache::Cache;
 use crate::engine::gateways::Gateways;
+use crate::engine::gateways::Terms;
 use crate::engine::hints::Hints;
 use crate::engine::lives::Lives;
 use crate::engine::outlets::Outlets;
@@ -39,6 +40,8 @@ pub const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const AFTER_LEASE: Duration = Duration::from_millis(3);
 /// How soon the watch looks again at a lease that should have ended by now.
 const JUST_ENDED: Duration = Duration::from_millis(20);
+/// What ends later than it can by more than this was written when the clock was wrong.
+const CLOCK_SLACK: Duration = Duration::from_secs(2);
 /// A node that has not said for this long that it is there is not missed on the bus.
 pub const NODE_TERM: Duration = Duration::from_secs(3);
 
@@ -101,6 +104,9 @@ impl Watch {
     /// How long until the next look: a second, or until a lease ends.
     pub fn pause(&self) -> Duration {
         let (table, now) = (self.lives.table(), self.lives.clock.now());
+        if self.seen.held || self.seen.reported_down {
+            return WATCH_INTERVAL; // nobody can be declared dead now
+        }
         let living = table.iter().filter(|life| life.is_managed() && life.is_alive());
         living.map(|life| until_look(life.lease_until, now)).min().unwrap_or(WATCH_INTERVAL)
     }
@@ -112,7 +118,10 @@ impl Watch {
         };
         let asked = Instant::now();
         let cluster = connection.read_cluster().await?;
-        self.lives.clock.learn(cluster.clock.now(), asked);
+        if let Some(step_ms) = self.lives.clock.learn(cluster.clock.now(), asked) {
+            warn!(step_ms, "the database's clock has stepped: nothing is deleted for its age for ten minutes");
+        }
+        self.lives.clock.learn_continuous(cluster.continuous_since);
         if cluster.store_id != self.database.store_id {
             self.end("the database is another one than at the start");
         } else if !self.database.is_in_place() {
@@ -122,6 +131,7 @@ impl Watch {
         let asked = Instant::now();
         let lives = connection.read_lives(self.gateways.terms.lease).await?;
         self.lives.replace(lives.clone(), asked);
+        clamp(&mut connection, &self.gateways.terms, &lives, &cluster).await?;
         let nodes = connection.beat_node(&self.peers.own, NODE_TERM).await?;
         if let Some(twin) = nodes.iter().find(|node| self.is_twin(node)) {
             let (id, ours, theirs) = (&twin.node_id, &self.peers.own.addr, &twin.addr);
@@ -202,6 +212,24 @@ impl Watch {
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
         self.gateways.end(connection, &epochs, ending).await.map(|_| ())
     }
+}
+
+/// Whatever ends later than it can was written when the clock was ahead, and would last until it is there again.
+async fn clamp(connection: &mut Connection, terms: &Terms, lives: &[Arc<Life>], cluster: &ClusterRow) -> Result<(), SqlError> {
+    let (now, hold) = (cluster.clock.now(), &cluster.hold);
+    let latest = now.plus(terms.lease + CLOCK_SLACK);
+    let is_ahead = |life: &Arc<Life>| match life.end {
+        Some(end) => end.at > now.plus(CLOCK_SLACK),
+        None => life.lease_until > latest,
+    };
+    if lives.iter().any(is_ahead) {
+        connection.clamp_lives(terms.lease).await?;
+    }
+    let longest = now.plus(terms.doubt_for + terms.lease + CLOCK_SLACK);
+    if hold.until.max(hold.rearm) > longest && (hold.is_by_doubt() || !hold.is_on(now)) {
+        connection.clamp_hold(terms.doubt_for, terms.lease).await?;
+    }
+    Ok(())
 }
 
 /// When to look whether a lease is over. This node's idea of the database's clock may be a round trip ahead: one that ended

@@ -19,6 +19,8 @@ use crate::store::users::unsigned;
 
 /// If no node could write for this long, nobody knows which gateways would have beaten meanwhile.
 pub const MAX_SILENCE: Duration = Duration::from_secs(3);
+/// What ends later than it can by more than this was written when the clock was wrong.
+pub(super) const FUTURE_MS: i64 = 1_000;
 /// Begins the reason of a hold that a node began: it also ends by itself, once the gateways are heard again.
 const BY_DOUBT: &str = "doubt: ";
 
@@ -27,6 +29,8 @@ const BY_DOUBT: &str = "doubt: ";
 pub struct ClusterRow {
     pub clock: DatabaseClock,
     pub store_id: String,
+    /// Since when beats were recorded without a gap.
+    pub continuous_since: Timestamp,
     /// Raised whenever caches may hold what the database does not know.
     pub generation: u64,
     /// The Redis server whose records belong to this generation.
@@ -78,29 +82,31 @@ impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
         let sql = format!(
-            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason, store_id FROM cluster WHERE id = 1"
+            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason, store_id, continuous_since FROM cluster WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
         Ok(ClusterRow {
             clock: DatabaseClock::from_micros(row.try_get(0)?),
             store_id: row.try_get(6)?,
+            continuous_since: Timestamp(row.try_get(7)?),
             generation: unsigned(row.try_get(1)?),
             cache_identity: row.try_get(2)?,
             hold: Hold { until: Timestamp(row.try_get(3)?), rearm: Timestamp(row.try_get(4)?), reason: row.try_get(5)? },
         })
     }
 
-    /// Says that the database takes writes now. A gap tells that for a while it did not, or that no node was there: then no
+    /// Says that the database takes writes now. A beat of the future is a gap too: the clock went back. A gap tells that for a while it did not, or that no node was there: then no
     /// beat could be recorded either, and nobody may be declared dead for it.
     pub async fn beat_cluster(&mut self) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
         // MySQL assigns from left to right: last_beat has to come last.
         let sql = format!(
-            "UPDATE cluster SET continuous_since = CASE WHEN last_beat < {now} - ? THEN {now} ELSE continuous_since END, \
-             last_beat = {now} WHERE id = 1"
+            "UPDATE cluster SET continuous_since = CASE WHEN last_beat < {now} - ? OR last_beat > {now} + ? \
+             OR continuous_since > {now} THEN {now} ELSE continuous_since END, last_beat = {now} WHERE id = 1"
         );
-        self.execute(statement(sql).bind(duration_millis(MAX_SILENCE))).await.map(|_| ())
+        let silence = duration_millis(MAX_SILENCE);
+        self.execute(statement(sql).bind(silence).bind(silence)).await.map(|_| ())
     }
 
     /// Begins a hold because gateways fell silent, unless one is on, or ended by time within the last `lease`. True: begun.
@@ -118,6 +124,21 @@ impl Connection {
     pub async fn end_hold(&mut self, seen: &Hold) -> Result<bool, SqlError> {
         const SQL: &str = "UPDATE cluster SET hold_until = 0, hold_rearm = 0 WHERE id = 1 AND hold_until = ?";
         Ok(self.execute(statement(SQL).bind(seen.until.0)).await? == 1)
+    }
+
+    /// Cuts down to what it can be whatever ends in the future because the clock was ahead: a hold that doubt began, and the
+    /// time before the next one.
+    pub async fn clamp_hold(&mut self, length: Duration, lease: Duration) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let sql = format!(
+            "UPDATE cluster SET hold_until = {now} + ?, hold_rearm = {now} + ? \
+             WHERE id = 1 AND hold_until > {now} + ? AND hold_reason LIKE '{BY_DOUBT}%'"
+        );
+        let (length, both) = (duration_millis(length), duration_millis(length + lease));
+        self.execute(statement(sql).bind(length).bind(both).bind(length + FUTURE_MS)).await?;
+        let rearm =
+            format!("UPDATE cluster SET hold_rearm = {now} WHERE id = 1 AND hold_until < {now} AND hold_rearm > {now} + ?");
+        self.execute(statement(rearm).bind(duration_millis(lease) + FUTURE_MS)).await.map(|_| ())
     }
 
     /// An operator begins, prolongs or shortens a hold. Zero calls it off: none begins by itself for one `lease` then.

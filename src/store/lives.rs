@@ -19,6 +19,7 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
+use crate::store::cluster::FUTURE_MS;
 use crate::store::cluster::MAX_SILENCE;
 use crate::store::codec;
 use crate::store::codec::Labels;
@@ -143,8 +144,13 @@ impl Connection {
         let (now, addr) = (clock_millis(self.engine()), || profile.gateway.to_string());
         self.begin().await?;
         self.issue_epoch().await?; // locks: registrations are made one after the other
-        let recent = format!("SELECT COUNT(*) FROM lives WHERE gateway_addr = ? AND kind = 1 AND epoch > ({now} - ?) * 1000");
-        let rows = self.fetch(statement(recent).bind(addr()).bind(duration_millis(lease))).await?;
+        // Not those of a time when the clock was ahead.
+        let recent = format!(
+            "SELECT COUNT(*) FROM lives WHERE gateway_addr = ? AND kind = 1 AND epoch > ({now} - ?) * 1000 \
+             AND (alive = 1 AND epoch < ({now} + {FUTURE_MS}) * 1000 OR alive = 0 AND ended_at > {now} - ? AND ended_at <= {now})"
+        );
+        let window = duration_millis(lease);
+        let rows = self.fetch(statement(recent).bind(addr()).bind(window).bind(window)).await?;
         if rows.first().map_or(Ok(0), |row| row.try_get::<i64, _>(0))? >= limit {
             self.rollback().await?;
             return Ok(None);
@@ -315,6 +321,16 @@ impl Connection {
     pub async fn mark_swept(&mut self, epoch: Epoch) -> Result<(), SqlError> {
         let sql = format!("UPDATE lives SET swept_at = {} WHERE epoch = ? AND alive = 0", clock_millis(self.engine()));
         self.execute(statement(sql).bind(signed(epoch.0))).await.map(|_| ())
+    }
+
+    /// Cuts leases, and ends, of the future down to what they can be: the clock was ahead when they were written.
+    pub async fn clamp_lives(&mut self, lease: Duration) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let lease = duration_millis(lease);
+        let leases = format!("UPDATE lives SET lease_until = {now} + ? WHERE alive = 1 AND lease_until > {now} + ?");
+        self.execute(statement(leases).bind(lease).bind(lease + FUTURE_MS)).await?;
+        let ends = format!("UPDATE lives SET ended_at = {now} WHERE alive = 0 AND ended_at > {now} + {FUTURE_MS}");
+        self.execute(statement(ends)).await.map(|_| ())
     }
 
     /// Forgets lives that were swept longer than `term` ago.

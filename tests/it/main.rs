@@ -4,6 +4,7 @@ mod acks;
 mod bad_input;
 mod bind;
 mod client;
+mod clock;
 mod container;
 mod contention;
 mod crash;

@@ -84,6 +84,11 @@ impl TestDb {
         sqlx::raw_sql(AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap_or_else(|e| panic!("{sql}: {e}"));
     }
 
+    /// As if nodes had beaten for the ten minutes after which something may be deleted for its age.
+    pub async fn clock_was_steady(&self) {
+        self.run("UPDATE cluster SET continuous_since = continuous_since - 700000").await;
+    }
+
     /// Lanes that wait for a user's row, to judge by their patience. (InnoDB renews its table of transactions only when nobody
     /// has looked at it for 100 ms, and other tests look.)
     pub async fn waiting_for_a_row(&self) -> i64 {

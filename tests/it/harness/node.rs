@@ -65,12 +65,21 @@ impl Node {
 
     /// Starts a node whose wall clock is shifted, as in `+1h`. None: libfaketime is not installed.
     pub async fn start_with_clock(shift: &str, settings: Settings) -> Option<Self> {
+        Self::start_with_faketime(format!("FAKETIME={shift}"), settings).await
+    }
+
+    /// Starts a node whose wall clock is shifted by what `file` says, whenever it says something else.
+    pub async fn start_with_clock_of(file: &std::path::Path, settings: Settings) -> Option<Self> {
+        Self::start_with_faketime(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()), settings).await
+    }
+
+    async fn start_with_faketime(shift: String, settings: Settings) -> Option<Self> {
         let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
         let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
         let library = libraries.find(|library| std::path::Path::new(library).exists())?;
-        let faked = [format!("LD_PRELOAD={library}"), format!("FAKETIME={shift}"), "FAKETIME_DONT_FAKE_MONOTONIC=1".to_owned()];
-        let program = ["env".to_owned()].into_iter().chain(faked).chain([PROGRAM.to_owned()]);
-        Some(Self::start_as(program.collect(), settings).await)
+        let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
+        let program = ["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how);
+        Some(Self::start_as(program.chain([PROGRAM.to_owned()]).collect(), settings).await)
     }
 
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
