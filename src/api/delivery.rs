@@ -138,11 +138,16 @@ pub fn batch_delivered(users: &[UserId], reports: &[Result<Report, Error>]) -> p
     pb::BatchDeliverResp { users: users.collect() }
 }
 
+/// What whoever runs the nodes, or the gateway, can do.
+const NO_WAY: &str = "the user's gateway does not attach, and no [redis_queue] is configured to publish to it: attach it, or \
+    configure [redis_queue], which the gateway subscribes to";
+
 fn said(report: &Report) -> (pb::Code, &'static str) {
     match report.outcome {
         Outcome::Delivered | Outcome::Stored => (pb::Code::Ok, ""),
         Outcome::InboxFull => (pb::Code::Undelivered, "the user cannot be reached, and the inbox is full"),
         Outcome::Offline => (pb::Code::NotFound, "the user has no live route"),
+        Outcome::NoWay => (pb::Code::Undelivered, NO_WAY),
         Outcome::Undelivered if report.receivers > 0 => (pb::Code::Undelivered, "no device acknowledged it in time"),
         Outcome::Undelivered => (pb::Code::Undelivered, "no gateway took it: none is attached or has subscribed"),
     }

@@ -108,6 +108,8 @@ pub enum Outcome {
     Offline,
     /// There are live routes, but nobody took it, or no device acknowledged it.
     Undelivered,
+    /// Its gateways have never attached, and there is no queue to reach them by: trying again will not help.
+    NoWay,
     /// It waits in the user's inbox.
     Stored,
     /// It could be neither delivered nor stored: the inbox is full.
@@ -175,6 +177,8 @@ struct Targets {
     streams: BTreeMap<Epoch, Arc<str>>,
     /// There are gateways without a stream among them.
     channel: bool,
+    /// None of the gateways has ever had a stream.
+    none_attaches: bool,
     /// None of the gateways has been heard lately.
     all_suspect: bool,
     /// Messages wait in the user's inbox: what can be stored queues up behind them.
@@ -319,9 +323,10 @@ impl Deliveries {
             let last = past_caches && attempts > self.settings.max_retries || Instant::now() + pause >= deadline;
             for (parcel, all_suspect, result) in tried {
                 // A gateway that is late and does not take it is probably dead: the inbox is where it should wait.
-                let give_up = last || (all_suspect && parcel.message.store.is_some());
+                let nowhere = past_caches && result == Ok(Outcome::NoWay);
+                let give_up = last || nowhere || (all_suspect && parcel.message.store.is_some());
                 match result {
-                    Err(_) | Ok(Outcome::Undelivered) if !give_up => parcels.push(parcel),
+                    Err(_) | Ok(Outcome::Undelivered | Outcome::NoWay) if !give_up => parcels.push(parcel),
                     result => parcel.end(result, &mut done),
                 }
             }
@@ -444,6 +449,7 @@ impl Deliveries {
         let mut tried = Vec::with_capacity(out.parcels.len());
         for (mut parcel, targets, error) in out.parcels {
             let result = match (error, parcel.report.receivers) {
+                (Some(_), 0) if targets.none_attaches && self.outlets.bus.is_none() => Ok(Outcome::NoWay),
                 (Some(error), 0) => Err(error),
                 (None, 0) => Ok(Outcome::Undelivered),
                 _ => Ok(self.acknowledged(&mut parcel, &targets, out.at, deadline).await),
@@ -532,7 +538,7 @@ impl Deliveries {
         let outcome = match report.as_ref().map(|report| &report.outcome) {
             Ok(Outcome::Delivered) => "delivered",
             Ok(Outcome::Offline) => "offline",
-            Ok(Outcome::Undelivered) => "undelivered",
+            Ok(Outcome::Undelivered | Outcome::NoWay) => "undelivered",
             Ok(Outcome::Stored) => "stored",
             Ok(Outcome::InboxFull) => "inbox_full",
             Err(_) => "error",
@@ -596,7 +602,7 @@ impl Parcel<'_> {
 
 impl Targets {
     fn of(answer: &Answer, message: &Message, acked: &BTreeSet<DeviceId>) -> Self {
-        let mut targets = Self { all_suspect: true, has_stored: answer.has_stored_messages(), ..Self::default() };
+        let mut targets = Self { all_suspect: true, none_attaches: true, has_stored: answer.has_stored_messages(), ..Self::default() };
         for live in answer.live_routes() {
             let device = &live.route.device;
             if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
@@ -604,6 +610,7 @@ impl Targets {
             }
             targets.routes.insert(device.clone(), live.route.bound_version);
             targets.all_suspect &= live.suspect;
+            targets.none_attaches &= live.life.attach_no == 0;
             match Outlets::stream_of(live.life) {
                 Some((epoch, node)) => {
                     targets.streams.insert(epoch, node);

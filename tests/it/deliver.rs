@@ -6,6 +6,7 @@ use std::time::Instant;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchDeliverReq;
 use im_presence::pb::BatchQueryRouteReq;
+use im_presence::pb::BindRouteReq;
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::DeliverResp;
@@ -26,7 +27,6 @@ use crate::harness::cluster::LAPTOP;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
-use crate::harness::cluster::retry_delay;
 use crate::harness::eventually;
 use crate::harness::heavy;
 use crate::harness::node::Node;
@@ -313,10 +313,20 @@ async fn what_cannot_be_delivered_as_asked_is_refused_with_the_fields_name() {
 }
 
 #[tokio::test]
-async fn without_a_queue_messages_are_refused_for_now() {
+async fn without_a_queue_a_gateway_that_never_attached_cannot_be_reached_and_that_is_said_at_once() {
     let cluster = Cluster::sqlite(&[]).await;
-    cluster.node().bind(a_bind(CAROL, PHONE, "c")).await;
-    let refused = cluster.node().try_deliver(a_message(CAROL, "hello")).await.expect_err("there is no queue");
-    assert_eq!(refused.code(), StatusCode::Unavailable, "{refused:?}");
-    assert!(refused.message().contains("redis_queue") && retry_delay(&refused).is_some(), "{refused:?}");
+    let node = cluster.node();
+    node.bind(a_bind(CAROL, PHONE, "c")).await;
+    node.register("registered:7000").await;
+    node.bind(BindRouteReq { gateway_addr: "registered:7000".to_owned(), ..a_bind(BOB, PHONE, "c") }).await;
+    for user in [CAROL, BOB] {
+        let began = Instant::now();
+        let answer = node.deliver(a_message(user, "hello")).await;
+        let result = answer.result.clone().expect("a result");
+        assert_eq!((result.code(), answer.delivered), (Code::Undelivered, false), "{answer:?}");
+        assert!(result.msg.contains("[redis_queue]") && result.msg.contains("attach"), "{result:?}");
+        assert!(began.elapsed() < allowed(Duration::from_millis(500)), "no retry: {:?}", began.elapsed());
+        let stored = node.deliver(DeliverReq { store_offline: true, ..a_message(user, "hello") }).await;
+        assert!(stored.stored, "{stored:?}");
+    }
 }
