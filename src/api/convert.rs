@@ -5,6 +5,8 @@ use std::fmt::Display;
 use std::net::IpAddr;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
@@ -298,9 +300,9 @@ pub fn delivery(envelope: &Envelope) -> pb::Delivery {
     pb::Delivery {
         delivery_id: envelope.delivery_id.clone(),
         user_id: envelope.user_id,
-        message: envelope.message.clone(),
+        message: text(&envelope.message),
         message_type: envelope.message_type.clone(),
-        payload: envelope.payload.clone().into(),
+        payload: envelope.payload.clone(),
         timestamp: envelope.timestamp,
         device_ids: envelope.device_ids.clone(),
         wants_ack: envelope.wants_ack,
@@ -309,19 +311,24 @@ pub fn delivery(envelope: &Envelope) -> pb::Delivery {
     }
 }
 
+/// It came as text, so it is UTF-8.
+fn text(bytes: &Bytes) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
 /// A message that is pulled out of an inbox. It is acknowledged by its number.
 pub fn stored_delivery(user: UserId, stored: StoredMessage) -> pb::Delivery {
     let StoredMessage { seq, message, stored_at } = stored;
-    let (text, payload) = match message.is_binary {
+    let (words, payload) = match message.is_binary {
         true => (String::new(), message.body),
-        false => (String::from_utf8_lossy(&message.body).into_owned(), Vec::new()),
+        false => (text(&message.body), Bytes::new()),
     };
     pb::Delivery {
         delivery_id: String::new(),
         user_id: user.get(),
-        message: text,
+        message: words,
         message_type: message.message_type,
-        payload: payload.into(),
+        payload,
         timestamp: stored_at.0,
         device_ids: message.devices.into_iter().flatten().map(|device| device.to_string()).collect(),
         wants_ack: false,
@@ -338,9 +345,9 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
     Envelope {
         delivery_id: delivery.delivery_id,
         user_id: delivery.user_id,
-        message: delivery.message,
+        message: delivery.message.into(),
         message_type: delivery.message_type,
-        payload: delivery.payload.into(),
+        payload: delivery.payload,
         timestamp: delivery.timestamp,
         device_ids: delivery.device_ids,
         wants_ack: delivery.wants_ack,

@@ -58,8 +58,8 @@ pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliverie
     let devices = request.device_ids.iter().map(|device| DeviceId::parse(device));
     let device_ids = devices.collect::<Result<_, _>>().map_err(|error| invalid("device_ids", &error))?;
     let message = Message {
-        text: request.message,
-        binary: request.payload.to_vec(),
+        text: request.message.into(),
+        binary: request.payload,
         message_type: request.message_type,
         message_id: request.message_id,
         device_ids,
@@ -73,8 +73,8 @@ pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliverie
 pub fn batch_message(request: pb::BatchDeliverReq, max_bytes: usize) -> Result<(Vec<UserId>, Message), Status> {
     let users = convert::user_ids(&request.user_ids, convert::MAX_BATCH).map_err(|error| status(&error))?;
     let message = Message {
-        text: request.message,
-        binary: request.payload.to_vec(),
+        text: request.message.into(),
+        binary: request.payload,
         message_type: request.message_type,
         message_id: request.message_id,
         device_ids: Vec::new(),

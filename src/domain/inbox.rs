@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use bytes::Bytes;
+
 use crate::domain::id::DeviceId;
 use crate::domain::id::Version;
 use crate::domain::time::Timestamp;
@@ -29,7 +31,8 @@ pub struct NewMessage {
     /// A repeat of one that is stored is not stored again. Empty: never a repeat.
     pub message_id: String,
     pub message_type: String,
-    pub body: Vec<u8>,
+    /// Shared by all users it is stored for.
+    pub body: Bytes,
     /// `body` is a payload, not text.
     pub is_binary: bool,
     /// None: any device.
@@ -167,7 +170,7 @@ mod tests {
         NewMessage {
             message_id: id.to_owned(),
             message_type: String::new(),
-            body: body.as_bytes().to_vec(),
+            body: Bytes::copy_from_slice(body.as_bytes()),
             is_binary: false,
             devices: None,
             expires_after: None,

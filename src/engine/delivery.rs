@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::Mutex;
 use tokio::sync::OwnedMutexGuard;
@@ -51,6 +52,9 @@ use crate::store::inbox::StoredMessage;
 
 /// Deliveries, counted in users, that may be under way at a time.
 const UNDER_WAY: u32 = 50_000;
+/// What is published with one round trip, and what an envelope may add to each message.
+const PUBLISHED_TOGETHER_BYTES: usize = 4 * 1024 * 1024;
+const ENVELOPE_BYTES: usize = 1024;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
@@ -79,8 +83,9 @@ pub struct Settings {
 /// A message to deliver.
 #[derive(Clone, Debug)]
 pub struct Message {
-    pub text: String,
-    pub binary: Vec<u8>,
+    /// UTF-8. One copy, however many users get it.
+    pub text: Bytes,
+    pub binary: Bytes,
     pub message_type: String,
     /// Empty: never a repeat.
     pub message_id: String,
@@ -358,7 +363,7 @@ impl Deliveries {
     /// Stores what could not be delivered, each under its user's lock.
     async fn store(&self, parcels: Vec<Parcel<'_>>, done: &mut Done) {
         let changes = parcels.iter().map(|parcel| (parcel.user, Change::Inbox(InboxChange::Store(parcel.message.to_store()))));
-        let outcomes = self.lanes.submit_many(changes.collect()).await;
+        let outcomes = self.lanes.store(changes.collect()).await;
         for (parcel, outcome) in parcels.into_iter().zip(outcomes) {
             let result = match outcome {
                 Ok(lane::Outcome::Inbox(InboxOutcome::Stored { .. })) => Ok(Outcome::Stored),
@@ -490,12 +495,16 @@ impl Deliveries {
         if places.is_empty() {
             return received;
         }
-        let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0)));
-        let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
-        let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
-        for (n, i) in places.into_iter().enumerate() {
-            let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
-            received[i] = published.as_ref().map(|published| published[n]).map_err(unreachable);
+        // All of them at once could be as large as the message times the users.
+        let together = live.first().map_or(1, |(parcel, _)| parcel.message.as_many_as(PUBLISHED_TOGETHER_BYTES));
+        for places in places.chunks(together) {
+            let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0)));
+            let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
+            let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
+            for (n, i) in places.iter().enumerate() {
+                let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
+                received[*i] = published.as_ref().map(|published| published[n]).map_err(unreachable);
+            }
         }
         received
     }
@@ -525,12 +534,12 @@ impl Deliveries {
         let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
     }
 
-    fn body(&self, parcel: &Parcel<'_>) -> Vec<u8> {
+    fn body(&self, parcel: &Parcel<'_>) -> Bytes {
         let message = &parcel.message;
         match self.settings.format {
-            Format::Raw if message.binary.is_empty() => message.text.clone().into_bytes(),
+            Format::Raw if message.binary.is_empty() => message.text.clone(),
             Format::Raw => message.binary.clone(),
-            Format::Envelope => parcel.envelope().encode_to_vec(),
+            Format::Envelope => parcel.envelope().encode_to_vec().into(),
         }
     }
 
@@ -551,17 +560,22 @@ impl Message {
     /// A message as it comes out of an inbox.
     fn stored(stored: NewMessage) -> Self {
         let (text, binary) = match stored.is_binary {
-            true => (String::new(), stored.body),
-            false => (String::from_utf8_lossy(&stored.body).into_owned(), Vec::new()),
+            true => (Bytes::new(), stored.body),
+            false => (stored.body, Bytes::new()),
         };
         let device_ids = stored.devices.into_iter().flatten().collect();
         let NewMessage { message_type, message_id, .. } = stored;
         Self { text, binary, message_type, message_id, device_ids, ack_timeout: None, store: None }
     }
 
+    /// How many copies of it are not larger than `bytes`.
+    fn as_many_as(&self, bytes: usize) -> usize {
+        (bytes / (self.text.len() + self.binary.len() + ENVELOPE_BYTES)).max(1)
+    }
+
     fn to_store(&self) -> NewMessage {
         let is_binary = !self.binary.is_empty();
-        let body = if is_binary { self.binary.clone() } else { self.text.clone().into_bytes() };
+        let body = if is_binary { self.binary.clone() } else { self.text.clone() };
         NewMessage {
             message_id: self.message_id.clone(),
             message_type: self.message_type.clone(),
@@ -602,7 +616,8 @@ impl Parcel<'_> {
 
 impl Targets {
     fn of(answer: &Answer, message: &Message, acked: &BTreeSet<DeviceId>) -> Self {
-        let mut targets = Self { all_suspect: true, none_attaches: true, has_stored: answer.has_stored_messages(), ..Self::default() };
+        let mut targets =
+            Self { all_suspect: true, none_attaches: true, has_stored: answer.has_stored_messages(), ..Self::default() };
         for live in answer.live_routes() {
             let device = &live.route.device;
             if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {

@@ -114,7 +114,7 @@ impl Kicks {
                 orders.push(Addressed { epoch, node, order: Order::Kick(kick.0.order()) });
                 attached.push(kick);
             } else if let Some(bus) = &self.outlets.bus {
-                messages.push((bus.channels.gateway(life.gateway.as_str()), kick.0.as_frame().encode_to_vec()));
+                messages.push((bus.channels.gateway(life.gateway.as_str()), kick.0.as_frame().encode_to_vec().into()));
                 others.push(kick);
             } else {
                 all = all.and(self.note(kick, false)); // between two streams

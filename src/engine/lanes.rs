@@ -46,6 +46,9 @@ const SMALL_BYTES: usize = 512;
 /// Background events that may wait in a lane.
 const BACKGROUND_QUEUE: usize = 1024;
 
+/// Their size: two or three transactions' worth, so that none of them waits long enough to grow too old.
+const BACKGROUND_BYTES: u32 = 4 * 1024 * 1024;
+
 /// A change asked of a user.
 #[derive(Debug)]
 pub enum Change {
@@ -131,6 +134,8 @@ struct Entrance {
     background: mpsc::Sender<Pending>,
     /// What batch calls may hold of the queue.
     batch_share: Arc<Semaphore>,
+    /// Bytes of messages that wait to be stored.
+    background_bytes: Arc<Semaphore>,
 }
 
 pub struct Lanes {
@@ -152,7 +157,9 @@ impl Lanes {
             let projector = tools.outside.projector(tasks, shutdown);
             let lane = Lane::new(tools.clone(), from_callers, from_background, projector, shutdown.clone());
             tasks.spawn(lane.run(shutdown.clone()));
-            entrances.push(Entrance { callers, background, batch_share: Arc::new(Semaphore::new(settings.queue / 2)) });
+            let batch_share = Arc::new(Semaphore::new(settings.queue / 2));
+            let background_bytes = Arc::new(Semaphore::new(BACKGROUND_BYTES as usize));
+            entrances.push(Entrance { callers, background, batch_share, background_bytes });
         }
         let (taken, metrics, write_health) = (AtomicU64::new(0), tools.metrics.clone(), tools.write_health.clone());
         Arc::new(Self { entrances, taken, metrics, write_health, max_event_age: settings.max_event_age })
@@ -209,6 +216,43 @@ impl Lanes {
         let entrance = &self.entrances[self.lane_of(user)];
         entrance.background.send(pending).await.map_err(|_| stopping())?;
         self.outcome(answer, received).await
+    }
+
+    /// Stores messages when there is nothing more urgent, but always at a share of the pace: a message to thousands of users
+    /// must not stand before everybody's binds. Each has its own outcome, in the order given.
+    pub async fn store(self: &Arc<Self>, messages: Vec<(UserId, Change)>) -> Vec<Result<Outcome, Error>> {
+        let mut waiting = Vec::with_capacity(messages.len());
+        let mut is_stuck = false;
+        for (user, change) in messages {
+            let entered = if is_stuck { None } else { self.enter_background(user, change).await };
+            is_stuck |= entered.is_none();
+            waiting.push(entered.ok_or_else(|| Error::unavailable("the database did not store the messages before it")));
+        }
+        let mut outcomes = Vec::with_capacity(waiting.len());
+        for answer in waiting {
+            outcomes.push(match answer {
+                Ok((answer, received)) => self.outcome(answer, received).await,
+                Err(error) => Err(error),
+            });
+        }
+        outcomes
+    }
+
+    /// None: there was no room for as long as a change may wait.
+    async fn enter_background(
+        &self,
+        user: UserId,
+        change: Change,
+    ) -> Option<(oneshot::Receiver<Result<Outcome, Error>>, Instant)> {
+        let entrance = &self.entrances[self.lane_of(user)];
+        let bytes = u32::try_from(change.bytes()).unwrap_or(u32::MAX).min(BACKGROUND_BYTES);
+        let until = Instant::now() + self.max_event_age;
+        let share = timeout_at(until.into(), entrance.background_bytes.clone().acquire_many_owned(bytes)).await.ok()?.ok()?;
+        let place = timeout_at(until.into(), entrance.background.reserve()).await.ok()?.ok()?;
+        let received = Instant::now();
+        let (pending, answer) = Pending::new(user, change, received, Some(share));
+        place.send(pending);
+        Some((answer, received))
     }
 
     /// The same change for each of `users`.

@@ -208,7 +208,7 @@ impl Outside {
     async fn notify_stored(&self, stored: &[StoredNotice]) -> Option<()> {
         let Some(bus) = self.bus.as_ref().filter(|_| !stored.is_empty()) else { return Some(()) };
         let channel = bus.channels.presence_offline();
-        let notices: Vec<_> = stored.iter().map(|notice| (channel.clone(), notice.as_json().into_bytes())).collect();
+        let notices: Vec<_> = stored.iter().map(|notice| (channel.clone(), notice.as_json().into())).collect();
         bus.publish(&notices, bus.link.timeout()).await.ok().map(|_| ())
     }
 

@@ -66,6 +66,7 @@ impl Sweep {
         let mut removed = if steady { self.expired(&mut connection).await? } else { 0 };
         if connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
             let lives = connection.unswept_lives().await?;
+            self.tools.lives.learn(&lives); // the lanes judge by what is known here
             let unswept: HashSet<Epoch> = lives.iter().map(|life| life.epoch).collect();
             self.empty.retain(|epoch| unswept.contains(epoch));
             for life in lives {

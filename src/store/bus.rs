@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use bytes::Bytes;
 use prost::Message;
 use redis::aio::PubSubSink;
 use redis::aio::PubSubStream;
@@ -94,10 +95,10 @@ impl Bus {
     }
 
     /// Publishes each message on its channel and says how many received it.
-    pub async fn publish(&self, messages: &[(String, Vec<u8>)], limit: Duration) -> Result<Vec<u64>, LinkError> {
+    pub async fn publish(&self, messages: &[(String, Bytes)], limit: Duration) -> Result<Vec<u64>, LinkError> {
         let mut publish = redis::pipe();
         for (channel, body) in messages {
-            publish.cmd("PUBLISH").arg(channel).arg(body);
+            publish.cmd("PUBLISH").arg(channel).arg(&body[..]);
         }
         self.link.run(&publish, limit).await
     }

@@ -82,17 +82,18 @@ impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
         let sql = format!(
-            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, hold_reason, store_id, continuous_since FROM cluster WHERE id = 1"
+            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, store_id, continuous_since, \
+             hold_reason FROM cluster WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
         Ok(ClusterRow {
             clock: DatabaseClock::from_micros(row.try_get(0)?),
-            store_id: row.try_get(6)?,
-            continuous_since: Timestamp(row.try_get(7)?),
+            store_id: row.try_get(5)?,
+            continuous_since: Timestamp(row.try_get(6)?),
             generation: unsigned(row.try_get(1)?),
             cache_identity: row.try_get(2)?,
-            hold: Hold { until: Timestamp(row.try_get(3)?), rearm: Timestamp(row.try_get(4)?), reason: row.try_get(5)? },
+            hold: Hold { until: Timestamp(row.try_get(3)?), rearm: Timestamp(row.try_get(4)?), reason: row.try_get(7)? },
         })
     }
 

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 
+use bytes::Bytes;
 use prost::Message;
 
 use crate::domain::gateway::EndReason;
@@ -233,12 +234,13 @@ pub struct Envelope {
     pub delivery_id: String,
     #[prost(int64, tag = "2")]
     pub user_id: i64,
-    #[prost(string, tag = "3")]
-    pub message: String,
+    /// UTF-8. On the wire text is bytes; here they are shared by all who get the message.
+    #[prost(bytes = "bytes", tag = "3")]
+    pub message: Bytes,
     #[prost(string, tag = "4")]
     pub message_type: String,
-    #[prost(bytes = "vec", tag = "5")]
-    pub payload: Vec<u8>,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub payload: Bytes,
     #[prost(int64, tag = "6")]
     pub timestamp: i64,
     #[prost(string, repeated, tag = "7")]

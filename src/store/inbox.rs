@@ -78,7 +78,7 @@ impl Connection {
             for Addition { user, seq, message, expires_at } in additions {
                 insert = insert.bind(user.get()).bind(signed(*seq)).bind(unique_id(message, *seq));
                 insert = insert.bind(message.message_type.clone()).bind(now.0).bind(expires_at.0);
-                insert = insert.bind(devices(message)).bind(i32::from(message.is_binary)).bind(message.body.clone());
+                insert = insert.bind(devices(message)).bind(i32::from(message.is_binary)).bind(message.body.to_vec());
             }
             self.execute(insert).await?;
         }
@@ -158,7 +158,7 @@ fn read_message(row: &AnyRow) -> Result<StoredMessage, SqlError> {
     let message = NewMessage {
         message_id: given_id(row.try_get(1)?),
         message_type: row.try_get(2)?,
-        body: row.try_get(3)?,
+        body: row.try_get::<Vec<u8>, _>(3)?.into(),
         is_binary: row.try_get::<i32, _>(4)? == 1,
         devices: read_devices(row, 5)?,
         expires_after: None,

@@ -7,6 +7,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb;
+use im_presence::pb::BatchDeliverReq;
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::Delivery;
@@ -663,4 +664,34 @@ async fn whatever_fails_what_is_answered_as_delivered_or_stored_arrives() {
     all_gone(&cluster, Duration::from_secs(120)).await;
     println!("the inboxes were empty {:?} after the last answer", began.elapsed());
     acks::check(&sent, messages, &told, gateway_of);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_message_to_thousands_is_stored_behind_everybodys_binds() {
+    const USERS: i64 = 3_000;
+    const BODY_BYTES: usize = 60 * 1024;
+    let _turn = heavy().await;
+    let cluster = Cluster::mariadb(1, &[]).await;
+    let node = cluster.node();
+    let (mut caller, user_ids) = (node.new_connection(), (1..=USERS).collect());
+    let request = BatchDeliverReq { user_ids, message: "x".repeat(BODY_BYTES), store_offline: true, ..Default::default() };
+    let before = node.rss_bytes();
+    let began = Instant::now();
+    let stored = tokio::spawn(async move { caller.batch_deliver(request).await });
+    let (mut slowest, mut peak) = (Duration::ZERO, 0);
+    for n in 0.. {
+        let bind = Instant::now();
+        node.bind(a_bind(USERS + 1 + n % 100, PHONE, &n.to_string())).await;
+        (slowest, peak) = (slowest.max(bind.elapsed()), peak.max(node.rss_bytes()));
+        if stored.is_finished() {
+            break;
+        }
+    }
+    let took = began.elapsed();
+    let answer = stored.await.expect("the task").expect("a batch").into_inner();
+    let refused = answer.users.iter().filter(|user| !user.stored).count();
+    assert_eq!(refused, 0, "each is stored, however long all of them take");
+    println!("{USERS} stored in {took:?}, slowest bind {slowest:?}, grew by {} MB", peak.saturating_sub(before) >> 20);
+    assert!(slowest < took / 4, "a bind waited {slowest:?} of {took:?}");
+    assert!(peak.saturating_sub(before) < (USERS as u64 * BODY_BYTES as u64) / 2, "one body for all of them");
 }
