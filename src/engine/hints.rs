@@ -36,6 +36,7 @@ use crate::store::cluster::NodeName;
 use crate::store::codec::ChangedUser;
 use crate::store::codec::Hint;
 use crate::store::codec::LivesHint;
+use crate::store::link::LinkError;
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Silence of a living node, or of this node's own echo, after which hints may be missing.
@@ -154,12 +155,19 @@ impl Hints {
         let mut ticks = interval(BEAT_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-            if let Some(up) = stop.run_until_cancelled(self.beat()).await {
-                self.metrics.redis_up("queue", up);
-                if up && let Ok(bytes) = self.bus.link.used_memory(MEMORY_LIMIT).await {
-                    self.metrics.redis_memory("queue", bytes);
-                }
-            }
+            stop.run_until_cancelled(self.beat_and_look()).await;
+        }
+    }
+
+    /// What is published at a replica reaches nobody, and nobody says so.
+    async fn beat_and_look(&self) {
+        let beaten = self.beat().await;
+        let server = self.bus.link.look(MEMORY_LIMIT).await;
+        self.metrics.redis_up("queue", beaten && !matches!(server, Err(LinkError::Replica)));
+        match server {
+            Ok(server) => self.metrics.redis_memory("queue", server.used_memory),
+            Err(LinkError::Replica) => warn!("Redis (queue) is a replica: its connections are made anew"),
+            Err(_) => {} // it may keep this to itself
         }
     }
 

@@ -46,6 +46,9 @@ const CHECK_LIMIT: Duration = Duration::from_millis(500);
 const CHECKED_FOR: Duration = Duration::from_secs(3);
 /// The store's name is there for longer after it was written.
 const CLAIMED_FOR: Duration = Duration::from_secs(5);
+/// A change that waits for longer to be shown there is a sign that something is wrong.
+const BEHIND_AFTER: Duration = Duration::from_secs(5);
+const EVICTION_WARNING_INTERVAL: Duration = Duration::from_secs(60);
 /// A fill whose load is older than this might undo something.
 const FILL_LIMIT: Duration = Duration::from_secs(1);
 /// After this long without L2 what waits in the outbox is given up for a new generation.
@@ -60,14 +63,17 @@ pub struct L2 {
     timeouts: AtomicU32,
     /// Nothing is missing there for longer than answers say, and nothing that this node has answered.
     complete: AtomicBool,
+    /// The server removes keys that have to stay.
+    evicts_keys: AtomicBool,
     metrics: Arc<Metrics>,
 }
 
 impl L2 {
     pub fn new(shared: SharedCache, metrics: Arc<Metrics>) -> Arc<Self> {
         let (generation, checked, timeouts) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
-        let complete = AtomicBool::new(false);
-        Arc::new(Self { shared, generation, checked, checked_at: AtomicInstant::never(), timeouts, complete, metrics })
+        let (complete, evicts_keys) = (AtomicBool::new(false), AtomicBool::new(false));
+        let checked_at = AtomicInstant::never();
+        Arc::new(Self { shared, generation, checked, checked_at, timeouts, complete, evicts_keys, metrics })
     }
 
     /// Whether callers may be answered from it.
@@ -116,8 +122,13 @@ impl L2 {
                 Some(found)
             }
             Ok(_) => None, // a new connection, to who knows which server
-            Err(_) => {
+            Err(LinkError::NoAnswer(_)) => {
+                // Slow is not wrong: it is left out only when it is slow again and again.
                 self.timeouts.fetch_add(1, Ordering::Relaxed);
+                self.metrics.redis_error("cache");
+                None
+            }
+            Err(_) => {
                 self.distrust();
                 None
             }
@@ -129,8 +140,10 @@ impl L2 {
         if records.is_empty() || !self.is_usable() || began.elapsed() > FILL_LIMIT {
             return;
         }
-        if self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await.is_err() {
-            self.distrust();
+        match self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
+            Ok(()) => {}
+            Err(LinkError::NoAnswer(_)) => drop(self.timeouts.fetch_add(1, Ordering::Relaxed)),
+            Err(_) => self.distrust(),
         }
     }
 
@@ -151,6 +164,11 @@ impl L2 {
     /// The generation that is written now; 0: not known yet.
     pub fn generation(&self) -> u64 {
         self.generation.load(Ordering::Acquire)
+    }
+
+    /// Whether keys may be missing there that were written.
+    pub fn evicts_keys(&self) -> bool {
+        self.evicts_keys.load(Ordering::Relaxed)
     }
 
     pub fn shared(&self) -> &SharedCache {
@@ -186,6 +204,10 @@ pub struct L2Check {
     claimed: Option<(Owner, String, Instant)>,
     /// What was there is gone.
     emptied: bool,
+    /// A change waits to be shown there for too long.
+    is_behind: bool,
+    /// When it was last said that the server removes keys it should keep.
+    warned_at: Option<Instant>,
 }
 
 impl L2Check {
@@ -197,8 +219,22 @@ impl L2Check {
         metrics: Arc<Metrics>,
     ) -> Self {
         let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
-        let (has_checked, claimed, emptied) = (false, None, false);
-        Self { l2, kept, cache, hints, metrics, away_since, compared, usable_since, has_checked, claimed, emptied }
+        let (has_checked, claimed, emptied, is_behind, warned_at) = (false, None, false, false, None);
+        Self {
+            l2,
+            kept,
+            cache,
+            hints,
+            metrics,
+            away_since,
+            compared,
+            usable_since,
+            has_checked,
+            claimed,
+            emptied,
+            is_behind,
+            warned_at,
+        }
     }
 
     pub async fn keep_checking(mut self, stop: CancellationToken) {
@@ -213,32 +249,44 @@ impl L2Check {
     /// Compares the server with the one the generation belongs to, and raises the generation if it is another.
     pub async fn step(&mut self) {
         let asked = Instant::now();
-        let identity = self.l2.shared.identity(CHECK_LIMIT).await;
-        self.metrics.redis_up("cache", identity.is_ok());
-        if identity.is_ok()
-            && let Ok(bytes) = self.l2.shared.link.used_memory(CHECK_LIMIT).await
-        {
-            self.metrics.redis_memory("cache", bytes);
-        }
-        if let Ok((_, identity)) = &identity {
-            self.claim(identity).await;
-        }
-        let done = match &identity {
+        let reached = self.reach().await;
+        let done = match &reached {
             Ok((number, identity)) => self.compare(*number, identity, asked).await,
             Err(error) => self.note_away(&error.to_string()).await,
         };
+        // Changes also wait while the queue cannot be reached; that is said of the queue.
+        let is_behind = self.is_behind && self.metrics.is_redis_up("queue") != Some(false);
+        self.metrics.redis_up("cache", reached.is_ok() && !is_behind);
         self.has_checked = true;
         if done.is_err() {
             // Without SQL nobody can compare, but the same server on the same connection is as good as it was.
-            if identity.ok().is_some_and(|now| self.compared.as_ref() == Some(&now)) {
+            if reached.ok().is_some_and(|now| self.compared.as_ref() == Some(&now)) {
                 self.l2.checked_at.set(asked);
             }
         }
     }
 
+    /// Which server it is, if it takes writes: one that does not is as good as none.
+    async fn reach(&mut self) -> Result<(u64, String), LinkError> {
+        let (number, identity) = self.l2.shared.identity(CHECK_LIMIT).await?;
+        if let Ok(server) = self.l2.shared.link.look(CHECK_LIMIT).await {
+            self.metrics.redis_memory("cache", server.used_memory);
+            self.l2.evicts_keys.store(server.evicts_keys, Ordering::Relaxed);
+            if server.evicts_keys && self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARNING_INTERVAL) {
+                self.warned_at = Some(Instant::now());
+                warn!(
+                    "Redis (cache) removes keys without a TTL when its memory is full (maxmemory-policy allkeys-*): users who are \
+                     online look offline to who reads the keys; use volatile-lru, or noeviction"
+                );
+            }
+        }
+        self.claim(&identity).await?;
+        Ok((number, identity))
+    }
+
     /// Says that this store uses the server, warns of others that do, and notices if all that was there is gone.
-    async fn claim(&mut self, identity: &str) {
-        let Ok(owner) = self.l2.shared.claim(CHECK_LIMIT).await else { return };
+    async fn claim(&mut self, identity: &str) -> Result<(), LinkError> {
+        let owner = self.l2.shared.claim(CHECK_LIMIT).await?;
         let before = self.claimed.replace((owner.clone(), identity.to_owned(), Instant::now()));
         let was_ours = |(owner, of, at): &(Owner, String, Instant)| {
             !matches!(owner, Owner::Another(_)) && of == identity && at.elapsed() < CLAIMED_FOR
@@ -253,6 +301,7 @@ impl L2Check {
                  give one of them another redis_cache.database"
             );
         }
+        Ok(())
     }
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
@@ -282,6 +331,7 @@ impl L2Check {
         let allowed = now.minus(L2_AGE.saturating_sub(CHECK_INTERVAL));
         let shown_until = self.usable_since.map_or(allowed, |since| since.max(allowed));
         let complete = !connection.has_outbox_before(shown_until).await?;
+        self.is_behind = !complete && connection.has_outbox_before(now.minus(BEHIND_AFTER)).await?;
         self.kept.give_back(connection);
         if cluster.cache_identity != identity {
             return Ok(()); // another node sees another server; the next check will tell

@@ -336,6 +336,7 @@ impl Lane {
                 warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
                 refuse(part, "the database did not confirm the change");
+                sleep(self.backoff.next()).await;
             }
             Failure::Sql(SqlError::Failed(error)) if part.events.len() == 1 => {
                 let user = part.events[0].user;
@@ -349,10 +350,17 @@ impl Lane {
                 metrics.lane_retry("failed");
                 halve(part, parts);
             }
-            _ if part.tries == MAX_TRIES => refuse(part, "too many changes of the same users at once"),
+            Failure::Sql(error) if part.tries == MAX_TRIES => {
+                self.note_failing(&error);
+                refuse(part, "the database did not carry out the change in several attempts");
+            }
+            Failure::NoLife(_) if part.tries == MAX_TRIES => refuse(part, "a life of the gateway could not be begun"),
             Failure::NoLife(gateways) => {
-                self.begin_lives(&gateways).await;
                 part.tries += 1;
+                if let Err(error) = self.begin_lives(&gateways).await {
+                    self.note_failing(&error);
+                    sleep(self.backoff.next()).await;
+                }
                 parts.push_front(part);
             }
             Failure::Sql(SqlError::Locked) => {
@@ -370,18 +378,18 @@ impl Lane {
     }
 
     /// Gateways that nobody has registered begin a life with their first bind.
-    async fn begin_lives(&mut self, gateways: &[GatewayAddr]) {
+    async fn begin_lives(&mut self, gateways: &[GatewayAddr]) -> Result<(), SqlError> {
         for gateway in gateways {
-            let Ok(mut connection) = self.connected().await else { return };
-            match connection.begin_unmanaged_life(gateway).await {
-                Ok(()) => {
-                    info!(gateway.addr = %gateway, "gateway {gateway} binds without being registered: its routes end by themselves");
-                    self.connection = Some(connection);
-                }
-                Err(error) if error.ends_connection() => self.note_failing(&error),
-                Err(_) => self.connection = connection.rollback().await.is_ok().then_some(connection),
+            let mut connection = self.connected().await?;
+            if let Err(error) = connection.begin_unmanaged_life(gateway).await {
+                let usable = !error.ends_connection() && connection.rollback().await.is_ok();
+                self.connection = usable.then_some(connection);
+                return Err(error);
             }
+            info!(gateway.addr = %gateway, "gateway {gateway} binds without being registered: its routes end by themselves");
+            self.connection = Some(connection);
         }
+        Ok(())
     }
 
     /// Sets the events of locked users aside and runs the others again.

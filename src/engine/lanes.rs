@@ -332,7 +332,10 @@ impl Lanes {
     async fn outcome(&self, answer: oneshot::Receiver<Result<Outcome, Error>>, received: Instant) -> Result<Outcome, Error> {
         match timeout_at((received + self.max_event_age).into(), answer).await {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) | Err(_) => Err(Error::unavailable("the database did not confirm the change in time")),
+            Ok(Err(_)) | Err(_) => {
+                self.write_health.note_refused();
+                Err(Error::unavailable("the database did not confirm the change in time"))
+            }
         }
     }
 

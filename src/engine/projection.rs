@@ -320,11 +320,13 @@ pub struct Repair {
     kept: Kept,
     /// The generation of which everybody was shown, as far as this node knows.
     all_shown: u64,
+    /// Where the search for missing keys goes on.
+    missing_after: i64,
 }
 
 impl Repair {
     pub fn new(outside: Arc<Outside>, claimant: &str) -> Self {
-        Self { kept: Kept::new(outside.database.clone()), outside, claimant: claimant.to_owned(), all_shown: 0 }
+        Self { kept: Kept::new(outside.database.clone()), outside, claimant: claimant.to_owned(), all_shown: 0, missing_after: 0 }
     }
 
     /// Repairs every row that was left behind. Returns how many.
@@ -345,6 +347,9 @@ impl Repair {
             }
             self.show_everybody(&mut connection, &l2).await?;
             self.confirm_lagging(&l2).await;
+            if l2.evicts_keys() {
+                self.show_missing(&mut connection, &l2).await?;
+            }
         }
         let age = if self.outside.is_empty() { NOTHING_TO_SHOW_AGE } else { REPAIR_AGE };
         let mut repaired = 0;
@@ -411,6 +416,18 @@ impl Repair {
         connection.finish_job(&job, SHOW_GENERATION).await?;
         self.all_shown = generation;
         Ok(())
+    }
+
+    /// A server that evicts may have removed keys of users who are online: a page at a time, for ever, they are looked for and
+    /// set again.
+    async fn show_missing(&mut self, connection: &mut Connection, l2: &L2) -> Result<(), SqlError> {
+        if !connection.claim_job("missing keys", &self.claimant, CLAIM_TERM).await? {
+            return Ok(());
+        }
+        let users = connection.users_with_routes(self.missing_after, PAGE).await?;
+        self.missing_after = users.last().map_or(0, |last| last.get());
+        let missing = l2.shared().without_route(&users).await.map_err(|error| SqlError::Lost(error.to_string()))?;
+        self.outside.show_on(connection, &missing).await
     }
 
     /// What this node could not write into L2 itself may have been written by others, or made void.

@@ -84,9 +84,10 @@ impl Sweep {
             let began = Instant::now();
             let users = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
             let last = users.len() < PAGE as usize;
-            removed += self.sweep(users).await;
-            if last {
-                break;
+            let swept = self.sweep(users).await;
+            removed += swept;
+            if last || swept == 0 {
+                break; // what could not be removed now is not asked for again at once
             }
             self.rest(began).await;
         }

@@ -43,8 +43,8 @@ const SESSION: &str = "SET NAMES utf8mb4, autocommit = 1, completion_type = 'NO_
     wait_timeout = 60, net_read_timeout = 30, net_write_timeout = 60";
 const READ_COMMITTED: &str = "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE";
 /// The deadline of a statement is ours. Each kind of server has its own name for its limit.
-const NO_LIMIT_MARIADB: &str =
-    "SET SESSION max_statement_time = 0, idle_transaction_timeout = 0, idle_write_transaction_timeout = 0";
+const NO_LIMIT_MARIADB: &str = "SET SESSION max_statement_time = 0, idle_transaction_timeout = 0, \
+    idle_write_transaction_timeout = 0, in_predicate_conversion_threshold = 1000";
 const NO_LIMIT_MYSQL: &str = "SET SESSION max_execution_time = 0";
 /// Ends a lane's transaction on the server if its node stands still: its row locks must not outlive it by much.
 const LANE_SESSION_LIMIT: &str = "SET SESSION wait_timeout = 10, innodb_lock_wait_timeout = 1";

@@ -24,8 +24,11 @@ use tokio::time::timeout;
 
 use crate::config;
 
-/// Who waits for less cannot tell a dead connection from a busy one.
-const HURRY: Duration = Duration::from_millis(50);
+/// A command given up sooner than this does not end the connection: the server may only be busy.
+const HURRY: Duration = Duration::from_millis(100);
+/// What a server says that takes no writes, or has no data yet. A fail-over leaves old connections on such a one: they end at
+/// once, and the next meets whoever stands at the address now.
+const NOT_PRIMARY: [&str; 4] = ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN"];
 /// Commands that may wait for the connection's driver.
 const PIPELINE_BUFFER: usize = 1024;
 
@@ -35,8 +38,19 @@ pub enum LinkError {
     NoAnswer(Duration),
     #[error("it did not answer lately")]
     Down,
+    #[error("it is a replica, which takes no writes")]
+    Replica,
     #[error("{0}")]
     Redis(#[from] RedisError),
+}
+
+/// What a server says of itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Server {
+    /// In bytes.
+    pub used_memory: i64,
+    /// When its memory is full it removes keys of every kind, also those that have to stay.
+    pub evicts_keys: bool,
 }
 
 pub struct Link {
@@ -81,8 +95,8 @@ impl Link {
         };
         let is_over = match &result {
             LinkError::NoAnswer(limit) => *limit >= HURRY,
-            LinkError::Redis(error) => error.is_unrecoverable_error() || error.is_timeout(),
-            LinkError::Down => false,
+            LinkError::Redis(error) => error.is_unrecoverable_error() || error.is_timeout() || is_not_primary(error),
+            LinkError::Down | LinkError::Replica => false,
         };
         if is_over {
             self.give_up(number);
@@ -90,13 +104,28 @@ impl Link {
         Err(result)
     }
 
-    /// How much memory the server uses, in bytes.
-    pub async fn used_memory(&self, limit: Duration) -> Result<i64, LinkError> {
+    /// How the server is. A replica is left at once.
+    ///
+    /// # Errors
+    /// [`LinkError::Replica`], or why it does not say how it is.
+    pub async fn look(&self, limit: Duration) -> Result<Server, LinkError> {
         let mut info = redis::pipe();
-        info.cmd("INFO").arg("memory");
-        let (text,): (String,) = self.run(&info, limit).await?;
-        let used = text.lines().find_map(|line| line.strip_prefix("used_memory:")?.parse().ok());
-        Ok(used.unwrap_or_default())
+        info.cmd("INFO").arg("memory").cmd("INFO").arg("replication");
+        let (number, (memory, replication)): (_, (String, String)) = self.run_numbered(&info, limit).await?;
+        self.must_be_primary(number, &replication)?;
+        let evicts = field(&memory, "maxmemory_policy").is_some_and(|policy| policy.starts_with("allkeys-"));
+        let is_limited = field(&memory, "maxmemory").is_some_and(|bytes| bytes != "0");
+        let used_memory = field(&memory, "used_memory").and_then(|bytes| bytes.parse().ok()).unwrap_or_default();
+        Ok(Server { used_memory, evicts_keys: evicts && is_limited })
+    }
+
+    /// Ends connection `number` if the server behind it says in its INFO that it is a replica.
+    pub(super) fn must_be_primary(&self, number: u64, replication: &str) -> Result<(), LinkError> {
+        if field(replication, "role") != Some("slave") {
+            return Ok(());
+        }
+        self.give_up(number);
+        Err(LinkError::Replica)
     }
 
     /// The number of the database that keys are in.
@@ -145,6 +174,16 @@ impl Link {
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<(u64, MultiplexedConnection)>> {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A field of what INFO says.
+pub(super) fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+}
+
+fn is_not_primary(error: &RedisError) -> bool {
+    // What a script met stands within the text.
+    error.code().is_some_and(|code| NOT_PRIMARY.contains(&code)) || error.to_string().contains(NOT_PRIMARY[0])
 }
 
 fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {

@@ -22,6 +22,7 @@ use crate::store::codec::StoredRecord;
 use crate::store::keys;
 use crate::store::link::Link;
 use crate::store::link::LinkError;
+use crate::store::link::field;
 use crate::store::users::Records;
 
 /// A reader's copy of what SQL said: short-lived, because it may land after a newer record was evicted.
@@ -125,10 +126,8 @@ impl SharedCache {
         let mut info = redis::pipe();
         info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
         let (number, (server, replication)): (_, (String, String)) = self.link.run_numbered(&info, limit).await?;
-        let field = |text: &str, name: &str| {
-            let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':').map(str::to_owned));
-            line.unwrap_or_default()
-        };
+        self.link.must_be_primary(number, &replication)?;
+        let field = |text, name| field(text, name).unwrap_or_default();
         let (server, replication) = (field(&server, "run_id"), field(&replication, "master_replid"));
         Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
@@ -228,6 +227,17 @@ impl SharedCache {
         scan.cmd("SCAN").arg(cursor).arg("MATCH").arg(keys::ALL_USER_ROUTES).arg("COUNT").arg(SCAN_PAGE);
         let ((cursor, names),): ((u64, Vec<String>),) = self.link.run(&scan, self.link.timeout()).await?;
         Ok((cursor, names.iter().filter_map(|name| keys::user_of_route(name)).collect()))
+    }
+
+    /// Those of `users` whose route key is not there. Nobody, if such keys are not kept.
+    pub async fn without_route(&self, users: &[UserId]) -> Result<Vec<UserId>, LinkError> {
+        if users.is_empty() || !self.mpim_keys {
+            return Ok(Vec::new());
+        }
+        let mut get = redis::pipe();
+        get.cmd("MGET").arg(users.iter().map(|user| keys::user_route(*user)).collect::<Vec<_>>());
+        let (routes,): (Vec<Option<Vec<u8>>>,) = self.link.run(&get, self.link.timeout()).await?;
+        Ok(users.iter().zip(routes).filter(|(_, route)| route.is_none()).map(|(user, _)| *user).collect())
     }
 
     /// Servers forget scripts when they restart: each pipeline brings it along.

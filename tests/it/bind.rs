@@ -267,6 +267,7 @@ async fn device_names_that_look_alike_are_different_devices() {
 async fn a_route_on_an_unregistered_gateway_ends_by_itself_and_is_removed() {
     each_engine(&[("ROUTE__ROUTE_TTL", "1")], async |cluster| {
         let node = cluster.node();
+        cluster.db.clock_was_steady().await;
         node.bind(a_bind(ALICE, PHONE, "c-1")).await;
         let renewed = node.bind(a_bind(ALICE, PHONE, "c-1")).await;
         assert!(node.query(ALICE).await.is_online);

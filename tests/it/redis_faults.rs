@@ -468,3 +468,73 @@ async fn a_redis_that_was_emptied_is_filled_again_and_a_user_who_left_does_not_c
     assert_eq!(generation().await, before + 1, "once, however many nodes notice");
     assert_eq!(cluster.nodes[1].degraded().await, [""; 0]);
 }
+
+/// What another service sees of a user, on a server.
+async fn key_is(server: &RedisServer, user: i64, there: bool, what: &str) -> Duration {
+    let (client, began) = (server.client().await, Instant::now());
+    let key = format!("user:route:{user}");
+    eventually(what, NOTICED_WITHIN, async || client.has(&key).await == there).await;
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn after_a_planned_fail_over_that_cuts_no_connection_both_links_reach_the_new_primary() {
+    let (first, second) = (RedisServer::start(), RedisServer::start());
+    let switch = Switch::start(first.port).await;
+    let url = format!("redis://127.0.0.1:{}", switch.port);
+    let cluster = Cluster::mariadb(1, &[("REDIS_CACHE__URL", &url), ("REDIS_QUEUE__URL", &url)]).await;
+    let node = cluster.node();
+    node.bind(a_bind(ALICE, PHONE, "c-1")).await;
+    key_is(&first, ALICE, true, "the first primary has it").await;
+    second.replica_of(&first).await;
+    // Planned: the replica is promoted, the former primary follows it, the address leads to the new one.
+    second.promote().await;
+    switch.from_now_on(second.port);
+    first.replica_of(&second).await;
+
+    node.bind(a_bind(BOB, PHONE, "c-1")).await;
+    println!("cache: written to the new primary after {:?}", key_is(&second, BOB, true, "the new primary has it").await);
+    let mut gateway = second.subscribe(&[&format!("user:{BOB}")]).await;
+    let (began, mut heard) = (Instant::now(), false);
+    while !heard {
+        assert!(began.elapsed() < allowed(NOTICED_WITHIN), "the queue's link stays on a replica");
+        let message = DeliverReq { user_id: BOB, message: "hello".to_owned(), ..Default::default() };
+        let _ = node.presence().deliver(message).await; // nobody hears it on a replica
+        heard = gateway.next(Duration::from_millis(100)).await.is_some();
+    }
+    println!("queue: published at the new primary after {:?}", began.elapsed());
+    degraded_becomes(&cluster, &[]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_that_answers_and_takes_no_writes_is_down_and_is_put_right_afterwards() {
+    let cluster = Cluster::with_two_redis(1, &[]).await;
+    let (node, redis) = (cluster.node(), cluster.cache().client().await);
+    for (user, (begin, end)) in (10..).zip([
+        (&["CONFIG", "SET", "maxmemory", "1"][..], &["CONFIG", "SET", "maxmemory", "0"][..]),
+        (&["ACL", "SETUSER", "default", "-eval", "-evalsha"], &["ACL", "SETUSER", "default", "+@all"]),
+    ]) {
+        redis.run::<()>(begin).await;
+        degraded_becomes(&cluster, &["redis_cache"]).await;
+        assert_eq!(node.series("im_presence_redis_up").await.iter().map(|(_, up)| *up).sum::<f64>(), 1.0, "the queue is");
+        node.bind(a_bind(user, PHONE, "c-1")).await;
+        redis.run::<()>(end).await;
+        key_is(cluster.cache(), user, true, "what could not be written is written").await;
+        degraded_becomes(&cluster, &[]).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn keys_that_a_full_redis_has_evicted_are_set_again_and_that_it_evicts_is_warned_of() {
+    let cluster = Cluster::with_two_redis(1, &[]).await;
+    let (node, redis) = (cluster.node(), cluster.cache().client().await);
+    bind_all(node, 1..=50, "c").await;
+    redis.run::<()>(&["CONFIG", "SET", "maxmemory", "100mb"]).await;
+    redis.run::<()>(&["CONFIG", "SET", "maxmemory-policy", "allkeys-lru"]).await;
+    let warned = async || node.log().iter().any(|line| line.contains("maxmemory-policy allkeys-*"));
+    eventually("it is warned of", NOTICED_WITHIN, warned).await;
+    let shown = async || cluster.db.number("SELECT COUNT(*) FROM jobs WHERE node_id = 'done'").await == 1;
+    eventually("everybody was shown at the start", NOTICED_WITHIN, shown).await;
+    redis.run::<()>(&["DEL", "user:route:7", "user:record:7"]).await; // as the server itself would
+    key_is(cluster.cache(), 7, true, "it is there again").await;
+}

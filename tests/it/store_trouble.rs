@@ -125,6 +125,11 @@ async fn tables_that_somebody_has_locked_are_noticed() {
     sqlx::raw_sql("LOCK TABLES users WRITE").execute(&mut somebody).await.unwrap();
     let _ = tenant.node.try_bind(a_bind(ALICE, PHONE, "refused")).await.expect_err("nothing is stored");
     eventually("it is noticed", SEEN_WITHIN, async || tenant.node.degraded().await.contains(&"store".to_owned())).await;
+    // Without any traffic it stays so: what is not locked can be written, and that is no recovery.
+    for _ in 0..50 {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(tenant.node.degraded().await.contains(&"store".to_owned()), "users cannot be bound");
+    }
     sqlx::raw_sql("UNLOCK TABLES").execute(&mut somebody).await.unwrap();
     tenant.recovers().await;
     drop(tenant.server);

@@ -146,6 +146,7 @@ impl Drop for RedisServer {
 pub struct Switch {
     pub port: u16,
     server: Arc<watch::Sender<u16>>,
+    cut: watch::Sender<()>,
     _connections: JoinSet<()>,
 }
 
@@ -154,29 +155,36 @@ impl Switch {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
         let port = listener.local_addr().expect("an address").port();
         let (server, mut connections) = (Arc::new(watch::Sender::new(server_port)), JoinSet::new());
-        let current = server.clone();
+        let (current, cut) = (server.clone(), watch::Sender::new(()));
+        let cuts = cut.subscribe();
         connections.spawn(async move {
             let mut links = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                links.spawn(link(client, current.subscribe()));
+                links.spawn(link(client, *current.borrow(), cuts.clone()));
             }
         });
-        Self { port, server, _connections: connections }
+        Self { port, server, cut, _connections: connections }
     }
 
     /// Cuts all connections; who connects from now on meets this server.
     pub fn to(&self, server_port: u16) {
+        self.from_now_on(server_port);
+        self.cut.send_replace(());
+    }
+
+    /// Who connects from now on meets this server; who is connected stays where they are.
+    pub fn from_now_on(&self, server_port: u16) {
         self.server.send_replace(server_port);
     }
 }
 
-async fn link(mut client: TcpStream, mut current: watch::Receiver<u16>) {
-    let port = *current.borrow_and_update();
+async fn link(mut client: TcpStream, port: u16, mut cut: watch::Receiver<()>) {
+    cut.mark_unchanged();
     let Ok(mut server) = TcpStream::connect(("127.0.0.1", port)).await else { return };
     let _ = (client.set_nodelay(true), server.set_nodelay(true)); // slower, not wrong, without
     tokio::select! {
         _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
-        _ = current.changed() => {}
+        _ = cut.changed() => {}
     }
 }
 
