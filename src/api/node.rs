@@ -33,8 +33,11 @@ use crate::pb::node_service_server::NodeService;
 const IN_FLIGHT: usize = 16;
 /// Calls for one node that wait; what comes then is not handed over.
 const QUEUE: usize = 1_024;
-/// Calls whose orders go together.
+/// Calls whose orders go together, and what one request may hold of them.
 const TOGETHER: usize = 256;
+const PART_BYTES: usize = 3 * 1024 * 1024;
+/// What an order takes beside its message, roughly.
+const ORDER_BYTES: usize = 1024;
 
 /// Serves other nodes.
 pub struct Node {
@@ -184,24 +187,54 @@ impl Caller {
         if together.orders.is_empty() && !together.hello {
             return;
         }
+        let mut outcomes = Vec::with_capacity(together.orders.len());
+        let mut left = &together.orders[..];
+        loop {
+            let (part, rest) = left.split_at(as_many_as_fit(left));
+            let Some(handed) = self.forward_part(&mut client, part).await else { return }; // whoever waits hears of nobody
+            outcomes.extend(handed);
+            left = rest;
+            if left.is_empty() {
+                break;
+            }
+        }
+        let mut outcomes = outcomes.into_iter();
+        for (count, answer) in together.answers {
+            let _ = answer.send(outcomes.by_ref().take(count).collect()); // whoever gave up needs no answer
+        }
+    }
+
+    /// One outcome for each order. None: the node did not answer.
+    async fn forward_part(&self, client: &mut NodeServiceClient<Channel>, orders: &[(Epoch, Order)]) -> Option<Vec<Handed>> {
         let request = pb::ForwardReq {
             store_id: self.store_id.clone(),
             sent_at_ms: self.lives.clock.now().0,
             good_for_ms: convert::millis(FORWARD_LIMIT),
             node_id: self.peers.own.node_id.clone(),
             addr: self.peers.own.addr.clone(),
-            orders: together.orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
+            orders: orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
         };
-        let Ok(answer) = client.forward(request).await else { return }; // whoever waits hears that nobody answers
-        let mut outcomes = answer.into_inner().outcomes.into_iter().map(|outcome| match pb::Handed::try_from(outcome) {
+        let handed = |outcome: i32| match pb::Handed::try_from(outcome) {
             Ok(pb::Handed::Taken) => Handed::Taken,
             Ok(pb::Handed::Full) => Handed::Full,
             Ok(pb::Handed::NotHere | pb::Handed::Unspecified) | Err(_) => Handed::NotHere,
-        });
-        for (count, answer) in together.answers {
-            let _ = answer.send(outcomes.by_ref().take(count).collect()); // whoever gave up needs no answer
-        }
+        };
+        let outcomes = client.forward(request).await.ok()?.into_inner().outcomes;
+        (outcomes.len() == orders.len()).then(|| outcomes.into_iter().map(handed).collect())
     }
+}
+
+/// How many of `orders`, from the first on, go into one request.
+fn as_many_as_fit(orders: &[(Epoch, Order)]) -> usize {
+    let mut bytes = 0;
+    let fits = |(_, order): &&(Epoch, Order)| {
+        bytes += ORDER_BYTES;
+        if let Order::Delivery(envelope) = order {
+            bytes += envelope.message.len() + envelope.payload.len();
+        }
+        bytes <= PART_BYTES
+    };
+    orders.iter().take_while(fits).count().max(1).min(orders.len())
 }
 
 impl Together {

@@ -15,8 +15,6 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use prost::Message as _;
-use tokio::sync::Mutex;
-use tokio::sync::OwnedMutexGuard;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tokio::time::timeout;
@@ -44,6 +42,8 @@ use crate::engine::outlets::Addressed;
 use crate::engine::outlets::Outlets;
 use crate::engine::streams::Handed;
 use crate::engine::streams::Order;
+use crate::engine::turns::Turn;
+use crate::engine::turns::Turns;
 use crate::error::Error;
 use crate::metrics::ByOutcome;
 use crate::metrics::Metrics;
@@ -60,9 +60,9 @@ const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 /// How long devices have to acknowledge a message from the inbox.
 const STORED_ACK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Users whose messages wait for each other, and routes that were refused once: remembered for a while after.
-const QUEUED: u64 = 100_000;
-const QUEUED_FOR: Duration = Duration::from_secs(60);
+/// Routes that were refused once: remembered for a while after.
+const REFUSED: u64 = 100_000;
+const REFUSED_FOR: Duration = Duration::from_secs(60);
 
 /// How a message stands on `user:<id>`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -132,7 +132,8 @@ pub struct Report {
     pub acked: BTreeSet<DeviceId>,
 }
 
-type Remembered = Arc<Mutex<Option<Report>>>;
+/// Turns of messages: repeats of one wait for each other.
+type MessageTurn = Turn<(UserId, String)>;
 type Done = HashMap<UserId, Result<Report, Error>>;
 
 pub struct Deliveries {
@@ -144,24 +145,26 @@ pub struct Deliveries {
     metrics: Arc<Metrics>,
     settings: Settings,
     under_way: Semaphore,
-    outcomes: moka::sync::Cache<(UserId, String), Remembered>,
+    /// What came of messages, for repeats.
+    outcomes: moka::sync::Cache<(UserId, String), Report>,
+    /// Held while a message is being delivered.
+    messages: Arc<Turns<(UserId, String)>>,
     /// Held while a message for this user is on its way.
-    queues: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
+    queues: Arc<Turns<UserId>>,
     /// Held while this user's inbox is being emptied.
-    drains: moka::sync::Cache<UserId, Arc<Mutex<()>>>,
+    drains: Arc<Turns<UserId>>,
     /// Routes of which their gateway has said once that the device is not there.
     refused: moka::sync::Cache<(UserId, Version), ()>,
 }
 
 /// What came of stored messages that were brought to a user's devices.
-#[derive(Debug)]
 pub(super) struct Pushed {
     /// Those that were acknowledged; on channels without envelopes, where nobody can acknowledge, that were received.
     pub done: Vec<u64>,
     /// Who acknowledged any of them.
     pub acked: BTreeSet<DeviceId>,
     /// Dropped when those that are done have been removed.
-    _drain: OwnedMutexGuard<()>,
+    _drain: Turn<UserId>,
 }
 
 /// One user's part of a delivery, through all attempts.
@@ -208,11 +211,24 @@ impl Deliveries {
         settings: Settings,
     ) -> Arc<Self> {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
-        let queues = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
-        let drains = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_idle(QUEUED_FOR).build();
-        let refused = moka::sync::Cache::builder().max_capacity(QUEUED).time_to_live(QUEUED_FOR).build();
+        let (messages, queues, drains) = (Turns::new(), Turns::new(), Turns::new());
+        let refused = moka::sync::Cache::builder().max_capacity(REFUSED).time_to_live(REFUSED_FOR).build();
         let under_way = Semaphore::new(UNDER_WAY as usize);
-        Arc::new(Self { outlets, acks, directory, lanes, lives, metrics, settings, under_way, outcomes, queues, drains, refused })
+        Arc::new(Self {
+            outlets,
+            acks,
+            directory,
+            lanes,
+            lives,
+            metrics,
+            settings,
+            under_way,
+            outcomes,
+            messages,
+            queues,
+            drains,
+            refused,
+        })
     }
 
     /// Whether messages can be addressed to single devices: on the channels only in an envelope.
@@ -240,16 +256,18 @@ impl Deliveries {
         let mut distinct = users.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
-        let (mut done, mut turns) = self.take_turns(&distinct, message).await;
+        let (mut done, _turns) = self.take_turns(&distinct, message, deadline).await?;
         distinct.retain(|user| !done.contains_key(user));
         if message.store.is_some() {
             self.let_drain(&distinct, deadline).await;
         }
         let _place = self.queue_up(&distinct, deadline).await?;
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
-        for (user, turn) in &mut turns {
-            if let Some(Ok(report)) = done.get(user).filter(|report| is_settled(report)) {
-                **turn = Some(report.clone());
+        if !message.message_id.is_empty() {
+            for user in &distinct {
+                if let Some(Ok(report)) = done.get(user).filter(|report| is_settled(report)) {
+                    self.outcomes.insert((*user, message.message_id.clone()), report.clone());
+                }
             }
         }
         self.metrics.delivery_stage("total", began.elapsed());
@@ -266,29 +284,34 @@ impl Deliveries {
     }
 
     /// Waits for deliveries of the same message that are under way, and returns what is known of it already. While its turn
-    /// is held, a repeat waits.
-    async fn take_turns(&self, users: &[UserId], message: &Message) -> (Done, Vec<(UserId, OwnedMutexGuard<Option<Report>>)>) {
+    /// is held, a repeat waits. `users` are in order, so two batches cannot wait for each other.
+    async fn take_turns(
+        &self,
+        users: &[UserId],
+        message: &Message,
+        deadline: Instant,
+    ) -> Result<(Done, Vec<MessageTurn>), Error> {
         let (mut done, mut turns) = (Done::new(), Vec::new());
         if message.message_id.is_empty() {
-            return (done, turns);
+            return Ok((done, turns));
         }
         for user in users {
-            let remembered = self.outcomes.get_with((*user, message.message_id.clone()), Remembered::default);
-            let turn = remembered.lock_owned().await;
-            match &*turn {
-                Some(report) => {
-                    done.insert(*user, Ok(report.clone()));
-                }
-                None => turns.push((*user, turn)),
+            let key = (*user, message.message_id.clone());
+            let turn = timeout_at(deadline.into(), self.messages.take(key.clone())).await;
+            let turn =
+                turn.map_err(|_| Error::unavailable("the same message is still being delivered by a call before this one"))?;
+            match self.outcomes.get(&key) {
+                Some(report) => drop(done.insert(*user, Ok(report))),
+                None => turns.push(turn),
             }
         }
-        (done, turns)
+        Ok((done, turns))
     }
 
     /// Waits for the messages before this one. A batch does not: one user whose message is being retried would hold up all.
-    async fn queue_up(&self, users: &[UserId], deadline: Instant) -> Result<Option<OwnedMutexGuard<()>>, Error> {
+    async fn queue_up(&self, users: &[UserId], deadline: Instant) -> Result<Option<Turn<UserId>>, Error> {
         let [user] = users else { return Ok(None) };
-        let place = timeout_at(deadline.into(), self.queues.get_with(*user, Arc::default).lock_owned()).await;
+        let place = timeout_at(deadline.into(), self.queues.take(*user)).await;
         place.map(Some).map_err(|_| Error::unavailable("messages for this user that came before are still being tried"))
     }
 
@@ -296,9 +319,9 @@ impl Deliveries {
     /// is left for storing it.
     async fn let_drain(&self, users: &[UserId], deadline: Instant) {
         if let [user] = users
-            && let Some(drain) = self.drains.get(user)
+            && self.drains.is_taken(user)
         {
-            let _ = timeout(deadline.saturating_duration_since(Instant::now()) / 2, drain.lock()).await;
+            let _ = timeout(deadline.saturating_duration_since(Instant::now()) / 2, self.drains.take(*user)).await;
         }
     }
 
@@ -380,8 +403,8 @@ impl Deliveries {
     /// out, not for the devices: what is not acknowledged stays in the inbox, and what can be stored queues up behind it there
     /// if its deadline is short.
     pub(super) async fn push_stored(&self, user: UserId, answer: &Answer, window: &[StoredMessage]) -> Pushed {
-        let drain = self.drains.get_with(user, Arc::default).lock_owned().await;
-        let place = self.queues.get_with(user, Arc::default).lock_owned().await;
+        let drain = self.drains.take(user).await;
+        let place = self.queues.take(user).await;
         let mut live = Vec::with_capacity(window.len());
         for stored in window {
             let mut message = Message::stored(stored.message.clone());

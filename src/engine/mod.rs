@@ -1,6 +1,6 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `backoff`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`, `outlets`, `kicks`, `loads`, `loader`,
+//! Order of the files: `backoff`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`, `outlets`, `kicks`, `loads`, `loader`,
 //! `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`, `transaction`, `lane` with `lanes`,
 //! `sweep`, `delivery`, `inbox`.
 
@@ -27,6 +27,7 @@ pub mod projection;
 pub mod streams;
 pub mod sweep;
 mod transaction;
+pub mod turns;
 pub mod warm_up;
 pub mod watch;
 pub mod write_health;

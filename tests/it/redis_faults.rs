@@ -489,7 +489,7 @@ async fn after_a_planned_fail_over_that_cuts_no_connection_both_links_reach_the_
     second.replica_of(&first).await;
     // Planned: the replica is promoted, the former primary follows it, the address leads to the new one.
     second.promote().await;
-    switch.from_now_on(second.port);
+    switch.send_new_ones_to(second.port);
     first.replica_of(&second).await;
 
     node.bind(a_bind(BOB, PHONE, "c-1")).await;

@@ -168,12 +168,12 @@ impl Switch {
 
     /// Cuts all connections; who connects from now on meets this server.
     pub fn to(&self, server_port: u16) {
-        self.from_now_on(server_port);
+        self.send_new_ones_to(server_port);
         self.cut.send_replace(());
     }
 
     /// Who connects from now on meets this server; who is connected stays where they are.
-    pub fn from_now_on(&self, server_port: u16) {
+    pub fn send_new_ones_to(&self, server_port: u16) {
         self.server.send_replace(server_port);
     }
 }
