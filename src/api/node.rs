@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
 
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
@@ -36,6 +38,8 @@ const QUEUE: usize = 1_024;
 /// Calls whose orders go together, and what one request may hold of them.
 const TOGETHER: usize = 256;
 const PART_BYTES: usize = 3 * 1024 * 1024;
+/// How long a gateway that is handed many orders at once has to read some of them. Well within what its caller waits.
+const ROOM_LIMIT: Duration = Duration::from_millis(500);
 /// What an order takes beside its message, roughly.
 const ORDER_BYTES: usize = 1024;
 
@@ -59,8 +63,10 @@ impl NodeService for Node {
         let now = self.lives.clock.now().0;
         // A node that stood still must not hand over what its sender has given up or repeated since.
         let late = now > request.sent_at_ms.saturating_add(request.good_for_ms.into());
-        let hand = |order| if late { pb::Handed::NotHere } else { self.hand(order) };
-        let outcomes = request.orders.into_iter().map(|order| hand(order).into()).collect();
+        let outcomes = match late {
+            true => vec![pb::Handed::NotHere.into(); request.orders.len()],
+            false => self.hand_all(request.orders).await,
+        };
         Ok(Response::new(pb::ForwardResp { outcomes, incarnation: self.peers.own.incarnation.clone() }))
     }
 
@@ -82,20 +88,25 @@ impl Node {
         }
     }
 
-    fn hand(&self, order: pb::Order) -> pb::Handed {
-        let order_for = Epoch(order.gateway_epoch);
-        let handed = match order.body {
-            Some(pb::order::Body::Delivery(delivery)) => {
-                self.streams.hand(order_for, Order::Delivery(Arc::new(convert::envelope(delivery))))
+    async fn hand_all(&self, orders: Vec<pb::Order>) -> Vec<i32> {
+        let order = |order: pb::Order| match order.body? {
+            pb::order::Body::Delivery(delivery) => {
+                Some((Epoch(order.gateway_epoch), Order::Delivery(Arc::new(convert::envelope(delivery)))))
             }
-            Some(pb::order::Body::Kick(kick)) => self.streams.hand(order_for, Order::Kick(convert::kick_order(kick))),
-            None => Handed::NotHere,
+            pb::order::Body::Kick(kick) => Some((Epoch(order.gateway_epoch), Order::Kick(convert::kick_order(kick)))),
         };
-        match handed {
-            Handed::Taken => pb::Handed::Taken,
-            Handed::Full => pb::Handed::Full,
-            Handed::NotHere => pb::Handed::NotHere,
+        let known: Vec<_> = orders.into_iter().map(order).collect();
+        let places: Vec<usize> = (0..known.len()).filter(|i| known[*i].is_some()).collect();
+        let mut outcomes = vec![pb::Handed::NotHere.into(); known.len()];
+        let handed = self.streams.hand_all(known.into_iter().flatten().collect(), Instant::now() + ROOM_LIMIT).await;
+        for (i, handed) in places.into_iter().zip(handed) {
+            outcomes[i] = match handed {
+                Handed::Taken => pb::Handed::Taken.into(),
+                Handed::Full => pb::Handed::Full.into(),
+                Handed::NotHere => pb::Handed::NotHere.into(),
+            };
         }
+        outcomes
     }
 }
 

@@ -461,7 +461,7 @@ impl Deliveries {
                 None => parcel.expected = Some(self.acks.wait_for(&parcel.report.delivery_id, parcel.user, devices)),
             }
         }
-        let (streams, channels) = tokio::join!(self.down_streams(&live), self.on_channels(&live, deadline));
+        let (streams, channels) = tokio::join!(self.down_streams(&live, deadline), self.on_channels(&live, deadline));
         self.metrics.delivery_stage("handed", began.elapsed());
         let received = streams.into_iter().zip(channels);
         let parcels = live.into_iter().zip(received).map(|((mut parcel, targets), (taken, received))| {
@@ -488,7 +488,7 @@ impl Deliveries {
     }
 
     /// How many streams of each parcel's gateways took it.
-    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)]) -> Vec<u64> {
+    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<u64> {
         let (mut owners, mut orders) = (Vec::new(), Vec::new());
         for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
             let envelope = Arc::new(parcel.envelope());
@@ -498,7 +498,7 @@ impl Deliveries {
             }
         }
         let mut taken = vec![0; live.len()];
-        for (owner, handed) in owners.into_iter().zip(self.outlets.hand(orders).await) {
+        for (owner, handed) in owners.into_iter().zip(self.outlets.hand(orders, deadline).await) {
             taken[owner] += u64::from(handed == Handed::Taken);
         }
         taken

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use prost::Message;
 use tokio::sync::mpsc;
@@ -120,7 +121,7 @@ impl Kicks {
                 all = all.and(self.note(kick, false)); // between two streams
             }
         }
-        for (kick, handed) in attached.into_iter().zip(self.outlets.hand(orders).await) {
+        for (kick, handed) in attached.into_iter().zip(self.outlets.hand(orders, Instant::now()).await) {
             all = all.and(self.note(kick, handed == Handed::Taken));
         }
         let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return all };

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
@@ -25,8 +26,8 @@ pub struct Addressed {
     pub order: Order,
 }
 
-/// Orders for one other node, and their places among all.
-type Elsewhere = (Vec<usize>, Vec<(Epoch, Order)>);
+/// Orders for one node, and their places among all.
+type ForNode = (Vec<usize>, Vec<(Epoch, Order)>);
 
 impl Outlets {
     /// Whether the gateway has a stream, as far as is known.
@@ -34,13 +35,15 @@ impl Outlets {
         life.attached.clone().map(|node| (life.epoch, node))
     }
 
-    /// Hands each order to its stream, in their order per gateway; nodes are asked at the same time.
-    pub async fn hand(&self, orders: Vec<Addressed>) -> Vec<Handed> {
+    /// Hands each order to its stream by `until`, in their order per gateway; nodes are asked at the same time.
+    pub async fn hand(&self, orders: Vec<Addressed>, until: Instant) -> Vec<Handed> {
         let mut outcomes = vec![Handed::NotHere; orders.len()];
-        let mut elsewhere: HashMap<Arc<str>, Elsewhere> = HashMap::new();
+        let mut elsewhere: HashMap<Arc<str>, ForNode> = HashMap::new();
+        let mut here = ForNode::default();
         for (i, Addressed { epoch, node, order }) in orders.into_iter().enumerate() {
             if *node == *self.node_id {
-                outcomes[i] = self.streams.hand(epoch, order);
+                here.0.push(i);
+                here.1.push((epoch, order));
             } else {
                 let (places, orders) = elsewhere.entry(node).or_default();
                 places.push(i);
@@ -51,6 +54,10 @@ impl Outlets {
         for (node, (places, orders)) in elsewhere {
             let peers = self.peers.clone();
             calls.spawn(async move { (places, peers.forward(&node, orders).await) });
+        }
+        let (places, orders) = here;
+        for (i, outcome) in places.into_iter().zip(self.streams.hand_all(orders, until).await) {
+            outcomes[i] = outcome;
         }
         while let Some(done) = calls.join_next().await {
             for (i, outcome) in done.into_iter().flat_map(|(places, handed)| places.into_iter().zip(handed)) {

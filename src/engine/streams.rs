@@ -14,8 +14,10 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
+use futures_util::future::join_all;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::Epoch;
@@ -25,6 +27,9 @@ pub use crate::store::codec::KickOrder;
 
 /// Deliveries and kicks that wait for one gateway to read them.
 pub const STREAM_QUEUE: usize = 1_024;
+
+/// A call that has more orders for one gateway than this waits for it to read.
+const MANY: usize = 64;
 
 /// What a gateway is told.
 #[derive(Clone, Debug, PartialEq)]
@@ -135,6 +140,50 @@ impl Streams {
         }
     }
 
+    /// Hands orders to their streams, in their order per life. Where a call has many for one of them, more than its queue may
+    /// hold, it waits for the gateway to read, until `until`; nobody else is kept waiting.
+    pub async fn hand_all(&self, orders: Vec<(Epoch, Order)>, until: Instant) -> Vec<Handed> {
+        let mut outcomes = vec![Handed::NotHere; orders.len()];
+        let mut counts: HashMap<Epoch, usize> = HashMap::new();
+        orders.iter().for_each(|(epoch, _)| *counts.entry(*epoch).or_default() += 1);
+        let mut behind: HashMap<Epoch, Vec<(usize, Order)>> = HashMap::new();
+        for (i, (epoch, order)) in orders.into_iter().enumerate() {
+            if let Some(behind) = behind.get_mut(&epoch) {
+                behind.push((i, order));
+                continue;
+            }
+            match self.hand(epoch, order.clone()) {
+                Handed::Full if counts.get(&epoch).is_some_and(|count| *count > MANY) => {
+                    behind.entry(epoch).or_default().push((i, order));
+                }
+                handed => outcomes[i] = handed,
+            }
+        }
+        let waits = behind.into_iter().map(|(epoch, orders)| self.hand_behind(epoch, orders, until));
+        for (i, handed) in join_all(waits).await.into_iter().flatten() {
+            outcomes[i] = handed;
+        }
+        outcomes
+    }
+
+    async fn hand_behind(&self, epoch: Epoch, orders: Vec<(usize, Order)>, until: Instant) -> Vec<(usize, Handed)> {
+        let mut outcomes = Vec::with_capacity(orders.len());
+        for (i, order) in orders {
+            let mut handed = self.hand(epoch, order.clone());
+            while handed == Handed::Full && self.room(epoch, until).await {
+                handed = self.hand(epoch, order.clone());
+            }
+            outcomes.push((i, handed));
+        }
+        outcomes
+    }
+
+    /// Waits until a life's queue has room. False: not in time, or its stream has ended.
+    async fn room(&self, epoch: Epoch, until: Instant) -> bool {
+        let Some(queue) = self.lock().get(&epoch).map(|stream| stream.orders.clone()) else { return false };
+        timeout_at(until.into(), queue.reserve()).await.is_ok_and(|place| place.is_ok())
+    }
+
     /// Orders that wait, over all streams.
     pub fn depth(&self) -> usize {
         self.lock().values().map(|stream| stream.orders.max_capacity() - stream.orders.capacity()).sum()
@@ -217,6 +266,28 @@ mod tests {
         assert_eq!(slow.next().await, Some(kick(0)));
         assert_eq!(streams.hand(Epoch(1), kick(-2)), Handed::Taken);
         assert_eq!(streams.hand(Epoch(3), kick(0)), Handed::NotHere);
+    }
+
+    #[tokio::test]
+    async fn who_has_many_for_one_gateway_waits_for_it_to_read_and_in_order() {
+        let streams = Streams::new(LEASE, Metrics::new());
+        let (mut reads, _silent) = (streams.attach(Epoch(1), 1), streams.attach(Epoch(2), 1));
+        let many = 3 * STREAM_QUEUE as i64;
+        let orders = (0..many).map(|n| (Epoch(1), kick(n))).chain((0..many).map(|n| (Epoch(2), kick(n)))).collect();
+        let until = Instant::now() + Duration::from_secs(1);
+        let read = async {
+            for n in 0..many {
+                assert_eq!(reads.next().await, Some(kick(n)));
+            }
+            Instant::now()
+        };
+        let (handed, read_at) = tokio::join!(streams.hand_all(orders, until), read);
+        assert!(handed[..many as usize].iter().all(|handed| *handed == Handed::Taken));
+        assert!(read_at < until, "the silent one keeps nobody waiting");
+        let taken = handed[many as usize..].iter().filter(|handed| **handed == Handed::Taken).count();
+        assert_eq!((taken, handed.last()), (STREAM_QUEUE, Some(&Handed::Full)));
+        let few = streams.hand_all(vec![(Epoch(2), kick(0))], Instant::now() + LEASE).await;
+        assert_eq!(few, [Handed::Full], "a single one is told at once");
     }
 
     #[tokio::test]

@@ -662,3 +662,19 @@ async fn users_of_a_dead_gateway_who_come_back_all_at_once_are_all_bound_and_no_
     let stay = "SELECT COUNT(*) FROM routes WHERE epoch IN (SELECT epoch FROM lives WHERE alive = 1)";
     assert_eq!(cluster.db.number(stay).await, users);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_message_to_many_more_users_of_a_gateway_than_its_queue_holds_reaches_all_of_them() {
+    const USERS: i64 = 5_000;
+    let _turn = heavy().await;
+    let cluster = Cluster::mariadb(2, &[]).await;
+    let gateway = Arc::new(TestGateway::start(&cluster.nodes[..1], "gw-1:7000", Devices::Acknowledge).await);
+    gateway.bind_all(1..=USERS).await;
+    for (n, node) in cluster.nodes.iter().enumerate() {
+        let request = BatchDeliverReq { user_ids: (1..=USERS).collect(), message: format!("{n}"), ..Default::default() };
+        let answer = node.presence().batch_deliver(request).await.expect("a batch").into_inner();
+        let missed = answer.users.iter().filter(|user| !user.delivered).count();
+        assert_eq!(missed, 0, "through node {n}");
+        gateway.hears((n + 1) * USERS as usize).await;
+    }
+}
