@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::atomic::AtomicU8;
 use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
@@ -46,6 +47,8 @@ const CHECK_LIMIT: Duration = Duration::from_millis(500);
 const CHECKED_FOR: Duration = Duration::from_secs(3);
 /// The store's name is there for longer after it was written.
 const CLAIMED_FOR: Duration = Duration::from_secs(5);
+/// Of two searches that end after the server was last seen to evict, one has begun after that.
+const SEARCHES: u8 = 2;
 /// A change that waits for longer to be shown there is a sign that something is wrong.
 const BEHIND_AFTER: Duration = Duration::from_secs(5);
 const EVICTION_WARNING_INTERVAL: Duration = Duration::from_secs(60);
@@ -63,17 +66,17 @@ pub struct L2 {
     timeouts: AtomicU32,
     /// Nothing is missing there for longer than answers say, and nothing that this node has answered.
     complete: AtomicBool,
-    /// The server removes keys that have to stay.
-    evicts_keys: AtomicBool,
+    /// How often everybody's keys have to be looked for: the server removes, or has removed, keys that have to stay.
+    searches: AtomicU8,
     metrics: Arc<Metrics>,
 }
 
 impl L2 {
     pub fn new(shared: SharedCache, metrics: Arc<Metrics>) -> Arc<Self> {
         let (generation, checked, timeouts) = (AtomicU64::new(0), AtomicU64::new(0), AtomicU32::new(0));
-        let (complete, evicts_keys) = (AtomicBool::new(false), AtomicBool::new(false));
+        let (complete, searches) = (AtomicBool::new(false), AtomicU8::new(0));
         let checked_at = AtomicInstant::never();
-        Arc::new(Self { shared, generation, checked, checked_at, timeouts, complete, evicts_keys, metrics })
+        Arc::new(Self { shared, generation, checked, checked_at, timeouts, complete, searches, metrics })
     }
 
     /// Whether callers may be answered from it.
@@ -140,10 +143,9 @@ impl L2 {
         if records.is_empty() || !self.is_usable() || began.elapsed() > FILL_LIMIT {
             return;
         }
-        match self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await {
-            Ok(()) => {}
-            Err(LinkError::NoAnswer(_)) => drop(self.timeouts.fetch_add(1, Ordering::Relaxed)),
-            Err(_) => self.distrust(),
+        // What was answered and may be missing there must not be followed by something older from there.
+        if self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await.is_err() {
+            self.distrust();
         }
     }
 
@@ -167,8 +169,13 @@ impl L2 {
     }
 
     /// Whether keys may be missing there that were written.
-    pub fn evicts_keys(&self) -> bool {
-        self.evicts_keys.load(Ordering::Relaxed)
+    pub fn may_lack_keys(&self) -> bool {
+        self.searches.load(Ordering::Relaxed) > 0
+    }
+
+    /// Everybody's keys have been looked for.
+    pub fn searched(&self) {
+        let _ = self.searches.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
     }
 
     pub fn shared(&self) -> &SharedCache {
@@ -271,7 +278,9 @@ impl L2Check {
         let (number, identity) = self.l2.shared.identity(CHECK_LIMIT).await?;
         if let Ok(server) = self.l2.shared.link.look(CHECK_LIMIT).await {
             self.metrics.redis_memory("cache", server.used_memory);
-            self.l2.evicts_keys.store(server.evicts_keys, Ordering::Relaxed);
+            if server.evicts_keys {
+                self.l2.searches.store(SEARCHES, Ordering::Relaxed);
+            }
             if server.evicts_keys && self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARNING_INTERVAL) {
                 self.warned_at = Some(Instant::now());
                 warn!(

@@ -347,7 +347,7 @@ impl Repair {
             }
             self.show_everybody(&mut connection, &l2).await?;
             self.confirm_lagging(&l2).await;
-            if l2.evicts_keys() {
+            if l2.may_lack_keys() {
                 self.show_missing(&mut connection, &l2).await?;
             }
         }
@@ -426,6 +426,9 @@ impl Repair {
         }
         let users = connection.users_with_routes(self.missing_after, PAGE).await?;
         self.missing_after = users.last().map_or(0, |last| last.get());
+        if users.is_empty() {
+            l2.searched();
+        }
         let missing = l2.shared().without_route(&users).await.map_err(|error| SqlError::Lost(error.to_string()))?;
         self.outside.show_on(connection, &missing).await
     }

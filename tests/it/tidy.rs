@@ -122,6 +122,18 @@ fn nothing_in_the_product_unwraps() {
 }
 
 #[test]
+fn nothing_in_the_product_panics_when_its_output_is_closed() {
+    let mut wrong = Vec::new();
+    for source in sources() {
+        let prints = |line: &str| ["print!(", "println!(", "dbg!("].iter().any(|word| line.contains(word));
+        for (number, line) in source.lines().filter(|(_, line)| prints(line)) {
+            wrong.push(format!("{}:{number}: {}", source.name, line.trim()));
+        }
+    }
+    none("output is written by `write!`, and may be closed", wrong);
+}
+
+#[test]
 fn only_the_clock_asks_for_the_time_of_day() {
     let mut wrong = Vec::new();
     for source in sources().iter().filter(|source| source.name != "src/clock.rs") {
