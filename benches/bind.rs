@@ -191,7 +191,7 @@ async fn lives(connection: &mut Connection) -> Result<Vec<Arc<Life>>, SqlError> 
     for gateway in (0..GATEWAYS).map(|n| GatewayAddr::parse(&format!("gw-{n}:7000")).expect("an address")) {
         connection.begin_unmanaged_life(&gateway).await?;
     }
-    connection.read_lives(Duration::ZERO).await
+    connection.read_lives(Duration::ZERO, None).await
 }
 
 async fn bind_alone(connection: &mut Connection, request: &pb::BindRouteReq, lives: &[Arc<Life>]) {

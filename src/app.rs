@@ -178,6 +178,7 @@ impl App {
             cache,
             lanes,
             streams: engine.streams.clone(),
+            memory: engine.memory.clone(),
             lives: engine.lives.clone(),
             hints: engine.hints.clone(),
             max_capacity,
@@ -186,13 +187,14 @@ impl App {
         };
         let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone() };
         let router = serve::admin_router(operator, for_operators);
-        tasks.spawn(admin_port::serve(admin_listener, router, stop.clone()));
+        tasks.spawn(admin_port::serve(admin_listener, router, engine.memory.clone(), stop.clone()));
         let caller =
             Caller { store_id: engine.database.store_id.clone(), peers: engine.peers.clone(), lives: engine.lives.clone() };
         if let Some(calls) = engine.peer_calls.take() {
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let (health, service) = serve::data_service(engine.services(&config, &draining, &attached)).await;
+        let services = engine.services(&config, &draining, &attached);
+        let (health, service) = serve::data_service(services, engine.memory.clone(), metrics.clone()).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
         tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));

@@ -1,6 +1,7 @@
 //! Time. What is stored or compared between nodes is the database's clock; what is measured here is this node's monotonic one.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use crate::domain::time::Timestamp;
 
 /// A difference between the database's clock and this node's that no slow answer explains.
 const STEP: Duration = Duration::from_secs(1);
+/// Over so long a clock that runs too fast or too slow shows, as does one that is set.
+const ANCHOR_FOR: Duration = Duration::from_secs(60);
 /// How long a step is worth a warning to those who ask how the node is.
 const STEP_SHOWN_FOR: Duration = Duration::from_secs(60);
 /// Nothing is deleted for its age before the database's clock has gone on for so long without a gap or a step: a clock that is
@@ -24,8 +27,12 @@ pub struct Clock {
     started: Instant,
     /// Database milliseconds at `started`.
     offset_ms: AtomicI64,
-    is_learnt: AtomicBool,
     stepped: AtomicInstant,
+    /// What the database said when, up to [`ANCHOR_FOR`] ago.
+    anchor: Mutex<Option<(Timestamp, Instant)>>,
+    /// How much too old what was stored before the last step forward seems, and until when such things may be there.
+    slack_ms: AtomicI64,
+    slack_until_ms: AtomicI64,
     /// Since when the database has taken a beat each second, on its own clock.
     continuous_since_ms: AtomicI64,
 }
@@ -35,26 +42,48 @@ impl Default for Clock {
         Self {
             started: Instant::now(),
             offset_ms: AtomicI64::new(0),
-            is_learnt: AtomicBool::new(false),
             stepped: AtomicInstant::never(),
+            anchor: Mutex::default(),
+            slack_ms: AtomicI64::new(0),
+            slack_until_ms: AtomicI64::new(0),
             continuous_since_ms: AtomicI64::new(i64::MAX),
         }
     }
 }
 
 impl Clock {
-    /// The database said `now` to a question that was sent at `asked` and has just been answered. Returns how far its clock
-    /// has stepped since it was asked last, if it did.
-    pub fn learn(&self, now: Timestamp, asked: Instant) -> Option<i64> {
-        let (earliest, latest) = (self.at(asked), self.now());
+    /// The database said `now` to a question that was sent at `asked` and was answered at `answered`. Returns how far its clock
+    /// has stepped lately, if it did, or how far it has run away from this node's.
+    pub fn learn(&self, now: Timestamp, asked: Instant, answered: Instant) -> Option<i64> {
         self.offset_ms.store(now.0 - self.elapsed_ms(asked), Ordering::Relaxed);
-        let tolerance = i64::try_from(STEP.as_millis()).unwrap_or(i64::MAX);
-        let step = if now < earliest { now.0 - earliest.0 } else { (now.0 - latest.0).max(0) };
-        if !self.is_learnt.swap(true, Ordering::Relaxed) || step.abs() <= tolerance {
+        let mut anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((then, at)) = *anchor else {
+            *anchor = Some((now, asked));
             return None;
+        };
+        let (earliest, latest) = (then.plus(asked.duration_since(at)), then.plus(answered.duration_since(at)));
+        let step = if now < earliest { now.0 - earliest.0 } else { (now.0 - latest.0).max(0) };
+        let is_step = step.unsigned_abs() > STEP.as_millis() as u64;
+        if is_step || asked.duration_since(at) > ANCHOR_FOR {
+            *anchor = Some((now, asked));
         }
-        self.stepped.set(Instant::now());
-        Some(step)
+        if is_step {
+            self.stepped.set(answered);
+        }
+        is_step.then_some(step)
+    }
+
+    /// The clock was set forward by `ms` at `at`. What was stored before it may be there for `longest`.
+    pub fn learn_step(&self, ms: i64, at: Timestamp, longest: Duration) {
+        self.slack_ms.store(ms, Ordering::Relaxed);
+        self.slack_until_ms.store(at.plus(longest).0, Ordering::Relaxed);
+    }
+
+    /// How much longer than it says something may last, when it is `now`: it may seem too old since the clock was set forward.
+    pub fn slack(&self, now: Timestamp) -> Duration {
+        let has_slack = now.0 < self.slack_until_ms.load(Ordering::Relaxed);
+        let ms = if has_slack { self.slack_ms.load(Ordering::Relaxed) } else { 0 };
+        Duration::from_millis(u64::try_from(ms).unwrap_or(0))
     }
 
     /// Since when beats were recorded without a gap, as the database has it.

@@ -29,6 +29,7 @@ pub struct Config {
     pub presence_service: PresenceService,
     pub admin: Admin,
     pub log: Log,
+    pub limits: Limits,
     pub route: Route,
     pub gateway: Gateway,
     pub delivery: Delivery,
@@ -81,6 +82,14 @@ pub enum LogFormat {
     Auto,
     Text,
     Json,
+}
+
+/// What callers may use of this node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    /// Of all calls under way and all that waits for gateways.
+    pub memory_bytes: usize,
 }
 
 /// Routes, and the policy about a user's devices.
@@ -172,6 +181,9 @@ pub struct Store {
     pub timeout: Duration,
     #[serde(with = "millis")]
     pub max_event_age: Duration,
+    /// Zero: never.
+    #[serde(with = "seconds")]
+    pub forget_users_after: Duration,
 }
 
 /// A Redis server: by `url`, or by all the other fields.

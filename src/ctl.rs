@@ -428,7 +428,7 @@ fn exit(code: Code, yes: bool) -> u8 {
         Code::Ok if yes => DONE,
         Code::Ok | Code::NotFound | Code::Fenced | Code::Refused | Code::Undelivered | Code::Superseded => NO,
         Code::Invalid => BAD_USAGE,
-        Code::Internal | Code::Unavailable => FAILED,
+        Code::Internal | Code::Unavailable | Code::TooLarge => FAILED,
     }
 }
 

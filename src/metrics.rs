@@ -109,6 +109,7 @@ pub struct Metrics {
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
     pub stream_queue_depth: Gauge,
+    pub held_bytes: Gauge,
     pub acks: Family<ByResult, Counter>,
     delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
     log_lines_dropped: Counter,
@@ -162,11 +163,7 @@ impl Metrics {
             sweep_backlog: r.add("sweep_backlog", "routes of ended lives that are still to be removed", Gauge::default()),
             swept_routes: r.add("swept_routes", "routes removed because they were over", Counter::default()),
             users_online: r.add("users_online", "users with a route, counted once a minute", Gauge::default()),
-            outbox_rows: r.add(
-                "outbox_rows",
-                "committed batches not shown to the outside yet, counted once a minute",
-                Gauge::default(),
-            ),
+            outbox_rows: r.add("outbox_rows", "batches not shown to the outside yet, counted once a minute", Gauge::default()),
             shed: r.family("shed", "turned away for overload, by what it was"),
             fenced: r.family("fenced", "refused because the gateway's life was over, by what it was"),
             connections: r.add("connections", "client connections", Gauge::default()),
@@ -174,6 +171,7 @@ impl Metrics {
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),
             stream_queue_depth: r.add("stream_queue_depth", "messages that wait for attached gateways to read", Gauge::default()),
+            held_bytes: r.add("held_bytes", "memory of calls and waiting messages (limits.memory_bytes)", Gauge::default()),
             acks: r.family("acks", "acknowledgements of deliveries, by what they came to"),
             delivery_seconds: r.add(
                 "delivery_seconds",

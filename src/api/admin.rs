@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use prost::Message;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -12,6 +13,7 @@ use crate::api::status::status;
 use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::Gateways;
 use crate::engine::lives::Lives;
@@ -22,6 +24,10 @@ use crate::pb::admin_service_server::AdminService;
 const MAX_REASON_BYTES: usize = 200;
 /// Epochs in one call.
 const MAX_EPOCHS: usize = 10_000;
+/// Lives in one answer.
+const MAX_PAGE: usize = 20_000;
+/// What an answer says beside the lives.
+const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Gateways>,
@@ -31,11 +37,18 @@ pub struct Admin {
 #[tonic::async_trait]
 impl AdminService for Admin {
     async fn list_gateways(&self, request: Request<pb::ListGatewaysReq>) -> Result<Response<pb::ListGatewaysResp>, Status> {
-        let listing = self.gateways.list(request.get_ref().include_dead).await.map_err(|error| status(&error))?;
+        let request = request.get_ref();
+        let after = page_after(&request.page_token).map_err(|error| status(&error))?;
+        let limit = if request.page_size == 0 { MAX_PAGE } else { MAX_PAGE.min(request.page_size as usize) };
+        let listing = self.gateways.list(request.include_dead, after, limit).await.map_err(|error| status(&error))?;
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
+        let mut lives: Vec<_> = listing.lives.into_iter().map(|(listed, routes)| self.life(listed, routes, held, now)).collect();
+        let is_whole = fit(&mut lives) && lives.len() < limit;
+        let last = lives.last().filter(|_| !is_whole);
         Ok(Response::new(pb::ListGatewaysResp {
-            lives: listing.lives.into_iter().map(|(listed, routes)| self.life(listed, routes, held, now)).collect(),
+            next_page_token: last.map_or_else(String::new, |last| format!("{}@{}", last.epoch, last.gateway_addr)),
+            lives,
             hold: held,
             hold_left_ms: if held { left(hold.until, now) } else { 0 },
             hold_reason: if held { hold.reason } else { String::new() },
@@ -91,6 +104,32 @@ impl Admin {
             held: held && late,
         }
     }
+}
+
+/// Where the page before ended.
+fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
+    if token.is_empty() {
+        return Ok(None);
+    }
+    let place = token.split_once('@').and_then(|(epoch, gateway)| Some((GatewayAddr::parse(gateway).ok()?, epoch.parse().ok()?)));
+    let (gateway, epoch) = place
+        .ok_or_else(|| Error::Invalid { field: "page_token", reason: "must be the next_page_token of an answer".to_owned() })?;
+    Ok(Some((gateway, Epoch(epoch))))
+}
+
+/// Leaves out what an answer has no room for. True: that was nothing.
+fn fit(lives: &mut Vec<pb::Life>) -> bool {
+    let mut left = convert::MAX_ANSWER_BYTES - BESIDE_BYTES;
+    let fits = |life: &&pb::Life| match left.checked_sub(1 + 3 + life.encoded_len()) {
+        Some(less) => {
+            left = less;
+            true
+        }
+        None => false,
+    };
+    let (all, fitting) = (lives.len(), lives.iter().take_while(fits).count());
+    lives.truncate(fitting);
+    fitting == all
 }
 
 /// Negative: so long ago.

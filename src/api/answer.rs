@@ -22,6 +22,8 @@ use crate::pb;
 const USER_BYTES: usize = 256;
 /// The same without its routes.
 const SHORT_USER_BYTES: usize = 48;
+/// The longest that says only a code.
+const CODE_BYTES: usize = 14;
 
 /// A message in the making.
 struct Wire(Vec<u8>);
@@ -45,18 +47,24 @@ pub fn about_one(user: UserId, answer: &Answer) -> Vec<u8> {
     wire.0
 }
 
-/// `BatchQueryRouteResp`. `online_only`: users who are known not to be online are left out.
+/// `BatchQueryRouteResp`. `online_only`: users who are known not to be online are left out. From where it would be longer than
+/// an answer may be, it says only that.
 pub fn about_many(users: &[UserId], answers: &[Result<Answer, Error>], with_routes: bool, online_only: bool) -> Vec<u8> {
     let each = if with_routes { USER_BYTES } else { SHORT_USER_BYTES };
-    let mut wire = Wire(Vec::with_capacity(users.len() * each));
+    let mut wire = Wire(Vec::with_capacity((users.len() * each).min(convert::MAX_ANSWER_BYTES)));
     wire.nested(1, |_ok| {});
-    for (user, answer) in users.iter().zip(answers) {
+    let mut is_full = false;
+    for (i, (user, answer)) in users.iter().zip(answers).enumerate() {
+        let (before, others) = (wire.0.len(), users.len() - i - 1);
         match answer {
+            _ if is_full => {}
             Ok(answer) => wire.user(*user, answer, with_routes, online_only),
-            Err(error) => wire.nested(2, |wire| {
-                wire.signed(1, user.get());
-                wire.number(6, code(item_code(error).0));
-            }),
+            Err(error) => wire.user_code(*user, item_code(error).0),
+        }
+        is_full |= wire.0.len() + others * CODE_BYTES > convert::MAX_ANSWER_BYTES;
+        if is_full {
+            wire.0.truncate(before);
+            wire.user_code(*user, pb::Code::TooLarge);
         }
     }
     wire.0
@@ -83,6 +91,14 @@ impl Wire {
                 wire.routes(user, answer);
             }
             wire.number(6, code(if newest.is_some() { pb::Code::Ok } else { pb::Code::NotFound }));
+        });
+    }
+
+    /// `UserRoute` that says only why there is no more to say.
+    fn user_code(&mut self, user: UserId, why: pb::Code) {
+        self.nested(2, |wire| {
+            wire.signed(1, user.get());
+            wire.number(6, code(why));
         });
     }
 

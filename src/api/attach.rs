@@ -34,6 +34,8 @@ use crate::engine::lives::Lives;
 use crate::engine::peers::Peers;
 use crate::engine::streams::Attached;
 use crate::engine::streams::Order;
+use crate::engine::streams::Place;
+use crate::engine::streams::Queued;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_frame::Body as Up;
@@ -50,7 +52,9 @@ pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The same, as it is told.
 const DRAIN_DEADLINE_MS: u32 = 1_000;
 
-pub type Outgoing = mpsc::Sender<Result<pb::NodeFrame, Status>>;
+/// What goes to the transport, with the room in the stream's queue that it takes until then.
+pub type Written = (Result<pb::NodeFrame, Status>, Option<Place>);
+pub type Outgoing = mpsc::Sender<Written>;
 
 /// What streams work with.
 pub struct Tools {
@@ -91,7 +95,7 @@ impl Stream {
             self.tools.attaching.detach(epoch, no, end).await;
         }
         if let Some(status) = status {
-            let _ = self.out.try_send(Err(status)); // a gateway that does not read will see the end without a reason
+            let _ = self.out.try_send((Err(status), None)); // a gateway that does not read will see the end without a reason
         }
     }
 
@@ -115,7 +119,7 @@ impl Stream {
                 () = sleep_until(hello_by.into()), if !is_attached => return (End::Ours, Some(Status::deadline_exceeded("no hello came in time"))),
                 place = out.reserve(), if !self.answers.is_empty() => match (place, self.answers.pop_front()) {
                     (Ok(place), Some(answer)) => {
-                        place.send(Ok(answer));
+                        place.send((Ok(answer), None));
                         self.send_more(&out);
                     }
                     _ => return (End::Theirs, None),
@@ -134,7 +138,7 @@ impl Stream {
                     None => return (End::Theirs, None),
                 },
                 order = next_order(&out, self.attached.as_mut()), if is_attached => match order {
-                    Some((place, order)) => place.send(Ok(frame(0, told(order)))),
+                    Some((permit, (order, place))) => permit.send((Ok(frame(0, told(order))), Some(place))),
                     None => return (End::Theirs, None),
                 },
             }
@@ -152,7 +156,7 @@ impl Stream {
         while !self.answers.is_empty() {
             let Ok(place) = out.try_reserve() else { return };
             if let Some(answer) = self.answers.pop_front() {
-                place.send(Ok(answer));
+                place.send((Ok(answer), None));
             }
         }
     }
@@ -254,13 +258,10 @@ impl Stream {
     }
 }
 
-type Place<'a> = mpsc::Permit<'a, Result<pb::NodeFrame, Status>>;
-
-/// The next order, once there is a place for it. None: the gateway is gone.
-async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(Place<'a>, Order)> {
-    let (place, attached) = (out.reserve().await.ok()?, attached?);
-    let order = attached.next().await?;
-    Some((place, order))
+/// The next order, once it may be sent. None: the gateway is gone.
+async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(mpsc::Permit<'a, Written>, Queued)> {
+    let (permit, attached) = (out.reserve().await.ok()?, attached?);
+    Some((permit, attached.next().await?))
 }
 
 /// What a gateway is told of a frame that cannot be read. If it is gone, nobody hears it.

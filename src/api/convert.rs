@@ -42,6 +42,9 @@ pub const MAX_BATCH: usize = 10_000;
 /// Users in one batch that asks for routes.
 pub const MAX_BATCH_WITH_ROUTES: usize = 2_000;
 
+/// Largest answer: most clients take no more than 4 MiB.
+pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
+
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
 const MAX_REGION_BYTES: usize = 128;

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use tokio::sync::mpsc;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
 use tonic::Request;
@@ -76,7 +77,7 @@ impl GatewayService for Leases {
     async fn attach(&self, request: Request<Streaming<pb::GatewayFrame>>) -> Result<Response<BoxStream<pb::NodeFrame>>, Status> {
         let (out, frames) = mpsc::channel(OUTGOING);
         self.attached.spawn(Stream::new(self.stream_tools.clone(), out).run(request.into_inner()));
-        Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
+        Ok(Response::new(Box::pin(ReceiverStream::new(frames).map(|(frame, _room)| frame))))
     }
 
     async fn ack_delivery(&self, request: Request<pb::AckDeliveryReq>) -> Result<Response<pb::AckDeliveryResp>, Status> {
@@ -92,7 +93,8 @@ impl GatewayService for Leases {
         let (user, device) = inbox_of(request.user_id, &request.device_id)?;
         convert::at_most("limit", request.limit as usize, MAX_PULLED, "messages").map_err(|error| status(&error))?;
         let limit = if request.limit == 0 { PULLED } else { request.limit as usize };
-        let pulled = self.inboxes.pull(user, request.after_seq, limit, &device).await;
+        let limits = (limit, convert::MAX_ANSWER_BYTES);
+        let pulled = self.inboxes.pull(user, request.after_seq, limits, &device).await;
         let (messages, more) = pulled.map_err(|error| status(&error))?;
         let deliveries = messages.into_iter().map(|stored| convert::stored_delivery(user, stored)).collect();
         Ok(Response::new(pb::PullInboxResp { result: convert::result(pb::Code::Ok, ""), deliveries, more }))

@@ -28,6 +28,7 @@ use crate::engine::hints::Hints;
 use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
 use crate::engine::streams::Streams;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -39,6 +40,7 @@ pub struct Operator {
     pub cache: Arc<Cache>,
     pub lanes: Arc<Lanes>,
     pub streams: Arc<Streams>,
+    pub memory: Arc<Memory>,
     pub lives: Arc<Lives>,
     /// None: there is nobody to hear.
     pub hints: Option<Arc<Hints>>,
@@ -92,6 +94,7 @@ async fn metrics(
     metrics.users_online.set(operator.lives.users_online());
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
     metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
+    metrics.held_bytes.set(gauge(operator.memory.taken() as u64));
     metrics.rejected_so_far("l1", operator.cache.offers_rejected());
     metrics.log_lines_dropped_so_far((operator.dropped_log_lines)());
     let accepts = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text"));

@@ -4,6 +4,7 @@ pub mod admin;
 pub mod answer;
 pub mod attach;
 pub mod binder;
+pub mod body;
 pub mod convert;
 pub mod delivery;
 pub mod gateway;

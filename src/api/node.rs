@@ -13,6 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
+use tonic::codegen::http::HeaderMap;
+use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
@@ -40,12 +42,12 @@ const TOGETHER: usize = 256;
 const PART_BYTES: usize = 3 * 1024 * 1024;
 /// How long a gateway that is handed many orders at once has to read some of them. Well within what its caller waits.
 const ROOM_LIMIT: Duration = Duration::from_millis(500);
-/// What an order takes beside its message, roughly.
-const ORDER_BYTES: usize = 1024;
+/// Names the caller's store, so that a stranger's call is refused before its body is read.
+const STORE_HEADER: &str = "im-presence-store";
 
 /// Serves other nodes.
 pub struct Node {
-    pub store_id: String,
+    pub store_id: Arc<str>,
     pub streams: Arc<Streams>,
     pub acks: Arc<Acks>,
     pub peers: Arc<Peers>,
@@ -82,10 +84,7 @@ impl NodeService for Node {
 
 impl Node {
     fn check_store(&self, store_id: &str) -> Result<(), Status> {
-        match store_id == self.store_id {
-            true => Ok(()),
-            false => Err(Status::failed_precondition("this node belongs to another store")),
-        }
+        if *store_id == *self.store_id { Ok(()) } else { Err(strange()) }
     }
 
     async fn hand_all(&self, orders: Vec<pb::Order>) -> Vec<i32> {
@@ -98,7 +97,8 @@ impl Node {
         let known: Vec<_> = orders.into_iter().map(order).collect();
         let places: Vec<usize> = (0..known.len()).filter(|i| known[*i].is_some()).collect();
         let mut outcomes = vec![pb::Handed::NotHere.into(); known.len()];
-        let handed = self.streams.hand_all(known.into_iter().flatten().collect(), Instant::now() + ROOM_LIMIT).await;
+        let known: Vec<_> = known.into_iter().flatten().collect();
+        let handed = self.streams.hand_all(&known, Instant::now() + ROOM_LIMIT).await;
         for (i, handed) in places.into_iter().zip(handed) {
             outcomes[i] = match handed {
                 Handed::Taken => pb::Handed::Taken.into(),
@@ -108,6 +108,27 @@ impl Node {
         }
         outcomes
     }
+}
+
+fn strange() -> Status {
+    Status::failed_precondition("this node belongs to another store")
+}
+
+/// Whether a call may come from a node of this store. One of before this header says so in its body.
+pub fn check_caller(headers: &HeaderMap, own: &str) -> Result<(), Status> {
+    match headers.get(STORE_HEADER) {
+        Some(store_id) if store_id.as_bytes() != own.as_bytes() => Err(strange()),
+        _ => Ok(()),
+    }
+}
+
+/// A call from a node of this store.
+fn signed<T>(message: T, store_id: &str) -> Request<T> {
+    let mut request = Request::new(message);
+    if let Ok(store_id) = AsciiMetadataValue::try_from(store_id) {
+        request.metadata_mut().insert(STORE_HEADER, store_id);
+    }
+    request
 }
 
 /// Calls other nodes for the engine, each over one connection, until `stop`.
@@ -135,6 +156,7 @@ pub async fn who_answers(addr: &str, store_id: &str) -> Result<String, String> {
     let endpoint = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT);
     let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
     let hello = pb::ForwardReq { store_id: store_id.to_owned(), ..Default::default() };
+    let hello = signed(hello, store_id);
     let answer = NodeServiceClient::new(channel).forward(hello).await.map_err(|status| status.message().to_owned())?;
     Ok(answer.into_inner().incarnation)
 }
@@ -190,7 +212,8 @@ impl Caller {
     async fn forward_acks(&self, mut client: NodeServiceClient<Channel>, acks: &[Ack]) {
         if !acks.is_empty() {
             let acks = acks.iter().map(convert::ack_to_pb).collect();
-            let _ = client.forward_acks(pb::ForwardAcksReq { store_id: self.store_id.clone(), acks }).await; // lost: repeated
+            let request = pb::ForwardAcksReq { store_id: self.store_id.clone(), acks };
+            let _ = client.forward_acks(signed(request, &self.store_id)).await; // lost: repeated
         }
     }
 
@@ -230,7 +253,7 @@ impl Caller {
             Ok(pb::Handed::Full) => Handed::Full,
             Ok(pb::Handed::NotHere | pb::Handed::Unspecified) | Err(_) => Handed::NotHere,
         };
-        let outcomes = client.forward(request).await.ok()?.into_inner().outcomes;
+        let outcomes = client.forward(signed(request, &self.store_id)).await.ok()?.into_inner().outcomes;
         (outcomes.len() == orders.len()).then(|| outcomes.into_iter().map(handed).collect())
     }
 }
@@ -239,10 +262,7 @@ impl Caller {
 fn as_many_as_fit(orders: &[(Epoch, Order)]) -> usize {
     let mut bytes = 0;
     let fits = |(_, order): &&(Epoch, Order)| {
-        bytes += ORDER_BYTES;
-        if let Order::Delivery(envelope) = order {
-            bytes += envelope.message.len() + envelope.payload.len();
-        }
+        bytes += order.bytes();
         bytes <= PART_BYTES
     };
     orders.iter().take_while(fits).count().max(1).min(orders.len())

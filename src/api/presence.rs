@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use prost::Message;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -58,8 +59,32 @@ impl PresenceService for Presence {
         let binds: Vec<_> = binds.iter().map(convert::bind).collect::<Result<_, _>>().map_err(|error| status(&error))?;
         let answers = self.binder.bind_many(binds).await;
         unless_all_failed(&answers)?;
-        let results = answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
+        let mut results: Vec<_> =
+            answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
+        leave_kicked_out(&mut results);
         Ok(Response::new(pb::BatchBindRouteResp { results }))
+    }
+}
+
+/// Where the answer would be too large the routes that were removed are left out: what was bound has to be told.
+fn leave_kicked_out(results: &mut [pb::BindRouteResp]) {
+    const WHY: &str = "kicked is left out, the answer would be too large: bind fewer at once";
+    const HEAD_BYTES: usize = 1 + 5;
+    let mut left = convert::MAX_ANSWER_BYTES;
+    for result in &*results {
+        let kicked: usize = result.kicked.iter().map(|route| HEAD_BYTES + route.encoded_len()).sum();
+        left = left.saturating_sub(HEAD_BYTES + WHY.len() + result.encoded_len() - kicked.min(result.encoded_len()));
+    }
+    for result in results.iter_mut().filter(|result| !result.kicked.is_empty()) {
+        let kicked: usize = result.kicked.iter().map(|route| HEAD_BYTES + route.encoded_len()).sum();
+        match left.checked_sub(kicked) {
+            Some(less) => left = less,
+            None => {
+                left = 0;
+                result.kicked = Vec::new();
+                result.result = convert::result(pb::Code::Ok, WHY);
+            }
+        }
     }
 }
 

@@ -19,6 +19,10 @@ use tonic::server::Grpc;
 use tonic::server::UnaryService;
 
 use crate::api::answer;
+use crate::api::body::Arriving;
+use crate::api::body::Leaving;
+use crate::api::body::MAX_MESSAGE_BYTES;
+use crate::api::body::out_of_memory;
 use crate::api::convert;
 use crate::api::presence::unless_all_failed;
 use crate::api::status::status;
@@ -27,11 +31,17 @@ use crate::engine::directory::Answer;
 use crate::engine::directory::Directory;
 use crate::engine::directory::Source;
 use crate::error::Error;
+use crate::memory::Held;
+use crate::memory::Memory;
+use crate::memory::Share;
 use crate::metrics::HotCounter;
 use crate::metrics::LookedUp;
 use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::codec::Written;
+
+/// Answers that are larger are counted until they have left.
+const SMALL_ANSWER_BYTES: usize = 4 * 1024;
 
 /// Cloning it counts references, and threads that count in one place slow each other down: each has one of its own.
 #[derive(Clone)]
@@ -41,41 +51,58 @@ pub struct Queries(Arc<Tools>);
 struct Tools {
     directory: Arc<Directory>,
     metrics: Arc<Metrics>,
+    memory: Arc<Memory>,
 }
 
 impl Queries {
-    pub fn new(directory: Arc<Directory>, metrics: Arc<Metrics>) -> Self {
-        Self(Arc::new(Tools { directory, metrics }))
+    pub fn new(directory: Arc<Directory>, metrics: Arc<Metrics>, memory: Arc<Memory>) -> Self {
+        Self(Arc::new(Tools { directory, metrics, memory }))
     }
 
-    pub fn for_another_thread(&self) -> Self {
-        Self(Arc::new(Tools::clone(&self.0)))
+    pub fn for_another_thread(&self, memory: &Arc<Memory>) -> Self {
+        Self(Arc::new(Tools { memory: memory.clone(), ..Tools::clone(&self.0) }))
     }
 
-    /// Serves the call that is asked by `Q`. Requests may be as long as `max_bytes`.
-    pub async fn serve<Q>(self, request: http::Request<Body>, max_bytes: usize) -> Result<http::Response<Body>, Infallible>
+    /// Serves the call that is asked by `Q`.
+    pub async fn serve<Q>(self, request: http::Request<Body>) -> Result<http::Response<Body>, Infallible>
     where
         Self: UnaryService<Q, Response = Vec<u8>>,
         Q: Message + Default + Send + 'static,
     {
-        let mut call = Grpc::new(Written::default()).max_decoding_message_size(max_bytes);
-        Ok(call.unary(self, request).await)
+        let request = request.map(|body| Arriving::message(body, &self.0.memory, None));
+        let mut call = Grpc::new(Written::default()).max_decoding_message_size(MAX_MESSAGE_BYTES);
+        let mut response = call.unary(self, request).await;
+        Ok(match response.extensions_mut().remove::<Arc<Held>>() {
+            Some(held) => response.map(|body| Body::new(Leaving::counted(body, held))),
+            None => response,
+        })
+    }
+
+    /// An answer, counted if it is large.
+    fn written(&self, answer: Vec<u8>) -> Result<Response<Vec<u8>>, Status> {
+        let length = answer.len();
+        let mut response = Response::new(answer);
+        if length > SMALL_ANSWER_BYTES {
+            let held = self.0.memory.take(Share::Calls, length).ok_or_else(out_of_memory)?;
+            response.extensions_mut().insert(Arc::new(held));
+        }
+        Ok(response)
     }
 
     /// Where a user is, if this takes no waiting.
-    fn one_at_once(&self, user: UserId, bound: Option<Duration>, asked: Instant) -> Option<Response<Vec<u8>>> {
+    fn one_at_once(&self, user: UserId, bound: Option<Duration>, asked: Instant) -> Option<Result<Response<Vec<u8>>, Status>> {
         self.0.directory.recall(user, bound, asked).map(|answer| self.about_one(user, &answer, asked))
     }
 
     async fn one_later(self, user: UserId, bound: Option<Duration>, asked: Instant) -> Result<Response<Vec<u8>>, Status> {
         let answer = self.0.directory.look_up(user, bound).await.map_err(|error| status(&error))?;
-        Ok(self.about_one(user, &answer, asked))
+        self.about_one(user, &answer, asked)
     }
 
-    fn about_one(&self, user: UserId, answer: &Answer, asked: Instant) -> Response<Vec<u8>> {
+    fn about_one(&self, user: UserId, answer: &Answer, asked: Instant) -> Result<Response<Vec<u8>>, Status> {
         by_source(&self.0.metrics.queries, answer.source).inc();
         self.0.metrics.query_seconds.observe(asked.elapsed());
-        Response::new(answer::about_one(user, answer))
+        self.written(answer::about_one(user, answer))
     }
 
     /// Where many users are.
@@ -85,7 +112,7 @@ impl Queries {
         let answers = self.0.directory.get_many(&users, bound(request.max_staleness_ms)).await;
         unless_all_failed(&answers)?;
         self.count_batch(&answers);
-        Ok(Response::new(answer::about_many(&users, &answers, request.with_routes, request.online_only)))
+        self.written(answer::about_many(&users, &answers, request.with_routes, request.online_only))
     }
 
     fn count_batch(&self, answers: &[Result<Answer, Error>]) {
@@ -123,7 +150,7 @@ impl UnaryService<pb::QueryRouteReq> for Queries {
             Err(error) => return Either::Left(ready(Err(status(&error)))),
         };
         match self.one_at_once(user, bound, asked) {
-            Some(answer) => Either::Left(ready(Ok(answer))),
+            Some(answer) => Either::Left(ready(answer)),
             None => Either::Right(Box::pin(self.clone().one_later(user, bound, asked))),
         }
     }

@@ -10,11 +10,13 @@ use axum::Router;
 use axum::body::Body;
 use axum::body::to_bytes;
 use axum::extract::Request;
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::middleware::Next;
-use axum::middleware::from_fn;
+use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::response::Response;
+use hyper::body::Body as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::server::conn::http2;
@@ -35,6 +37,8 @@ use crate::api::listen::ACCEPT_PAUSE;
 use crate::api::listen::speaks_http2;
 use crate::api::newcomers::Newcomer;
 use crate::api::newcomers::Newcomers;
+use crate::memory::Memory;
+use crate::memory::Share;
 
 /// Connections that have not made a whole request yet, and those that have.
 pub const MAX_NEWCOMERS: usize = 64;
@@ -42,15 +46,17 @@ pub const MAX_CONNECTIONS: usize = 128;
 /// How long the head of a request may take, and then its body.
 const HEAD_LIMIT: Duration = Duration::from_secs(10);
 const BODY_LIMIT: Duration = Duration::from_secs(10);
-const MAX_BODY_BYTES: usize = 4 * 1024 * 1024;
+const MAX_BODY_BYTES: usize = 256 * 1024;
+/// Calls in progress on one connection.
+const MAX_CALLS_PER_CONNECTION: u32 = 64;
 /// A peer that is gone without a word is noticed after both.
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves `router` until `stop`.
-pub async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+pub async fn serve(listener: TcpListener, router: Router, memory: Arc<Memory>, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let router = router.layer(from_fn(with_whole_body));
+    let router = router.layer(from_fn_with_state(memory, with_whole_body));
     let (newcomers, places) = (Newcomers::new(MAX_NEWCOMERS), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
     let mut connections = JoinSet::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
@@ -93,7 +99,7 @@ async fn connection(stream: TcpStream, newcomer: Arc<Newcomer>, places: Arc<Sema
         true => {
             let mut server = http2::Builder::new(TokioExecutor::new());
             server.timer(TokioTimer::new()).keep_alive_interval(Some(KEEPALIVE_INTERVAL)).keep_alive_timeout(KEEPALIVE_TIMEOUT);
-            server.serve_connection(io, answer).await
+            server.max_concurrent_streams(MAX_CALLS_PER_CONNECTION).serve_connection(io, answer).await
         }
         false => {
             let mut server = http1::Builder::new();
@@ -103,8 +109,12 @@ async fn connection(stream: TcpStream, newcomer: Arc<Newcomer>, places: Arc<Sema
 }
 
 /// No request is begun before all of it is there.
-async fn with_whole_body(request: Request, next: Next) -> Response {
+async fn with_whole_body(State(memory): State<Arc<Memory>>, request: Request, next: Next) -> Response {
     let (head, body) = request.into_parts();
+    let bytes = if body.is_end_stream() { 0 } else { MAX_BODY_BYTES };
+    let Some(_held) = memory.take(Share::Leases, bytes) else {
+        return (StatusCode::SERVICE_UNAVAILABLE, "out of memory (limits.memory_bytes)\n").into_response();
+    };
     match timeout(BODY_LIMIT, to_bytes(body, MAX_BODY_BYTES)).await {
         Ok(Ok(body)) => next.run(Request::from_parts(head, Body::from(body))).await,
         Ok(Err(_)) => StatusCode::PAYLOAD_TOO_LARGE.into_response(),

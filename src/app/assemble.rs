@@ -37,6 +37,8 @@ use crate::engine::kicks::Kicks;
 use crate::engine::l2::L2;
 use crate::engine::l2::L2Check;
 use crate::engine::lanes::Lanes;
+use crate::engine::lanes::NEW_NAMES_AT_ONCE;
+use crate::engine::lanes::NEW_NAMES_PER_SECOND;
 use crate::engine::lanes::Tools;
 use crate::engine::lives::Lives;
 use crate::engine::loader::L2_READERS;
@@ -46,10 +48,12 @@ use crate::engine::peers::Call;
 use crate::engine::peers::Peers;
 use crate::engine::projection::Outside;
 use crate::engine::projection::Repair;
+use crate::engine::rate::Rate;
 use crate::engine::streams::Streams;
 use crate::engine::sweep::Sweep;
 use crate::engine::warm_up::WarmUp;
 use crate::engine::watch::Watch;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::cluster::NodeName;
@@ -65,6 +69,7 @@ pub struct Assembled {
     pub own: NodeName,
     pub database: Arc<Database>,
     pub metrics: Arc<Metrics>,
+    pub memory: Arc<Memory>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
     pub gateways: Arc<Gateways>,
@@ -88,6 +93,7 @@ struct Ground<'a> {
     own: NodeName,
     database: Arc<Database>,
     metrics: Arc<Metrics>,
+    memory: Arc<Memory>,
     lives: Arc<Lives>,
     cache: Arc<Cache>,
     bus: Option<Arc<Bus>>,
@@ -128,11 +134,12 @@ impl Assembled {
         let inboxes = ground.inboxes(drains, &deliveries, &directory, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { gateways: gateways.clone(), streams: streams.clone(), grace });
-        let Ground { own, database, metrics, cache, lives, hints, .. } = ground;
+        let Ground { own, database, metrics, memory, cache, lives, hints, .. } = ground;
         Ok(Self {
             own,
             database,
             metrics,
+            memory,
             cache,
             lives,
             gateways,
@@ -164,7 +171,7 @@ impl Assembled {
             draining: draining.clone(),
         });
         let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
-        let queries = Queries::new(directory, metrics);
+        let queries = Queries::new(directory, metrics, self.memory.clone());
         let max_message_bytes = config.delivery.max_message_bytes;
         let leases = Leases {
             gateways: self.gateways.clone(),
@@ -174,7 +181,7 @@ impl Assembled {
             stream_tools,
             attached: attached.clone(),
         };
-        let (store_id, streams, acks) = (self.database.store_id.clone(), self.streams.clone(), self.acks.clone());
+        let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         Services {
             presence: Presence { binder, deliveries, max_message_bytes },
             more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
@@ -203,11 +210,12 @@ impl<'a> Ground<'a> {
             neighbours::must_not_be_twins(&own, &database).await?;
         }
         let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
+        let memory = Memory::new(config.limits.memory_bytes);
         let (bus, shared) = redis(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&own, &*database.store_id);
         let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
-        Ok(Self { config, own, database, metrics, lives, cache, bus, l2, hints, tasks, stop })
+        Ok(Self { config, own, database, metrics, memory, lives, cache, bus, l2, hints, tasks, stop })
     }
 
     fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
@@ -225,7 +233,7 @@ impl<'a> Ground<'a> {
 
     fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
         let (peers, calls) = Peers::new(self.own.clone());
-        let streams = Streams::new(self.config.gateway.lease, self.metrics.clone());
+        let streams = Streams::new(self.config.gateway.lease, self.memory.clone(), self.metrics.clone());
         (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
     }
 
@@ -251,7 +259,8 @@ impl<'a> Ground<'a> {
     async fn gateways(&mut self, outlets: &Outlets, outside: &Arc<Outside>) -> (Arc<Gateways>, Arc<Heartbeats>) {
         let (terms, database, metrics) = (settings::terms(self.config), self.database.clone(), self.metrics.clone());
         let gateways = Gateways::new(terms, &self.own.node_id, database, self.lives.clone(), outside.clone(), metrics);
-        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets, self.stop.clone());
+        let longest = self.config.route.route_ttl.max(self.config.delivery.inbox_ttl);
+        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets, longest, self.stop.clone());
         watch.step().await;
         self.spawn(upkeep::keep_watching(watch, self.stop.clone()));
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
@@ -279,6 +288,7 @@ impl<'a> Ground<'a> {
             outside,
             drains: drains.clone(),
             write_health: Arc::default(),
+            newcomers: Rate::new(NEW_NAMES_PER_SECOND, NEW_NAMES_AT_ONCE),
             settings: settings::lanes(self.config, self.database.engine),
         });
         let lanes = Lanes::start(&tools, self.tasks, self.stop);
@@ -321,6 +331,7 @@ impl<'a> Ground<'a> {
             self.lives.clone(),
             self.metrics.clone(),
             self.database.clone(),
+            self.memory.clone(),
         );
         for _ in 0..DRAINERS {
             self.spawn(inboxes.clone().keep_draining(self.stop.clone()));

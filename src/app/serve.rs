@@ -1,6 +1,7 @@
 //! The two servers: gRPC for gateways and services, HTTP and gRPC for operators. How they are configured stands here.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
@@ -16,10 +17,18 @@ use tonic_health::server::HealthReporter;
 use tonic_health::server::health_reporter;
 
 use crate::api::admin::Admin;
+use crate::api::body;
+use crate::api::body::Arriving;
+use crate::api::body::Leaving;
+use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::gateway::Leases;
 use crate::api::http as operators;
+use crate::api::node;
 use crate::api::node::Node;
 use crate::api::queries::Queries;
+use crate::memory::Memory;
+use crate::memory::Share;
+use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
@@ -27,14 +36,20 @@ use crate::pb::node_service_server::NodeServiceServer;
 use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
 
-/// How the paths of the presence service begin.
+/// How the paths of our services begin, and those of two of them.
+const OURS: &str = "/mpim.";
 const PRESENCE: &str = "/mpim.PresenceService/";
-/// Largest request.
-const MAX_REQUEST_BYTES: usize = 4 * 1024 * 1024;
-/// Largest request of another node, which puts many calls into one.
-const MAX_FORWARD_BYTES: usize = 64 * 1024 * 1024;
+const NODES: &str = "/mpim.NodeService/";
+/// Our calls with more than one message.
+const STREAMS: [&str; 1] = ["/mpim.GatewayService/Attach"];
+/// What a call takes beside its message and its answer, roughly.
+const CALL_BYTES: usize = 4 * 1024;
 /// Calls in progress on one connection.
 const MAX_CALLS_PER_CONNECTION: u32 = 1024;
+/// What a stream, and all streams of a connection, may send while nobody reads it.
+const STREAM_WINDOW_BYTES: u32 = 256 * 1024;
+const CONNECTION_WINDOW_BYTES: u32 = 1024 * 1024;
+const MAX_HEADER_BYTES: u32 = 8 * 1024;
 /// Storms of calls cancelled by their deadline must not end the connection.
 const MAX_PENDING_RESETS: usize = 1024;
 /// A peer that is gone without a word is noticed after both.
@@ -48,22 +63,38 @@ pub struct Services<P> {
     pub more: Option<(Queries, Leases, Node)>,
 }
 
-/// Everything served on the data port. The calls that come by the thousand do not go through the router of the others.
-pub struct DataService<P> {
+/// Everything served on the data port. It is cloned for each call, so each thread counts references of its own.
+pub struct DataService<P>(Arc<Served<P>>);
+
+/// The calls that come by the thousand do not go through the router of the others.
+struct Served<P> {
     queries: Option<Queries>,
     presence: PresenceServiceServer<P>,
     others: Routes,
+    memory: Arc<Memory>,
+    metrics: Arc<Metrics>,
+    /// None: there are no other nodes.
+    store_id: Option<Arc<str>>,
 }
 
 impl<P> Clone for DataService<P> {
     fn clone(&self) -> Self {
-        Self { queries: self.queries.clone(), presence: self.presence.clone(), others: self.others.clone() }
+        Self(self.0.clone())
     }
 }
 
 impl<P> DataService<P> {
     pub fn for_another_thread(&self) -> Self {
-        Self { queries: self.queries.as_ref().map(Queries::for_another_thread), ..self.clone() }
+        let Served { queries, presence, others, memory, metrics, store_id } = &*self.0;
+        let memory = memory.for_another_thread();
+        Self(Arc::new(Served {
+            queries: queries.as_ref().map(|queries| queries.for_another_thread(&memory)),
+            presence: presence.clone(),
+            others: others.clone(),
+            memory,
+            metrics: metrics.clone(),
+            store_id: store_id.clone(),
+        }))
     }
 }
 
@@ -77,31 +108,68 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        match (request.uri().path().strip_prefix(PRESENCE), self.queries.clone()) {
-            (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request, MAX_REQUEST_BYTES)),
-            (Some("BatchQueryRoute"), Some(queries)) => {
-                Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request, MAX_REQUEST_BYTES))
+        let served = &*self.0;
+        match (request.uri().path().strip_prefix(PRESENCE), served.queries.clone()) {
+            (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request)),
+            (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
+            _ if is_stream(request.uri().path()) => {
+                let request = request.map(|body| Body::new(Arriving::stream(body, &served.memory)));
+                Box::pin(served.others.clone().call(request))
             }
-            (Some(_), _) => self.presence.call(request),
-            (None, _) => Box::pin(self.others.call(request)),
+            _ => served.call_counted(request),
         }
     }
 }
 
-pub async fn data_service<P: PresenceService>(services: Services<P>) -> (HealthReporter, DataService<P>) {
+impl<P: PresenceService> Served<P> {
+    /// A call with one message and one answer. Its memory is taken from when it comes until its answer has left.
+    fn call_counted(&self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
+        let path = request.uri().path();
+        let (is_presence, is_node) = (path.starts_with(PRESENCE), path.starts_with(NODES));
+        if let Some(own) = self.store_id.as_ref().filter(|_| is_node)
+            && let Err(status) = node::check_caller(request.headers(), own)
+        {
+            return Box::pin(async move { Ok(status.into_http()) }); // before it has sent more
+        }
+        let share = if is_presence || is_node { Share::Calls } else { Share::Leases };
+        let Some(call) = self.memory.take(share, CALL_BYTES).map(Arc::new) else {
+            self.metrics.shed("memory");
+            return Box::pin(async { Ok(body::out_of_memory().into_http()) });
+        };
+        let request = request.map(|body| Arriving::message(body, &self.memory, Some(call.clone())));
+        let answer = if is_presence {
+            self.presence.clone().call(request)
+        } else {
+            Box::pin(self.others.clone().call(request.map(Body::new)))
+        };
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Leaving::new(body, call)))) })
+    }
+}
+
+/// Whether a call has more than one message: what is not ours may have.
+fn is_stream(path: &str) -> bool {
+    STREAMS.contains(&path) || !path.starts_with(OURS)
+}
+
+pub async fn data_service<P: PresenceService>(
+    services: Services<P>,
+    memory: Arc<Memory>,
+    metrics: Arc<Metrics>,
+) -> (HealthReporter, DataService<P>) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
         |builder: tonic_reflection::server::Builder<'static>| builder.register_encoded_file_descriptor_set(pb::DESCRIPTORS);
-    let presence = PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_REQUEST_BYTES);
+    let presence = PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let mut routes = Routes::builder();
     routes.add_service(health_service);
-    let mut queries = None;
+    let (mut queries, mut store_id) = (None, None);
     if let Some((resolving, leases, node)) = services.more {
         queries = Some(resolving);
+        store_id = Some(node.store_id.clone());
         routes
-            .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_REQUEST_BYTES))
-            .add_service(NodeServiceServer::new(node).max_decoding_message_size(MAX_FORWARD_BYTES));
+            .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_MESSAGE_BYTES))
+            .add_service(NodeServiceServer::new(node).max_decoding_message_size(MAX_MESSAGE_BYTES));
     }
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);
@@ -109,13 +177,17 @@ pub async fn data_service<P: PresenceService>(services: Services<P>) -> (HealthR
     if let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
         routes.add_service(v1alpha); // for clients of before 2023
     }
-    (health, DataService { queries, presence, others: routes.routes().prepare() })
+    let others = routes.routes().prepare();
+    (health, DataService(Arc::new(Served { queries, presence, others, memory, metrics, store_id })))
 }
 
 /// The gRPC server of the data port.
 pub fn data_server() -> Server {
     Server::builder()
         .max_concurrent_streams(MAX_CALLS_PER_CONNECTION)
+        .initial_stream_window_size(STREAM_WINDOW_BYTES)
+        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .http2_max_header_list_size(MAX_HEADER_BYTES)
         .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
         .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
@@ -125,4 +197,20 @@ pub fn data_server() -> Server {
 pub fn admin_router(operator: operators::Operator, admin: Admin) -> Router {
     let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
     operators::router(operator).merge(grpc)
+}
+
+#[cfg(test)]
+mod tests {
+    use prost_reflect::DescriptorPool;
+
+    use super::*;
+
+    #[test]
+    fn every_call_with_more_than_one_message_is_known_as_a_stream() {
+        let pool = DescriptorPool::decode(pb::DESCRIPTORS).expect("compiled in");
+        for method in pool.services().flat_map(|service| service.methods().collect::<Vec<_>>()) {
+            let path = format!("/{}/{}", method.parent_service().full_name(), method.name());
+            assert_eq!(is_stream(&path), method.is_client_streaming() || method.is_server_streaming(), "{path}");
+        }
+    }
 }

@@ -1,6 +1,7 @@
 //! From the configuration to what the parts of the engine are told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::Config;
 use crate::config::Gateway;
@@ -38,10 +39,12 @@ pub fn lanes(config: &Config, engine: Engine) -> lanes::Settings {
             messages: config.delivery.inbox_max_messages,
             bytes: config.delivery.inbox_max_bytes,
             ttl: config.delivery.inbox_ttl,
+            slack: Duration::ZERO,
             keeps_what_is_over: false,
         },
         route_ttl: config.route.route_ttl,
         heartbeat_interval: config.gateway.heartbeat_interval,
+        forget_users_after: Some(config.store.forget_users_after).filter(|after| !after.is_zero()),
     }
 }
 

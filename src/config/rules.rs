@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::ops::RangeInclusive;
 use std::str::FromStr;
+use std::time::Duration;
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -18,6 +19,7 @@ const HOUR_MS: u64 = 60 * 60_000;
 const DAY_MS: u64 = 24 * HOUR_MS;
 const HOUR_S: u64 = 3600;
 const YEAR_S: u64 = 365 * 24 * HOUR_S;
+const FORGET_AFTER_AT_LEAST: Duration = Duration::from_secs(7 * 24 * HOUR_S);
 const MAX_PORT: u64 = u16::MAX as u64;
 const MAX_DATABASE: u64 = i32::MAX as u64;
 const MAX_THREADS: u64 = 1024;
@@ -30,6 +32,8 @@ const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
 const MAX_INBOX_MESSAGES: u64 = 1_000_000;
 const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
 const MAX_SQL_CONNECTIONS: u64 = 1000;
+/// Less would not hold what one call of the largest batch needs beside the others.
+const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
 const MAX_LANES: u64 = 64;
 /// What the database's driver understands in a URL.
 const MYSQL_URL_KEYS: [&str; 9] =
@@ -53,6 +57,7 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("presence_service", "thread_count") => 0..=MAX_THREADS,
         ("presence_service", "max_connections") => 1..=MAX_CONNECTIONS,
         ("presence_service", "max_capacity") => 0..=MAX_USERS,
+        ("limits", "memory_bytes") => MEMORY_BYTES,
         ("route", "route_ttl" | "status_ttl") => 1..=YEAR_S,
         ("route", "max_retries") => 0..=MAX_RETRIES,
         ("route", "retry_interval") => 1..=HOUR_MS,
@@ -71,6 +76,7 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("store", "connections") => 1..=MAX_SQL_CONNECTIONS,
         ("store", "lanes") => 1..=MAX_LANES,
         ("store", "queue") => QUEUE,
+        ("store", "forget_users_after") => 0..=100 * YEAR_S,
         ("store" | "redis_cache" | "redis_queue", "timeout") | ("store", "max_event_age") => TIMEOUT_MS,
         ("redis_cache" | "redis_queue", "port") => 1..=MAX_PORT,
         ("redis_cache" | "redis_queue", "database") => 0..=MAX_DATABASE,
@@ -93,6 +99,7 @@ impl Config {
             "must begin with sqlite:, mysql: or mariadb:".into()
         });
         self.check_store_url(&mut faults);
+        self.check_forgetting(&mut faults);
         if let Some(redis) = &self.redis_cache {
             redis.check("redis_cache", &mut faults);
         }
@@ -102,6 +109,14 @@ impl Config {
             faults.unless(fits, &["redis_queue.channel_prefix"], not_a_name);
         }
         faults.0
+    }
+
+    /// Shorter would forget those who are away for the weekend, and race with nodes that know them.
+    fn check_forgetting(&self, faults: &mut Faults) {
+        let after = self.store.forget_users_after;
+        faults.unless(after.is_zero() || after >= FORGET_AFTER_AT_LEAST, &["store.forget_users_after"], || {
+            format!("must be 0 (never), or at least {} s", FORGET_AFTER_AT_LEAST.as_secs())
+        });
     }
 
     fn check_addresses(&self, faults: &mut Faults) {

@@ -91,7 +91,14 @@ impl Gateways {
 }
 
 async fn list(client: &mut AdminServiceClient<Channel>, list: &List, json: bool) -> Result<Outcome, tonic::Status> {
-    let answer = client.list_gateways(pb::ListGatewaysReq { include_dead: list.dead }).await?.into_inner();
+    let mut request = pb::ListGatewaysReq { include_dead: list.dead, ..Default::default() };
+    let mut answer = client.list_gateways(request.clone()).await?.into_inner();
+    while !answer.next_page_token.is_empty() {
+        request.page_token = std::mem::take(&mut answer.next_page_token);
+        let page = client.list_gateways(request.clone()).await?.into_inner();
+        answer.lives.extend(page.lives);
+        answer.next_page_token = page.next_page_token;
+    }
     let text = if json { print::json("ListGatewaysResp", &answer) } else { print::gateways(&answer) };
     Ok(Outcome { text, exit: DONE })
 }

@@ -7,6 +7,8 @@ use std::hash::Hasher;
 
 use compact_str::CompactString;
 
+use crate::domain::time::Timestamp;
+
 /// Longest device id, connection id and message id.
 pub const MAX_NAME_BYTES: usize = 128;
 /// Longest gateway address.
@@ -102,6 +104,11 @@ pub struct Version(pub u64);
 
 impl Version {
     pub const NONE: Version = Version(0);
+
+    /// Changes made before `time` have smaller versions, as far as the database's clock was right.
+    pub fn at(time: Timestamp) -> Self {
+        Self(u64::try_from(time.0).unwrap_or(0).saturating_mul(1_000))
+    }
 
     /// The version after this one, at `clock` or later.
     pub fn next(self, clock: Version) -> Version {

@@ -21,6 +21,8 @@ pub struct Limits {
     pub bytes: u64,
     /// How long a message is kept at most.
     pub ttl: Duration,
+    /// How much longer than it says a message may last, because the clock was set forward.
+    pub slack: Duration,
     /// The clock may be wrong: nothing is removed for its age.
     pub keeps_what_is_over: bool,
 }
@@ -113,7 +115,7 @@ impl Inbox {
     /// Applies `change`. `last` is the greatest number the user ever had; a new message is above it, at the database's clock
     /// or later, so a number never comes back.
     pub fn apply(&mut self, change: &InboxChange, last: u64, clock: Version, now: Timestamp, limits: &Limits) -> InboxOutcome {
-        let is_over = |stored: &Stored| stored.expires_at <= now && !limits.keeps_what_is_over;
+        let is_over = |stored: &Stored| stored.expires_at.plus(limits.slack) <= now && !limits.keeps_what_is_over;
         match change {
             InboxChange::Store(message) => {
                 self.remove(|_, stored| is_over(stored)); // what is over takes no room and is nobody's repeat
@@ -164,7 +166,8 @@ mod tests {
     use super::*;
 
     const NOW: Timestamp = Timestamp(1_000_000);
-    const LIMITS: Limits = Limits { messages: 3, bytes: 10, ttl: Duration::from_secs(60), keeps_what_is_over: false };
+    const LIMITS: Limits =
+        Limits { messages: 3, bytes: 10, ttl: Duration::from_secs(60), slack: Duration::ZERO, keeps_what_is_over: false };
 
     fn message(id: &str, body: &str) -> NewMessage {
         NewMessage {
@@ -232,6 +235,16 @@ mod tests {
         assert_eq!(expire(NOW), InboxOutcome::Removed { messages: 0 });
         assert_eq!(expire(NOW.plus(Duration::from_secs(1))), InboxOutcome::Removed { messages: 1 });
         assert_eq!(expire(NOW.plus(LIMITS.ttl)), InboxOutcome::Removed { messages: 1 });
+    }
+
+    #[test]
+    fn what_was_stored_before_the_clock_was_set_forward_lasts_as_much_longer() {
+        let mut inbox = Inbox::default();
+        store(&mut inbox, message("a", ""), 0);
+        let set_forward = Limits { slack: Duration::from_secs(3600), ..LIMITS };
+        let mut expire = |now| inbox.apply(&InboxChange::Expire, 1, Version(0), now, &set_forward);
+        assert_eq!(expire(NOW.plus(Duration::from_secs(3659))), InboxOutcome::Removed { messages: 0 });
+        assert_eq!(expire(NOW.plus(Duration::from_secs(3660))), InboxOutcome::Removed { messages: 1 });
     }
 
     #[test]

@@ -128,6 +128,9 @@ pub enum Event<'a> {
     Sweep,
 }
 
+/// What is later than it can be by less than this may have been written while the clock was read.
+pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
+
 /// What the rules look at besides the record. All of it is read inside the transaction that holds the user's lock.
 pub struct Context<'a> {
     pub policy: &'a DevicePolicy,
@@ -137,6 +140,8 @@ pub struct Context<'a> {
     pub clock: Version,
     pub route_ttl: Duration,
     pub heartbeat_interval: Duration,
+    /// How much longer than it says a route may last, because the clock was set forward.
+    pub slack: Duration,
     /// Whether the clock can be believed so far that something is removed for its age.
     pub clock_is_steady: bool,
 }
@@ -182,8 +187,8 @@ impl Applied {
 
 impl Route {
     /// Whether the route leads to a device now. A life nobody has heard of is believed.
-    pub fn liveness(&self, lives: &LifeTable, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
-        if self.expires_at.is_some_and(|end| end <= now) {
+    pub fn liveness(&self, lives: &LifeTable, now: Timestamp, slack: Duration, heartbeat_interval: Duration) -> Liveness {
+        if self.expires_at.is_some_and(|end| end.plus(slack) <= now) {
             return Liveness::Over;
         }
         lives.get(self.epoch).map_or(Liveness::OnTime, |life| life.liveness(now, heartbeat_interval))
@@ -305,10 +310,17 @@ impl UserRecord {
         Applied::unchanged(Outcome::NotBound { version: self.version, why })
     }
 
+    /// Removes what is over for good. A route that ends later than any can was bound when the clock was ahead: it has a whole
+    /// time to live from now on.
     fn sweep(&self, context: &Context<'_>) -> Applied {
-        let routes: Routes = self.routes.iter().filter(|route| !context.is_to_go(route)).cloned().collect();
-        let swept = self.routes.len() - routes.len();
-        if swept == 0 {
+        let mut routes: Routes = self.routes.iter().filter(|route| !context.is_to_go(route)).cloned().collect();
+        let (swept, latest) = (self.routes.len() - routes.len(), context.now.plus(context.route_ttl));
+        let too_late = |route: &&mut Route| route.expires_at.is_some_and(|end| end > latest.plus(CLOCK_SLACK));
+        let mut has_changed = swept > 0;
+        for route in routes.iter_mut().filter(too_late) {
+            (route.expires_at, has_changed) = (Some(latest), true);
+        }
+        if !has_changed {
             return Applied::unchanged(Outcome::Swept { routes: 0 });
         }
         let version = self.version.next(context.clock);
@@ -348,7 +360,7 @@ impl UserRecord {
 
 impl Context<'_> {
     fn liveness(&self, route: &Route) -> Liveness {
-        route.liveness(self.lives, self.now, self.heartbeat_interval)
+        route.liveness(self.lives, self.now, self.slack, self.heartbeat_interval)
     }
 
     fn is_live(&self, route: &Route) -> bool {

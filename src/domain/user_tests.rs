@@ -106,6 +106,7 @@ impl World {
             clock: Version(self.now.0 as u64 * 1_000),
             route_ttl: ROUTE_TTL,
             clock_is_steady: true,
+            slack: Duration::ZERO,
             heartbeat_interval: BEAT,
         }
     }

@@ -125,6 +125,8 @@ pub struct Cache {
     trust: AtomicU64,
     offers_rejected: AtomicU64,
     went_back: AtomicU64,
+    /// Users with older versions may be missing in SQL.
+    forgotten: AtomicU64,
 }
 
 impl Cache {
@@ -133,7 +135,9 @@ impl Cache {
         let users = usize::try_from(capacity).unwrap_or(usize::MAX);
         let l1 = L1::with(users, capacity, UnitWeighter, BuildHasherDefault::default(), DefaultLifecycle::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Arc::new(Self { l1, shards, trust: AtomicU64::new(0), offers_rejected: AtomicU64::new(0), went_back: AtomicU64::new(0) })
+        let counter = || AtomicU64::new(0);
+        let (trust, offers_rejected, went_back, forgotten) = (counter(), counter(), counter(), counter());
+        Arc::new(Self { l1, shards, trust, offers_rejected, went_back, forgotten })
     }
 
     /// The user's entry in L1, if it is trusted. The caller decides whether it is fresh enough.
@@ -168,6 +172,11 @@ impl Cache {
     /// How often SQL was seen to hold less than it had acknowledged.
     pub fn went_back(&self) -> u64 {
         self.went_back.load(Ordering::Relaxed)
+    }
+
+    /// SQL forgets users whose last change is older than `version`.
+    pub fn may_be_forgotten(&self, version: Version) {
+        self.forgotten.fetch_max(version.0, Ordering::Relaxed);
     }
 
     /// Users whose newest version the shared cache is not known to hold, with that version.
@@ -251,14 +260,15 @@ impl Cache {
     }
 
     /// A load read `record`. SQL below a floor that was known before the load began proves that the database went back in
-    /// time: it is believed, and the caller learns of it by [`Cache::went_back`]. Not if the floor rose meanwhile: what was
-    /// committed since is there.
+    /// time, unless the user was forgotten: it is believed, and the caller learns of it by [`Cache::went_back`]. Not if the
+    /// floor rose meanwhile: what was committed since is there.
     pub fn end_load(&self, mut ticket: LoadTicket, record: UserRecord, from_sql: bool) -> Loaded {
         let (user, version) = (ticket.user, record.version);
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         if from_sql && version < ticket.floor_before && under_way.floor == ticket.floor_before {
-            if ticket.trust == self.trust.load(Ordering::Acquire) {
+            let is_forgotten = version == Version::NONE && ticket.floor_before.0 < self.forgotten.load(Ordering::Relaxed);
+            if !is_forgotten && ticket.trust == self.trust.load(Ordering::Acquire) {
                 self.went_back.fetch_add(1, Ordering::Relaxed);
                 self.distrust();
                 ticket.trust = self.trust.load(Ordering::Acquire);

@@ -99,6 +99,18 @@ fn a_load_that_began_before_a_commit_and_ends_after_it_reads_again() {
 }
 
 #[test]
+fn a_user_who_was_forgotten_is_no_sign_of_a_database_that_was_set_back() {
+    let cache = Cache::new(10);
+    cache.loads(5);
+    cache.may_be_forgotten(Version(6));
+    cache.loads(0);
+    assert_eq!((cache.holds(), cache.went_back()), (Some(0), 0));
+    cache.loads(6);
+    cache.loads(0);
+    assert_eq!(cache.went_back(), 1, "nobody forgets a user who was there so lately");
+}
+
+#[test]
 fn each_user_of_a_batch_is_judged_alone() {
     let cache = Cache::new(10);
     let users: Vec<UserId> = (1..=3).map(|id| UserId::parse(id).unwrap()).collect();

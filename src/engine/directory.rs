@@ -87,6 +87,7 @@ pub struct Answer {
 struct Moment {
     at: Instant,
     now: Timestamp,
+    slack: Duration,
     /// A look at the lives as they were. It touches no memory that other threads use.
     table: Guard<Arc<LifeTable>>,
     lives_age: Duration,
@@ -106,9 +107,9 @@ pub struct LiveRoute<'a> {
 impl Answer {
     pub fn live_routes(&self) -> impl Iterator<Item = LiveRoute<'_>> {
         self.entry.record.routes.iter().filter_map(|route| {
-            let Moment { table, now, heartbeat_interval, .. } = &*self.moment;
+            let Moment { table, now, slack, heartbeat_interval, .. } = &*self.moment;
             let life = table.get(route.epoch)?;
-            let liveness = route.liveness(table, *now, *heartbeat_interval);
+            let liveness = route.liveness(table, *now, *slack, *heartbeat_interval);
             let suspect = self.all_suspect || liveness == Liveness::Late;
             (liveness != Liveness::Over).then_some(LiveRoute { route, life, suspect })
         })
@@ -216,7 +217,9 @@ impl Directory {
             Hearing::Hints(hints) => hints.complete_since(at),
         };
         let (table, heartbeat_interval) = (self.lives.glance(), self.settings.heartbeat_interval);
-        Moment { at, now: self.lives.clock.at(at), table, lives_age: self.lives.age(at), heartbeat_interval, complete }
+        let now = self.lives.clock.at(at);
+        let (slack, lives_age) = (self.lives.clock.slack(now), self.lives.age(at));
+        Moment { at, now, slack, table, lives_age, heartbeat_interval, complete }
     }
 
     /// An answer from this node's memory, if it is good enough.

@@ -94,7 +94,7 @@ pub struct Gateways {
     shown: std::sync::Mutex<HashSet<ByGateway>>,
 }
 
-/// Everything an operator sees.
+/// What an operator sees.
 pub struct Listing {
     pub lives: Vec<(LifeDetails, u64)>,
     pub hold: Option<Hold>,
@@ -207,17 +207,22 @@ impl Gateways {
         .await
     }
 
-    /// Every life, with the number of its routes.
-    pub async fn list(self: &Arc<Self>, include_dead: bool) -> Result<Listing, Error> {
-        let this = self.clone();
+    /// Up to `limit` lives after `after`, by gateway and the newest first, with the number of their routes.
+    pub async fn list(
+        self: &Arc<Self>,
+        include_dead: bool,
+        after: Option<(GatewayAddr, Epoch)>,
+        limit: usize,
+    ) -> Result<Listing, Error> {
         self.change(move |connection, _| {
             Box::pin(async move {
-                let routes = connection.count_routes().await?;
-                let listed = connection.list_lives(include_dead).await?.into_iter();
-                let lives = listed.map(|listed| (routes.get(&listed.life.epoch).copied().unwrap_or(0), listed));
-                let lives = lives.map(|(routes, listed)| (listed, routes)).collect();
+                let listed = connection.list_lives(include_dead, after.as_ref(), limit).await?;
+                let epochs: Vec<Epoch> = listed.iter().map(|listed| listed.life.epoch).collect();
+                let routes = connection.count_routes(&epochs).await?;
+                let count = |listed: &LifeDetails| routes.get(&listed.life.epoch).copied().unwrap_or(0);
+                let lives =
+                    listed.into_iter().map(|listed| (count(&listed), listed)).map(|(count, listed)| (listed, count)).collect();
                 let cluster = connection.read_cluster().await?;
-                this.lives.clock.learn(cluster.clock.now(), Instant::now());
                 let hold = Some(cluster.hold).filter(|hold| hold.is_on(cluster.clock.now()));
                 Ok(Listing { lives, hold })
             })
@@ -245,7 +250,7 @@ impl Gateways {
                     return Ok(None);
                 }
                 connection.set_hold(Duration::ZERO, this.terms.lease, "").await?;
-                let lives = connection.read_lives(Duration::ZERO).await?.into_iter();
+                let lives = connection.read_lives(Duration::ZERO, None).await?.into_iter();
                 let over: Vec<Epoch> = lives.filter(|life| life.is_lapsed(now)).map(|life| life.epoch).collect();
                 this.end(connection, &over, Ending::Confirmed).await.map(Some)
             })

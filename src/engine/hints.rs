@@ -165,7 +165,7 @@ impl Hints {
         let server = self.bus.link.look(MEMORY_LIMIT).await;
         self.metrics.redis_up("queue", beaten && !matches!(server, Err(LinkError::Replica)));
         match server {
-            Ok(server) => self.metrics.redis_memory("queue", server.used_memory),
+            Ok((_, server)) => self.metrics.redis_memory("queue", server.used_memory),
             Err(LinkError::Replica) => warn!("Redis (queue) is a replica: its connections are made anew"),
             Err(_) => {} // it may keep this to itself
         }

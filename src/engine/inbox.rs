@@ -26,13 +26,17 @@ use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::is_for;
+use crate::domain::time::Timestamp;
 use crate::domain::user::Outcome;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Directory;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
 use crate::engine::lives::Lives;
+use crate::engine::streams::ORDER_BYTES;
 use crate::error::Error;
+use crate::memory::Memory;
+use crate::memory::Share;
 use crate::metrics::Metrics;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
@@ -149,6 +153,7 @@ pub struct Inboxes {
     readers: Semaphore,
     idle: Mutex<Vec<Connection>>,
     claimant: String,
+    memory: Arc<Memory>,
 }
 
 impl Inboxes {
@@ -162,13 +167,15 @@ impl Inboxes {
         lives: Arc<Lives>,
         metrics: Arc<Metrics>,
         database: Arc<Database>,
+        memory: Arc<Memory>,
     ) -> Arc<Self> {
         let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
         let (readers, idle, claimant) = (Semaphore::new(READERS), Mutex::default(), claimant.to_owned());
-        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, claimant })
+        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, claimant, memory })
     }
 
-    /// Up to `limit` messages for a device after number `after`, and whether there are more.
+    /// Messages for a device after number `after`, up to so many and so many bytes, but one at least; and whether there are
+    /// more.
     ///
     /// # Errors
     /// [`Error::Unavailable`] if SQL cannot be read.
@@ -176,18 +183,20 @@ impl Inboxes {
         &self,
         user: UserId,
         after: u64,
-        limit: usize,
+        (limit, max_bytes): (usize, usize),
         device: &DeviceId,
     ) -> Result<(Vec<StoredMessage>, bool), Error> {
-        let (mut found, mut after) = (Vec::new(), after);
+        let (mut found, mut bytes, mut after) = (Vec::new(), 0, after);
         loop {
             let page = self.read(user, after).await?;
             let Some(last) = page.last() else { return Ok((found, false)) };
             after = last.seq;
-            found.extend(page.into_iter().filter(|stored| is_for(&stored.message.devices, device)));
-            if found.len() > limit {
-                found.truncate(limit);
-                return Ok((found, true));
+            for stored in page.into_iter().filter(|stored| is_for(&stored.message.devices, device)) {
+                bytes += size(&stored);
+                if found.len() == limit || (bytes > max_bytes && !found.is_empty()) {
+                    return Ok((found, true));
+                }
+                found.push(stored);
             }
         }
     }
@@ -240,6 +249,11 @@ impl Inboxes {
                 break window;
             }
         };
+        let bytes = window.iter().map(size).sum();
+        let _held = self
+            .memory
+            .take(Share::Streams, bytes)
+            .ok_or_else(|| Error::overloaded("what waits for gateways takes all the memory it may"))?; // looked for again soon
         let pushed = self.deliveries.push_stored(user, &answer, &window).await;
         let missed = |device: &DeviceId| {
             let mut not_done = window.iter().filter(|stored| !pushed.done.contains(&stored.seq));
@@ -279,7 +293,7 @@ impl Inboxes {
     async fn read(&self, user: UserId, after: u64) -> Result<Vec<StoredMessage>, Error> {
         let unavailable = |_| Error::unavailable("the inbox cannot be read now");
         let _turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
-        let (now, kept) = (self.lives.clock.now(), self.idle().pop());
+        let (now, kept) = (self.over_by(), self.idle().pop());
         if let Some(mut kept) = kept
             && let Ok(window) = kept.read_inbox(user, after, now, WINDOW).await
         {
@@ -290,6 +304,12 @@ impl Inboxes {
         let window = fresh.read_inbox(user, after, now, WINDOW).await.map_err(unavailable)?;
         self.idle().push(fresh);
         Ok(window)
+    }
+
+    /// What ends by then is over.
+    fn over_by(&self) -> Timestamp {
+        let now = self.lives.clock.now();
+        now.minus(self.lives.clock.slack(now))
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
@@ -307,7 +327,7 @@ impl Inboxes {
             users.iter().for_each(|user| self.drains.wake(*user));
         }
         while self.lives.clock.is_steady() && connection.claim_job("inbox", &self.claimant, TERM).await? {
-            let users = connection.users_with_old_messages(self.lives.clock.now(), PAGE).await?;
+            let users = connection.users_with_old_messages(self.over_by(), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;
             if let Some(Err(error)) = outcomes.into_iter().find(Result::is_err) {
@@ -324,6 +344,11 @@ impl Inboxes {
         self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
         Ok(())
     }
+}
+
+/// What a message takes, roughly.
+fn size(stored: &StoredMessage) -> usize {
+    ORDER_BYTES + stored.message.body.len()
 }
 
 #[cfg(test)]

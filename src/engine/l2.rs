@@ -275,13 +275,11 @@ impl L2Check {
 
     /// Which server it is, if it takes writes: one that does not is as good as none.
     async fn reach(&mut self) -> Result<(u64, String), LinkError> {
-        let (number, identity) = self.l2.shared.identity(CHECK_LIMIT).await?;
-        if let Ok(server) = self.l2.shared.link.look(CHECK_LIMIT).await {
-            self.metrics.redis_memory("cache", server.used_memory);
-            if server.evicts_keys {
-                self.l2.searches.store(SEARCHES, Ordering::Relaxed);
-            }
-            if server.evicts_keys && self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARNING_INTERVAL) {
+        let (number, server) = self.l2.shared.link.look(CHECK_LIMIT).await?;
+        self.metrics.redis_memory("cache", server.used_memory);
+        if server.evicts_keys {
+            self.l2.searches.store(SEARCHES, Ordering::Relaxed);
+            if self.warned_at.is_none_or(|at| at.elapsed() > EVICTION_WARNING_INTERVAL) {
                 self.warned_at = Some(Instant::now());
                 warn!(
                     "Redis (cache) removes keys without a TTL when its memory is full (maxmemory-policy allkeys-*): users who are \
@@ -289,8 +287,8 @@ impl L2Check {
                 );
             }
         }
-        self.claim(&identity).await?;
-        Ok((number, identity))
+        self.claim(&server.identity).await?;
+        Ok((number, server.identity))
     }
 
     /// Says that this store uses the server, warns of others that do, and notices if all that was there is gone.

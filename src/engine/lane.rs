@@ -34,6 +34,7 @@ use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::user::Outcome;
 use crate::engine::backoff::Backoff;
+use crate::engine::lanes::Change;
 use crate::engine::lanes::Pending;
 use crate::engine::lanes::Tools;
 use crate::engine::projection::Batch;
@@ -47,6 +48,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
+use crate::store::database::FILE_MOVED;
 use crate::store::outbox::OutboxId;
 
 /// Events of one transaction, and their size: it has to fit into the server's packets and logs.
@@ -272,9 +274,9 @@ impl Lane {
         if self.tools.database.is_in_place() {
             return Ok(committed);
         }
-        error!("the SQLite file was deleted, moved or replaced: this node ends");
+        error!("{FILE_MOVED}: this node ends");
         self.stop.cancel();
-        Err(Failure::Uncertain(SqlError::Lost("the file is not there any more".to_owned())))
+        Err(Failure::Uncertain(SqlError::Lost(FILE_MOVED.to_owned())))
     }
 
     /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2
@@ -357,7 +359,10 @@ impl Lane {
             Failure::NoLife(_) if part.tries == MAX_TRIES => refuse(part, "a life of the gateway could not be begun"),
             Failure::NoLife(gateways) => {
                 part.tries += 1;
-                if let Err(error) = self.begin_lives(&gateways).await {
+                let now = Instant::now();
+                let (begin, too_many): (Vec<_>, Vec<_>) = gateways.into_iter().partition(|_| self.tools.newcomers.allows(now));
+                self.turn_away(&mut part, &too_many);
+                if let Err(error) = self.begin_lives(&begin).await {
                     self.note_failing(&error);
                     sleep(self.backoff.next()).await;
                 }
@@ -374,6 +379,17 @@ impl Lane {
                 sleep(jitter(part.tries)).await;
                 halve(part, parts);
             }
+        }
+    }
+
+    /// Refuses binds of gateways of which too many have begun without being registered.
+    fn turn_away(&self, part: &mut Part, gateways: &[GatewayAddr]) {
+        let names_one = |event: &mut Pending| matches!(&event.change, Change::Bind(bind) if bind.epoch.is_none() && gateways.contains(&bind.gateway));
+        for event in part.events.extract_if(.., names_one) {
+            self.tools.metrics.shed("new_gateways");
+            event.answer(Err(Error::overloaded(
+                "too many gateways that have not registered: register this one, or repeat it later",
+            )));
         }
     }
 

@@ -34,6 +34,7 @@ use crate::engine::inbox::Drains;
 use crate::engine::lane::Lane;
 use crate::engine::lives::Lives;
 use crate::engine::projection::Outside;
+use crate::engine::rate::Rate;
 use crate::engine::write_health::WriteHealth;
 use crate::error::Error;
 use crate::metrics::Metrics;
@@ -45,7 +46,10 @@ const BATCH_SHARE: usize = 256;
 const SMALL_BYTES: usize = 512;
 /// Background events that may wait in a lane.
 const BACKGROUND_QUEUE: usize = 1024;
-
+/// Gateways whose first bind may come without a registration, in the long run and at once: each is a row until it has had no
+/// route for `route_ttl`, and any name makes one.
+pub const NEW_NAMES_PER_SECOND: u32 = 20;
+pub const NEW_NAMES_AT_ONCE: u32 = 2_000;
 /// Their size: two or three transactions' worth, so that none of them waits long enough to grow too old.
 const BACKGROUND_BYTES: u32 = 4 * 1024 * 1024;
 
@@ -94,6 +98,8 @@ pub struct Settings {
     pub inbox: Limits,
     pub route_ttl: Duration,
     pub heartbeat_interval: Duration,
+    /// None: no user is forgotten.
+    pub forget_users_after: Option<Duration>,
 }
 
 /// What the lanes work with.
@@ -106,6 +112,8 @@ pub struct Tools {
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
     pub outside: Arc<Outside>,
+    /// Gateways that nobody has registered.
+    pub newcomers: Rate,
     /// Who has messages waiting, and a way to get them.
     pub drains: Arc<Drains>,
     pub write_health: Arc<WriteHealth>,

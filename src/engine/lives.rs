@@ -94,11 +94,15 @@ impl Lives {
         self.learn(&ended.collect::<Vec<_>>());
     }
 
-    /// Takes over the whole table, as read by a statement that was sent at `asked`.
-    pub fn replace(&self, lives: Vec<Arc<Life>>, asked: Instant) {
+    /// Takes over the table as read by a statement that was sent at `asked`; with the unmanaged lives that are known, unless
+    /// those were read too.
+    pub fn replace(&self, lives: Vec<Arc<Life>>, is_whole: bool, asked: Instant) {
         let mut learnt = self.learnt.lock().unwrap_or_else(PoisonError::into_inner);
         learnt.retain(|(when, _)| *when >= asked);
         let mut table = LifeTable::default();
+        let known = self.table.load();
+        let kept = known.iter().filter(|life| !is_whole && !life.is_managed() && life.is_alive());
+        kept.for_each(|life| table.learn(life.clone()));
         for life in lives.into_iter().chain(learnt.iter().map(|(_, life)| life.clone())) {
             table.learn(life);
         }

@@ -1,8 +1,8 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `backoff`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`, `outlets`, `kicks`, `loads`, `loader`,
-//! `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`, `transaction`, `lane` with `lanes`,
-//! `sweep`, `delivery`, `inbox`.
+//! Order of the files: `backoff`, `rate`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`,
+//! `outlets`, `kicks`, `loads`, `loader`, `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`,
+//! `transaction`, `lane` with `lanes`, `sweep`, `delivery`, `inbox`.
 
 pub mod acks;
 pub mod attaching;
@@ -24,6 +24,7 @@ pub mod loads;
 pub mod outlets;
 pub mod peers;
 pub mod projection;
+pub mod rate;
 pub mod streams;
 pub mod sweep;
 mod transaction;

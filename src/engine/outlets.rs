@@ -56,7 +56,7 @@ impl Outlets {
             calls.spawn(async move { (places, peers.forward(&node, orders).await) });
         }
         let (places, orders) = here;
-        for (i, outcome) in places.into_iter().zip(self.streams.hand_all(orders, until).await) {
+        for (i, outcome) in places.into_iter().zip(self.streams.hand_all(&orders, until).await) {
             outcomes[i] = outcome;
         }
         while let Some(done) = calls.join_next().await {

@@ -27,6 +27,7 @@ use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
+use crate::domain::user::Route;
 use crate::domain::user::UserRecord;
 use crate::engine::cache::Cache;
 use crate::engine::hints::Hints;
@@ -301,7 +302,9 @@ impl Outside {
     /// What other services are to see of a record.
     fn shown(&self, user: UserId, record: UserRecord) -> (UserId, UserRecord, Shown) {
         let (table, now) = (self.lives.table(), self.lives.clock.now());
-        let live = record.routes.iter().filter(|route| route.liveness(&table, now, self.heartbeat_interval) != Liveness::Over);
+        let slack = self.lives.clock.slack(now);
+        let is_live = |route: &&Route| route.liveness(&table, now, slack, self.heartbeat_interval) != Liveness::Over;
+        let live = record.routes.iter().filter(is_live);
         let newest = live.max_by_key(|route| route.bound_version).and_then(|route| table.get(route.epoch));
         let shown = Shown {
             gateway: newest.map(|life| life.gateway.to_string()),

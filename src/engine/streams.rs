@@ -1,5 +1,6 @@
-//! The streams of gateways that are attached to this node. Each has a bounded queue: a gateway that reads too slowly has its
-//! queue full, and what does not fit is not taken; other gateways are not delayed by it.
+//! The streams of gateways that are attached to this node. Each has a queue that is bounded in orders and in bytes, and so are
+//! all of them together: a gateway that reads too slowly has its queue full, and what does not fit is not taken; other gateways
+//! are not delayed by it.
 //!
 //! Nobody acknowledges a kick, and what is written to a broken stream arrives nowhere. But a gateway whose heartbeats are not
 //! answered leaves its stream within a lease, so what was written earlier than that before its end has arrived. The kicks that
@@ -15,18 +16,25 @@ use std::time::Duration;
 use std::time::Instant;
 
 use futures_util::future::join_all;
+use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::Epoch;
+use crate::memory::Held;
+use crate::memory::Memory;
+use crate::memory::Share;
 use crate::metrics::Metrics;
 pub use crate::store::codec::Envelope;
 pub use crate::store::codec::KickOrder;
 
-/// Deliveries and kicks that wait for one gateway to read them.
+/// Deliveries and kicks that wait for one gateway to read them, and their bytes.
 pub const STREAM_QUEUE: usize = 1_024;
+pub const STREAM_QUEUE_BYTES: usize = 4 * 1024 * 1024;
+/// What an order takes beside its message, roughly.
+pub const ORDER_BYTES: usize = 1024;
 
 /// A call that has more orders for one gateway than this waits for it to read.
 const MANY: usize = 64;
@@ -36,6 +44,16 @@ const MANY: usize = 64;
 pub enum Order {
     Delivery(Arc<Envelope>),
     Kick(KickOrder),
+}
+
+impl Order {
+    /// What it takes, roughly.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Self::Delivery(envelope) => ORDER_BYTES + envelope.message.len() + envelope.payload.len(),
+            Self::Kick(_) => ORDER_BYTES,
+        }
+    }
 }
 
 /// What became of an order.
@@ -51,10 +69,32 @@ pub enum Handed {
 
 struct Stream {
     no: u64,
-    orders: mpsc::Sender<Order>,
+    queue: Queue,
     /// Tells the stream that a newer one has taken its place.
     replaced: CancellationToken,
     kicks: Arc<Mutex<TakenKicks>>,
+}
+
+/// Where orders wait.
+#[derive(Clone)]
+struct Queue {
+    orders: mpsc::Sender<Queued>,
+    room: Arc<Room>,
+}
+
+/// The bytes that a queue has left, and what its orders take of all queues'.
+struct Room {
+    left: Semaphore,
+    held: Held,
+}
+
+/// An order on its way to its gateway, and its place in the queue.
+pub type Queued = (Order, Place);
+
+/// What an order takes of its queue's room. It is free once this is dropped, which whoever writes the order does then.
+pub struct Place {
+    bytes: usize,
+    room: Arc<Room>,
 }
 
 /// Kicks that a stream took lately, the oldest first, with the time when they were written; no more than its queue holds.
@@ -64,26 +104,28 @@ struct TakenKicks(VecDeque<(Option<Instant>, KickOrder)>);
 pub struct Streams {
     streams: Mutex<HashMap<Epoch, Stream>>,
     lease: Duration,
+    memory: Arc<Memory>,
     metrics: Arc<Metrics>,
 }
 
 /// A stream's own end.
 pub struct Attached {
-    orders: mpsc::Receiver<Order>,
+    orders: mpsc::Receiver<Queued>,
     kicks: Arc<Mutex<TakenKicks>>,
     pub replaced: CancellationToken,
 }
 
 impl Streams {
-    pub fn new(lease: Duration, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { streams: Mutex::default(), lease, metrics })
+    pub fn new(lease: Duration, memory: Arc<Memory>, metrics: Arc<Metrics>) -> Arc<Self> {
+        Arc::new(Self { streams: Mutex::default(), lease, memory, metrics })
     }
 
     /// Takes stream number `no` of a life in. An older one of the same life is ended; what it may have lost comes first.
     pub fn attach(&self, epoch: Epoch, no: u64) -> Attached {
         let (orders, receiver) = mpsc::channel(STREAM_QUEUE);
         let (replaced, kicks) = (CancellationToken::new(), Arc::<Mutex<TakenKicks>>::default());
-        let stream = Stream { no, orders, replaced: replaced.clone(), kicks: kicks.clone() };
+        let room = Arc::new(Room { left: Semaphore::new(STREAM_QUEUE_BYTES), held: self.memory.none(Share::Streams) });
+        let stream = Stream { no, queue: Queue { orders, room }, replaced: replaced.clone(), kicks: kicks.clone() };
         let mut streams = self.lock();
         match streams.get(&epoch) {
             Some(newer) if newer.no > no => replaced.cancel(),
@@ -125,39 +167,39 @@ impl Streams {
         let taken = match order {
             Order::Kick(kick) => stream.take(kick, self.lease), // before anybody can end the stream
             delivery => {
-                let orders = stream.orders.clone();
+                let queue = stream.queue.clone();
                 drop(streams);
-                orders.try_send(delivery)
+                queue.take(delivery)
             }
         };
         match taken {
             Ok(()) => Handed::Taken,
-            Err(TrySendError::Full(_)) => {
+            Err(Refused::Full) => {
                 self.metrics.shed("stream");
                 Handed::Full
             }
-            Err(TrySendError::Closed(_)) => Handed::NotHere,
+            Err(Refused::Closed) => Handed::NotHere,
         }
     }
 
     /// Hands orders to their streams, in their order per life. Where a call has many for one of them, more than its queue may
     /// hold, it waits for the gateway to read, until `until`; nobody else is kept waiting.
-    pub async fn hand_all(&self, orders: Vec<(Epoch, Order)>, until: Instant) -> Vec<Handed> {
+    pub async fn hand_all(&self, orders: &[(Epoch, Order)], until: Instant) -> Vec<Handed> {
         let mut outcomes = vec![Handed::NotHere; orders.len()];
-        let mut counts: HashMap<Epoch, usize> = HashMap::new();
-        orders.iter().for_each(|(epoch, _)| *counts.entry(*epoch).or_default() += 1);
+        let is_many = |epoch: Epoch| orders.iter().filter(|(other, _)| *other == epoch).count() > MANY;
         let mut behind: HashMap<Epoch, Vec<(usize, Order)>> = HashMap::new();
-        for (i, (epoch, order)) in orders.into_iter().enumerate() {
-            if let Some(behind) = behind.get_mut(&epoch) {
-                behind.push((i, order));
+        for (i, (epoch, order)) in orders.iter().enumerate() {
+            if let Some(behind) = behind.get_mut(epoch) {
+                behind.push((i, order.clone()));
                 continue;
             }
-            match self.hand(epoch, order.clone()) {
-                Handed::Full if counts.get(&epoch).is_some_and(|count| *count > MANY) => {
-                    behind.entry(epoch).or_default().push((i, order));
-                }
+            match self.hand(*epoch, order.clone()) {
+                Handed::Full if is_many(*epoch) => behind.entry(*epoch).or_default().push((i, order.clone())),
                 handed => outcomes[i] = handed,
             }
+        }
+        if behind.is_empty() {
+            return outcomes;
         }
         let waits = behind.into_iter().map(|(epoch, orders)| self.hand_behind(epoch, orders, until));
         for (i, handed) in join_all(waits).await.into_iter().flatten() {
@@ -170,7 +212,7 @@ impl Streams {
         let mut outcomes = Vec::with_capacity(orders.len());
         for (i, order) in orders {
             let mut handed = self.hand(epoch, order.clone());
-            while handed == Handed::Full && self.room(epoch, until).await {
+            while handed == Handed::Full && self.room(epoch, order.bytes(), until).await {
                 handed = self.hand(epoch, order.clone());
             }
             outcomes.push((i, handed));
@@ -178,15 +220,17 @@ impl Streams {
         outcomes
     }
 
-    /// Waits until a life's queue has room. False: not in time, or its stream has ended.
-    async fn room(&self, epoch: Epoch, until: Instant) -> bool {
-        let Some(queue) = self.lock().get(&epoch).map(|stream| stream.orders.clone()) else { return false };
-        timeout_at(until.into(), queue.reserve()).await.is_ok_and(|place| place.is_ok())
+    /// Waits until a life's queue has room. False: not in time, or its stream has ended, or all queues together are full.
+    async fn room(&self, epoch: Epoch, bytes: usize, until: Instant) -> bool {
+        let Some(queue) = self.lock().get(&epoch).map(|stream| stream.queue.clone()) else { return false };
+        let room = async { queue.orders.reserve().await.is_ok() && queue.room.left.acquire_many(bytes as u32).await.is_ok() };
+        timeout_at(until.into(), room).await.unwrap_or(false) && self.memory.take(Share::Streams, bytes).is_some()
     }
 
     /// Orders that wait, over all streams.
     pub fn depth(&self) -> usize {
-        self.lock().values().map(|stream| stream.orders.max_capacity() - stream.orders.capacity()).sum()
+        let waiting = |queue: &Queue| queue.orders.max_capacity() - queue.orders.capacity();
+        self.lock().values().map(|stream| waiting(&stream.queue)).sum()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Epoch, Stream>> {
@@ -195,9 +239,9 @@ impl Streams {
 }
 
 impl Stream {
-    fn take(&self, kick: KickOrder, lease: Duration) -> Result<(), TrySendError<Order>> {
+    fn take(&self, kick: KickOrder, lease: Duration) -> Result<(), Refused> {
         let mut kicks = self.kicks.lock().unwrap_or_else(PoisonError::into_inner); // noted before it can be written
-        self.orders.try_send(Order::Kick(kick.clone()))?;
+        self.queue.take(Order::Kick(kick.clone()))?;
         kicks.note(kick, lease);
         Ok(())
     }
@@ -207,14 +251,49 @@ impl Stream {
     }
 }
 
+/// Why a queue takes no order.
+enum Refused {
+    Full,
+    Closed,
+}
+
+impl Queue {
+    fn take(&self, order: Order) -> Result<(), Refused> {
+        let queued = self.room.enter(order).ok_or(Refused::Full)?;
+        self.orders.try_send(queued).map_err(|error| match error {
+            TrySendError::Full(_) => Refused::Full,
+            TrySendError::Closed(_) => Refused::Closed,
+        })
+    }
+}
+
+impl Room {
+    fn enter(self: &Arc<Self>, order: Order) -> Option<Queued> {
+        let bytes = order.bytes();
+        let left = self.left.try_acquire_many(bytes as u32).ok()?;
+        if !self.held.add(bytes) {
+            return None;
+        }
+        left.forget(); // until the order is dropped
+        Some((order, Place { bytes, room: self.clone() }))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.room.held.remove(self.bytes);
+        self.room.left.add_permits(self.bytes);
+    }
+}
+
 impl Attached {
     /// The next order, for a caller who writes it at once.
-    pub async fn next(&mut self) -> Option<Order> {
-        let order = self.orders.recv().await?;
-        if let Order::Kick(_) = order {
+    pub async fn next(&mut self) -> Option<Queued> {
+        let queued = self.orders.recv().await?;
+        if let Order::Kick(_) = queued.0 {
             self.kicks.lock().unwrap_or_else(PoisonError::into_inner).next_is_written();
         }
-        Some(order)
+        Some(queued)
     }
 }
 
@@ -252,9 +331,21 @@ mod tests {
         Order::Kick(KickOrder { user_id: n, ..KickOrder::default() })
     }
 
+    fn delivery(bytes: usize) -> Order {
+        Order::Delivery(Arc::new(Envelope { message: vec![b'x'; bytes].into(), ..Envelope::default() }))
+    }
+
+    fn streams(lease: Duration) -> Arc<Streams> {
+        Streams::new(lease, Memory::new(1 << 30), Metrics::new())
+    }
+
+    async fn next(attached: &mut Attached) -> Option<Order> {
+        attached.next().await.map(|(order, _)| order)
+    }
+
     #[tokio::test]
     async fn a_slow_reader_is_not_waited_for_and_delays_nobody() {
-        let streams = Streams::new(LEASE, Metrics::new());
+        let streams = streams(LEASE);
         let mut slow = streams.attach(Epoch(1), 1);
         let _other = streams.attach(Epoch(2), 1);
         for n in 0..STREAM_QUEUE as i64 {
@@ -263,43 +354,61 @@ mod tests {
         assert_eq!(streams.hand(Epoch(1), kick(-1)), Handed::Full);
         assert_eq!(streams.hand(Epoch(2), kick(0)), Handed::Taken);
         assert_eq!(streams.depth(), STREAM_QUEUE + 1);
-        assert_eq!(slow.next().await, Some(kick(0)));
+        assert_eq!(next(&mut slow).await, Some(kick(0)));
         assert_eq!(streams.hand(Epoch(1), kick(-2)), Handed::Taken);
         assert_eq!(streams.hand(Epoch(3), kick(0)), Handed::NotHere);
     }
 
     #[tokio::test]
     async fn who_has_many_for_one_gateway_waits_for_it_to_read_and_in_order() {
-        let streams = Streams::new(LEASE, Metrics::new());
+        let streams = streams(LEASE);
         let (mut reads, _silent) = (streams.attach(Epoch(1), 1), streams.attach(Epoch(2), 1));
         let many = 3 * STREAM_QUEUE as i64;
-        let orders = (0..many).map(|n| (Epoch(1), kick(n))).chain((0..many).map(|n| (Epoch(2), kick(n)))).collect();
+        let orders: Vec<_> = (0..many).map(|n| (Epoch(1), kick(n))).chain((0..many).map(|n| (Epoch(2), kick(n)))).collect();
         let until = Instant::now() + Duration::from_secs(1);
         let read = async {
             for n in 0..many {
-                assert_eq!(reads.next().await, Some(kick(n)));
+                assert_eq!(next(&mut reads).await, Some(kick(n)));
             }
             Instant::now()
         };
-        let (handed, read_at) = tokio::join!(streams.hand_all(orders, until), read);
+        let (handed, read_at) = tokio::join!(streams.hand_all(&orders, until), read);
         assert!(handed[..many as usize].iter().all(|handed| *handed == Handed::Taken));
         assert!(read_at < until, "the silent one keeps nobody waiting");
         let taken = handed[many as usize..].iter().filter(|handed| **handed == Handed::Taken).count();
         assert_eq!((taken, handed.last()), (STREAM_QUEUE, Some(&Handed::Full)));
-        let few = streams.hand_all(vec![(Epoch(2), kick(0))], Instant::now() + LEASE).await;
+        let few = streams.hand_all(&[(Epoch(2), kick(0))], Instant::now() + LEASE).await;
         assert_eq!(few, [Handed::Full], "a single one is told at once");
     }
 
     #[tokio::test]
+    async fn a_queue_is_bounded_in_bytes_and_so_are_all_together() {
+        const LARGE: usize = 64 * 1024;
+        const FIT: usize = STREAM_QUEUE_BYTES / (LARGE + ORDER_BYTES);
+        let memory = Memory::new(4 * STREAM_QUEUE_BYTES);
+        let streams = Streams::new(LEASE, memory.clone(), Metrics::new());
+        let mut silent: Vec<Attached> = (1..=3).map(|epoch| streams.attach(Epoch(epoch), 1)).collect();
+        let taken = |epoch| (0..2 * FIT).filter(|_| streams.hand(Epoch(epoch), delivery(LARGE)) == Handed::Taken).count();
+        assert_eq!((taken(1), taken(2)), (FIT, FIT));
+        assert!(taken(3) < 3, "half of all the memory is taken");
+        let written = silent[0].next().await;
+        assert_eq!(streams.hand(Epoch(1), delivery(LARGE)), Handed::Full, "it is not written yet");
+        drop(written);
+        assert_eq!(streams.hand(Epoch(1), delivery(LARGE)), Handed::Taken);
+        drop((silent, streams));
+        assert_eq!(memory.taken(), 0);
+    }
+
+    #[tokio::test]
     async fn the_newest_stream_of_a_life_counts() {
-        let streams = Streams::new(LEASE, Metrics::new());
+        let streams = streams(LEASE);
         let first = streams.attach(Epoch(1), 1);
         let mut third = streams.attach(Epoch(1), 3);
         assert!(first.replaced.is_cancelled());
         assert!(streams.attach(Epoch(1), 2).replaced.is_cancelled(), "it came late");
         streams.detach(Epoch(1), 1); // and so does the end of the first
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::Taken);
-        assert_eq!(third.next().await, Some(kick(0)));
+        assert_eq!(next(&mut third).await, Some(kick(0)));
         streams.end_unless(|_, no| no == 4);
         assert!(third.replaced.is_cancelled());
         assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::NotHere);
@@ -307,13 +416,13 @@ mod tests {
 
     #[tokio::test]
     async fn kicks_that_a_stream_took_lately_go_to_the_next_or_come_back_at_its_end() {
-        let streams = Streams::new(LEASE, Metrics::new());
+        let streams = streams(LEASE);
         let mut first = streams.attach(Epoch(1), 1);
         streams.hand(Epoch(1), kick(1));
-        assert_eq!(first.next().await, Some(kick(1)), "it was written, and who knows whether it arrived");
+        assert_eq!(next(&mut first).await, Some(kick(1)), "it was written, and who knows whether it arrived");
         streams.hand(Epoch(1), kick(2));
         let mut second = streams.attach(Epoch(1), 2);
-        assert_eq!((second.next().await, second.next().await), (Some(kick(1)), Some(kick(2))));
+        assert_eq!((next(&mut second).await, next(&mut second).await), (Some(kick(1)), Some(kick(2))));
         streams.hand(Epoch(1), kick(3));
         assert_eq!(streams.detach(Epoch(1), 1), [], "the second has them");
         let lost: Vec<Order> = streams.detach(Epoch(1), 2).into_iter().map(Order::Kick).collect();
@@ -322,13 +431,13 @@ mod tests {
 
     #[tokio::test]
     async fn a_kick_that_was_written_a_lease_ago_has_arrived_and_one_in_the_queue_has_not() {
-        let streams = Streams::new(Duration::ZERO, Metrics::new());
+        let streams = streams(Duration::ZERO);
         let mut stream = streams.attach(Epoch(1), 1);
         for n in 0..STREAM_QUEUE as i64 {
             streams.hand(Epoch(1), kick(n));
         }
         for n in [0, 1] {
-            assert_eq!(stream.next().await, Some(kick(n)));
+            assert_eq!(next(&mut stream).await, Some(kick(n)));
             assert_eq!(streams.hand(Epoch(1), kick(-n)), Handed::Taken);
         }
         let lost: Vec<Order> = streams.detach(Epoch(1), 1).into_iter().map(Order::Kick).collect();

@@ -19,6 +19,8 @@ use tracing::warn;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::user::CLOCK_SLACK;
 use crate::domain::user::Outcome;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
@@ -42,6 +44,12 @@ const BUSY: u64 = 16;
 const STRAGGLERS: Duration = Duration::from_secs(20);
 /// Nodes, and lives that were swept, are remembered for this long.
 const MEMORY: Duration = Duration::from_secs(3600);
+/// Another node that forgets users is ahead of this one by less.
+const OTHERS_AHEAD: Duration = Duration::from_secs(86_400);
+/// Looks for unused lives within the life of a route.
+const UNUSED_LOOKS: u32 = 4;
+/// Users of one page when those to be forgotten are looked for.
+const USERS_PAGE: i64 = 10_000;
 /// How often a node looks for what nobody expects, and counts users and outbox rows.
 pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
 
@@ -52,11 +60,15 @@ pub struct Sweep {
     /// Ended lives of which a pass has found nothing, perhaps too early to be sure.
     empty: HashSet<Epoch>,
     served: u64,
+    unused_looked_at: Option<Instant>,
+    /// Where the search for users to be forgotten goes on.
+    users_after: i64,
 }
 
 impl Sweep {
     pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
-        Self { kept: Kept::new(tools.database.clone()), tools, lanes, empty: HashSet::new(), served: 0 }
+        let kept = Kept::new(tools.database.clone());
+        Self { kept, tools, lanes, empty: HashSet::new(), served: 0, unused_looked_at: None, users_after: 0 }
     }
 
     /// Removes what is over, if it is this node's turn. Returns how many routes.
@@ -65,6 +77,9 @@ impl Sweep {
         let steady = self.tools.lives.clock.is_steady();
         let mut removed = if steady { self.expired(&mut connection).await? } else { 0 };
         if connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
+            let latest = self.tools.lives.clock.now().plus(self.tools.settings.route_ttl + 2 * CLOCK_SLACK);
+            let too_late = connection.users_who_expire_after(latest, PAGE).await?;
+            removed += self.sweep(too_late).await;
             let lives = connection.unswept_lives().await?;
             self.tools.lives.learn(&lives); // the lanes judge by what is known here
             let unswept: HashSet<Epoch> = lives.iter().map(|life| life.epoch).collect();
@@ -73,8 +88,28 @@ impl Sweep {
                 removed += self.life(&mut connection, &life).await?;
             }
         }
+        if steady {
+            self.end_unused(&mut connection).await?;
+        }
         self.kept.give_back(connection);
         Ok(removed)
+    }
+
+    /// Lives of gateways that never registered end when they have had no route for as long as a route lives.
+    async fn end_unused(&mut self, connection: &mut Connection) -> Result<(), SqlError> {
+        let ttl = self.tools.settings.route_ttl;
+        let interval = (ttl / UNUSED_LOOKS).clamp(SWEEP_INTERVAL, CENSUS_INTERVAL);
+        if self.unused_looked_at.is_some_and(|at| at.elapsed() < interval)
+            || !connection.claim_job("sweep", &self.tools.claimant, TERM).await?
+        {
+            return Ok(());
+        }
+        self.unused_looked_at = Some(Instant::now());
+        let lives = connection.end_unused_lives(ttl, STRAGGLERS).await?;
+        if lives > 0 {
+            info!(lives, "lives ended of gateways that never registered and have no route");
+        }
+        Ok(())
     }
 
     /// Routes on unmanaged lives.
@@ -82,7 +117,8 @@ impl Sweep {
         let mut removed = 0;
         while connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
             let began = Instant::now();
-            let users = connection.expired_users(self.tools.lives.clock.now(), PAGE).await?;
+            let (now, clock) = (self.tools.lives.clock.now(), &self.tools.lives.clock);
+            let users = connection.expired_users(now.minus(clock.slack(now)), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let swept = self.sweep(users).await;
             removed += swept;
@@ -151,15 +187,37 @@ impl Sweep {
         }
     }
 
+    /// Users who have nothing and whose last change is older than this are forgotten. None: nobody is.
+    fn forgettable(&self) -> Option<Version> {
+        let after = self.tools.settings.forget_users_after?;
+        let (now, clock) = (self.tools.lives.clock.now(), &self.tools.lives.clock);
+        let before = now.minus(after + clock.slack(now));
+        self.tools.cache.may_be_forgotten(Version::at(before.plus(OTHERS_AHEAD)));
+        Some(Version::at(before))
+    }
+
+    /// One page of users: those go who have nothing and of whom nothing was heard for long.
+    async fn forget_users(&mut self, connection: &mut Connection) -> Result<(), SqlError> {
+        let Some(before) = self.forgettable() else { return Ok(()) };
+        let (forgotten, last) = connection.forget_users(self.users_after, before, USERS_PAGE).await?;
+        if forgotten > 0 {
+            info!(users = forgotten, "users forgotten who were not there for store.forget_users_after");
+        }
+        self.users_after = last.unwrap_or(0);
+        Ok(())
+    }
+
     /// Counts users online and rows in the outbox, and looks for what nobody expects.
     pub async fn census(&mut self) -> Result<(), SqlError> {
         let mut connection = self.kept.take().await?;
         self.tools.lives.count_users(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
+        self.forgettable();
         if connection.claim_job("orphans", &self.tools.claimant, CENSUS_INTERVAL / 2).await? {
             if self.tools.lives.clock.is_steady() {
                 connection.forget_lives(MEMORY).await?;
                 connection.forget_nodes(MEMORY).await?;
+                self.forget_users(&mut connection).await?;
             }
             match connection.reopen_orphaned_lives().await? {
                 0 => {}

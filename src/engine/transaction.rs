@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
 use std::sync::Arc;
+use std::time::Duration;
 use std::time::Instant;
 
 use tracing::error;
@@ -112,7 +113,10 @@ impl Transaction<'_> {
             events.iter().filter(|event| event.change.is_of_inbox()).map(|event| event.user).collect();
         let inboxes = self.connection.load_inboxes(&with_inbox.into_iter().collect::<Vec<_>>()).await?;
         let before = &loaded.records;
-        let mut work = Work { current, before, after: Records::default(), kicks: Vec::new(), inboxes, messages: Vec::new() };
+        let (now, clock) = (loaded.clock.now(), &self.tools.lives.clock);
+        let (clock_is_steady, slack) = (clock.is_steady_at(now), clock.slack(now));
+        let (after, kicks, messages) = (Records::default(), Vec::new(), Vec::new());
+        let mut work = Work { current, before, after, kicks, inboxes, messages, clock_is_steady, slack };
         let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
         if work.after.is_empty() {
             self.connection.rollback().await?;
@@ -187,7 +191,8 @@ impl Transaction<'_> {
             clock: clock.version(),
             route_ttl: settings.route_ttl,
             heartbeat_interval: settings.heartbeat_interval,
-            clock_is_steady: self.tools.lives.clock.is_steady_at(clock.now()),
+            slack: work.slack,
+            clock_is_steady: work.clock_is_steady,
         };
         let record = work.record(event.user);
         let applied = match &event.change {
@@ -205,7 +210,7 @@ impl Transaction<'_> {
             Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
             Change::Inbox(change) => {
                 let inbox = work.inboxes.entry(event.user).or_default();
-                let limits = &Limits { keeps_what_is_over: !context.clock_is_steady, ..settings.inbox };
+                let limits = &Limits { slack: context.slack, keeps_what_is_over: !context.clock_is_steady, ..settings.inbox };
                 let applied = catch_unwind(AssertUnwindSafe(|| record.change_inbox(change, inbox, limits, &context)));
                 if let (InboxChange::Store(message), Ok(applied)) = (change, &applied) {
                     work.note_stored(event.user, message, &applied.outcome);
@@ -274,6 +279,8 @@ struct Work<'a> {
     inboxes: HashMap<UserId, Inbox>,
     /// Messages that were stored, with their numbers.
     messages: Vec<(UserId, u64, &'a NewMessage)>,
+    clock_is_steady: bool,
+    slack: Duration,
 }
 
 impl<'a> Work<'a> {

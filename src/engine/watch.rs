@@ -32,6 +32,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+use crate::store::database::FILE_MOVED;
 use crate::store::lives::Ending;
 
 /// How often the table is read whole.
@@ -42,6 +43,11 @@ const AFTER_LEASE: Duration = Duration::from_millis(3);
 const JUST_ENDED: Duration = Duration::from_millis(20);
 /// What ends later than it can by more than this was written when the clock was wrong.
 const CLOCK_SLACK: Duration = Duration::from_secs(2);
+/// Within this time all nodes have seen that the clock was set.
+const STEP_SEEN_WITHIN: Duration = Duration::from_secs(10);
+/// How often unmanaged lives are all read, and after which time without a look their ends may have been missed.
+const ALL_LIVES_INTERVAL: Duration = Duration::from_secs(60);
+const MISSED_AFTER: Duration = Duration::from_secs(10);
 /// A node that has not said for this long that it is there is not missed on the bus.
 pub const NODE_TERM: Duration = Duration::from_secs(3);
 
@@ -54,6 +60,8 @@ pub struct Watch {
     hints: Option<Arc<Hints>>,
     peers: Arc<Peers>,
     streams: Arc<Streams>,
+    /// The longest time to live that anything has.
+    longest: Duration,
     stop: CancellationToken,
     seen: Seen,
 }
@@ -67,6 +75,33 @@ struct Seen {
     /// Since when, during a hold, no more gateways are silent than may be.
     normal_since: Option<Timestamp>,
     held: bool,
+    unmanaged: Unmanaged,
+}
+
+/// Unmanaged lives, which do not change until they end, are not read at each look.
+#[derive(Default)]
+struct Unmanaged {
+    /// The newest that is known.
+    newest: Option<Epoch>,
+    /// When they were all read, and when the table was read last.
+    all_at: Option<Instant>,
+    at: Option<Instant>,
+}
+
+impl Unmanaged {
+    /// All of them have to be read if it is long ago, or if the end of one may have been missed.
+    fn known(&self, now: Instant) -> Option<Epoch> {
+        let is_recent = |at: Option<Instant>, limit| at.is_some_and(|at| now.duration_since(at) < limit);
+        self.newest.filter(|_| is_recent(self.all_at, ALL_LIVES_INTERVAL) && is_recent(self.at, MISSED_AFTER))
+    }
+
+    fn note(&mut self, lives: &[Arc<Life>], is_whole: bool, asked: Instant) {
+        let newest = lives.iter().filter(|life| !life.is_managed()).map(|life| life.epoch).max();
+        (self.newest, self.at) = (self.newest.max(newest), Some(asked));
+        if is_whole {
+            self.all_at = Some(asked);
+        }
+    }
 }
 
 impl Watch {
@@ -75,11 +110,12 @@ impl Watch {
         cache: Arc<Cache>,
         hints: Option<Arc<Hints>>,
         outlets: &Outlets,
+        longest: Duration,
         stop: CancellationToken,
     ) -> Self {
         let (database, lives, metrics) = (gateways.database.clone(), gateways.lives.clone(), gateways.metrics.clone());
         let (peers, streams) = (outlets.peers.clone(), outlets.streams.clone());
-        Self { database, lives, cache, metrics, gateways, hints, peers, streams, stop, seen: Seen::default() }
+        Self { database, lives, cache, metrics, gateways, hints, peers, streams, longest, stop, seen: Seen::default() }
     }
 
     /// Looks once.
@@ -118,24 +154,33 @@ impl Watch {
         };
         let asked = Instant::now();
         let cluster = connection.read_cluster().await?;
-        if let Some(step_ms) = self.lives.clock.learn(cluster.clock.now(), asked) {
-            warn!(step_ms, "the database's clock has stepped: nothing is deleted for its age for ten minutes");
-        }
+        let step = self.lives.clock.learn(cluster.clock.now(), asked, Instant::now());
         self.lives.clock.learn_continuous(cluster.continuous_since);
+        self.lives.clock.learn_step(cluster.step.ms, cluster.step.at, self.longest);
         if cluster.store_id != self.database.store_id {
-            self.end("the database is another one than at the start");
-        } else if !self.database.is_in_place() {
-            self.end("the SQLite file was deleted, moved or replaced");
+            return Err(self.end("the database is another one than at the start"));
+        }
+        if !self.database.is_in_place() {
+            return Err(self.end(FILE_MOVED));
+        }
+        if let Some(step_ms) = step {
+            warn!(step_ms, "the database's clock has stepped: nothing is deleted for its age for ten minutes");
+            if step_ms > 0 {
+                connection.note_step(step_ms, STEP_SEEN_WITHIN).await?;
+            }
         }
         self.note_generation(cluster.generation);
         let asked = Instant::now();
-        let lives = connection.read_lives(self.gateways.terms.lease).await?;
-        self.lives.replace(lives.clone(), asked);
+        let known = self.seen.unmanaged.known(asked);
+        let lives = connection.read_lives(self.gateways.terms.lease.max(MISSED_AFTER), known).await?;
+        self.lives.replace(lives.clone(), known.is_none(), asked);
+        self.seen.unmanaged.note(&lives, known.is_none(), asked);
         clamp(&mut connection, &self.gateways.terms, &lives, &cluster).await?;
         let nodes = connection.beat_node(&self.peers.own, NODE_TERM).await?;
         if let Some(twin) = nodes.iter().find(|node| self.is_twin(node)) {
             let (id, ours, theirs) = (&twin.node_id, &self.peers.own.addr, &twin.addr);
-            self.end(&format!("another process has taken node_id {id}: it is at {theirs}, this one at {ours}"));
+            let why = format!("another process has taken node_id {id}: it is at {theirs}, this one at {ours}");
+            return Err(self.end(&why));
         }
         self.peers.set_nodes(&nodes);
         if let Some(hints) = &self.hints {
@@ -159,10 +204,11 @@ impl Watch {
         node.node_id == self.peers.own.node_id && node.incarnation != self.peers.own.incarnation
     }
 
-    /// Whatever this node would say from here on could be wrong.
-    fn end(&self, why: &str) {
+    /// Whatever this node would say from here on could be wrong, and whatever it wrote could be another's.
+    fn end(&self, why: &str) -> SqlError {
         error!("{why}: this node ends");
         self.stop.cancel();
+        SqlError::Lost(why.to_owned())
     }
 
     fn note_generation(&mut self, generation: u64) {
@@ -226,7 +272,8 @@ async fn clamp(connection: &mut Connection, terms: &Terms, lives: &[Arc<Life>], 
         connection.clamp_lives(terms.lease).await?;
     }
     let longest = now.plus(terms.doubt_for + terms.lease + CLOCK_SLACK);
-    if hold.until.max(hold.rearm) > longest && (hold.is_by_doubt() || !hold.is_on(now)) {
+    let is_too_long = hold.until.max(hold.rearm) > longest && (hold.is_by_doubt() || !hold.is_on(now));
+    if is_too_long || hold.began > now.plus(CLOCK_SLACK) {
         connection.clamp_hold(terms.doubt_for, terms.lease).await?;
     }
     Ok(())

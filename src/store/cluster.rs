@@ -36,11 +36,20 @@ pub struct ClusterRow {
     /// The Redis server whose records belong to this generation.
     pub cache_identity: String,
     pub hold: Hold,
+    pub step: Step,
+}
+
+/// The last time that the clock was set forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Step {
+    pub at: Timestamp,
+    pub ms: i64,
 }
 
 /// Until when no gateway is declared dead.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hold {
+    pub began: Timestamp,
     pub until: Timestamp,
     /// Before this no other one begins by itself.
     pub rearm: Timestamp,
@@ -83,7 +92,7 @@ impl Connection {
         let clock = clock_micros(self.engine());
         let sql = format!(
             "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, store_id, continuous_since, \
-             hold_reason FROM cluster WHERE id = 1"
+             hold_reason, hold_began, step_at, step_ms FROM cluster WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
@@ -93,12 +102,19 @@ impl Connection {
             continuous_since: Timestamp(row.try_get(6)?),
             generation: unsigned(row.try_get(1)?),
             cache_identity: row.try_get(2)?,
-            hold: Hold { until: Timestamp(row.try_get(3)?), rearm: Timestamp(row.try_get(4)?), reason: row.try_get(7)? },
+            hold: Hold {
+                began: Timestamp(row.try_get(8)?),
+                until: Timestamp(row.try_get(3)?),
+                rearm: Timestamp(row.try_get(4)?),
+                reason: row.try_get(7)?,
+            },
+            step: Step { at: Timestamp(row.try_get(9)?), ms: row.try_get(10)? },
         })
     }
 
-    /// Says that the database takes writes now. A beat of the future is a gap too: the clock went back. A gap tells that for a while it did not, or that no node was there: then no
-    /// beat could be recorded either, and nobody may be declared dead for it.
+    /// Says that the database takes writes now. A gap tells that for a while it did not, or that no node was there: then no
+    /// beat could be recorded either, and nobody may be declared dead for it. A beat of the future is a gap too: the clock went
+    /// back.
     pub async fn beat_cluster(&mut self) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
         // MySQL assigns from left to right: last_beat has to come last.
@@ -110,11 +126,22 @@ impl Connection {
         self.execute(statement(sql).bind(silence).bind(silence)).await.map(|_| ())
     }
 
+    /// Says that the clock was set forward by `ms`. The nodes see it at about the same time, so one that is larger and was
+    /// seen within `lately` stays.
+    pub async fn note_step(&mut self, ms: i64, lately: Duration) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let sql = format!(
+            "UPDATE cluster SET step_ms = CASE WHEN step_ms > ? AND step_at > {now} - ? THEN step_ms ELSE ? END, \
+             step_at = {now} WHERE id = 1"
+        );
+        self.execute(statement(sql).bind(ms).bind(duration_millis(lately)).bind(ms)).await.map(|_| ())
+    }
+
     /// Begins a hold because gateways fell silent, unless one is on, or ended by time within the last `lease`. True: begun.
     pub async fn begin_hold(&mut self, length: Duration, lease: Duration, why: &str) -> Result<bool, SqlError> {
         let now = clock_millis(self.engine());
         let sql = format!(
-            "UPDATE cluster SET hold_until = {now} + ?, hold_rearm = {now} + ?, hold_reason = ? \
+            "UPDATE cluster SET hold_began = {now}, hold_until = {now} + ?, hold_rearm = {now} + ?, hold_reason = ? \
              WHERE id = 1 AND hold_until < {now} AND hold_rearm < {now}"
         );
         let begin = statement(sql).bind(duration_millis(length)).bind(duration_millis(length + lease));
@@ -127,14 +154,19 @@ impl Connection {
         Ok(self.execute(statement(SQL).bind(seen.until.0)).await? == 1)
     }
 
-    /// Cuts down to what it can be whatever ends in the future because the clock was ahead: a hold that doubt began, and the
-    /// time before the next one.
+    /// Cuts down to what it can be whatever ends in the future because the clock was ahead: a hold, and the time before the next
+    /// one. A hold that a node of the last release began does not say when.
     pub async fn clamp_hold(&mut self, length: Duration, lease: Duration) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
         let sql = format!(
             "UPDATE cluster SET hold_until = {now} + ?, hold_rearm = {now} + ? \
              WHERE id = 1 AND hold_until > {now} + ? AND hold_reason LIKE '{BY_DOUBT}%'"
         );
+        let began_ahead = format!(
+            "UPDATE cluster SET hold_until = {now} + hold_until - hold_began, hold_rearm = {now} + hold_rearm - hold_began, \
+             hold_began = {now} WHERE id = 1 AND hold_began > {now} + {FUTURE_MS}"
+        );
+        self.execute(statement(began_ahead)).await?;
         let (length, both) = (duration_millis(length), duration_millis(length + lease));
         self.execute(statement(sql).bind(length).bind(both).bind(length + FUTURE_MS)).await?;
         let rearm =
@@ -146,7 +178,9 @@ impl Connection {
     pub async fn set_hold(&mut self, length: Duration, lease: Duration, why: &str) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
         let until = if length.is_zero() { "0 * ?".to_owned() } else { format!("{now} + ?") };
-        let sql = format!("UPDATE cluster SET hold_until = {until}, hold_rearm = {now} + ?, hold_reason = ? WHERE id = 1");
+        let sql = format!(
+            "UPDATE cluster SET hold_began = {now}, hold_until = {until}, hold_rearm = {now} + ?, hold_reason = ? WHERE id = 1"
+        );
         let set = statement(sql).bind(duration_millis(length)).bind(duration_millis(length + lease)).bind(why.to_owned());
         self.execute(set).await.map(|_| ())
     }
@@ -206,8 +240,8 @@ impl Connection {
         if self.execute(beat).await? == 0 {
             self.insert_node(own).await?;
         }
-        let select = format!("SELECT node_id, incarnation, addr FROM nodes WHERE seen_at > {now} - ?");
-        let rows = self.fetch(statement(select).bind(duration_millis(term))).await?;
+        let select = format!("SELECT node_id, incarnation, addr FROM nodes WHERE seen_at > {now} - ? AND seen_at < {now} + ?");
+        let rows = self.fetch(statement(select).bind(duration_millis(term)).bind(duration_millis(term))).await?;
         let read = |row: &AnyRow| Ok(NodeName { node_id: row.try_get(0)?, incarnation: row.try_get(1)?, addr: row.try_get(2)? });
         rows.iter().map(read).collect()
     }
@@ -220,7 +254,8 @@ impl Connection {
 
     /// Forgets nodes that have not been there for `term`.
     pub async fn forget_nodes(&mut self, term: Duration) -> Result<(), SqlError> {
-        let delete = format!("DELETE FROM nodes WHERE seen_at < {} - ?", clock_millis(self.engine()));
-        self.execute(statement(delete).bind(duration_millis(term))).await.map(|_| ())
+        let now = clock_millis(self.engine());
+        let delete = format!("DELETE FROM nodes WHERE seen_at < {now} - ? OR seen_at > {now} + ?");
+        self.execute(statement(delete).bind(duration_millis(term)).bind(duration_millis(term))).await.map(|_| ())
     }
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use serde_json::json;
+use sqlx::Row;
 
 use crate::config::Config;
 use crate::domain::gateway::Beat;
@@ -39,6 +40,7 @@ use crate::store::database::OpenError;
 use crate::store::lives::Begun;
 use crate::store::lives::Ending;
 use crate::store::users::UserChange;
+use crate::store::users::clock_millis;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
@@ -356,10 +358,10 @@ async fn a_registration_ends_the_former_life_and_five_are_enough() {
         assert!(register(connection, "gw-2:7000").await.ended.is_none(), "another address is free to register");
         assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap().len(), 1);
 
-        let listed = connection.list_lives(false).await.unwrap();
+        let listed = connection.list_lives(false, None, 100).await.unwrap();
         assert_eq!(listed.iter().map(|listed| listed.profile.gateway.as_str()).collect::<Vec<_>>(), ["gw-1:7000", "gw-2:7000"]);
         assert_eq!(listed[0].profile.labels, profile("gw").labels);
-        assert_eq!(connection.list_lives(true).await.unwrap().len(), 7);
+        assert_eq!(connection.list_lives(true, None, 100).await.unwrap().len(), 7);
     })
     .await;
 }
@@ -454,7 +456,91 @@ async fn any_number_of_lives_ends_at_once() {
         }
         let ended = connection.end_lives("node", &epochs, Ending::Said(EndReason::Operator)).await.unwrap().expect("they lived");
         assert_eq!(ended.lives.len(), 100);
-        assert_eq!(connection.list_lives(false).await.unwrap().len(), 0);
+        assert_eq!(connection.list_lives(false, None, 100).await.unwrap().len(), 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_life_that_never_registered_ends_when_it_has_had_no_route_for_long() {
+    const TERM: Duration = Duration::from_secs(60);
+    const STRAGGLERS: Duration = Duration::from_secs(20);
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let (used, unused) = (begin_life(connection, "gw-1:7000").await, begin_life(connection, "gw-2:7000").await);
+        let managed = register(connection, "gw-3:7000").await.life;
+        let route = format!(
+            "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+             bound_version, bound_at_ms) VALUES (1, 'd', 0, {}, '', 0, '', 0, 1, 1)",
+            used.epoch.0
+        );
+        connection.execute(statement(route)).await.unwrap();
+        let later = async |connection: &mut Connection, by: Duration| {
+            let sql = format!("UPDATE lives SET last_beat = last_beat - {} WHERE kind = 2 AND last_beat > 0", by.as_millis());
+            connection.execute(statement(sql)).await.unwrap();
+            connection.end_unused_lives(TERM, STRAGGLERS).await.unwrap()
+        };
+        assert_eq!(connection.end_unused_lives(TERM, STRAGGLERS).await.unwrap(), 0, "noticed");
+        assert_eq!(later(connection, TERM).await, 0, "closed: a bind may still be on its way");
+        let next = begin_life(connection, "gw-2:7000").await;
+        assert!(next.epoch > unused.epoch, "nobody binds to it any more");
+        assert_eq!(later(connection, STRAGGLERS).await, 1);
+        let mut living: Vec<u64> =
+            connection.list_lives(false, None, 100).await.unwrap().iter().map(|it| it.life.epoch.0).collect();
+        living.sort_unstable();
+        assert_eq!(living, [used.epoch.0, managed.epoch.0, next.epoch.0]);
+        assert_eq!(connection.unswept_lives().await.unwrap().len(), 0);
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_life_that_is_used_again_stays_and_so_does_any_beside_a_node_that_knows_no_closed_ones() {
+    const TERM: Duration = Duration::from_secs(60);
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let life = begin_life(connection, "gw-1:7000").await;
+        let now = clock_millis(connection.engine());
+        connection.end_unused_lives(TERM, TERM).await.unwrap();
+        let old_node = format!("INSERT INTO nodes (node_id, addr, seen_at) VALUES ('old', 'x:1', {now})");
+        connection.execute(statement(old_node)).await.unwrap();
+        let long_ago = "UPDATE lives SET last_beat = last_beat - 100000 WHERE last_beat > 0";
+        connection.execute(statement(long_ago)).await.unwrap();
+        connection.end_unused_lives(TERM, TERM).await.unwrap();
+        assert_eq!(begin_life(connection, "gw-1:7000").await.epoch, life.epoch, "it is not closed");
+        connection.execute(statement("DELETE FROM nodes")).await.unwrap();
+        let route = format!(
+            "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+             bound_version, bound_at_ms) VALUES (1, 'd', 0, {}, '', 0, '', 0, 1, 1)",
+            life.epoch.0
+        );
+        connection.execute(statement(route)).await.unwrap();
+        connection.end_unused_lives(TERM, TERM).await.unwrap();
+        connection.execute(statement("DELETE FROM routes")).await.unwrap();
+        connection.end_unused_lives(TERM, TERM).await.unwrap();
+        connection.end_unused_lives(TERM, TERM).await.unwrap();
+        assert_eq!(begin_life(connection, "gw-1:7000").await.epoch, life.epoch, "its time begins anew");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn users_with_nothing_and_of_long_ago_are_forgotten_in_pages() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        for (user, version, pending) in [(1, 10, 0), (2, 90, 0), (3, 10, 1), (4, 10, 0), (5, 10, 0)] {
+            let insert = "INSERT INTO users (user_id, version, inbox_pending) VALUES (?, ?, ?)";
+            connection.execute(statement(insert).bind(user).bind(version).bind(pending)).await.unwrap();
+        }
+        let route = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+            bound_version, bound_at_ms) VALUES (4, 'd', 0, 1, '', 0, '', 0, 1, 1)";
+        connection.execute(statement(route)).await.unwrap();
+        assert_eq!(connection.forget_users(0, Version(50), 3).await.unwrap(), (1, Some(3)));
+        assert_eq!(connection.forget_users(3, Version(50), 3).await.unwrap(), (1, Some(5)));
+        assert_eq!(connection.forget_users(5, Version(50), 3).await.unwrap(), (0, None));
+        let left = connection.fetch(statement("SELECT user_id FROM users ORDER BY user_id")).await.unwrap();
+        let left: Vec<i64> = left.iter().map(|row| row.try_get(0).unwrap()).collect();
+        assert_eq!(left, [2, 3, 4]);
     })
     .await;
 }
@@ -477,7 +563,7 @@ async fn routes_that_name_a_life_nobody_knows_are_found() {
         let unswept: Vec<u64> = connection.unswept_lives().await.unwrap().iter().map(|life| life.epoch.0).collect();
         assert_eq!(HashSet::from([77, life.epoch.0]), unswept.into_iter().collect());
         assert_eq!(connection.users_of_life(life.epoch, 0, 10).await.unwrap().len(), 1);
-        assert_eq!(connection.count_routes().await.unwrap()[&life.epoch], 1);
+        assert_eq!(connection.count_routes(&[life.epoch]).await.unwrap()[&life.epoch], 1);
     })
     .await;
 }
@@ -501,7 +587,7 @@ async fn a_gateway_lives_one_life_and_no_two_have_the_same_epoch() {
         lives.sort_by_key(|life| life.epoch);
         let alive: Vec<(Epoch, bool)> = lives.iter().map(|life| (life.epoch, life.is_alive())).collect();
         assert_eq!(alive, [(first.epoch, false), (second.epoch, true), (third.epoch, true)]);
-        assert_eq!(connection.read_lives(Duration::ZERO).await.unwrap().len(), 3, "routes may still name the dead one");
+        assert_eq!(connection.read_lives(Duration::ZERO, None).await.unwrap().len(), 3, "routes may still name the dead one");
     })
     .await;
 }

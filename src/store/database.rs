@@ -18,6 +18,9 @@ use crate::store::schema;
 /// The server may have ended a connection that was not used for longer.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
 
+/// What is wrong when [`Database::is_in_place`] says no.
+pub const FILE_MOVED: &str = "the SQLite file was deleted, moved or replaced";
+
 /// Where to connect, and the facts about the database that hold for the life of this process.
 pub struct Database {
     pub engine: Engine,

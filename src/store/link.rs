@@ -45,8 +45,10 @@ pub enum LinkError {
 }
 
 /// What a server says of itself.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Server {
+    /// Which server it is and which of its databases is used: another answer means that its data may be other data.
+    pub identity: String,
     /// In bytes.
     pub used_memory: i64,
     /// When its memory is full it removes keys of every kind, also those that have to stay.
@@ -104,28 +106,22 @@ impl Link {
         Err(result)
     }
 
-    /// How the server is. A replica is left at once.
+    /// How the server is, and the number of the connection that told. A replica is left at once.
     ///
     /// # Errors
     /// [`LinkError::Replica`], or why it does not say how it is.
-    pub async fn look(&self, limit: Duration) -> Result<Server, LinkError> {
+    pub async fn look(&self, limit: Duration) -> Result<(u64, Server), LinkError> {
         let mut info = redis::pipe();
-        info.cmd("INFO").arg("memory").cmd("INFO").arg("replication");
-        let (number, (memory, replication)): (_, (String, String)) = self.run_numbered(&info, limit).await?;
-        self.must_be_primary(number, &replication)?;
-        let evicts = field(&memory, "maxmemory_policy").is_some_and(|policy| policy.starts_with("allkeys-"));
-        let is_limited = field(&memory, "maxmemory").is_some_and(|bytes| bytes != "0");
-        let used_memory = field(&memory, "used_memory").and_then(|bytes| bytes.parse().ok()).unwrap_or_default();
-        Ok(Server { used_memory, evicts_keys: evicts && is_limited })
-    }
-
-    /// Ends connection `number` if the server behind it says in its INFO that it is a replica.
-    pub(super) fn must_be_primary(&self, number: u64, replication: &str) -> Result<(), LinkError> {
-        if field(replication, "role") != Some("slave") {
-            return Ok(());
+        info.cmd("INFO").arg("server").cmd("INFO").arg("memory").cmd("INFO").arg("replication");
+        let (number, (server, memory, replication)): (_, (String, String, String)) = self.run_numbered(&info, limit).await?;
+        if field(&replication, "role") == "slave" {
+            self.give_up(number);
+            return Err(LinkError::Replica);
         }
-        self.give_up(number);
-        Err(LinkError::Replica)
+        let evicts = field(&memory, "maxmemory_policy").starts_with("allkeys-") && field(&memory, "maxmemory") != "0";
+        let used_memory = field(&memory, "used_memory").parse().unwrap_or_default();
+        let identity = format!("{}:{}:{}", field(&server, "run_id"), field(&replication, "master_replid"), self.database());
+        Ok((number, Server { identity, used_memory, evicts_keys: evicts }))
     }
 
     /// The number of the database that keys are in.
@@ -176,9 +172,9 @@ impl Link {
     }
 }
 
-/// A field of what INFO says.
-pub(super) fn field<'a>(info: &'a str, name: &str) -> Option<&'a str> {
-    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+/// A field of what INFO says; empty if it does not say it.
+fn field<'a>(info: &'a str, name: &str) -> &'a str {
+    info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default()
 }
 
 fn is_not_primary(error: &RedisError) -> bool {

@@ -44,6 +44,9 @@ use crate::store::users::unsigned;
 const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason, attach_no, \
     attached_node FROM lives WHERE ";
 
+/// In `draining` of an unmanaged life: no bind begins on it any more.
+const CLOSED: i32 = 2;
+
 /// A life that began, and those that it ended.
 #[derive(Debug)]
 pub struct Begun {
@@ -73,11 +76,15 @@ pub enum Ending {
 
 impl Connection {
     /// All lives that a route may still name (the living, and the dead whose routes are not swept yet), and those that ended
-    /// within `lately`.
-    pub async fn read_lives(&mut self, lately: Duration) -> Result<Vec<Arc<Life>>, SqlError> {
+    /// within `lately`. Of living unmanaged ones, which do not change, only those that began after `known`.
+    pub async fn read_lives(&mut self, lately: Duration, known: Option<Epoch>) -> Result<Vec<Arc<Life>>, SqlError> {
         let now = clock_millis(self.engine());
-        let select = statement(format!("{COLUMNS}alive = 1 OR swept_at = 0 OR ended_at > {now} - ?"));
-        self.fetch(select.bind(duration_millis(lately))).await?.iter().map(read_life).collect()
+        let select = format!(
+            "{COLUMNS}alive = 1 AND kind = 1 UNION ALL {COLUMNS}alive = 1 AND kind = 2 AND epoch > ? \
+             UNION ALL {COLUMNS}alive = 0 AND (swept_at = 0 OR ended_at > {now} - ?)"
+        );
+        let select = statement(select).bind(signed(known.map_or(0, |known| known.0))).bind(duration_millis(lately));
+        self.fetch(select).await?.iter().map(read_life).collect()
     }
 
     pub async fn lives_by_epoch(&mut self, epochs: &[Epoch]) -> Result<Vec<Arc<Life>>, SqlError> {
@@ -101,11 +108,11 @@ impl Connection {
         Ok((records, lives))
     }
 
-    /// The lives that `gateways` live now. A gateway without one is left out.
+    /// The lives that `gateways` live now, and that may be bound to. A gateway without one is left out.
     pub async fn current_lives(&mut self, gateways: &[GatewayAddr]) -> Result<Vec<Arc<Life>>, SqlError> {
         let mut lives = Vec::new();
         for (chunk, fill) in chunks(gateways) {
-            let head = format!("{COLUMNS}alive = 1 AND gateway_addr IN (");
+            let head = format!("{COLUMNS}alive = 1 AND draining <> {CLOSED} AND gateway_addr IN (");
             let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
             for gateway in filled(chunk, fill) {
                 select = select.bind(gateway.to_string());
@@ -122,7 +129,7 @@ impl Connection {
     pub async fn begin_unmanaged_life(&mut self, gateway: &GatewayAddr) -> Result<(), SqlError> {
         const INSERT: &str = "INSERT INTO lives (epoch, gateway_addr, kind, alive) \
             SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
-            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1)";
+            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1 AND draining <> 2)";
         self.begin().await?;
         self.issue_epoch().await?;
         let kind = codec::kind_to_i32(LifeKind::Unmanaged);
@@ -311,6 +318,32 @@ impl Connection {
         Ok(Some(Ended { lives, outbox: self.add_outbox(node_id, &body).await? }))
     }
 
+    /// Ends unmanaged lives that have had no route for `term`, in three steps. What a life does not know of itself is said by
+    /// `last_beat`: since when it has no route, then when it was closed. No bind begins on a closed life, and those that had
+    /// begun are over after `stragglers`. Nodes of the last release do not know closed lives: beside them none is closed.
+    pub async fn end_unused_lives(&mut self, term: Duration, stragglers: Duration) -> Result<u64, SqlError> {
+        const UNUSED: &str = "alive = 1 AND kind = 2 AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.epoch = lives.epoch)";
+        let now = clock_millis(self.engine());
+        let used = "UPDATE lives SET last_beat = 0 WHERE alive = 1 AND kind = 2 AND draining = 0 AND last_beat > 0 \
+            AND EXISTS (SELECT 1 FROM routes WHERE routes.epoch = lives.epoch)";
+        self.execute(statement(used)).await?;
+        let unused = format!(
+            "UPDATE lives SET last_beat = {now} WHERE {UNUSED} AND draining = 0 AND (last_beat = 0 OR last_beat > {now} + {FUTURE_MS})"
+        );
+        self.execute(statement(unused)).await?;
+        let close = format!(
+            "UPDATE lives SET draining = {CLOSED}, last_beat = {now} WHERE {UNUSED} AND draining = 0 AND last_beat > 0 \
+             AND last_beat < {now} - ? AND NOT EXISTS (SELECT 1 FROM nodes WHERE incarnation = '' AND seen_at > {now} - ?)"
+        );
+        self.execute(statement(close).bind(duration_millis(term)).bind(duration_millis(stragglers))).await?;
+        let end = format!(
+            "UPDATE lives SET alive = 0, ended_at = {now}, end_reason = ?, swept_at = {now} WHERE {UNUSED} \
+             AND draining = {CLOSED} AND last_beat < {now} - ?"
+        );
+        let end = statement(end).bind(codec::end_to_i32(EndReason::Expired)).bind(duration_millis(stragglers));
+        self.execute(end).await
+    }
+
     /// Lives that are over and whose routes may still be there, oldest end first.
     pub async fn unswept_lives(&mut self) -> Result<Vec<Arc<Life>>, SqlError> {
         let rows = self.fetch(statement(format!("{COLUMNS}alive = 0 AND swept_at = 0 ORDER BY ended_at"))).await?;
@@ -336,6 +369,8 @@ impl Connection {
     /// Forgets lives that were swept longer than `term` ago.
     pub async fn forget_lives(&mut self, term: Duration) -> Result<(), SqlError> {
         let now = clock_millis(self.engine());
+        let ahead = format!("UPDATE lives SET swept_at = {now} WHERE swept_at > {now} + {FUTURE_MS}");
+        self.execute(statement(ahead)).await?;
         let delete = format!("DELETE FROM lives WHERE alive = 0 AND swept_at > 0 AND swept_at < {now} - ?");
         self.execute(statement(delete).bind(duration_millis(term))).await.map(|_| ())
     }
@@ -358,11 +393,22 @@ impl Connection {
         Ok(reopened)
     }
 
-    /// Every life as an operator sees it, by address; also those that ended, if asked for, the newest first.
-    pub async fn list_lives(&mut self, include_dead: bool) -> Result<Vec<LifeDetails>, SqlError> {
+    /// Up to `limit` lives as an operator sees them, after `after`: by address; also those that ended, if asked for, the newest
+    /// first.
+    pub async fn list_lives(
+        &mut self,
+        include_dead: bool,
+        after: Option<&(GatewayAddr, Epoch)>,
+        limit: usize,
+    ) -> Result<Vec<LifeDetails>, SqlError> {
         let columns = COLUMNS.replace(" FROM", ", region, capacity, labels, load_average FROM");
         let which = if include_dead { "1 = 1" } else { "alive = 1" };
-        let rows = self.fetch(statement(format!("{columns}{which} ORDER BY gateway_addr, epoch DESC"))).await?;
+        let later = if after.is_some() { " AND gateway_addr >= ? AND (gateway_addr > ? OR epoch < ?)" } else { "" };
+        let mut select = statement(format!("{columns}{which}{later} ORDER BY gateway_addr, epoch DESC LIMIT ?"));
+        if let Some((gateway, epoch)) = after {
+            select = select.bind(gateway.to_string()).bind(gateway.to_string()).bind(signed(epoch.0));
+        }
+        let rows = self.fetch(select.bind(i64::try_from(limit).unwrap_or(i64::MAX))).await?;
         rows.iter().map(read_listed).collect()
     }
 }

@@ -6,6 +6,7 @@ use prost::Message;
 use sqlx::Row;
 
 use crate::domain::time::Timestamp;
+use crate::store::cluster::FUTURE_MS;
 use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
@@ -74,7 +75,7 @@ impl Connection {
         let now = format!("({} / 1000)", clock_micros(self.engine()));
         let millis = |duration: Duration| i64::try_from(duration.as_millis()).unwrap_or(i64::MAX);
         let find = format!(
-            "SELECT id, body FROM outbox WHERE (created < {now} - ? OR created > {now} + 1000) \
+            "SELECT id, body FROM outbox WHERE (created < {now} - ? OR created > {now} + {FUTURE_MS}) \
              AND (claimed_until < {now} OR claimed_until > {now} + ?) ORDER BY id LIMIT ?"
         );
         let rows = self.fetch(statement(find).bind(millis(age)).bind(millis(term)).bind(limit)).await?;

@@ -22,7 +22,6 @@ use crate::store::codec::StoredRecord;
 use crate::store::keys;
 use crate::store::link::Link;
 use crate::store::link::LinkError;
-use crate::store::link::field;
 use crate::store::users::Records;
 
 /// A reader's copy of what SQL said: short-lived, because it may land after a newer record was evicted.
@@ -118,18 +117,6 @@ impl SharedCache {
         let (route_ttl, status_ttl, mpim_keys) = (route.route_ttl, route.status_ttl, route.mpim_keys);
         let (script, forget) = (Script::new(WRITE), Script::new(FORGET));
         Ok(Self { link: Link::new(redis)?, script, forget, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
-    }
-
-    /// Who the server is and which of its databases is used (another answer means that its data may be other data), and the
-    /// number of the connection that told.
-    pub async fn identity(&self, limit: Duration) -> Result<(u64, String), LinkError> {
-        let mut info = redis::pipe();
-        info.cmd("INFO").arg("server").cmd("INFO").arg("replication");
-        let (number, (server, replication)): (_, (String, String)) = self.link.run_numbered(&info, limit).await?;
-        self.link.must_be_primary(number, &replication)?;
-        let field = |text, name| field(text, name).unwrap_or_default();
-        let (server, replication) = (field(&server, "run_id"), field(&replication, "master_replid"));
-        Ok((number, format!("{server}:{replication}:{}", self.link.database())))
     }
 
     /// Says that this store uses this Redis, for a while, unless another one does.

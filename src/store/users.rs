@@ -248,6 +248,33 @@ impl Connection {
         self.users_of(statement(SQL).bind(now.0).bind(limit)).await
     }
 
+    /// Up to `limit` users with a route that ends after `latest`, the latest first.
+    pub async fn users_who_expire_after(&mut self, latest: Timestamp, limit: i64) -> Result<Vec<UserId>, SqlError> {
+        const SQL: &str = "SELECT user_id FROM routes WHERE expires_at_ms > ? ORDER BY expires_at_ms DESC LIMIT ?";
+        self.users_of(statement(SQL).bind(latest.0).bind(limit)).await
+    }
+
+    /// Looks at the next `page` users after `after`, and forgets those with nothing whose last change is older than `before`.
+    /// Returns how many these were, and the last that was looked at: none if there was nobody.
+    pub async fn forget_users(&mut self, after: i64, before: Version, page: i64) -> Result<(u64, Option<i64>), SqlError> {
+        const LAST: &str =
+            "SELECT MAX(user_id) FROM (SELECT user_id FROM users WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
+        const OLD: &str = "version > 0 AND version < ? AND inbox_pending = 0 \
+            AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.user_id = users.user_id) \
+            AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.user_id = users.user_id)";
+        let rows = self.fetch(statement(LAST).bind(after).bind(page)).await?;
+        let Some(last) = rows.first().map_or(Ok(None), |row| row.try_get::<Option<i64>, _>(0))? else { return Ok((0, None)) };
+        let find = statement(format!("SELECT user_id FROM users WHERE user_id > ? AND user_id <= ? AND {OLD}"));
+        let old = self.users_of(find.bind(after).bind(last).bind(signed(before.0))).await?; // locks nobody
+        let mut forgotten = 0;
+        for (chunk, fill) in chunks(&old) {
+            let tail = format!(") AND {OLD}"); // still: a change may have come meanwhile
+            let delete = repeated("DELETE FROM users WHERE user_id IN (", "?", chunk.len() + fill, &tail);
+            forgotten += self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0))).await?;
+        }
+        Ok((forgotten, Some(last)))
+    }
+
     /// Up to `limit` users with a route, by number, after `after`.
     pub async fn users_with_routes(&mut self, after: i64, limit: i64) -> Result<Vec<UserId>, SqlError> {
         const SQL: &str = "SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?";
@@ -262,10 +289,20 @@ impl Connection {
         self.users_of(statement(SQL).bind(signed(epoch.0)).bind(after).bind(limit)).await
     }
 
-    /// How many routes there are on each life that has one.
-    pub async fn count_routes(&mut self) -> Result<HashMap<Epoch, u64>, SqlError> {
-        let rows = self.fetch(statement("SELECT epoch, COUNT(*) FROM routes GROUP BY epoch")).await?;
-        rows.iter().map(|row| Ok((Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?)))).collect()
+    /// How many routes there are on each of these lives that has one.
+    pub async fn count_routes(&mut self, epochs: &[Epoch]) -> Result<HashMap<Epoch, u64>, SqlError> {
+        let mut counts = HashMap::with_capacity(epochs.len());
+        for (chunk, fill) in chunks(epochs) {
+            let head = "SELECT epoch, COUNT(*) FROM routes WHERE epoch IN (";
+            let mut select = statement(repeated(head, "?", chunk.len() + fill, ") GROUP BY epoch"));
+            for epoch in filled(chunk, fill) {
+                select = select.bind(signed(epoch.0));
+            }
+            for row in self.fetch(select).await? {
+                counts.insert(Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?));
+            }
+        }
+        Ok(counts)
     }
 
     /// The users that a statement selects.

@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
+use im_presence::pb::HoldGatewaysReq;
+use im_presence::pb::PullInboxReq;
 
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
@@ -102,4 +104,54 @@ async fn claims_and_holds_of_a_time_that_was_wrong_end_as_they_should() {
         !held().await && db.number("SELECT hold_until < last_beat FROM cluster").await == 1
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_stored_and_bound_while_the_clock_was_behind_is_there_when_it_is_right_again() {
+    const MESSAGES: i64 = 10;
+    let mut clocked = Clocked::start(&[("ROUTE__ROUTE_TTL", "3600")]).await;
+    clocked.steps("-8d");
+    eventually("the step is noticed", SEEN_WITHIN, async || clocked.node.degraded().await.contains(&"clock".to_owned())).await;
+    clocked.node.bind(on("never:7000", 0, a_bind(BOB, PHONE, "c"))).await;
+    for n in 0..MESSAGES {
+        let message = DeliverReq { user_id: ALICE, message: format!("{n}"), store_offline: true, ..Default::default() };
+        assert!(clocked.node.presence().deliver(message).await.unwrap().into_inner().stored);
+    }
+    clocked.steps("+0");
+    eventually("that too", SEEN_WITHIN, async || clocked.db.number("SELECT step_ms FROM cluster").await > 600_000_000).await;
+    clocked.node.kill();
+    clocked.node.restart().await; // which forgets what it saw itself
+    clocked.db.clock_was_steady().await;
+    tokio::time::sleep(LONG_ENOUGH_TO_LOSE_THEM).await;
+    let (node, db) = (&clocked.node, &clocked.db);
+    let request = PullInboxReq { user_id: ALICE, device_id: PHONE.to_owned(), ..Default::default() };
+    let pulled = node.gateways().pull_inbox(request).await.unwrap().into_inner().deliveries.len();
+    assert_eq!((pulled, db.number("SELECT COUNT(*) FROM inbox").await), (10, MESSAGES));
+    assert!(node.query_sql(BOB).await.is_online);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_begun_while_the_clock_was_ahead_lasts_no_longer_than_it_can() {
+    let clocked = Clocked::start(&[("ROUTE__ROUTE_TTL", "5")]).await;
+    let (node, db) = (&clocked.node, &clocked.db);
+    clocked.steps("+8d");
+    eventually("the step is noticed", SEEN_WITHIN, async || node.degraded().await.contains(&"clock".to_owned())).await;
+    node.bind(on("never:7000", 0, a_bind(BOB, PHONE, "c"))).await;
+    let hold = HoldGatewaysReq { for_ms: 5_000, reason: "switch".to_owned() };
+    node.operator().hold_gateways(hold).await.unwrap();
+    clocked.steps("+0");
+    let slack = || db.run("UPDATE cluster SET step_ms = 0, step_at = 0"); // of the step forward, which is not what this shows
+    tokio::time::sleep(SEEN_WITHIN / 2).await;
+    slack().await;
+    let over = async || !node.query_sql(BOB).await.is_online && !node.list_gateways(false).await.hold;
+    eventually("both end", Duration::from_secs(5) + 2 * SEEN_WITHIN, over).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_clock_that_runs_too_fast_is_noticed_like_one_that_is_set() {
+    let clocked = Clocked::start(&[]).await;
+    tokio::time::sleep(SEEN_WITHIN / 2).await;
+    clocked.steps("+0 x1.3");
+    let warned = async || clocked.node.degraded().await.contains(&"clock".to_owned());
+    eventually("it is noticed", 3 * SEEN_WITHIN, warned).await;
 }

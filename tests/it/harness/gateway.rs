@@ -80,7 +80,7 @@ impl Node {
     }
 
     pub async fn list_gateways(&self, include_dead: bool) -> ListGatewaysResp {
-        self.operator().list_gateways(ListGatewaysReq { include_dead }).await.expect("a list").into_inner()
+        self.operator().list_gateways(ListGatewaysReq { include_dead, ..Default::default() }).await.expect("a list").into_inner()
     }
 
     /// Binds a phone of each user to a life of a gateway, and insists that each was done.
