@@ -275,25 +275,35 @@ impl From<String> for Url {
     }
 }
 
-/// Masks what stands between `USER:` and the last `@`, since a password may hold anything, and a query with a password in it.
+/// Keys of a URL's query that hold no secret.
+const SHOWN_KEYS: [&str; 8] =
+    ["ssl-mode", "sslmode", "charset", "collation", "statement-cache-capacity", "mode", "vfs", "protocol"];
+/// Ports that are shown although no login stands before them. Another number may be a password whose server was forgotten.
+const USUAL_PORTS: [&str; 2] = ["3306", "6379"];
+
+/// Shows what cannot be a password: of a login the user, of a server its name and port, of a query known keys.
 impl fmt::Display for Url {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (scheme, rest) = self.0.split_once("://").map_or(("", &*self.0), |(scheme, rest)| (scheme, rest));
-        let separator = if scheme.is_empty() { "" } else { "://" };
-        let (rest, query) = match rest.rfind('?') {
-            Some(at) if rest[at..].contains("pass") => (&rest[..at], MASK),
-            _ => (rest, ""),
+        if !scheme.is_empty() {
+            write!(f, "{scheme}://")?;
+        }
+        let (rest, query) = match rest.rfind('?').filter(|at| !rest[*at..].contains('@')) {
+            Some(at) => (&rest[..at], Some(&rest[at + 1..])),
+            None => (rest, None),
         };
-        let mark = if query.is_empty() { "" } else { "?" };
-        match rest.rsplit_once('@').map(|(login, server)| (login.split_once(':'), server)) {
-            Some((Some((user, _)), server)) => write!(f, "{scheme}{separator}{user}:{MASK}@{server}{mark}{query}"),
-            // Without an `@` this is HOST:PORT; or USER:PASSWORD, if the host was forgotten.
-            _ => match rest.rsplit_once(':') {
-                Some((user, port)) if !is_file(scheme, rest) && !is_port(port) => {
-                    write!(f, "{scheme}{separator}{user}:{MASK}{mark}{query}")
-                }
-                _ => write!(f, "{scheme}{separator}{rest}{mark}{query}"),
-            },
+        match rest.rsplit_once('@') {
+            _ if is_file(scheme, rest) => f.write_str(rest)?,
+            Some((login, server)) => {
+                let (user, mask) = login.split_once(':').map_or((login, ""), |(user, _)| (user, ":***"));
+                write!(f, "{user}{mask}@{}", without_password(server, |port| port.parse::<u16>().is_ok()))?;
+            }
+            None => f.write_str(&without_password(rest, |port| USUAL_PORTS.contains(&port)))?,
+        }
+        match query {
+            Some(query) if is_shown(query) => write!(f, "?{query}"),
+            Some(_) => write!(f, "?{MASK}"),
+            None => Ok(()),
         }
     }
 }
@@ -302,10 +312,19 @@ fn is_file(scheme: &str, rest: &str) -> bool {
     scheme == "sqlite" || rest.starts_with("sqlite:") || scheme.ends_with("unix")
 }
 
-/// A port, with whatever may follow it in a URL; or the end of an IPv6 address.
-fn is_port(text: &str) -> bool {
-    let port = text.split(['/', '?']).next().unwrap_or_default();
-    port.parse::<u16>().is_ok() || port.ends_with(']')
+fn is_shown(query: &str) -> bool {
+    query.split('&').all(|pair| SHOWN_KEYS.contains(&pair.split('=').next().unwrap_or_default()))
+}
+
+/// `HOST:PORT/PATH`; or, if that is no such port, without what follows the host.
+fn without_password(server: &str, is_port: impl Fn(&str) -> bool) -> String {
+    let (authority, path) = server.split_once('/').map_or((server, String::new()), |(server, path)| (server, format!("/{path}")));
+    let host_end = if authority.starts_with('[') { authority.find(']').map_or(0, |end| end + 1) } else { 0 };
+    match authority[host_end..].split_once(':') {
+        Some((_, port)) if is_port(port) => format!("{authority}{path}"),
+        Some((host, _)) => format!("{}{host}:{MASK}", &authority[..host_end]),
+        None => format!("{authority}{path}"),
+    }
 }
 
 impl fmt::Debug for Url {
@@ -375,10 +394,17 @@ mod tests {
         check("mysql://app:p@ss:/w?rd@db/im", "mysql://app:***@db/im");
         check("redis://:s3cret@cache", "redis://:***@cache");
         check("redis+unix:///run/redis.sock?db=1&pass=s3cret", "redis+unix:///run/redis.sock?***");
+        check("redis://cache:6379?token=s3cret", "redis://cache:6379?***");
         check("app:s3cret@db", "app:***@db");
         check("mysql://app:s3cret", "mysql://app:***");
         check("mysql://app:s3cret/im", "mysql://app:***");
         check("redis://:s3cret", "redis://:***");
+        check("mysql://app:12345", "mysql://app:***");
+        check("mysql://app:12345/im", "mysql://app:***");
+        check("mysql://app:s3cret:3306/im", "mysql://app:***");
+        check("mysql://app:s3cret?ssl-mode=required", "mysql://app:***?ssl-mode=required");
+        check("mysql://app@s3cret:x:3306/im", "mysql://app@s3cret:***");
+        check("mysql://db:3306/im", "mysql://db:3306/im");
         check("redis://cache:6379/1", "redis://cache:6379/1");
         check("redis://[::1]:6379", "redis://[::1]:6379");
         check("redis://[::1]", "redis://[::1]");

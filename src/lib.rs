@@ -9,7 +9,7 @@
 //! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`); lives of gateways (`gateways`, `heartbeats`, `watch`, `sweep`); messages (`delivery`, `streams`, `acks`, `inbox`) |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
-//! | [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
+//! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
 //! [`client`] is a library for gateways and message services, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
@@ -43,6 +43,7 @@
 
 pub mod api;
 pub mod app;
+pub mod backoff;
 pub mod client;
 pub mod clock;
 pub mod config;

@@ -97,6 +97,7 @@ fn serve(config: Config) -> ExitCode {
 }
 
 fn fail(code: u8, error: &impl Display) -> ExitCode {
-    let _ = writeln!(io::stderr(), "{error}"); // the exit code says it, too
+    let error = error.to_string();
+    telemetry::within_a_moment(move || drop(writeln!(io::stderr(), "{error}"))); // the exit code says it, too
     ExitCode::from(code)
 }

@@ -9,8 +9,10 @@ mod repeats;
 use std::io;
 use std::io::IsTerminal;
 use std::panic;
-use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
+use std::sync::mpsc;
+use std::thread;
+use std::time::Duration;
 
 use tracing_appender::non_blocking::ErrorCounter;
 use tracing_appender::non_blocking::NonBlockingBuilder;
@@ -24,6 +26,9 @@ use crate::telemetry::line::Line;
 /// Lines that wait to be written, a few hundred bytes each.
 const QUEUE_LINES: usize = 8_192;
 
+/// How long a process that ends waits for somebody to read its last words.
+const MOMENT: Duration = Duration::from_millis(1_500);
+
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Writes what is still queued when it is dropped, but waits for a reader that stands still only for a second.
@@ -31,8 +36,21 @@ pub struct Logging(Option<WorkerGuard>);
 
 impl Drop for Logging {
     fn drop(&mut self) {
-        // It says on stdout that it could not flush, and panics if that is closed.
-        let _ = panic::catch_unwind(AssertUnwindSafe(|| drop(self.0.take())));
+        // If it cannot flush it says so on stdout, which may be closed, or stand still as well.
+        let guard = self.0.take();
+        within_a_moment(move || drop(guard));
+    }
+}
+
+/// Does what nobody's reading, or not reading, may hold up: soon it is not waited for any more.
+pub fn within_a_moment(act: impl FnOnce() + Send + 'static) {
+    let (done, waits) = mpsc::channel::<()>();
+    let act = move || {
+        let _done = done; // dropped, also by a panic
+        act();
+    };
+    if thread::Builder::new().name("last words".to_owned()).spawn(act).is_ok() {
+        let _ = waits.recv_timeout(MOMENT);
     }
 }
 

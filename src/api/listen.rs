@@ -25,8 +25,8 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::server::Connected;
 use tonic::transport::server::TcpConnectInfo;
 
-use crate::api::newcomers::Newcomer;
-use crate::api::newcomers::Newcomers;
+use crate::api::room::Guest;
+use crate::api::room::Room;
 use crate::metrics::Metrics;
 
 /// What an HTTP/2 client sends first (RFC 9113, 3.4).
@@ -85,7 +85,7 @@ pub async fn accept(
 ) {
     let stop_node_on_panic = stop.drop_guard();
     let (places, desks) = (Arc::new(Semaphore::new(max_connections)), Arc::new(desks));
-    let (newcomers, mut waiting) = (Newcomers::new(MAX_NEWCOMERS), JoinSet::new());
+    let (newcomers, mut waiting) = (Room::new(MAX_NEWCOMERS), JoinSet::new());
     while let Some(accepted) = draining.run_until_cancelled(listener.accept()).await {
         while waiting.try_join_next().is_some() {}
         while waiting.len() > MAX_NEWCOMERS {
@@ -107,12 +107,12 @@ pub async fn accept(
 }
 
 /// Lets the connection in once it has begun to speak HTTP/2, if there is a place.
-async fn admit(stream: TcpStream, newcomer: &Newcomer, places: Arc<Semaphore>, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
+async fn admit(stream: TcpStream, newcomer: &Guest, places: Arc<Semaphore>, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
     let _ = stream.set_nodelay(true); // a connection that is gone already will be noticed when it is read
     if !matches!(timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await, Ok(Ok(true))) {
         return;
     }
-    newcomer.settle();
+    newcomer.leave();
     let Ok(permit) = places.try_acquire_owned() else { return metrics.shed("connections") };
     let least_loaded = desks.iter().min_by_key(|desk| desk.connections.load(Ordering::Relaxed));
     if let (Some(desk), Ok(stream)) = (least_loaded, stream.into_std()) {

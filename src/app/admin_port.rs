@@ -3,7 +3,6 @@
 
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::OnceLock;
 use std::time::Duration;
 
 use axum::Router;
@@ -26,7 +25,7 @@ use hyper_util::rt::TokioIo;
 use hyper_util::rt::TokioTimer;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::SetOnce;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
@@ -35,12 +34,12 @@ use tonic::codegen::Service;
 
 use crate::api::listen::ACCEPT_PAUSE;
 use crate::api::listen::speaks_http2;
-use crate::api::newcomers::Newcomer;
-use crate::api::newcomers::Newcomers;
+use crate::api::room::Guest;
+use crate::api::room::Room;
 use crate::memory::Memory;
 use crate::memory::Share;
 
-/// Connections that have not made a whole request yet, and those that have.
+/// Connections that have not made a whole request yet, and those that have: of each, one more closes the oldest.
 pub const MAX_NEWCOMERS: usize = 64;
 pub const MAX_CONNECTIONS: usize = 128;
 /// How long the head of a request may take, and then its body.
@@ -57,7 +56,7 @@ const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 pub async fn serve(listener: TcpListener, router: Router, memory: Arc<Memory>, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let router = router.layer(from_fn_with_state(memory, with_whole_body));
-    let (newcomers, places) = (Newcomers::new(MAX_NEWCOMERS), Arc::new(Semaphore::new(MAX_CONNECTIONS)));
+    let (newcomers, settled) = (Room::new(MAX_NEWCOMERS), Room::new(MAX_CONNECTIONS));
     let mut connections = JoinSet::new();
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         while connections.try_join_next().is_some() {}
@@ -68,33 +67,42 @@ pub async fn serve(listener: TcpListener, router: Router, memory: Arc<Memory>, s
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let (newcomer, places, router) = (newcomers.enter(), places.clone(), router.clone());
+        let (newcomer, settled, router) = (newcomers.enter(), settled.clone(), router.clone());
         connections.spawn(async move {
             let newcomer = Arc::new(newcomer);
             tokio::select! {
                 () = newcomer.closed() => {}
-                () = connection(stream, newcomer.clone(), places, router) => {}
+                () = connection(stream, newcomer.clone(), settled, router) => {}
             }
         });
     }
 }
 
-async fn connection(stream: TcpStream, newcomer: Arc<Newcomer>, places: Arc<Semaphore>, router: Router) {
+async fn connection(stream: TcpStream, newcomer: Arc<Guest>, settled: Arc<Room>, router: Router) {
     let Ok(Ok(is_http2)) = timeout(HEAD_LIMIT, speaks_http2(&stream)).await else { return };
-    let place = OnceLock::new(); // held as long as the connection
+    let place = Arc::new(SetOnce::new()); // from its first request on
+    let taken = place.clone();
     let answer = service_fn(move |request: hyper::Request<Incoming>| {
-        newcomer.settle();
-        let has_place = place.get_or_init(|| places.clone().try_acquire_owned().ok()).is_some();
-        let mut router = router.clone();
-        async move {
-            if !has_place {
-                return Ok::<_, Infallible>((StatusCode::SERVICE_UNAVAILABLE, "too many connections\n").into_response());
-            }
-            router.call(request.map(Body::new)).await
+        if !taken.initialized() {
+            newcomer.leave();
+            let _ = taken.set(settled.enter()); // one request is the first
         }
+        let mut router = router.clone();
+        async move { router.call(request.map(Body::new)).await }
     });
+    tokio::select! {
+        () = serve_http(stream, is_http2, answer) => {}
+        () = async { place.wait().await.closed().await } => {} // it may not even read its answers
+    }
+}
+
+/// Serves one connection. How it ends is the client's business.
+async fn serve_http<S>(stream: TcpStream, is_http2: bool, answer: S)
+where
+    S: hyper::service::Service<hyper::Request<Incoming>, Response = Response, Error = Infallible>,
+    S::Future: Send + 'static,
+{
     let io = TokioIo::new(stream);
-    // How a connection ends is the client's business.
     let _ = match is_http2 {
         true => {
             let mut server = http2::Builder::new(TokioExecutor::new());

@@ -22,6 +22,7 @@ use tracing::error;
 use tracing::info;
 use tracing::warn;
 
+use crate::backoff::Backoff;
 use crate::clock::AtomicInstant;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
@@ -44,7 +45,7 @@ const DEAF_AFTER: Duration = Duration::from_secs(3);
 /// How long a beat may be held up by asking the server for its memory.
 const MEMORY_LIMIT: Duration = Duration::from_millis(200);
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
-const RESUBSCRIBE_INTERVAL: Duration = Duration::from_millis(200);
+const RESUBSCRIBE_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_millis(500));
 
 /// What a former process of this name has sent is heard within this time after the start of this one.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -162,7 +163,12 @@ impl Hints {
     /// What is published at a replica reaches nobody, and nobody says so.
     async fn beat_and_look(&self) {
         let beaten = self.beat().await;
-        let server = self.bus.link.look(MEMORY_LIMIT).await;
+        let mut server = self.bus.link.look(MEMORY_LIMIT).await;
+        if matches!(server, Err(LinkError::Redis(_)))
+            && let Err(error) = self.bus.link.must_be_primary(MEMORY_LIMIT).await
+        {
+            server = Err(error);
+        }
         self.metrics.redis_up("queue", beaten && !matches!(server, Err(LinkError::Replica)));
         match server {
             Ok((_, server)) => self.metrics.redis_memory("queue", server.used_memory),
@@ -180,7 +186,7 @@ impl Hints {
     /// Listens until `stop`, and subscribes again whenever the subscription ends.
     pub async fn keep_listening(self: Arc<Self>, stop: CancellationToken) {
         let _stop_node_on_panic = stop.clone().drop_guard();
-        let mut hearing = true;
+        let (mut hearing, mut backoff) = (true, Backoff::new(RESUBSCRIBE_PAUSES.0, RESUBSCRIBE_PAUSES.1));
         while !stop.is_cancelled() {
             match stop.run_until_cancelled(self.bus.listen()).await {
                 None => return,
@@ -192,6 +198,7 @@ impl Hints {
                         info!("hears the other nodes again");
                     }
                     while let Some(Some(heard)) = stop.run_until_cancelled(subscription.next()).await {
+                        backoff.reset();
                         match heard {
                             Heard::Users(hint) if self.is_of_a_twin(&hint) => {
                                 error!("another process with node_id {} is heard: this one ends", self.own.node_id);
@@ -209,7 +216,7 @@ impl Hints {
                     }
                 }
             }
-            stop.run_until_cancelled(sleep(RESUBSCRIBE_INTERVAL)).await;
+            stop.run_until_cancelled(sleep(backoff.pause())).await;
         }
     }
 

@@ -30,10 +30,10 @@ use tracing::error;
 use tracing::info;
 use tracing::warn;
 
+use crate::backoff::Backoff;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::user::Outcome;
-use crate::engine::backoff::Backoff;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Pending;
 use crate::engine::lanes::Tools;
@@ -328,7 +328,7 @@ impl Lane {
             Failure::Sql(error @ (SqlError::Lost(_) | SqlError::Denied(_) | SqlError::Ill(_))) => {
                 metrics.lane_retry(if error.ends_connection() { "lost" } else { "ill" });
                 self.note_failing(&error);
-                let pause = self.backoff.next();
+                let pause = self.backoff.pause();
                 sleep(if error.ends_connection() { pause } else { pause.max(ILL_PAUSE) }).await;
                 parts.push_front(part);
             }
@@ -338,7 +338,7 @@ impl Lane {
                 warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
                 refuse(part, "the database did not confirm the change");
-                sleep(self.backoff.next()).await;
+                sleep(self.backoff.pause()).await;
             }
             Failure::Sql(SqlError::Failed(error)) if part.events.len() == 1 => {
                 let user = part.events[0].user;
@@ -364,7 +364,7 @@ impl Lane {
                 self.turn_away(&mut part, &too_many);
                 if let Err(error) = self.begin_lives(&begin).await {
                     self.note_failing(&error);
-                    sleep(self.backoff.next()).await;
+                    sleep(self.backoff.pause()).await;
                 }
                 parts.push_front(part);
             }

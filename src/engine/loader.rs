@@ -18,11 +18,11 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
+use crate::backoff::Backoff;
 use crate::domain::gateway::Life;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::user::UserRecord;
-use crate::engine::backoff::Backoff;
 use crate::engine::cache::Cache;
 use crate::engine::cache::LoadTicket;
 use crate::engine::cache::Loaded;
@@ -304,7 +304,7 @@ impl Reader {
                 Ok(read)
             }
             Err(error) => {
-                self.not_before = Instant::now() + self.backoff.next();
+                self.not_before = Instant::now() + self.backoff.pause();
                 Err(error)
             }
         }

@@ -1,12 +1,11 @@
 //! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
 //!
-//! Order of the files: `backoff`, `rate`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`,
+//! Order of the files: `rate`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`,
 //! `outlets`, `kicks`, `loads`, `loader`, `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`,
 //! `transaction`, `lane` with `lanes`, `sweep`, `delivery`, `inbox`.
 
 pub mod acks;
 pub mod attaching;
-mod backoff;
 pub mod cache;
 pub mod delivery;
 pub mod directory;

@@ -432,7 +432,7 @@ impl Repair {
         if users.is_empty() {
             l2.searched();
         }
-        let missing = l2.shared().without_route(&users).await.map_err(|error| SqlError::Lost(error.to_string()))?;
+        let missing = l2.shared().without_keys(&users).await.map_err(|error| SqlError::Lost(error.to_string()))?;
         self.outside.show_on(connection, &missing).await
     }
 

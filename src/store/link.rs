@@ -9,6 +9,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use std::time::Instant;
 
 use redis::AsyncConnectionConfig;
 use redis::Client;
@@ -22,6 +23,7 @@ use redis::aio::PubSub;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
+use crate::backoff::Backoff;
 use crate::config;
 
 /// A command given up sooner than this does not end the connection: the server may only be busy.
@@ -29,6 +31,8 @@ const HURRY: Duration = Duration::from_millis(100);
 /// What a server says that takes no writes, or has no data yet. A fail-over leaves old connections on such a one: they end at
 /// once, and the next meets whoever stands at the address now.
 const NOT_PRIMARY: [&str; 4] = ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN"];
+/// The first and the longest pause after a connection could not be made.
+const RECONNECT_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
 /// Commands that may wait for the connection's driver.
 const PIPELINE_BUFFER: usize = 1024;
 
@@ -61,8 +65,14 @@ pub struct Link {
     runtime: Handle,
     timeout: Duration,
     current: Mutex<Option<(u64, MultiplexedConnection)>>,
-    connecting: tokio::sync::Mutex<()>,
+    /// One task connects at a time, and none before so long after a failure.
+    connecting: tokio::sync::Mutex<Attempts>,
     numbers: AtomicU64,
+}
+
+struct Attempts {
+    backoff: Backoff,
+    not_before: Instant,
 }
 
 impl Link {
@@ -77,7 +87,8 @@ impl Link {
         };
         let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
         let client = Client::open(info.set_tcp_settings(tcp))?;
-        let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::default());
+        let attempts = Attempts { backoff: Backoff::new(RECONNECT_PAUSES.0, RECONNECT_PAUSES.1), not_before: Instant::now() };
+        let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::new(attempts));
         let (runtime, numbers) = (Handle::current(), AtomicU64::new(1));
         Ok(Self { client, runtime, timeout: redis.timeout, current, connecting, numbers })
     }
@@ -124,6 +135,22 @@ impl Link {
         Ok((number, Server { identity, used_memory, evicts_keys: evicts }))
     }
 
+    /// The same for a server that tells this user nothing else than what it is.
+    ///
+    /// # Errors
+    /// [`LinkError::Replica`], or why it does not say it.
+    pub async fn must_be_primary(&self, limit: Duration) -> Result<(), LinkError> {
+        let mut role = redis::pipe();
+        role.cmd("ROLE");
+        let (number, (role,)): (_, (Vec<redis::Value>,)) = self.run_numbered(&role, limit).await?;
+        let is_replica = matches!(role.first(), Some(redis::Value::BulkString(name)) if name == b"slave");
+        if is_replica {
+            self.give_up(number);
+            return Err(LinkError::Replica);
+        }
+        Ok(())
+    }
+
     /// The number of the database that keys are in.
     pub fn database(&self) -> i64 {
         self.client.get_connection_info().redis_settings().db()
@@ -144,9 +171,12 @@ impl Link {
         if let Some(current) = self.lock().clone() {
             return Ok(current);
         }
-        let _one_at_a_time = self.connecting.lock().await;
+        let mut attempts = self.connecting.lock().await;
         if let Some(current) = self.lock().clone() {
             return Ok(current);
+        }
+        if Instant::now() < attempts.not_before {
+            return Err(LinkError::Down);
         }
         let config = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(self.timeout))
@@ -154,7 +184,13 @@ impl Link {
             .set_pipeline_buffer_size(PIPELINE_BUFFER);
         let client = self.client.clone();
         let connect = async move { client.get_multiplexed_async_connection_with_config(&config).await };
-        let connection = self.runtime.spawn(connect).await.map_err(|_| LinkError::Down)??;
+        let connected = self.runtime.spawn(connect).await.map_err(|_| LinkError::Down)?;
+        if connected.is_err() {
+            attempts.not_before = Instant::now() + attempts.backoff.pause();
+        } else {
+            attempts.backoff.reset();
+        }
+        let connection = connected?;
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
         *self.lock() = Some((number, connection.clone()));
         Ok((number, connection))
@@ -177,9 +213,10 @@ fn field<'a>(info: &'a str, name: &str) -> &'a str {
     info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default()
 }
 
+/// What a script met stands within the text.
 fn is_not_primary(error: &RedisError) -> bool {
-    // What a script met stands within the text.
-    error.code().is_some_and(|code| NOT_PRIMARY.contains(&code)) || error.to_string().contains(NOT_PRIMARY[0])
+    error.code().is_some_and(|code| NOT_PRIMARY.contains(&code))
+        || NOT_PRIMARY.iter().any(|code| error.to_string().contains(code))
 }
 
 fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {
@@ -193,4 +230,37 @@ fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {
         settings = settings.set_password(password.expose());
     }
     Ok(info.set_redis_settings(settings))
+}
+
+#[cfg(test)]
+mod tests {
+    use redis::ErrorKind;
+
+    use super::*;
+
+    #[test]
+    fn a_server_that_takes_no_writes_is_left_and_one_that_refuses_a_command_is_not() {
+        for (said, leave) in [
+            ("READONLY You can't write against a read only replica.", true),
+            ("LOADING Redis is loading the dataset in memory", true),
+            ("MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.", true),
+            ("CLUSTERDOWN The cluster is down", true),
+            ("ERR Error running script: @user_script:1: -READONLY You can't write against a read only replica.", true),
+            ("OOM command not allowed when used memory > 'maxmemory'.", false),
+            ("NOPERM User x has no permissions to run the 'eval' command", false),
+            ("MISCONF Redis is configured to save RDB snapshots, but it's currently unable to persist to disk.", false),
+            ("NOREPLICAS Not enough good replicas to write.", false),
+            ("BUSY Redis is busy running a script.", false),
+            ("WRONGTYPE Operation against a key holding the wrong kind of value", false),
+            ("NOAUTH Authentication required.", false),
+        ] {
+            let (code, detail) = said.split_once(' ').unwrap();
+            let error = redis::parse_redis_value(format!("-{said}\r\n").as_bytes());
+            let error = match error {
+                Ok(redis::Value::ServerError(error)) => RedisError::from(error),
+                Ok(_) | Err(_) => RedisError::from((ErrorKind::Extension, "an error", format!("{code} {detail}"))),
+            };
+            assert_eq!(is_not_primary(&error), leave, "{error}");
+        }
+    }
 }

@@ -216,15 +216,17 @@ impl SharedCache {
         Ok((cursor, names.iter().filter_map(|name| keys::user_of_route(name)).collect()))
     }
 
-    /// Those of `users` whose route key is not there. Nobody, if such keys are not kept.
-    pub async fn without_route(&self, users: &[UserId]) -> Result<Vec<UserId>, LinkError> {
+    /// Those of `users` of whom one of the two keys is not there. Nobody, if such keys are not kept.
+    pub async fn without_keys(&self, users: &[UserId]) -> Result<Vec<UserId>, LinkError> {
         if users.is_empty() || !self.mpim_keys {
             return Ok(Vec::new());
         }
-        let mut get = redis::pipe();
-        get.cmd("MGET").arg(users.iter().map(|user| keys::user_route(*user)).collect::<Vec<_>>());
-        let (routes,): (Vec<Option<Vec<u8>>>,) = self.link.run(&get, self.link.timeout()).await?;
-        Ok(users.iter().zip(routes).filter(|(_, route)| route.is_none()).map(|(user, _)| *user).collect())
+        let mut count = redis::pipe();
+        for user in users {
+            count.cmd("EXISTS").arg(keys::user_route(*user)).arg(keys::user_status(*user));
+        }
+        let there: Vec<u8> = self.link.run(&count, self.link.timeout()).await?;
+        Ok(users.iter().zip(there).filter(|(_, there)| *there < 2).map(|(user, _)| *user).collect())
     }
 
     /// Servers forget scripts when they restart: each pipeline brings it along.

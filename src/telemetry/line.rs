@@ -52,8 +52,8 @@ where
 
 /// Without characters that move a cursor, end a line or change the direction of text.
 fn escaped(text: &str) -> String {
-    let is_plain =
-        |c: char| !(c.is_control() || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'));
+    let ends_line_or_turns = |c| matches!(c, '\u{2028}' | '\u{2029}' | '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let is_plain = |c: char| !(c.is_control() || ends_line_or_turns(c));
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         if is_plain(c) {
@@ -71,6 +71,9 @@ mod tests {
 
     #[test]
     fn what_others_wrote_stays_within_its_line() {
-        assert_eq!(escaped("a\nINFO b\r\x1b[31mred\u{9b}\u{202e}ü"), "a\\nINFO b\\r\\u{1b}[31mred\\u{9b}\\u{202e}ü");
+        assert_eq!(
+            escaped("a\nINFO b\r\x1b[31mred\u{9b}\u{202e}\u{200f}ü"),
+            "a\\nINFO b\\r\\u{1b}[31mred\\u{9b}\\u{202e}\\u{200f}ü"
+        );
     }
 }

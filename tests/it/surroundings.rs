@@ -41,11 +41,15 @@ struct Bare {
 
 impl Bare {
     async fn start(stderr: impl Into<Stdio>) -> Self {
+        Self::start_with(Stdio::null(), stderr).await
+    }
+
+    async fn start_with(stdout: impl Into<Stdio>, stderr: impl Into<Stdio>) -> Self {
         let (db, data, admin) = (TestDb::sqlite(), free_port(), free_port());
         let mut command = Command::new(PROGRAM);
         command.env("IM_PRESENCE__STORE__URL", &db.url).env("IM_PRESENCE__LOG__LEVEL", "trace");
         command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", data.to_string()).env("IM_PRESENCE__ADMIN__PORT", admin.to_string());
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        command.stdin(Stdio::null()).stdout(stdout).stderr(stderr);
         let this = Self { child: process::spawn(command).expect("start im-presence"), data, admin, _db: db };
         eventually("it answers", ENDS_WITHIN, async || this.is_alive()).await;
         this
@@ -111,6 +115,35 @@ async fn nobody_who_reads_the_log_can_stop_the_service() {
         node.stops().await;
     }
     drop(unread);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_two_outputs_are_one_pipe_that_nobody_reads_still_stops() {
+    let (unread, full) = std::io::pipe().unwrap();
+    let node = Bare::start_with(full.try_clone().unwrap(), full).await;
+    let level = |user| node.bind(user);
+    let dropped = async || {
+        let metrics = node.get("/metrics").unwrap_or_default();
+        level(ALICE) && !metrics.contains("im_presence_log_lines_dropped_total 0")
+    };
+    eventually("lines are dropped", 2 * ENDS_WITHIN, dropped).await;
+    node.stops().await;
+    drop(unread);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_cannot_start_ends_although_nobody_reads_why() {
+    let (unread, full) = std::io::pipe().unwrap();
+    let mut filler = full.try_clone().unwrap();
+    let filled = std::thread::spawn(move || while filler.write_all(b"x").is_ok() {}); // ends with its reader
+    tokio::time::sleep(SOON / 4).await;
+    let mut command = Command::new(PROGRAM);
+    command.env("IM_PRESENCE__STORE__URL", "sqlite::memory:").stdin(Stdio::null()).stdout(full.try_clone().unwrap()).stderr(full);
+    let mut child = process::spawn(command).expect("start im-presence");
+    eventually("it ends", allowed(Duration::from_secs(5)), async || child.try_wait().expect("look").is_some()).await;
+    assert_eq!(child.wait().expect("it ended").code(), Some(2));
+    drop((unread, child));
+    filled.join().unwrap();
 }
 
 #[test]
@@ -207,6 +240,23 @@ async fn half_requests_hold_up_neither_port() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_does_not_read_what_the_admin_port_says_keeps_nobody_else_out() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    let mut silent = Vec::new();
+    for _ in 0..140 {
+        let stream = TcpStream::connect(node.admin).await.unwrap();
+        let many = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(500);
+        let _ = stream.try_write(many.as_bytes());
+        silent.push(stream);
+    }
+    tokio::time::sleep(SOON / 2).await;
+    assert_eq!(node.http("/livez").await.0, 200);
+    assert_eq!(node.http("/healthz").await.0, 200);
+    drop(silent);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_use_up_no_descriptor_that_the_node_needs_itself() {
     let server = MariaDb::start();
     let db = TestDb::mariadb(&server).await;
@@ -219,7 +269,8 @@ async fn clients_use_up_no_descriptor_that_the_node_needs_itself() {
         let _ = client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await; // it may be refused
         clients.push(client);
     }
-    db.run("SELECT 1").await;
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", node.pid())).unwrap().count();
+    assert!(open() < 560, "a reserve is left of 600: {}", open());
     server.kill();
     server.restart(); // every connection to the database has to be made anew
     eventually("the node is well again", ENDS_WITHIN, async || {
@@ -234,6 +285,8 @@ fn a_secret_in_the_wrong_place_is_never_shown() {
     for (key, value) in [
         ("STORE__URL", format!("mysql://u:{SECRET}")),
         ("STORE__URL", format!("mysql://u:{SECRET}@:x/y?{SECRET}=1")),
+        ("STORE__URL", format!("mysql://u:{SECRET}:3306/y")),
+        ("REDIS_CACHE__URL", format!("redis://h:6379?token={SECRET}")),
         ("REDIS_CACHE__URL", format!("redis://:{SECRET}")),
         ("REDIS_QUEUE__URL", format!("redis://u:{SECRET}@:999999")),
         ("LOG__LEVEL", SECRET.to_owned()),

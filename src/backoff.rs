@@ -4,7 +4,7 @@ use std::time::Duration;
 
 /// Doubles the pause with each failure, up to a limit, and takes half to all of it by chance.
 #[derive(Debug)]
-pub(super) struct Backoff {
+pub struct Backoff {
     first: Duration,
     limit: Duration,
     failures: u32,
@@ -17,7 +17,7 @@ impl Backoff {
 
     /// The pause after one more failure. The first failure is followed by an attempt at once: most often a connection broke,
     /// and nothing else.
-    pub fn next(&mut self) -> Duration {
+    pub fn pause(&mut self) -> Duration {
         let doublings = self.failures.checked_sub(1);
         self.failures = self.failures.saturating_add(1);
         let Some(doublings) = doublings else { return Duration::ZERO };
@@ -41,12 +41,12 @@ mod tests {
     #[test]
     fn pauses_grow_up_to_the_limit_and_begin_anew_after_a_success() {
         let mut backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
-        assert_eq!(backoff.next(), Duration::ZERO);
+        assert_eq!(backoff.pause(), Duration::ZERO);
         for longest in [100, 200, 400, 800, 1_600, 2_000, 2_000, 2_000] {
-            let pause = backoff.next().as_millis();
+            let pause = backoff.pause().as_millis();
             assert!((longest / 2..=longest).contains(&pause), "{pause} ms, at most {longest}");
         }
         backoff.reset();
-        assert_eq!(backoff.next(), Duration::ZERO);
+        assert_eq!(backoff.pause(), Duration::ZERO);
     }
 }
