@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tracing::error;
+
 /// The call changed nothing that its caller could rely on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
@@ -23,6 +25,12 @@ pub enum Error {
 pub const RETRY_AFTER: Duration = Duration::from_millis(200);
 
 impl Error {
+    /// Something that cannot be, unless the daemon has a bug.
+    pub fn internal(what: &'static str) -> Self {
+        error!("{what}");
+        Self::Internal { what }
+    }
+
     pub fn unavailable(what: &'static str) -> Self {
         Self::Unavailable { what, retry_after: RETRY_AFTER }
     }

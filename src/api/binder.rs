@@ -92,7 +92,7 @@ impl Binder {
             Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
             Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
             Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } | Outcome::Inbox(_) => {
-                refused(pb::Code::Internal, "a bind had the outcome of another change")
+                not_bound_now(&Error::internal("a bind had the outcome of another change"))
             }
         }
     }
@@ -110,7 +110,7 @@ impl Binder {
                 self.metrics.fenced.get_or_create(&ByWhat { what: "unbind" }).inc();
                 ("fenced", Ok(pb::UnbindRouteResp { result: convert::fenced(fence), ..Default::default() }))
             }
-            Ok(_) => ("error", Err(Error::Internal { what: "an unbind had the outcome of another change" })),
+            Ok(_) => ("error", Err(Error::internal("an unbind had the outcome of another change"))),
             Err(error) => ("error", Err(error)),
         };
         self.metrics.unbinds.get_or_create(&ByResult { result: label }).inc();

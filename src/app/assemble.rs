@@ -329,7 +329,6 @@ impl<'a> Ground<'a> {
             directory.clone(),
             lanes.clone(),
             self.lives.clone(),
-            self.metrics.clone(),
             self.database.clone(),
             self.memory.clone(),
         );

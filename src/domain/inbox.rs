@@ -90,6 +90,8 @@ pub enum InboxOutcome {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Inbox {
     messages: BTreeMap<u64, Stored>,
+    /// How many there are besides, and their bytes: enough to store one more, if none of them is over or the same message.
+    others: (u64, u64),
     /// Numbers added and removed by changes, for whoever writes them down.
     pub added: Vec<u64>,
     pub removed: Vec<u64>,
@@ -100,12 +102,17 @@ impl Inbox {
         Self { messages, ..Self::default() }
     }
 
+    /// Of a user who has `others` besides, with so many bytes, of which none is over.
+    pub fn with_others(messages: BTreeMap<u64, Stored>, others: u64, bytes: u64) -> Self {
+        Self { others: (others, bytes), ..Self::of(messages) }
+    }
+
     pub fn len(&self) -> u64 {
-        self.messages.len() as u64
+        self.messages.len() as u64 + self.others.0
     }
 
     pub fn is_empty(&self) -> bool {
-        self.messages.is_empty()
+        self.len() == 0
     }
 
     pub fn get(&self, seq: u64) -> Option<&Stored> {
@@ -136,7 +143,7 @@ impl Inbox {
             return InboxOutcome::Stored { seq: *seq, again: true };
         }
         let bytes = message.body.len() as u64;
-        let held: u64 = self.messages.values().map(|stored| stored.bytes).sum();
+        let held = self.messages.values().map(|stored| stored.bytes).sum::<u64>() + self.others.1;
         if self.len() >= limits.messages || held + bytes > limits.bytes {
             return InboxOutcome::Full;
         }
@@ -256,6 +263,17 @@ mod tests {
         assert_eq!(again, InboxOutcome::Stored { seq: 1, again: true });
         let expired = inbox.apply(&InboxChange::Expire, 1, Version(0), later, &unsure);
         assert_eq!((expired, inbox.len()), (InboxOutcome::Removed { messages: 0 }, 1));
+    }
+
+    #[test]
+    fn messages_that_are_only_counted_take_room() {
+        let stores = |others, bytes| {
+            let mut inbox = Inbox::with_others(BTreeMap::new(), others, bytes);
+            (store(&mut inbox, message("a", "12345"), 9), inbox.len())
+        };
+        assert_eq!(stores(2, 5), (InboxOutcome::Stored { seq: 10, again: false }, 3));
+        assert_eq!(stores(3, 0), (InboxOutcome::Full, 3));
+        assert_eq!(stores(1, 6), (InboxOutcome::Full, 1));
     }
 
     #[test]

@@ -391,7 +391,7 @@ impl Deliveries {
             let result = match outcome {
                 Ok(lane::Outcome::Inbox(InboxOutcome::Stored { .. })) => Ok(Outcome::Stored),
                 Ok(lane::Outcome::Inbox(InboxOutcome::Full)) => Ok(Outcome::InboxFull),
-                Ok(_) => Err(Error::Internal { what: "storing a message had the outcome of another change" }),
+                Ok(_) => Err(Error::internal("storing a message had the outcome of another change")),
                 Err(error) => Err(error),
             };
             let attempts = done.get(&parcel.user).and_then(|known| known.as_ref().ok()).map_or(0, |report| report.attempts);

@@ -339,7 +339,7 @@ impl Gateways {
                 self.metrics.store_error("gateways");
                 Err(Error::unavailable("the database did not confirm it"))
             }
-            Err(_) => Err(Error::Internal { what: "this change of a gateway cannot be made" }),
+            Err(_) => Err(Error::internal("a change of a gateway panicked, and was not made")),
         }
     }
 

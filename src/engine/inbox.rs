@@ -37,7 +37,6 @@ use crate::engine::streams::ORDER_BYTES;
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::Share;
-use crate::metrics::Metrics;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
@@ -147,7 +146,6 @@ pub struct Inboxes {
     directory: Arc<Directory>,
     lanes: Arc<Lanes>,
     lives: Arc<Lives>,
-    metrics: Arc<Metrics>,
     database: Arc<Database>,
     silent: moka::sync::Cache<(UserId, DeviceId), Silent>,
     readers: Semaphore,
@@ -165,13 +163,12 @@ impl Inboxes {
         directory: Arc<Directory>,
         lanes: Arc<Lanes>,
         lives: Arc<Lives>,
-        metrics: Arc<Metrics>,
         database: Arc<Database>,
         memory: Arc<Memory>,
     ) -> Arc<Self> {
         let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
         let (readers, idle, claimant) = (Semaphore::new(READERS), Mutex::default(), claimant.to_owned());
-        Arc::new(Self { drains, deliveries, directory, lanes, lives, metrics, database, silent, readers, idle, claimant, memory })
+        Arc::new(Self { drains, deliveries, directory, lanes, lives, database, silent, readers, idle, claimant, memory })
     }
 
     /// Messages for a device after number `after`, up to so many and so many bytes, but one at least; and whether there are
@@ -212,7 +209,7 @@ impl Inboxes {
     async fn change(&self, user: UserId, change: InboxChange) -> Result<usize, Error> {
         match self.lanes.submit(user, Change::Inbox(change)).await? {
             Outcome::Inbox(InboxOutcome::Removed { messages }) => Ok(messages),
-            _ => Err(Error::Internal { what: "a change of an inbox had the outcome of another one" }),
+            _ => Err(Error::internal("a change of an inbox had the outcome of another one")),
         }
     }
 
@@ -338,10 +335,10 @@ impl Inboxes {
                 break;
             }
         }
-        let (messages, oldest) = connection.count_messages().await?;
-        self.metrics.inbox_messages.set(messages);
-        let age = oldest.map(|oldest| self.lives.clock.now().since(oldest)).unwrap_or_default();
-        self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
+        if connection.claim_job("inbox", &self.claimant, TERM).await? {
+            let (messages, oldest) = connection.count_messages().await?;
+            connection.note_messages(messages, oldest).await?;
+        }
         Ok(())
     }
 }

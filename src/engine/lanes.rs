@@ -72,10 +72,6 @@ impl Change {
         }
     }
 
-    pub(super) fn is_of_inbox(&self) -> bool {
-        matches!(self, Self::Inbox(_))
-    }
-
     /// The life that whoever asks for it claims to live.
     pub(super) fn epoch(&self) -> Option<Epoch> {
         match self {

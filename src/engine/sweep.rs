@@ -210,10 +210,11 @@ impl Sweep {
     /// Counts users online and rows in the outbox, and looks for what nobody expects.
     pub async fn census(&mut self) -> Result<(), SqlError> {
         let mut connection = self.kept.take().await?;
-        self.tools.lives.count_users(connection.count_users_online().await?);
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
         self.forgettable();
         if connection.claim_job("orphans", &self.tools.claimant, CENSUS_INTERVAL / 2).await? {
+            let users = connection.count_users_online().await?;
+            connection.note_users_online(users).await?;
             if self.tools.lives.clock.is_steady() {
                 connection.forget_lives(MEMORY).await?;
                 connection.forget_nodes(MEMORY).await?;

@@ -24,6 +24,7 @@ use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::Limits;
 use crate::domain::inbox::NewMessage;
+use crate::domain::time::Timestamp;
 use crate::domain::user::Applied;
 use crate::domain::user::Bind;
 use crate::domain::user::Context;
@@ -109,12 +110,10 @@ impl Transaction<'_> {
             return Err(SqlError::Lost(what).into());
         }
         let current = self.read_lives(events, &loaded.records).await?;
-        let with_inbox: BTreeSet<UserId> =
-            events.iter().filter(|event| event.change.is_of_inbox()).map(|event| event.user).collect();
-        let inboxes = self.connection.load_inboxes(&with_inbox.into_iter().collect::<Vec<_>>()).await?;
         let before = &loaded.records;
         let (now, clock) = (loaded.clock.now(), &self.tools.lives.clock);
         let (clock_is_steady, slack) = (clock.is_steady_at(now), clock.slack(now));
+        let inboxes = self.load_inboxes(events, now.minus(slack)).await?;
         let (after, kicks, messages) = (Records::default(), Vec::new(), Vec::new());
         let mut work = Work { current, before, after, kicks, inboxes, messages, clock_is_steady, slack };
         let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
@@ -143,6 +142,22 @@ impl Transaction<'_> {
             Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
             Err(error) => Err(Failure::Uncertain(error)),
         }
+    }
+
+    /// Most messages are only added: then the others need not be read one by one.
+    async fn load_inboxes(&mut self, events: &[Pending], over_by: Timestamp) -> Result<HashMap<UserId, Inbox>, SqlError> {
+        let (mut to_add, mut whole) = (Vec::new(), BTreeSet::new());
+        for event in events {
+            match &event.change {
+                Change::Inbox(InboxChange::Store(message)) => to_add.push((event.user, &*message.message_id)),
+                Change::Inbox(_) => drop(whole.insert(event.user)),
+                Change::Bind(_) | Change::Unbind(_) | Change::Sweep => {}
+            }
+        }
+        to_add.retain(|(user, _)| !whole.contains(user));
+        let mut inboxes = self.connection.load_inboxes_to_add(&to_add, over_by).await?;
+        inboxes.extend(self.connection.load_inboxes(&whole.into_iter().collect::<Vec<_>>()).await?);
+        Ok(inboxes)
     }
 
     /// Reads, without locking, the lives that the events and the routes name, and returns the gateways' current ones. A bind's

@@ -76,6 +76,8 @@ struct Seen {
     normal_since: Option<Timestamp>,
     held: bool,
     unmanaged: Unmanaged,
+    users_counted_at: Timestamp,
+    nodes: Vec<NodeName>,
 }
 
 /// Unmanaged lives, which do not change until they end, are not read at each look.
@@ -170,7 +172,9 @@ impl Watch {
             }
         }
         self.note_generation(cluster.generation);
+        self.note_counts(&cluster);
         let asked = Instant::now();
+        let has_stalled = self.seen.unmanaged.at.is_some_and(|at| asked.duration_since(at) > NODE_TERM / 2);
         let known = self.seen.unmanaged.known(asked);
         let lives = connection.read_lives(self.gateways.terms.lease.max(MISSED_AFTER), known).await?;
         self.lives.replace(lives.clone(), known.is_none(), asked);
@@ -182,7 +186,7 @@ impl Watch {
             let why = format!("another process has taken node_id {id}: it is at {theirs}, this one at {ours}");
             return Err(self.end(&why));
         }
-        self.peers.set_nodes(&nodes);
+        self.note_nodes(&nodes, has_stalled);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);
             hints.nodes_alive(nodes.into_iter().map(|node| node.node_id));
@@ -200,6 +204,14 @@ impl Watch {
         Ok(())
     }
 
+    /// While the database did not answer the others could not say that they are there either: they are given one look more.
+    fn note_nodes(&mut self, nodes: &[NodeName], has_stalled: bool) {
+        let before = std::mem::replace(&mut self.seen.nodes, nodes.to_vec());
+        let is_missing = |node: &NodeName| nodes.iter().all(|known| known.node_id != node.node_id);
+        let silent = before.into_iter().filter(|node| has_stalled && is_missing(node));
+        self.peers.set_nodes(&nodes.iter().cloned().chain(silent).collect::<Vec<_>>());
+    }
+
     fn is_twin(&self, node: &NodeName) -> bool {
         node.node_id == self.peers.own.node_id && node.incarnation != self.peers.own.incarnation
     }
@@ -209,6 +221,17 @@ impl Watch {
         error!("{why}: this node ends");
         self.stop.cancel();
         SqlError::Lost(why.to_owned())
+    }
+
+    /// What one node has counted; the users only once, since gateways tell how they change meanwhile.
+    fn note_counts(&mut self, cluster: &ClusterRow) {
+        let counts = &cluster.counts;
+        if std::mem::replace(&mut self.seen.users_counted_at, counts.users_counted_at) != counts.users_counted_at {
+            self.lives.count_users(counts.users_online);
+        }
+        self.metrics.inbox_messages.set(counts.messages);
+        let age = counts.oldest.map(|oldest| cluster.clock.now().since(oldest)).unwrap_or_default();
+        self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
     }
 
     fn note_generation(&mut self, generation: u64) {

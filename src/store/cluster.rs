@@ -37,6 +37,17 @@ pub struct ClusterRow {
     pub cache_identity: String,
     pub hold: Hold,
     pub step: Step,
+    pub counts: Counts,
+}
+
+/// What one node has counted for all.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub users_online: i64,
+    pub users_counted_at: Timestamp,
+    pub messages: i64,
+    /// When the oldest message was stored.
+    pub oldest: Option<Timestamp>,
 }
 
 /// The last time that the clock was set forward.
@@ -92,7 +103,8 @@ impl Connection {
         let clock = clock_micros(self.engine());
         let sql = format!(
             "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, store_id, continuous_since, \
-             hold_reason, hold_began, step_at, step_ms FROM cluster WHERE id = 1"
+             hold_reason, hold_began, step_at, step_ms, users_online, users_counted_at, inbox_messages, inbox_oldest \
+             FROM cluster WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
@@ -109,6 +121,12 @@ impl Connection {
                 reason: row.try_get(7)?,
             },
             step: Step { at: Timestamp(row.try_get(9)?), ms: row.try_get(10)? },
+            counts: Counts {
+                users_online: row.try_get(11)?,
+                users_counted_at: Timestamp(row.try_get(12)?),
+                messages: row.try_get(13)?,
+                oldest: Some(Timestamp(row.try_get(14)?)).filter(|oldest| oldest.0 > 0),
+            },
         })
     }
 
@@ -124,6 +142,19 @@ impl Connection {
         );
         let silence = duration_millis(MAX_SILENCE);
         self.execute(statement(sql).bind(silence).bind(silence)).await.map(|_| ())
+    }
+
+    /// Tells all nodes how many users were counted.
+    pub async fn note_users_online(&mut self, users: i64) -> Result<(), SqlError> {
+        let now = clock_millis(self.engine());
+        let sql = format!("UPDATE cluster SET users_online = ?, users_counted_at = {now} WHERE id = 1");
+        self.execute(statement(sql).bind(users)).await.map(|_| ())
+    }
+
+    /// Tells all nodes how many messages were counted, and when the oldest was stored.
+    pub async fn note_messages(&mut self, messages: i64, oldest: Option<Timestamp>) -> Result<(), SqlError> {
+        const SQL: &str = "UPDATE cluster SET inbox_messages = ?, inbox_oldest = ? WHERE id = 1";
+        self.execute(statement(SQL).bind(messages).bind(oldest.unwrap_or_default().0)).await.map(|_| ())
     }
 
     /// Says that the clock was set forward by `ms`. The nodes see it at about the same time, so one that is larger and was

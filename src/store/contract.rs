@@ -24,6 +24,7 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
+use crate::domain::inbox::Inbox;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Platform;
@@ -481,10 +482,10 @@ async fn a_life_that_never_registered_ends_when_it_has_had_no_route_for_long() {
             connection.end_unused_lives(TERM, STRAGGLERS).await.unwrap()
         };
         assert_eq!(connection.end_unused_lives(TERM, STRAGGLERS).await.unwrap(), 0, "noticed");
-        assert_eq!(later(connection, TERM).await, 0, "closed: a bind may still be on its way");
+        assert_eq!(later(connection, 2 * TERM).await, 0, "closed: a bind may still be on its way");
         let next = begin_life(connection, "gw-2:7000").await;
         assert!(next.epoch > unused.epoch, "nobody binds to it any more");
-        assert_eq!(later(connection, STRAGGLERS).await, 1);
+        assert_eq!(later(connection, 2 * STRAGGLERS).await, 1);
         let mut living: Vec<u64> =
             connection.list_lives(false, None, 100).await.unwrap().iter().map(|it| it.life.epoch.0).collect();
         living.sort_unstable();
@@ -520,6 +521,29 @@ async fn a_life_that_is_used_again_stays_and_so_does_any_beside_a_node_that_know
         connection.end_unused_lives(TERM, TERM).await.unwrap();
         connection.end_unused_lives(TERM, TERM).await.unwrap();
         assert_eq!(begin_life(connection, "gw-1:7000").await.epoch, life.epoch, "its time begins anew");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn to_store_one_message_more_only_repeats_are_read_unless_something_is_over() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let (alice, bob, nobody) = (user(1), user(2), user(3));
+        for (owner, seq, id, expires_at) in
+            [(1, 1, "a", 100), (1, 2, "b", 200), (1, 3, " 3", 300), (2, 1, "a", 50), (2, 2, "c", 200)]
+        {
+            let insert = "INSERT INTO inbox (user_id, seq, message_id, message_type, stored_at, expires_at, is_binary, body) \
+                VALUES (?, ?, ?, '', 1, ?, 0, 'four')";
+            connection.execute(statement(insert).bind(owner).bind(seq).bind(id.to_owned()).bind(expires_at)).await.unwrap();
+        }
+        let wanted = [(alice, "b"), (alice, ""), (alice, "z"), (bob, "z"), (nobody, "a")];
+        let inboxes = connection.load_inboxes_to_add(&wanted, Timestamp(60)).await.unwrap();
+        let known = |owner: UserId| (1..=3).filter(|seq| inboxes[&owner].get(*seq).is_some()).collect::<Vec<_>>();
+        assert_eq!((known(alice), known(bob), known(nobody)), (vec![2], vec![1, 2], vec![]), "one of Bob's is over");
+        assert_eq!((inboxes[&alice].len(), inboxes[&bob].len(), inboxes[&nobody].len()), (3, 2, 0));
+        let repeat = BTreeMap::from([(2, inboxes[&alice].get(2).unwrap().clone())]);
+        assert_eq!(inboxes[&alice], Inbox::with_others(repeat, 2, 8));
     })
     .await;
 }

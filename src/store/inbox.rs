@@ -17,16 +17,21 @@ use crate::domain::time::Timestamp;
 use crate::store::codec::Devices;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
+use crate::store::connection::Statement;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
+use crate::store::users::COUNTED_AT_ONCE;
 use crate::store::users::corrupt;
 use crate::store::users::signed;
 use crate::store::users::unsigned;
 
 /// Messages of one statement. Each may be as large as a message can be, and a statement has to fit into a packet.
 const MESSAGES_AT_ONCE: usize = 32;
+
+/// Users and message ids that are looked up with one statement.
+const REPEATS_AT_ONCE: usize = 128;
 
 /// A stored message with its text.
 #[derive(Clone, Debug)]
@@ -44,29 +49,88 @@ pub struct Addition<'a> {
     pub expires_at: Timestamp,
 }
 
+/// Of a stored message, all but its text.
+const HEADS: &str = "SELECT user_id, seq, message_id, LENGTH(body), expires_at, device_ids FROM inbox ";
+
+type Messages = HashMap<UserId, BTreeMap<u64, Stored>>;
+
 impl Connection {
     /// What is known of the stored messages of `users`, without their texts.
     pub async fn load_inboxes(&mut self, users: &[UserId]) -> Result<HashMap<UserId, Inbox>, SqlError> {
-        let head = "SELECT user_id, seq, message_id, LENGTH(body), expires_at, device_ids FROM inbox \
-            /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (";
-        let mut messages: HashMap<UserId, BTreeMap<u64, Stored>> = users.iter().map(|user| (*user, BTreeMap::new())).collect();
+        let head = format!("{HEADS} /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (");
+        let mut messages: Messages = users.iter().map(|user| (*user, BTreeMap::new())).collect();
         for (chunk, fill) in chunks(users) {
-            let mut select = statement(repeated(head, "?", chunk.len() + fill, ")"));
+            let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
+            for user in filled(chunk, fill) {
+                select = select.bind(user.get());
+            }
+            self.fetch_heads(select, &mut messages).await?;
+        }
+        Ok(messages.into_iter().map(|(user, messages)| (user, Inbox::of(messages))).collect())
+    }
+
+    /// As much of the users' stored messages as has to be known to store these: how many and how large they are, and those
+    /// with the same ids; all of them where one is over at `now`. `additions` are users and message ids, which may be empty.
+    pub async fn load_inboxes_to_add(
+        &mut self,
+        additions: &[(UserId, &str)],
+        now: Timestamp,
+    ) -> Result<HashMap<UserId, Inbox>, SqlError> {
+        const HEAD: &str = "SELECT user_id, COUNT(*), CAST(SUM(LENGTH(body)) AS SIGNED), MIN(expires_at) FROM inbox \
+            /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (";
+        let mut users: Vec<UserId> = additions.iter().map(|(user, _)| *user).collect();
+        users.sort_unstable();
+        users.dedup();
+        let (mut sums, mut with_old): (HashMap<UserId, (u64, u64)>, Vec<UserId>) = (HashMap::new(), Vec::new());
+        for (chunk, fill) in chunks(&users) {
+            let mut select = statement(repeated(HEAD, "?", chunk.len() + fill, ") GROUP BY user_id"));
             for user in filled(chunk, fill) {
                 select = select.bind(user.get());
             }
             for row in self.fetch(select).await? {
                 let user = UserId::parse(row.try_get(0)?).map_err(|error| corrupt("user_id", error))?;
-                let stored = Stored {
-                    message_id: given_id(row.try_get(2)?),
-                    bytes: unsigned(row.try_get(3)?),
-                    expires_at: Timestamp(row.try_get(4)?),
-                    devices: read_devices(&row, 5)?,
-                };
-                messages.entry(user).or_default().insert(unsigned(row.try_get(1)?), stored);
+                match row.try_get::<i64, _>(3)? > now.0 {
+                    true => drop(sums.insert(user, (unsigned(row.try_get(1)?), unsigned(row.try_get(2)?)))),
+                    false => with_old.push(user),
+                }
             }
         }
-        Ok(messages.into_iter().map(|(user, messages)| (user, Inbox::of(messages))).collect())
+        let mut same = self.messages_with_ids(additions).await?;
+        let mut inboxes = self.load_inboxes(&with_old).await?;
+        for user in users {
+            let ((count, bytes), same) = (sums.remove(&user).unwrap_or_default(), same.remove(&user).unwrap_or_default());
+            let of_same: u64 = same.values().map(|stored| stored.bytes).sum();
+            let others = (count.saturating_sub(same.len() as u64), bytes.saturating_sub(of_same));
+            inboxes.entry(user).or_insert_with(|| Inbox::with_others(same, others.0, others.1));
+        }
+        Ok(inboxes)
+    }
+
+    async fn messages_with_ids(&mut self, wanted: &[(UserId, &str)]) -> Result<Messages, SqlError> {
+        let (named, mut messages): (Vec<_>, _) = (wanted.iter().filter(|(_, id)| !id.is_empty()).collect(), Messages::new());
+        for chunk in named.chunks(REPEATS_AT_ONCE) {
+            let each = vec!["user_id = ? AND message_id = ?"; chunk.len()].join(" OR ");
+            let mut select = statement(format!("{HEADS} WHERE {each}"));
+            for (user, id) in chunk {
+                select = select.bind(user.get()).bind((*id).to_owned());
+            }
+            self.fetch_heads(select, &mut messages).await?;
+        }
+        Ok(messages)
+    }
+
+    async fn fetch_heads(&mut self, select: Statement, messages: &mut Messages) -> Result<(), SqlError> {
+        for row in self.fetch(select).await? {
+            let user = UserId::parse(row.try_get(0)?).map_err(|error| corrupt("user_id", error))?;
+            let stored = Stored {
+                message_id: given_id(row.try_get(2)?),
+                bytes: unsigned(row.try_get(3)?),
+                expires_at: Timestamp(row.try_get(4)?),
+                devices: read_devices(&row, 5)?,
+            };
+            messages.entry(user).or_default().insert(unsigned(row.try_get(1)?), stored);
+        }
+        Ok(())
     }
 
     /// Writes messages down. Their users have to be locked.
@@ -125,11 +189,21 @@ impl Connection {
         self.users_of(statement(SQL).bind(now.0).bind(limit)).await
     }
 
-    /// How many messages are stored, and when the oldest was.
+    /// How many messages are stored, and when the oldest was. Statement by statement, as users are counted.
     pub async fn count_messages(&mut self) -> Result<(i64, Option<Timestamp>), SqlError> {
-        let rows = self.fetch(statement("SELECT COUNT(*), MIN(stored_at) FROM inbox")).await?;
-        let Some(row) = rows.first() else { return Ok((0, None)) };
-        Ok((row.try_get(0)?, row.try_get::<Option<i64>, _>(1)?.map(Timestamp)))
+        const SQL: &str = "SELECT COUNT(*), MIN(stored_at), MAX(user_id) FROM (SELECT user_id, stored_at FROM inbox WHERE user_id > ? \
+            AND user_id <= (SELECT MAX(user_id) FROM (SELECT user_id FROM inbox WHERE user_id > ? ORDER BY user_id LIMIT ?) AS next)) \
+            AS page";
+        let (mut counted, mut oldest, mut after) = (0, None, 0);
+        loop {
+            let rows = self.fetch(statement(SQL).bind(after).bind(after).bind(COUNTED_AT_ONCE)).await?;
+            let Some(row) = rows.first() else { return Ok((counted, oldest)) };
+            let Some(last) = row.try_get::<Option<i64>, _>(2)? else { return Ok((counted, oldest)) };
+            counted += row.try_get::<i64, _>(0)?;
+            let here = row.try_get::<Option<i64>, _>(1)?.map(Timestamp);
+            oldest = oldest.into_iter().chain(here).min();
+            after = last;
+        }
     }
 }
 

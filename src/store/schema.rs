@@ -23,7 +23,7 @@ use sqlx::mysql::MySqlDatabaseError;
 const STEPS: [(i64, &str, &str); 3] = [
     (1, "init", include_str!("../../migrations/0001_init.sql")),
     (2, "incarnation", include_str!("../../migrations/0002_incarnation.sql")),
-    (3, "clock and lives", include_str!("../../migrations/0003_clock_and_lives.sql")),
+    (3, "clock, lives, counts", include_str!("../../migrations/0003_clock_lives_counts.sql")),
 ];
 /// Which steps are done.
 const LAID: &str = "schema_steps";

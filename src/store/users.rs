@@ -84,6 +84,9 @@ pub(super) fn duration_millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
 
+/// Rows that one statement counts.
+pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
+
 impl Connection {
     /// Locks `users` (sorted, none twice) until the transaction ends, in the order given, also those that do not exist yet.
     ///
@@ -315,10 +318,21 @@ impl Connection {
         Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
     }
 
-    /// How many users have a route.
+    /// How many users have a route. Statement by statement: the whole table could take longer than one may.
     pub async fn count_users_online(&mut self) -> Result<i64, SqlError> {
-        let rows = self.fetch(statement("SELECT COUNT(DISTINCT user_id) FROM routes")).await?;
-        Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
+        const SQL: &str = "SELECT COUNT(*), MAX(user_id) FROM \
+            (SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
+        let (mut counted, mut after) = (0, 0);
+        loop {
+            let rows = self.fetch(statement(SQL).bind(after).bind(COUNTED_AT_ONCE)).await?;
+            let Some(row) = rows.first() else { return Ok(counted) };
+            let page: i64 = row.try_get(0)?;
+            counted += page;
+            match row.try_get::<Option<i64>, _>(1)? {
+                Some(last) if page == COUNTED_AT_ONCE => after = last,
+                _ => return Ok(counted),
+            }
+        }
     }
 }
 
