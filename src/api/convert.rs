@@ -33,7 +33,6 @@ use crate::engine::gateways::Terms;
 use crate::engine::inbox::StoredMessage;
 use crate::engine::streams::Envelope;
 use crate::engine::streams::KickOrder;
-use crate::engine::streams::Order;
 use crate::error::Error;
 use crate::pb;
 
@@ -291,12 +290,13 @@ pub fn ack_to_pb(ack: &Ack) -> pb::DeliveryAck {
     pb::DeliveryAck { delivery_id, user_id: ack.user.get(), device_id, not_here: ack.not_here }
 }
 
-pub fn order(epoch: Epoch, order: &Order) -> pb::Order {
-    let body = match order {
-        Order::Delivery(envelope) => pb::order::Body::Delivery(delivery(envelope)),
-        Order::Kick(order) => pb::order::Body::Kick(kick(order)),
-    };
-    pb::Order { gateway_epoch: epoch.0, body: Some(body) }
+/// A delivery without its content, which stands elsewhere.
+pub fn addressed(envelope: &Envelope) -> pb::Delivery {
+    delivery(&Envelope { message: Bytes::new(), payload: Bytes::new(), ..envelope.clone() })
+}
+
+pub fn content(envelope: &Envelope) -> pb::Content {
+    pb::Content { message: text(&envelope.message), payload: envelope.payload.clone() }
 }
 
 pub fn delivery(envelope: &Envelope) -> pb::Delivery {

@@ -5,6 +5,7 @@ pub mod answer;
 pub mod attach;
 pub mod binder;
 pub mod body;
+pub mod contents;
 pub mod convert;
 pub mod delivery;
 pub mod gateway;

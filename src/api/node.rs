@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -18,6 +20,7 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
+use crate::api::contents;
 use crate::api::convert;
 use crate::domain::id::Epoch;
 use crate::engine::acks::Ack;
@@ -37,9 +40,8 @@ use crate::pb::node_service_server::NodeService;
 const IN_FLIGHT: usize = 16;
 /// Calls for one node that wait; what comes then is not handed over.
 const QUEUE: usize = 1_024;
-/// Calls whose orders go together, and what one request may hold of them.
+/// Calls whose orders go together.
 const TOGETHER: usize = 256;
-const PART_BYTES: usize = 3 * 1024 * 1024;
 /// How long a gateway that is handed many orders at once has to read some of them. Well within what its caller waits.
 const ROOM_LIMIT: Duration = Duration::from_millis(500);
 /// Names the caller's store, so that a stranger's call is refused before its body is read.
@@ -67,9 +69,10 @@ impl NodeService for Node {
         let late = now > request.sent_at_ms.saturating_add(request.good_for_ms.into());
         let outcomes = match late {
             true => vec![pb::Handed::NotHere.into(); request.orders.len()],
-            false => self.hand_all(request.orders).await,
+            false => self.hand_all(request).await,
         };
-        Ok(Response::new(pb::ForwardResp { outcomes, incarnation: self.peers.own.incarnation.clone() }))
+        let incarnation = self.peers.own.incarnation.clone();
+        Ok(Response::new(pb::ForwardResp { outcomes, incarnation, shares_contents: true }))
     }
 
     async fn forward_acks(&self, request: Request<pb::ForwardAcksReq>) -> Result<Response<pb::ForwardAcksResp>, Status> {
@@ -87,14 +90,8 @@ impl Node {
         if *store_id == *self.store_id { Ok(()) } else { Err(strange()) }
     }
 
-    async fn hand_all(&self, orders: Vec<pb::Order>) -> Vec<i32> {
-        let order = |order: pb::Order| match order.body? {
-            pb::order::Body::Delivery(delivery) => {
-                Some((Epoch(order.gateway_epoch), Order::Delivery(Arc::new(convert::envelope(delivery)))))
-            }
-            pb::order::Body::Kick(kick) => Some((Epoch(order.gateway_epoch), Order::Kick(convert::kick_order(kick)))),
-        };
-        let known: Vec<_> = orders.into_iter().map(order).collect();
+    async fn hand_all(&self, request: pb::ForwardReq) -> Vec<i32> {
+        let known = contents::orders(request);
         let places: Vec<usize> = (0..known.len()).filter(|i| known[*i].is_some()).collect();
         let mut outcomes = vec![pb::Handed::NotHere.into(); known.len()];
         let known: Vec<_> = known.into_iter().flatten().collect();
@@ -136,6 +133,15 @@ pub struct Caller {
     pub store_id: String,
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
+}
+
+/// A node that is called.
+#[derive(Clone)]
+struct Callee {
+    client: NodeServiceClient<Channel>,
+    /// It has said that it knows contents that several orders share. One of the last release that took its place refuses such
+    /// orders, and says so.
+    shares: Arc<AtomicBool>,
 }
 
 /// Orders that go together, and who waits for which of the outcomes.
@@ -188,14 +194,15 @@ impl Caller {
     async fn call_node(self: Arc<Self>, addr: Arc<str>, mut queue: mpsc::Receiver<Call>) {
         let Ok(endpoint) = Endpoint::from_shared(format!("http://{addr}")) else { return };
         let channel = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT).tcp_nodelay(true).connect_lazy();
-        let (client, in_flight) = (NodeServiceClient::new(channel), Arc::new(Semaphore::new(IN_FLIGHT)));
+        let node = Callee { client: NodeServiceClient::new(channel), shares: Arc::default() };
+        let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
         let (mut calls, mut waiting) = (JoinSet::new(), Vec::new());
         while queue.recv_many(&mut waiting, TOGETHER).await > 0 {
             let Ok(place) = in_flight.clone().acquire_owned().await else { return };
             let together = Together::of(waiting.drain(..));
-            let (this, client) = (self.clone(), client.clone());
+            let (this, node) = (self.clone(), node.clone());
             calls.spawn(async move {
-                this.call(client, together).await;
+                this.call(node, together).await;
                 drop(place);
             });
             while calls.try_join_next().is_some() {}
@@ -204,9 +211,9 @@ impl Caller {
     }
 
     /// Orders do not wait for acknowledgements, nor the other way round.
-    async fn call(&self, client: NodeServiceClient<Channel>, mut together: Together) {
+    async fn call(&self, node: Callee, mut together: Together) {
         let acks = std::mem::take(&mut together.acks);
-        tokio::join!(self.forward_acks(client.clone(), &acks), self.forward(client, together));
+        tokio::join!(self.forward_acks(node.client.clone(), &acks), self.forward(node, together));
     }
 
     async fn forward_acks(&self, mut client: NodeServiceClient<Channel>, acks: &[Ack]) {
@@ -217,18 +224,16 @@ impl Caller {
         }
     }
 
-    async fn forward(&self, mut client: NodeServiceClient<Channel>, together: Together) {
+    async fn forward(&self, mut node: Callee, together: Together) {
         if together.orders.is_empty() && !together.hello {
             return;
         }
         let mut outcomes = Vec::with_capacity(together.orders.len());
-        let mut left = &together.orders[..];
         loop {
-            let (part, rest) = left.split_at(as_many_as_fit(left));
-            let Some(handed) = self.forward_part(&mut client, part).await else { return }; // whoever waits hears of nobody
+            let left = &together.orders[outcomes.len()..];
+            let Some(handed) = self.forward_part(&mut node, left).await else { return }; // whoever waits hears of nobody
             outcomes.extend(handed);
-            left = rest;
-            if left.is_empty() {
+            if outcomes.len() == together.orders.len() {
                 break;
             }
         }
@@ -238,34 +243,28 @@ impl Caller {
         }
     }
 
-    /// One outcome for each order. None: the node did not answer.
-    async fn forward_part(&self, client: &mut NodeServiceClient<Channel>, orders: &[(Epoch, Order)]) -> Option<Vec<Handed>> {
+    /// One outcome for each of the first of `orders`. None: the node did not answer.
+    async fn forward_part(&self, node: &mut Callee, orders: &[(Epoch, Order)]) -> Option<Vec<Handed>> {
+        let (orders, contents) = contents::next_part(orders, node.shares.load(Ordering::Relaxed));
+        let sent = orders.len();
         let request = pb::ForwardReq {
             store_id: self.store_id.clone(),
             sent_at_ms: self.lives.clock.now().0,
             good_for_ms: convert::millis(FORWARD_LIMIT),
             node_id: self.peers.own.node_id.clone(),
             addr: self.peers.own.addr.clone(),
-            orders: orders.iter().map(|(epoch, order)| convert::order(*epoch, order)).collect(),
+            orders,
+            contents,
         };
         let handed = |outcome: i32| match pb::Handed::try_from(outcome) {
             Ok(pb::Handed::Taken) => Handed::Taken,
             Ok(pb::Handed::Full) => Handed::Full,
             Ok(pb::Handed::NotHere | pb::Handed::Unspecified) | Err(_) => Handed::NotHere,
         };
-        let outcomes = client.forward(signed(request, &self.store_id)).await.ok()?.into_inner().outcomes;
-        (outcomes.len() == orders.len()).then(|| outcomes.into_iter().map(handed).collect())
+        let answer = node.client.forward(signed(request, &self.store_id)).await.ok()?.into_inner();
+        node.shares.store(answer.shares_contents, Ordering::Relaxed);
+        (answer.outcomes.len() == sent).then(|| answer.outcomes.into_iter().map(handed).collect())
     }
-}
-
-/// How many of `orders`, from the first on, go into one request.
-fn as_many_as_fit(orders: &[(Epoch, Order)]) -> usize {
-    let mut bytes = 0;
-    let fits = |(_, order): &&(Epoch, Order)| {
-        bytes += order.bytes();
-        bytes <= PART_BYTES
-    };
-    orders.iter().take_while(fits).count().max(1).min(orders.len())
 }
 
 impl Together {

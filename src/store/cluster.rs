@@ -102,30 +102,30 @@ impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
         let sql = format!(
-            "SELECT {clock}, generation, cache_identity, hold_until, hold_rearm, store_id, continuous_since, \
-             hold_reason, hold_began, step_at, step_ms, users_online, users_counted_at, inbox_messages, inbox_oldest \
-             FROM cluster WHERE id = 1"
+            "SELECT {clock}, store_id, continuous_since, generation, cache_identity, step_at, step_ms, users_online, \
+             users_counted_at, inbox_messages, inbox_oldest, hold_began, hold_until, hold_rearm, hold_reason FROM cluster \
+             WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
         let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;
         Ok(ClusterRow {
             clock: DatabaseClock::from_micros(row.try_get(0)?),
-            store_id: row.try_get(5)?,
-            continuous_since: Timestamp(row.try_get(6)?),
-            generation: unsigned(row.try_get(1)?),
-            cache_identity: row.try_get(2)?,
-            hold: Hold {
-                began: Timestamp(row.try_get(8)?),
-                until: Timestamp(row.try_get(3)?),
-                rearm: Timestamp(row.try_get(4)?),
-                reason: row.try_get(7)?,
-            },
-            step: Step { at: Timestamp(row.try_get(9)?), ms: row.try_get(10)? },
+            store_id: row.try_get(1)?,
+            continuous_since: Timestamp(row.try_get(2)?),
+            generation: unsigned(row.try_get(3)?),
+            cache_identity: row.try_get(4)?,
+            step: Step { at: Timestamp(row.try_get(5)?), ms: row.try_get(6)? },
             counts: Counts {
-                users_online: row.try_get(11)?,
-                users_counted_at: Timestamp(row.try_get(12)?),
-                messages: row.try_get(13)?,
-                oldest: Some(Timestamp(row.try_get(14)?)).filter(|oldest| oldest.0 > 0),
+                users_online: row.try_get(7)?,
+                users_counted_at: Timestamp(row.try_get(8)?),
+                messages: row.try_get(9)?,
+                oldest: Some(Timestamp(row.try_get(10)?)).filter(|oldest| oldest.0 > 0),
+            },
+            hold: Hold {
+                began: Timestamp(row.try_get(11)?),
+                until: Timestamp(row.try_get(12)?),
+                rearm: Timestamp(row.try_get(13)?),
+                reason: row.try_get(14)?,
             },
         })
     }
