@@ -1,4 +1,4 @@
-//! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in the README.
+//! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod per_thread;
 

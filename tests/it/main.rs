@@ -10,6 +10,7 @@ mod contention;
 mod crash;
 mod deaths;
 mod deliver;
+mod docs;
 mod doubt;
 mod ends;
 mod gateways;
