@@ -194,7 +194,7 @@ impl App {
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
         let services = engine.services(&config, &draining, &attached);
-        let (health, service) = serve::data_service(services, engine.memory.clone(), metrics.clone()).await;
+        let (health, service) = serve::data_service(services, engine.memory.clone()).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, desks) = started.map_err(StartError::Threads)?;
         tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));

@@ -278,7 +278,8 @@ impl From<String> for Url {
 /// Keys of a URL's query that hold no secret.
 const SHOWN_KEYS: [&str; 8] =
     ["ssl-mode", "sslmode", "charset", "collation", "statement-cache-capacity", "mode", "vfs", "protocol"];
-/// Ports that are shown although no login stands before them. Another number may be a password whose server was forgotten.
+/// Ports that are shown although no login stands before them. Another number may be a password whose server was forgotten; of a
+/// Redis, which is seldom given a user, only where no host stands.
 const USUAL_PORTS: [&str; 2] = ["3306", "6379"];
 
 /// Shows what cannot be a password: of a login the user, of a server its name and port, of a query known keys.
@@ -298,7 +299,11 @@ impl fmt::Display for Url {
                 let (user, mask) = login.split_once(':').map_or((login, ""), |(user, _)| (user, ":***"));
                 write!(f, "{user}{mask}@{}", without_password(server, |port| port.parse::<u16>().is_ok()))?;
             }
-            None => f.write_str(&without_password(rest, |port| USUAL_PORTS.contains(&port)))?,
+            None => {
+                let may_be_port =
+                    |port: &str| scheme.starts_with("redis") && !rest.starts_with(':') && port.parse::<u16>().is_ok();
+                f.write_str(&without_password(rest, |port| USUAL_PORTS.contains(&port) || may_be_port(port)))?;
+            }
         }
         match query {
             Some(query) if is_shown(query) => write!(f, "?{query}"),
@@ -400,6 +405,8 @@ mod tests {
         check("mysql://app:s3cret/im", "mysql://app:***");
         check("redis://:s3cret", "redis://:***");
         check("mysql://app:12345", "mysql://app:***");
+        check("redis://:12345", "redis://:***");
+        check("redis://cache:6380/1", "redis://cache:6380/1");
         check("mysql://app:12345/im", "mysql://app:***");
         check("mysql://app:s3cret:3306/im", "mysql://app:***");
         check("mysql://app:s3cret?ssl-mode=required", "mysql://app:***?ssl-mode=required");

@@ -2,6 +2,7 @@
 //! and given back after. When there is no more, callers are turned away; the process does not grow.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 
@@ -23,6 +24,7 @@ pub struct Memory(Arc<Account>);
 struct Account {
     limit: usize,
     taken: AtomicUsize,
+    refused: AtomicU64,
 }
 
 /// Bytes that are taken, until it is dropped.
@@ -35,7 +37,7 @@ pub struct Held {
 impl Memory {
     /// `limit` in bytes.
     pub fn new(limit: usize) -> Arc<Self> {
-        Arc::new(Self(Arc::new(Account { limit, taken: AtomicUsize::new(0) })))
+        Arc::new(Self(Arc::new(Account { limit, taken: AtomicUsize::new(0), refused: AtomicU64::new(0) })))
     }
 
     pub fn for_another_thread(&self) -> Arc<Self> {
@@ -45,6 +47,11 @@ impl Memory {
     /// In bytes.
     pub fn taken(&self) -> usize {
         self.0.taken.load(Ordering::Relaxed)
+    }
+
+    /// How often there was not so much left, for what does not wait in a stream's queue.
+    pub fn refused(&self) -> u64 {
+        self.0.refused.load(Ordering::Relaxed)
     }
 
     /// Nothing yet, to be added to.
@@ -62,7 +69,7 @@ impl Memory {
 impl Held {
     /// Takes more. False: there is not so much left, and nothing is taken.
     pub fn add(&self, bytes: usize) -> bool {
-        let Account { limit, taken } = &*self.memory.0;
+        let Account { limit, taken, refused } = &*self.memory.0;
         let ceiling = match self.share {
             Share::Streams => limit / 2,
             Share::Calls => limit - limit / 16,
@@ -70,6 +77,7 @@ impl Held {
         };
         if taken.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes) > ceiling {
             taken.fetch_sub(bytes, Ordering::Relaxed);
+            refused.fetch_add(u64::from(self.share != Share::Streams), Ordering::Relaxed);
             return false;
         }
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
@@ -111,6 +119,6 @@ mod tests {
         calls.add_anyway(1000);
         assert!(memory.take(Share::Leases, 1).is_none());
         drop((streams, calls));
-        assert_eq!(memory.taken(), 0);
+        assert_eq!((memory.taken(), memory.refused()), (0, 2), "who was refused for a stream is counted there");
     }
 }

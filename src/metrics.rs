@@ -231,6 +231,11 @@ impl Metrics {
         self.shed.get_or_create(&ByWhat { what }).inc();
     }
 
+    /// What was turned away so far is counted elsewhere.
+    pub fn shed_so_far(&self, what: &'static str, times: u64) {
+        self.shed.get_or_create(&ByWhat { what }).inner().store(times, Ordering::Relaxed);
+    }
+
     /// How many lines of the log were dropped so far.
     pub fn log_lines_dropped_so_far(&self, lines: u64) {
         self.log_lines_dropped.inner().store(lines, Ordering::Relaxed);

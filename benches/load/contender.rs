@@ -84,7 +84,7 @@ pub fn serve_if_asked() {
 async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl PresenceService) {
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
     let (services, memory) = (serve::Services { presence: handler, more: None }, Memory::new(config.limits.memory_bytes));
-    let (_health, service) = serve::data_service(services, memory, Metrics::new()).await;
+    let (_health, service) = serve::data_service(services, memory).await;
     let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
     let (_threads, desks): (_, Vec<Desk>) = started.expect("threads");
     listen::accept(listener, config.presence_service.max_connections, desks, Metrics::new(), draining, stop).await;
@@ -96,7 +96,7 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let addr = listener.local_addr().expect("an address");
     let engine = Assembled::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
     let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
-    let (_health, service) = serve::data_service(services, engine.memory.clone(), engine.metrics.clone()).await;
+    let (_health, service) = serve::data_service(services, engine.memory.clone()).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     serve::data_server().serve_with_incoming(service, incoming).await.expect("serve");
 }

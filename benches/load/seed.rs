@@ -25,7 +25,7 @@ pub async fn users(users: u64, gateways: u64) -> TestDb {
     .await;
     db.run(&format!(
         "INSERT INTO routes SELECT seq, 'phone', 1, 1 + seq % {gateways}, CONCAT('c-', seq), {now}, '192.0.2.17', 40000, \
-         {now} * 1000, {now}, {now} + 86400000 FROM seq_1_to_{users}"
+         {now} * 1000, {now}, {now} + 3500000 FROM seq_1_to_{users}"
     ))
     .await;
     db

@@ -292,7 +292,18 @@ pub fn ack_to_pb(ack: &Ack) -> pb::DeliveryAck {
 
 /// A delivery without its content, which stands elsewhere.
 pub fn addressed(envelope: &Envelope) -> pb::Delivery {
-    delivery(&Envelope { message: Bytes::new(), payload: Bytes::new(), ..envelope.clone() })
+    pb::Delivery {
+        delivery_id: envelope.delivery_id.clone(),
+        user_id: envelope.user_id,
+        message: String::new(),
+        message_type: envelope.message_type.clone(),
+        payload: Bytes::new(),
+        timestamp: envelope.timestamp,
+        device_ids: envelope.device_ids.clone(),
+        wants_ack: envelope.wants_ack,
+        message_id: envelope.message_id.clone(),
+        inbox_seq: envelope.inbox_seq,
+    }
 }
 
 pub fn content(envelope: &Envelope) -> pb::Content {
@@ -300,18 +311,8 @@ pub fn content(envelope: &Envelope) -> pb::Content {
 }
 
 pub fn delivery(envelope: &Envelope) -> pb::Delivery {
-    pb::Delivery {
-        delivery_id: envelope.delivery_id.clone(),
-        user_id: envelope.user_id,
-        message: text(&envelope.message),
-        message_type: envelope.message_type.clone(),
-        payload: envelope.payload.clone(),
-        timestamp: envelope.timestamp,
-        device_ids: envelope.device_ids.clone(),
-        wants_ack: envelope.wants_ack,
-        message_id: envelope.message_id.clone(),
-        inbox_seq: envelope.inbox_seq,
-    }
+    let (message, payload) = (text(&envelope.message), envelope.payload.clone());
+    pb::Delivery { message, payload, ..addressed(envelope) }
 }
 
 /// It came as text, so it is UTF-8.

@@ -95,6 +95,7 @@ async fn metrics(
     metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
     metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
     metrics.held_bytes.set(gauge(operator.memory.taken() as u64));
+    metrics.shed_so_far("memory", operator.memory.refused());
     metrics.rejected_so_far("l1", operator.cache.offers_rejected());
     metrics.log_lines_dropped_so_far((operator.dropped_log_lines)());
     let accepts = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text"));

@@ -28,7 +28,6 @@ use crate::api::node::Node;
 use crate::api::queries::Queries;
 use crate::memory::Memory;
 use crate::memory::Share;
-use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
@@ -72,7 +71,6 @@ struct Served<P> {
     presence: PresenceServiceServer<P>,
     others: Routes,
     memory: Arc<Memory>,
-    metrics: Arc<Metrics>,
     /// None: there are no other nodes.
     store_id: Option<Arc<str>>,
 }
@@ -85,14 +83,13 @@ impl<P> Clone for DataService<P> {
 
 impl<P> DataService<P> {
     pub fn for_another_thread(&self) -> Self {
-        let Served { queries, presence, others, memory, metrics, store_id } = &*self.0;
+        let Served { queries, presence, others, memory, store_id } = &*self.0;
         let memory = memory.for_another_thread();
         Self(Arc::new(Served {
             queries: queries.as_ref().map(|queries| queries.for_another_thread(&memory)),
             presence: presence.clone(),
             others: others.clone(),
             memory,
-            metrics: metrics.clone(),
             store_id: store_id.clone(),
         }))
     }
@@ -133,7 +130,6 @@ impl<P: PresenceService> Served<P> {
         }
         let share = if is_presence || is_node { Share::Calls } else { Share::Leases };
         let Some(call) = self.memory.take(share, CALL_BYTES).map(Arc::new) else {
-            self.metrics.shed("memory");
             return Box::pin(async { Ok(body::out_of_memory().into_http()) });
         };
         let request = request.map(|body| Arriving::message(body, &self.memory, Some(call.clone())));
@@ -151,11 +147,7 @@ fn is_stream(path: &str) -> bool {
     STREAMS.contains(&path) || !path.starts_with(OURS)
 }
 
-pub async fn data_service<P: PresenceService>(
-    services: Services<P>,
-    memory: Arc<Memory>,
-    metrics: Arc<Metrics>,
-) -> (HealthReporter, DataService<P>) {
+pub async fn data_service<P: PresenceService>(services: Services<P>, memory: Arc<Memory>) -> (HealthReporter, DataService<P>) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
@@ -178,7 +170,7 @@ pub async fn data_service<P: PresenceService>(
         routes.add_service(v1alpha); // for clients of before 2023
     }
     let others = routes.routes().prepare();
-    (health, DataService(Arc::new(Served { queries, presence, others, memory, metrics, store_id })))
+    (health, DataService(Arc::new(Served { queries, presence, others, memory, store_id })))
 }
 
 /// The gRPC server of the data port.

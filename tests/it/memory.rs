@@ -152,6 +152,7 @@ async fn what_has_arrived_is_bounded_in_sum_and_leases_and_small_calls_go_on() {
     let status = node.presence().batch_bind_route(large()).await.expect_err("there is no room");
     assert_eq!(status.code(), Grpc::ResourceExhausted, "{status:?}");
     assert!(retry_delay(&status).is_some() && status.message().contains("limits.memory_bytes"), "{status:?}");
+    assert!(node.metric("im_presence_shed_total{what=\"memory\"}").await > 0.0);
     assert_eq!(node.beat(GATEWAY, epoch).await, Code::Ok, "a lease is the last to be refused");
     assert!(node.query(ALICE).await.is_online);
     drop((calls, client));
