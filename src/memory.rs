@@ -84,6 +84,16 @@ impl Held {
         true
     }
 
+    /// Takes more, if this holds no more than `limit` then. False: it would, or there is not so much left.
+    pub fn add_within(&self, bytes: usize, limit: usize) -> bool {
+        self.has_room(bytes, limit) && self.add(bytes) // two at once may exceed it by one of them
+    }
+
+    /// Whether so much more is within `limit`.
+    pub fn has_room(&self, bytes: usize, limit: usize) -> bool {
+        self.bytes.load(Ordering::Relaxed).saturating_add(bytes) <= limit
+    }
+
     /// Takes more, for what is there already and has to be.
     pub fn add_anyway(&self, bytes: usize) {
         self.memory.0.taken.fetch_add(bytes, Ordering::Relaxed);

@@ -16,9 +16,9 @@ use std::time::Duration;
 use std::time::Instant;
 
 use futures_util::future::join_all;
-use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::sync::mpsc::error::TrySendError;
+use tokio::time::sleep;
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
@@ -36,6 +36,8 @@ pub const STREAM_QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// What an order takes beside its message, roughly.
 pub const ORDER_BYTES: usize = 1024;
 
+/// Between looks for bytes that have become free in a queue.
+const ROOM_LOOK_INTERVAL: Duration = Duration::from_millis(2);
 /// A call that has more orders for one gateway than this waits for it to read.
 const MANY: usize = 64;
 
@@ -79,13 +81,8 @@ struct Stream {
 #[derive(Clone)]
 struct Queue {
     orders: mpsc::Sender<Queued>,
-    room: Arc<Room>,
-}
-
-/// The bytes that a queue has left, and what its orders take of all queues'.
-struct Room {
-    left: Semaphore,
-    held: Held,
+    /// What its orders take.
+    held: Arc<Held>,
 }
 
 /// An order on its way to its gateway, and its place in the queue.
@@ -94,7 +91,7 @@ pub type Queued = (Order, Place);
 /// What an order takes of its queue's room. It is free once this is dropped, which whoever writes the order does then.
 pub struct Place {
     bytes: usize,
-    room: Arc<Room>,
+    held: Arc<Held>,
 }
 
 /// Kicks that a stream took lately, the oldest first, with the time when they were written; no more than its queue holds.
@@ -124,8 +121,8 @@ impl Streams {
     pub fn attach(&self, epoch: Epoch, no: u64) -> Attached {
         let (orders, receiver) = mpsc::channel(STREAM_QUEUE);
         let (replaced, kicks) = (CancellationToken::new(), Arc::<Mutex<TakenKicks>>::default());
-        let room = Arc::new(Room { left: Semaphore::new(STREAM_QUEUE_BYTES), held: self.memory.none(Share::Streams) });
-        let stream = Stream { no, queue: Queue { orders, room }, replaced: replaced.clone(), kicks: kicks.clone() };
+        let held = Arc::new(self.memory.none(Share::Streams));
+        let stream = Stream { no, queue: Queue { orders, held }, replaced: replaced.clone(), kicks: kicks.clone() };
         let mut streams = self.lock();
         match streams.get(&epoch) {
             Some(newer) if newer.no > no => replaced.cancel(),
@@ -223,8 +220,16 @@ impl Streams {
     /// Waits until a life's queue has room. False: not in time, or its stream has ended, or all queues together are full.
     async fn room(&self, epoch: Epoch, bytes: usize, until: Instant) -> bool {
         let Some(queue) = self.lock().get(&epoch).map(|stream| stream.queue.clone()) else { return false };
-        let room = async { queue.orders.reserve().await.is_ok() && queue.room.left.acquire_many(bytes as u32).await.is_ok() };
-        timeout_at(until.into(), room).await.unwrap_or(false) && self.memory.take(Share::Streams, bytes).is_some()
+        let room = async {
+            while queue.orders.reserve().await.is_ok() {
+                if queue.held.has_room(bytes, STREAM_QUEUE_BYTES) {
+                    return self.memory.take(Share::Streams, bytes).is_some();
+                }
+                sleep(ROOM_LOOK_INTERVAL).await;
+            }
+            false
+        };
+        timeout_at(until.into(), room).await.unwrap_or(false)
     }
 
     /// Orders that wait, over all streams.
@@ -259,30 +264,21 @@ enum Refused {
 
 impl Queue {
     fn take(&self, order: Order) -> Result<(), Refused> {
-        let queued = self.room.enter(order).ok_or(Refused::Full)?;
-        self.orders.try_send(queued).map_err(|error| match error {
+        let bytes = order.bytes();
+        if !self.held.add_within(bytes, STREAM_QUEUE_BYTES) {
+            return Err(Refused::Full);
+        }
+        let place = Place { bytes, held: self.held.clone() };
+        self.orders.try_send((order, place)).map_err(|error| match error {
             TrySendError::Full(_) => Refused::Full,
             TrySendError::Closed(_) => Refused::Closed,
         })
     }
 }
 
-impl Room {
-    fn enter(self: &Arc<Self>, order: Order) -> Option<Queued> {
-        let bytes = order.bytes();
-        let left = self.left.try_acquire_many(bytes as u32).ok()?;
-        if !self.held.add(bytes) {
-            return None;
-        }
-        left.forget(); // until the order is dropped
-        Some((order, Place { bytes, room: self.clone() }))
-    }
-}
-
 impl Drop for Place {
     fn drop(&mut self) {
-        self.room.held.remove(self.bytes);
-        self.room.left.add_permits(self.bytes);
+        self.held.remove(self.bytes);
     }
 }
 
