@@ -61,7 +61,6 @@ async fn a_bind_to_a_gateway_whose_unused_life_is_closed_begins_a_new_one() {
 async fn a_user_of_long_ago_is_forgotten_which_worries_nobody_who_knew_them() {
     const DAY_US: i64 = 86_400 * 1_000_000;
     let mut cluster = Cluster::mariadb(1, &[("STORE__FORGET_USERS_AFTER", "604800")]).await;
-    cluster.db.clock_was_steady().await;
     let insert = async |user: i64, days: i64| {
         let long_ago = format!("CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED) - {}", days * DAY_US);
         cluster.db.run(&format!("INSERT INTO users (user_id, version, last_seen_ms) VALUES ({user}, {long_ago}, 1)")).await;
@@ -69,6 +68,7 @@ async fn a_user_of_long_ago_is_forgotten_which_worries_nobody_who_knew_them() {
     insert(ALICE, 8).await;
     insert(BOB, 6).await;
     assert!(cluster.node().query(ALICE).await.version > 0, "this node knows her");
+    cluster.db.clock_was_steady().await; // before, nobody is forgotten
     cluster.db.run("UPDATE jobs SET until = 0 WHERE name = 'orphans'").await; // else the first node's claim is waited for
     cluster.add_node(&[("STORE__FORGET_USERS_AFTER", "604800")]).await; // looks at once
     let there = async |user: i64| cluster.db.number(&format!("SELECT COUNT(*) FROM users WHERE user_id = {user}")).await;
