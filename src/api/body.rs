@@ -39,6 +39,8 @@ pub struct Arriving {
     part_held: Held,
     /// What the call takes as long as it is under way. None: it is over before it could be counted, or it is a stream.
     call: Option<Arc<Held>>,
+    /// Largest message that it may have.
+    max_bytes: usize,
     /// A message is waited for.
     is_due: bool,
     /// When it has to be there; set when there is something to wait for.
@@ -54,20 +56,26 @@ impl Arriving {
     /// The body of a call that may have many.
     pub fn stream(body: Body, memory: &Arc<Memory>) -> Self {
         let part_held = memory.none(Share::Calls);
-        Self { body, part: BytesMut::new(), part_held, call: None, is_due: false, limit: None }
+        let max_bytes = MAX_MESSAGE_BYTES;
+        Self { body, part: BytesMut::new(), part_held, call: None, max_bytes, is_due: false, limit: None }
+    }
+
+    /// The same, whose messages may be as large as `max_bytes`.
+    pub fn with_limit(self, max_bytes: usize) -> Self {
+        Self { max_bytes, ..self }
     }
 
     /// Takes what has arrived. Returns the messages that are whole.
     fn take(&mut self, mut data: Bytes) -> Result<Option<Bytes>, Status> {
         if self.part.is_empty() {
-            let whole = whole_messages(&data)?;
+            let whole = whole_messages(&data, self.max_bytes)?;
             if whole < data.len() {
                 self.keep(&data.split_off(whole))?;
             }
             return self.pass_on(data);
         }
         self.keep(&data)?;
-        let whole = whole_messages(&self.part)?;
+        let whole = whole_messages(&self.part, self.max_bytes)?;
         self.part_held.remove(whole);
         let messages = self.part.split_to(whole).freeze();
         self.pass_on(messages)
@@ -135,12 +143,12 @@ impl http_body::Body for Arriving {
 }
 
 /// How many bytes at the beginning of `data` are whole messages.
-fn whole_messages(data: &[u8]) -> Result<usize, Status> {
+fn whole_messages(data: &[u8], max_bytes: usize) -> Result<usize, Status> {
     let mut left = data;
     while let Some((&[_, a, b, c, d], rest)) = left.split_first_chunk::<HEAD_BYTES>() {
         let length = u32::from_be_bytes([a, b, c, d]) as usize;
-        if length > MAX_MESSAGE_BYTES {
-            return Err(Status::out_of_range(format!("a message has at most {MAX_MESSAGE_BYTES} bytes, is {length}")));
+        if length > max_bytes {
+            return Err(Status::out_of_range(format!("a message has at most {max_bytes} bytes, is {length}")));
         }
         match rest.get(length..) {
             Some(rest) => left = rest,

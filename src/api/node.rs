@@ -20,6 +20,7 @@ use tonic::metadata::AsciiMetadataValue;
 use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
+use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
 use crate::domain::id::Epoch;
@@ -44,6 +45,8 @@ const QUEUE: usize = 1_024;
 const TOGETHER: usize = 256;
 /// How long a gateway that is handed many orders at once has to read some of them. Well within what its caller waits.
 const ROOM_LIMIT: Duration = Duration::from_millis(500);
+/// Largest request of a node of the last release, which does not name its store and puts everything into one.
+pub const MAX_FORWARD_BYTES: usize = 64 * 1024 * 1024;
 /// Names the caller's store, so that a stranger's call is refused before its body is read.
 const STORE_HEADER: &str = "im-presence-store";
 
@@ -111,11 +114,13 @@ fn strange() -> Status {
     Status::failed_precondition("this node belongs to another store")
 }
 
-/// Whether a call may come from a node of this store. One of before this header says so in its body.
-pub fn check_caller(headers: &HeaderMap, own: &str) -> Result<(), Status> {
+/// Whether a call may come from a node of this store, and how large its message may be. A node of the last release says in its
+/// body which store it belongs to.
+pub fn check_caller(headers: &HeaderMap, own: &str) -> Result<usize, Status> {
     match headers.get(STORE_HEADER) {
         Some(store_id) if store_id.as_bytes() != own.as_bytes() => Err(strange()),
-        _ => Ok(()),
+        Some(_) => Ok(MAX_MESSAGE_BYTES),
+        None => Ok(MAX_FORWARD_BYTES),
     }
 }
 

@@ -123,16 +123,19 @@ impl<P: PresenceService> Served<P> {
     fn call_counted(&self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
         let path = request.uri().path();
         let (is_presence, is_node) = (path.starts_with(PRESENCE), path.starts_with(NODES));
-        if let Some(own) = self.store_id.as_ref().filter(|_| is_node)
-            && let Err(status) = node::check_caller(request.headers(), own)
-        {
-            return Box::pin(async move { Ok(status.into_http()) }); // before it has sent more
-        }
+        let checked = match self.store_id.as_ref().filter(|_| is_node) {
+            Some(own) => node::check_caller(request.headers(), own),
+            None => Ok(MAX_MESSAGE_BYTES),
+        };
+        let max_bytes = match checked {
+            Ok(max_bytes) => max_bytes,
+            Err(status) => return Box::pin(async move { Ok(status.into_http()) }), // before it has sent more
+        };
         let share = if is_presence || is_node { Share::Calls } else { Share::Leases };
         let Some(call) = self.memory.take(share, CALL_BYTES).map(Arc::new) else {
             return Box::pin(async { Ok(body::out_of_memory().into_http()) });
         };
-        let request = request.map(|body| Arriving::message(body, &self.memory, Some(call.clone())));
+        let request = request.map(|body| Arriving::message(body, &self.memory, Some(call.clone())).with_limit(max_bytes));
         let answer = if is_presence {
             self.presence.clone().call(request)
         } else {
@@ -156,12 +159,12 @@ pub async fn data_service<P: PresenceService>(services: Services<P>, memory: Arc
     let mut routes = Routes::builder();
     routes.add_service(health_service);
     let (mut queries, mut store_id) = (None, None);
-    if let Some((resolving, leases, node)) = services.more {
+    if let Some((resolving, leases, nodes)) = services.more {
         queries = Some(resolving);
-        store_id = Some(node.store_id.clone());
+        store_id = Some(nodes.store_id.clone());
         routes
             .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_MESSAGE_BYTES))
-            .add_service(NodeServiceServer::new(node).max_decoding_message_size(MAX_MESSAGE_BYTES));
+            .add_service(NodeServiceServer::new(nodes).max_decoding_message_size(node::MAX_FORWARD_BYTES));
     }
     if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);

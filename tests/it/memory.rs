@@ -38,6 +38,7 @@ const ANSWER_BYTES: usize = 3_584 * 1024;
 const MESSAGE_LIMIT: Duration = Duration::from_secs(10);
 const QUERY: &str = "/mpim.PresenceService/BatchQueryRoute";
 const FORWARD: &str = "/mpim.NodeService/Forward";
+const FORWARD_ACKS: &str = "/mpim.NodeService/ForwardAcks";
 const REFLECTION: &str = "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo";
 
 /// An HTTP/2 client that does only what it is told.
@@ -164,10 +165,36 @@ async fn what_has_arrived_is_bounded_in_sum_and_leases_and_small_calls_go_on() {
 async fn a_call_from_a_node_of_another_store_is_refused_before_its_body() {
     let cluster = Cluster::sqlite(&[]).await;
     let client = Http2::connect(cluster.node(), 1 << 16).await;
-    for path in [FORWARD, "/mpim.NodeService/ForwardAcks"] {
+    for path in [FORWARD, FORWARD_ACKS] {
         let call = client.begin(path, &[("im-presence-store", "another")]).await;
         let status = tokio::time::timeout(allowed(Duration::from_secs(1)), call.status()).await.expect("at once");
         assert_eq!(status, Grpc::FailedPrecondition);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_of_the_last_release_may_hand_over_more_at_once_than_one_that_names_its_store() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let mut connection = cluster.db.connect().await;
+    let store_id: String =
+        sqlx::query_scalar("SELECT store_id FROM cluster").fetch_one(&mut connection).await.expect("the store");
+    let delivery = im_presence::pb::Delivery { message: "x".repeat(60_000), ..Default::default() };
+    let order = im_presence::pb::Order {
+        gateway_epoch: 7,
+        body: Some(im_presence::pb::order::Body::Delivery(delivery)),
+        ..Default::default()
+    };
+    let request = im_presence::pb::ForwardReq {
+        store_id: store_id.clone(),
+        sent_at_ms: i64::MAX / 2,
+        orders: vec![order; 150],
+        ..Default::default()
+    };
+    let client = Http2::connect(cluster.node(), 1 << 16).await;
+    for (headers, expected) in [(vec![], Grpc::Ok), (vec![("im-presence-store", &*store_id)], Grpc::OutOfRange)] {
+        let mut call = client.begin(FORWARD, &headers).await;
+        call.send(framed(&request), true);
+        assert_eq!(call.status().await, expected, "{headers:?}");
     }
 }
 
