@@ -1,6 +1,7 @@
 //! What input creates has an end: gateways that never register, users who never come back.
 
 use std::time::Duration;
+use std::time::Instant;
 
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::Code;
@@ -68,13 +69,24 @@ async fn a_user_of_long_ago_is_forgotten_which_worries_nobody_who_knew_them() {
     insert(ALICE, 8).await;
     insert(BOB, 6).await;
     assert!(cluster.node().query(ALICE).await.version > 0, "this node knows her");
-    cluster.db.clock_was_steady().await; // before, nobody is forgotten
-    cluster.db.run("UPDATE jobs SET until = 0 WHERE name = 'orphans'").await; // else the first node's claim is waited for
-    cluster.add_node(&[("STORE__FORGET_USERS_AFTER", "604800")]).await; // looks at once
-    let there = async |user: i64| cluster.db.number(&format!("SELECT COUNT(*) FROM users WHERE user_id = {user}")).await;
-    eventually("she is forgotten", allowed(MARGIN), async || there(ALICE).await == 0).await;
-    assert_eq!(there(BOB).await, 1, "his time is not over");
-    let [knew_her, _] = &cluster.nodes[..] else { panic!("two nodes") };
+    let there = async |cluster: &Cluster, user: i64| {
+        cluster.db.number(&format!("SELECT COUNT(*) FROM users WHERE user_id = {user}")).await
+    };
+    // A node looks when it starts. On a busy machine a gap in the beats may make the clock doubtful just then.
+    for _ in 0..5 {
+        cluster.db.clock_was_steady().await;
+        cluster.db.run("UPDATE jobs SET until = 0 WHERE name = 'orphans'").await; // else the first node's claim is waited for
+        cluster.add_node(&[("STORE__FORGET_USERS_AFTER", "604800")]).await;
+        let began = Instant::now();
+        while there(&cluster, ALICE).await > 0 && began.elapsed() < MARGIN / 2 {
+            tokio::time::sleep(MARGIN / 100).await;
+        }
+        if there(&cluster, ALICE).await == 0 {
+            break;
+        }
+    }
+    assert_eq!((there(&cluster, ALICE).await, there(&cluster, BOB).await), (0, 1), "his time is not over");
+    let knew_her = &cluster.nodes[0];
     assert_eq!(knew_her.query_sql(ALICE).await.version, 0);
     assert!(!knew_her.log().iter().any(|line| line.contains("set back")), "{:?}", knew_her.log());
     let back = knew_her.bind(a_bind(ALICE, PHONE, "c")).await;
