@@ -29,7 +29,7 @@ const BY_DOUBT: &str = "doubt: ";
 pub struct ClusterRow {
     pub clock: DatabaseClock,
     pub store_id: String,
-    /// Since when beats were recorded without a gap.
+    /// Since when beats were recorded without a gap; now, if they are not.
     pub continuous_since: Timestamp,
     /// Raised whenever caches may hold what the database does not know.
     pub generation: u64,
@@ -101,8 +101,10 @@ pub enum Claim {
 impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
+        let (now, silence) = (clock_millis(self.engine()), duration_millis(MAX_SILENCE));
         let sql = format!(
-            "SELECT {clock}, store_id, continuous_since, generation, cache_identity, step_at, step_ms, users_online, \
+            "SELECT {clock}, store_id, CASE WHEN last_beat < {now} - {silence} OR last_beat > {now} + {silence} THEN {now} \
+             ELSE continuous_since END, generation, cache_identity, step_at, step_ms, users_online, \
              users_counted_at, inbox_messages, inbox_oldest, hold_began, hold_until, hold_rearm, hold_reason FROM cluster \
              WHERE id = 1"
         );

@@ -526,6 +526,24 @@ async fn a_life_that_is_used_again_stays_and_so_does_any_beside_a_node_that_know
 }
 
 #[tokio::test]
+async fn the_clock_was_not_watched_while_nobody_beat() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let watched_for = async |connection: &mut Connection| {
+            let row = connection.read_cluster().await.unwrap();
+            row.clock.now().since(row.continuous_since)
+        };
+        assert!(watched_for(connection).await < Duration::from_secs(1), "nobody has beaten yet");
+        connection.beat_cluster().await.unwrap();
+        connection.execute(statement("UPDATE cluster SET continuous_since = continuous_since - 100000")).await.unwrap();
+        assert!(watched_for(connection).await >= Duration::from_secs(100));
+        connection.execute(statement("UPDATE cluster SET last_beat = last_beat - 4000")).await.unwrap();
+        assert!(watched_for(connection).await < Duration::from_secs(1), "a gap, which no beat has noted yet");
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn to_store_one_message_more_only_repeats_are_read_unless_something_is_over() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
