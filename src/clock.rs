@@ -79,6 +79,12 @@ impl Clock {
         self.slack_until_ms.store(at.plus(longest).0, Ordering::Relaxed);
     }
 
+    /// What ends by then is over.
+    pub fn over_by(&self) -> Timestamp {
+        let now = self.now();
+        now.minus(self.slack(now))
+    }
+
     /// How much longer than it says something may last, when it is `now`: it may seem too old since the clock was set forward.
     pub fn slack(&self, now: Timestamp) -> Duration {
         let has_slack = now.0 < self.slack_until_ms.load(Ordering::Relaxed);

@@ -70,14 +70,11 @@ impl PresenceService for Presence {
 fn leave_kicked_out(results: &mut [pb::BindRouteResp]) {
     const WHY: &str = "kicked is left out, the answer would be too large: bind fewer at once";
     const HEAD_BYTES: usize = 1 + 5;
-    let mut left = convert::MAX_ANSWER_BYTES;
-    for result in &*results {
-        let kicked: usize = result.kicked.iter().map(|route| HEAD_BYTES + route.encoded_len()).sum();
-        left = left.saturating_sub(HEAD_BYTES + WHY.len() + result.encoded_len() - kicked.min(result.encoded_len()));
-    }
+    let kicked = |result: &pb::BindRouteResp| result.kicked.iter().map(|route| HEAD_BYTES + route.encoded_len()).sum::<usize>();
+    let beside = |result: &pb::BindRouteResp| HEAD_BYTES + WHY.len() + result.encoded_len().saturating_sub(kicked(result));
+    let mut left = convert::MAX_ANSWER_BYTES.saturating_sub(results.iter().map(beside).sum());
     for result in results.iter_mut().filter(|result| !result.kicked.is_empty()) {
-        let kicked: usize = result.kicked.iter().map(|route| HEAD_BYTES + route.encoded_len()).sum();
-        match left.checked_sub(kicked) {
+        match left.checked_sub(kicked(result)) {
             Some(less) => left = less,
             None => {
                 left = 0;

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+/// What is later than it can be by more than this was written when the clock was wrong.
+pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
+
 /// Milliseconds since 1970 on the database's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp(pub i64);

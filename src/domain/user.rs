@@ -23,6 +23,7 @@ use crate::domain::policy::DevicePolicy;
 use crate::domain::policy::Reason;
 use crate::domain::policy::Refusal;
 use crate::domain::status::Status;
+use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
 
 /// What kind of device it is, as its gateway says.
@@ -127,9 +128,6 @@ pub enum Event<'a> {
     /// Remove the routes that are not live.
     Sweep,
 }
-
-/// What is later than it can be by less than this may have been written while the clock was read.
-pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
 /// What the rules look at besides the record. All of it is read inside the transaction that holds the user's lock.
 pub struct Context<'a> {

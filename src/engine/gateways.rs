@@ -219,9 +219,8 @@ impl Gateways {
                 let listed = connection.list_lives(include_dead, after.as_ref(), limit).await?;
                 let epochs: Vec<Epoch> = listed.iter().map(|listed| listed.life.epoch).collect();
                 let routes = connection.count_routes(&epochs).await?;
-                let count = |listed: &LifeDetails| routes.get(&listed.life.epoch).copied().unwrap_or(0);
-                let lives =
-                    listed.into_iter().map(|listed| (count(&listed), listed)).map(|(count, listed)| (listed, count)).collect();
+                let counts = epochs.iter().map(|epoch| routes.get(epoch).copied().unwrap_or(0));
+                let lives = listed.into_iter().zip(counts).collect();
                 let cluster = connection.read_cluster().await?;
                 let hold = Some(cluster.hold).filter(|hold| hold.is_on(cluster.clock.now()));
                 Ok(Listing { lives, hold })

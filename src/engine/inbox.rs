@@ -26,7 +26,6 @@ use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::is_for;
-use crate::domain::time::Timestamp;
 use crate::domain::user::Outcome;
 use crate::engine::delivery::Deliveries;
 use crate::engine::directory::Directory;
@@ -290,7 +289,7 @@ impl Inboxes {
     async fn read(&self, user: UserId, after: u64) -> Result<Vec<StoredMessage>, Error> {
         let unavailable = |_| Error::unavailable("the inbox cannot be read now");
         let _turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
-        let (now, kept) = (self.over_by(), self.idle().pop());
+        let (now, kept) = (self.lives.clock.over_by(), self.idle().pop());
         if let Some(mut kept) = kept
             && let Ok(window) = kept.read_inbox(user, after, now, WINDOW).await
         {
@@ -301,12 +300,6 @@ impl Inboxes {
         let window = fresh.read_inbox(user, after, now, WINDOW).await.map_err(unavailable)?;
         self.idle().push(fresh);
         Ok(window)
-    }
-
-    /// What ends by then is over.
-    fn over_by(&self) -> Timestamp {
-        let now = self.lives.clock.now();
-        now.minus(self.lives.clock.slack(now))
     }
 
     fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
@@ -324,7 +317,7 @@ impl Inboxes {
             users.iter().for_each(|user| self.drains.wake(*user));
         }
         while self.lives.clock.is_steady() && connection.claim_job("inbox", &self.claimant, TERM).await? {
-            let users = connection.users_with_old_messages(self.over_by(), PAGE).await?;
+            let users = connection.users_with_old_messages(self.lives.clock.over_by(), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;
             if let Some(Err(error)) = outcomes.into_iter().find(Result::is_err) {

@@ -20,7 +20,8 @@ use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
-use crate::domain::user::CLOCK_SLACK;
+use crate::domain::time::CLOCK_SLACK;
+use crate::domain::time::Timestamp;
 use crate::domain::user::Outcome;
 use crate::engine::lanes::Change;
 use crate::engine::lanes::Lanes;
@@ -117,8 +118,7 @@ impl Sweep {
         let mut removed = 0;
         while connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
             let began = Instant::now();
-            let (now, clock) = (self.tools.lives.clock.now(), &self.tools.lives.clock);
-            let users = connection.expired_users(now.minus(clock.slack(now)), PAGE).await?;
+            let users = connection.expired_users(self.tools.lives.clock.over_by(), PAGE).await?;
             let last = users.len() < PAGE as usize;
             let swept = self.sweep(users).await;
             removed += swept;
@@ -187,19 +187,9 @@ impl Sweep {
         }
     }
 
-    /// Users who have nothing and whose last change is older than this are forgotten. None: nobody is.
-    fn forgettable(&self) -> Option<Version> {
-        let after = self.tools.settings.forget_users_after?;
-        let (now, clock) = (self.tools.lives.clock.now(), &self.tools.lives.clock);
-        let before = now.minus(after + clock.slack(now));
-        self.tools.cache.may_be_forgotten(Version::at(before.plus(OTHERS_AHEAD)));
-        Some(Version::at(before))
-    }
-
-    /// One page of users: those go who have nothing and of whom nothing was heard for long.
-    async fn forget_users(&mut self, connection: &mut Connection) -> Result<(), SqlError> {
-        let Some(before) = self.forgettable() else { return Ok(()) };
-        let (forgotten, last) = connection.forget_users(self.users_after, before, USERS_PAGE).await?;
+    /// One page of users: those go who have nothing and whose last change was before `before`.
+    async fn forget_users(&mut self, connection: &mut Connection, before: Timestamp) -> Result<(), SqlError> {
+        let (forgotten, last) = connection.forget_users(self.users_after, Version::at(before), USERS_PAGE).await?;
         if forgotten > 0 {
             info!(users = forgotten, "users forgotten who were not there for store.forget_users_after");
         }
@@ -211,14 +201,20 @@ impl Sweep {
     pub async fn census(&mut self) -> Result<(), SqlError> {
         let mut connection = self.kept.take().await?;
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
-        self.forgettable();
+        let forget_after = self.tools.settings.forget_users_after;
+        let forgotten = forget_after.map(|after| self.tools.lives.clock.over_by().minus(after));
+        if let Some(before) = forgotten {
+            self.tools.cache.may_be_forgotten(Version::at(before.plus(OTHERS_AHEAD))); // whichever node forgets them
+        }
         if connection.claim_job("orphans", &self.tools.claimant, CENSUS_INTERVAL / 2).await? {
             let users = connection.count_users_online().await?;
             connection.note_users_online(users).await?;
             if self.tools.lives.clock.is_steady() {
                 connection.forget_lives(MEMORY).await?;
                 connection.forget_nodes(MEMORY).await?;
-                self.forget_users(&mut connection).await?;
+                if let Some(before) = forgotten {
+                    self.forget_users(&mut connection, before).await?;
+                }
             }
             match connection.reopen_orphaned_lives().await? {
                 0 => {}

@@ -16,6 +16,7 @@ use tracing::warn;
 use crate::domain::doubt::Silence;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
+use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
 use crate::engine::cache::Cache;
 use crate::engine::gateways::Gateways;
@@ -41,8 +42,8 @@ pub const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const AFTER_LEASE: Duration = Duration::from_millis(3);
 /// How soon the watch looks again at a lease that should have ended by now.
 const JUST_ENDED: Duration = Duration::from_millis(20);
-/// What ends later than it can by more than this was written when the clock was wrong.
-const CLOCK_SLACK: Duration = Duration::from_secs(2);
+/// What is later than it can be by more than this is cut down. Statements that do so begin earlier, at [`CLOCK_SLACK`].
+const LOOK_SLACK: Duration = CLOCK_SLACK.saturating_mul(2);
 /// Within this time all nodes have seen that the clock was set.
 const STEP_SEEN_WITHIN: Duration = Duration::from_secs(10);
 /// How often unmanaged lives are all read, and after which time without a look their ends may have been missed.
@@ -286,17 +287,17 @@ impl Watch {
 /// Whatever ends later than it can was written when the clock was ahead, and would last until it is there again.
 async fn clamp(connection: &mut Connection, terms: &Terms, lives: &[Arc<Life>], cluster: &ClusterRow) -> Result<(), SqlError> {
     let (now, hold) = (cluster.clock.now(), &cluster.hold);
-    let latest = now.plus(terms.lease + CLOCK_SLACK);
+    let latest = now.plus(terms.lease + LOOK_SLACK);
     let is_ahead = |life: &Arc<Life>| match life.end {
-        Some(end) => end.at > now.plus(CLOCK_SLACK),
+        Some(end) => end.at > now.plus(LOOK_SLACK),
         None => life.lease_until > latest,
     };
     if lives.iter().any(is_ahead) {
         connection.clamp_lives(terms.lease).await?;
     }
-    let longest = now.plus(terms.doubt_for + terms.lease + CLOCK_SLACK);
+    let longest = now.plus(terms.doubt_for + terms.lease + LOOK_SLACK);
     let is_too_long = hold.until.max(hold.rearm) > longest && (hold.is_by_doubt() || !hold.is_on(now));
-    if is_too_long || hold.began > now.plus(CLOCK_SLACK) {
+    if is_too_long || hold.began > now.plus(LOOK_SLACK) {
         connection.clamp_hold(terms.doubt_for, terms.lease).await?;
     }
     Ok(())

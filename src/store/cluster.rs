@@ -5,6 +5,7 @@ use std::time::Duration;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
@@ -19,8 +20,8 @@ use crate::store::users::unsigned;
 
 /// If no node could write for this long, nobody knows which gateways would have beaten meanwhile.
 pub const MAX_SILENCE: Duration = Duration::from_secs(3);
-/// What ends later than it can by more than this was written when the clock was wrong.
-pub(super) const FUTURE_MS: i64 = 1_000;
+/// [`CLOCK_SLACK`], as statements have it.
+pub(super) const FUTURE_MS: i64 = CLOCK_SLACK.as_millis() as i64;
 /// Begins the reason of a hold that a node began: it also ends by itself, once the gateways are heard again.
 const BY_DOUBT: &str = "doubt: ";
 
@@ -101,10 +102,9 @@ pub enum Claim {
 impl Connection {
     pub async fn read_cluster(&mut self) -> Result<ClusterRow, SqlError> {
         let clock = clock_micros(self.engine());
-        let (now, silence) = (clock_millis(self.engine()), duration_millis(MAX_SILENCE));
+        let since = continuous_since(self.engine());
         let sql = format!(
-            "SELECT {clock}, store_id, CASE WHEN last_beat < {now} - {silence} OR last_beat > {now} + {silence} THEN {now} \
-             ELSE continuous_since END, generation, cache_identity, step_at, step_ms, users_online, \
+            "SELECT {clock}, store_id, {since}, generation, cache_identity, step_at, step_ms, users_online, \
              users_counted_at, inbox_messages, inbox_oldest, hold_began, hold_until, hold_rearm, hold_reason FROM cluster \
              WHERE id = 1"
         );
@@ -136,14 +136,10 @@ impl Connection {
     /// beat could be recorded either, and nobody may be declared dead for it. A beat of the future is a gap too: the clock went
     /// back.
     pub async fn beat_cluster(&mut self) -> Result<(), SqlError> {
-        let now = clock_millis(self.engine());
+        let (now, since) = (clock_millis(self.engine()), continuous_since(self.engine()));
         // MySQL assigns from left to right: last_beat has to come last.
-        let sql = format!(
-            "UPDATE cluster SET continuous_since = CASE WHEN last_beat < {now} - ? OR last_beat > {now} + ? \
-             OR continuous_since > {now} THEN {now} ELSE continuous_since END, last_beat = {now} WHERE id = 1"
-        );
-        let silence = duration_millis(MAX_SILENCE);
-        self.execute(statement(sql).bind(silence).bind(silence)).await.map(|_| ())
+        let sql = format!("UPDATE cluster SET continuous_since = {since}, last_beat = {now} WHERE id = 1");
+        self.execute(statement(sql)).await.map(|_| ())
     }
 
     /// Tells all nodes how many users were counted.
@@ -291,4 +287,13 @@ impl Connection {
         let delete = format!("DELETE FROM nodes WHERE seen_at < {now} - ? OR seen_at > {now} + ?");
         self.execute(statement(delete).bind(duration_millis(term)).bind(duration_millis(term))).await.map(|_| ())
     }
+}
+
+/// Since when beats were recorded without a gap; now, if the last one is too long ago, or of the future.
+fn continuous_since(engine: Engine) -> String {
+    let (now, silence) = (clock_millis(engine), duration_millis(MAX_SILENCE));
+    format!(
+        "CASE WHEN last_beat < {now} - {silence} OR last_beat > {now} + {silence} OR continuous_since > {now} THEN {now} \
+         ELSE continuous_since END"
+    )
 }

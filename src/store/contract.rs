@@ -330,6 +330,13 @@ async fn register(connection: &mut Connection, name: &str) -> Begun {
     connection.begin_managed_life("node", &profile(name), LEASE, 5, || true).await.unwrap().expect("not too often")
 }
 
+/// A route beside the write path.
+async fn insert_route(connection: &mut Connection, user: i64, epoch: Epoch) {
+    const SQL: &str = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
+        bound_version, bound_at_ms) VALUES (?, 'd', 0, ?, '', 0, '', 0, 1, 1)";
+    connection.execute(statement(SQL).bind(user).bind(epoch.0 as i64)).await.unwrap();
+}
+
 /// As if nobody had said so for a lease, and nothing had been written for a while (or it had, all the time).
 async fn lease_over(connection: &mut Connection, epoch: Epoch, continuous: bool) {
     let (since, beat) = if continuous { ("last_beat - 60000", "last_beat") } else { ("last_beat", "last_beat - 4000") };
@@ -470,12 +477,7 @@ async fn a_life_that_never_registered_ends_when_it_has_had_no_route_for_long() {
         let connection = &mut lane(database).await;
         let (used, unused) = (begin_life(connection, "gw-1:7000").await, begin_life(connection, "gw-2:7000").await);
         let managed = register(connection, "gw-3:7000").await.life;
-        let route = format!(
-            "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
-             bound_version, bound_at_ms) VALUES (1, 'd', 0, {}, '', 0, '', 0, 1, 1)",
-            used.epoch.0
-        );
-        connection.execute(statement(route)).await.unwrap();
+        insert_route(connection, 1, used.epoch).await;
         let later = async |connection: &mut Connection, by: Duration| {
             let sql = format!("UPDATE lives SET last_beat = last_beat - {} WHERE kind = 2 AND last_beat > 0", by.as_millis());
             connection.execute(statement(sql)).await.unwrap();
@@ -510,12 +512,7 @@ async fn a_life_that_is_used_again_stays_and_so_does_any_beside_a_node_that_know
         connection.end_unused_lives(TERM, TERM).await.unwrap();
         assert_eq!(begin_life(connection, "gw-1:7000").await.epoch, life.epoch, "it is not closed");
         connection.execute(statement("DELETE FROM nodes")).await.unwrap();
-        let route = format!(
-            "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
-             bound_version, bound_at_ms) VALUES (1, 'd', 0, {}, '', 0, '', 0, 1, 1)",
-            life.epoch.0
-        );
-        connection.execute(statement(route)).await.unwrap();
+        insert_route(connection, 1, life.epoch).await;
         connection.end_unused_lives(TERM, TERM).await.unwrap();
         connection.execute(statement("DELETE FROM routes")).await.unwrap();
         connection.end_unused_lives(TERM, TERM).await.unwrap();
@@ -574,9 +571,7 @@ async fn users_with_nothing_and_of_long_ago_are_forgotten_in_pages() {
             let insert = "INSERT INTO users (user_id, version, inbox_pending) VALUES (?, ?, ?)";
             connection.execute(statement(insert).bind(user).bind(version).bind(pending)).await.unwrap();
         }
-        let route = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
-            bound_version, bound_at_ms) VALUES (4, 'd', 0, 1, '', 0, '', 0, 1, 1)";
-        connection.execute(statement(route)).await.unwrap();
+        insert_route(connection, 4, Epoch(1)).await;
         assert_eq!(connection.forget_users(0, Version(50), 3).await.unwrap(), (1, Some(3)));
         assert_eq!(connection.forget_users(3, Version(50), 3).await.unwrap(), (1, Some(5)));
         assert_eq!(connection.forget_users(5, Version(50), 3).await.unwrap(), (0, None));
@@ -593,10 +588,8 @@ async fn routes_that_name_a_life_nobody_knows_are_found() {
         let connection = &mut lane(database).await;
         let life = register(connection, "gw-1:7000").await.life;
         assert_eq!(connection.reopen_orphaned_lives().await.unwrap(), 0);
-        let route = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
-            bound_version, bound_at_ms) VALUES (?, 'd', 0, ?, '', 0, '', 0, 1, 1)";
-        for (user, epoch) in [(1, life.epoch.0), (2, 77)] {
-            connection.execute(statement(route).bind(user).bind(epoch as i64)).await.unwrap();
+        for (user, epoch) in [(1, life.epoch), (2, Epoch(77))] {
+            insert_route(connection, user, epoch).await;
         }
         connection.end_lives("node", &[life.epoch], Ending::Said(EndReason::Deregistered)).await.unwrap().expect("it lived");
         connection.mark_swept(life.epoch).await.unwrap();

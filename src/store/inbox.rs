@@ -23,6 +23,7 @@ use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::COUNTED_AT_ONCE;
+use crate::store::users::bind_users;
 use crate::store::users::corrupt;
 use crate::store::users::signed;
 use crate::store::users::unsigned;
@@ -60,11 +61,8 @@ impl Connection {
         let head = format!("{HEADS} /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (");
         let mut messages: Messages = users.iter().map(|user| (*user, BTreeMap::new())).collect();
         for (chunk, fill) in chunks(users) {
-            let mut select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
-            for user in filled(chunk, fill) {
-                select = select.bind(user.get());
-            }
-            self.fetch_heads(select, &mut messages).await?;
+            let select = statement(repeated(&head, "?", chunk.len() + fill, ")"));
+            self.fetch_heads(bind_users(select, chunk, fill), &mut messages).await?;
         }
         Ok(messages.into_iter().map(|(user, messages)| (user, Inbox::of(messages))).collect())
     }
@@ -83,11 +81,8 @@ impl Connection {
         users.dedup();
         let (mut sums, mut with_old): (HashMap<UserId, (u64, u64)>, Vec<UserId>) = (HashMap::new(), Vec::new());
         for (chunk, fill) in chunks(&users) {
-            let mut select = statement(repeated(HEAD, "?", chunk.len() + fill, ") GROUP BY user_id"));
-            for user in filled(chunk, fill) {
-                select = select.bind(user.get());
-            }
-            for row in self.fetch(select).await? {
+            let select = statement(repeated(HEAD, "?", chunk.len() + fill, ") GROUP BY user_id"));
+            for row in self.fetch(bind_users(select, chunk, fill)).await? {
                 let user = UserId::parse(row.try_get(0)?).map_err(|error| corrupt("user_id", error))?;
                 match row.try_get::<i64, _>(3)? > now.0 {
                     true => drop(sums.insert(user, (unsigned(row.try_get(1)?), unsigned(row.try_get(2)?)))),

@@ -127,13 +127,14 @@ impl Connection {
     /// Begins an unmanaged life of `gateway`, unless it has a life by now. A transaction of its own: the lock on the one row
     /// that issues epochs must not be held for the length of a batch.
     pub async fn begin_unmanaged_life(&mut self, gateway: &GatewayAddr) -> Result<(), SqlError> {
-        const INSERT: &str = "INSERT INTO lives (epoch, gateway_addr, kind, alive) \
-            SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
-            AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1 AND draining <> 2)";
+        let insert = format!(
+            "INSERT INTO lives (epoch, gateway_addr, kind, alive) SELECT next_epoch, ?, ?, 1 FROM cluster WHERE id = 1 \
+             AND NOT EXISTS (SELECT 1 FROM lives WHERE gateway_addr = ? AND alive = 1 AND draining <> {CLOSED})"
+        );
         self.begin().await?;
         self.issue_epoch().await?;
         let kind = codec::kind_to_i32(LifeKind::Unmanaged);
-        self.execute(statement(INSERT).bind(gateway.to_string()).bind(kind).bind(gateway.to_string())).await?;
+        self.execute(statement(insert).bind(gateway.to_string()).bind(kind).bind(gateway.to_string())).await?;
         self.commit().await
     }
 
@@ -435,7 +436,7 @@ fn end_statement(engine: Engine, ending: Ending, epochs: usize) -> Statement {
     }
 }
 
-fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize) -> Statement {
+pub(super) fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize) -> Statement {
     for epoch in filled(chunk, fill) {
         statement = statement.bind(signed(epoch.0));
     }

@@ -23,6 +23,7 @@ use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::lives::bind_epochs;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
@@ -297,11 +298,8 @@ impl Connection {
         let mut counts = HashMap::with_capacity(epochs.len());
         for (chunk, fill) in chunks(epochs) {
             let head = "SELECT epoch, COUNT(*) FROM routes WHERE epoch IN (";
-            let mut select = statement(repeated(head, "?", chunk.len() + fill, ") GROUP BY epoch"));
-            for epoch in filled(chunk, fill) {
-                select = select.bind(signed(epoch.0));
-            }
-            for row in self.fetch(select).await? {
+            let select = statement(repeated(head, "?", chunk.len() + fill, ") GROUP BY epoch"));
+            for row in self.fetch(bind_epochs(select, chunk, fill)).await? {
                 counts.insert(Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?));
             }
         }
@@ -336,7 +334,7 @@ impl Connection {
     }
 }
 
-fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statement {
+pub(super) fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statement {
     for user in filled(chunk, fill) {
         statement = statement.bind(user.get());
     }
