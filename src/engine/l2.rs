@@ -27,6 +27,8 @@ use crate::engine::cache::Cache;
 use crate::engine::cache::L2_AGE;
 use crate::engine::hints::Hints;
 use crate::metrics::Metrics;
+use crate::store::cluster::ClusterRow;
+use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::database::Kept;
@@ -79,9 +81,10 @@ impl L2 {
         Arc::new(Self { shared, generation, checked, checked_at, timeouts, complete, searches, metrics })
     }
 
-    /// Whether callers may be answered from it.
-    pub fn is_believed(&self) -> bool {
-        self.is_usable() && self.complete.load(Ordering::Acquire)
+    /// The generation whose records callers may be answered with. It is looked at first: a new one begins incomplete.
+    pub fn believed(&self) -> Option<u64> {
+        let generation = self.generation();
+        (self.is_usable() && self.complete.load(Ordering::Acquire)).then_some(generation)
     }
 
     /// Whether it answers, and is the server it should be.
@@ -91,12 +94,12 @@ impl L2 {
             && self.timeouts.load(Ordering::Relaxed) < MAX_TIMEOUTS
     }
 
-    /// The records it has of `users`, for readers. Nothing if it is not usable, or takes too long.
-    pub async fn read(&self, users: &[UserId]) -> Records {
+    /// The records it has of `users` in `generation`, for readers. Nothing if it is not usable, or takes too long.
+    pub async fn read(&self, users: &[UserId], generation: u64) -> Records {
         if users.is_empty() || !self.is_usable() {
             return Records::default();
         }
-        let found = self.shared.read(users, self.generation(), READ_BUDGET).await;
+        let found = self.shared.read(users, generation, READ_BUDGET).await;
         match self.answered(found.map(|found| (found.connection, found))) {
             Some(found) => {
                 self.metrics.l2_hits.inc_by(found.records.len() as u64);
@@ -138,25 +141,31 @@ impl L2 {
         }
     }
 
-    /// Copies what was loaded from SQL by a load that began at `began`.
-    pub async fn fill(&self, records: &[(UserId, UserRecord)], began: Instant) {
+    /// Copies what was loaded from SQL by a load that began at `began`, in the generation of that moment: who read before the
+    /// generation was raised may have missed a change that was shown before, and is void now.
+    pub async fn fill(&self, records: &[(UserId, UserRecord)], began: Instant, generation: u64) {
         if records.is_empty() || !self.is_usable() || began.elapsed() > FILL_LIMIT {
             return;
         }
         // What was answered and may be missing there must not be followed by something older from there.
-        if self.shared.fill(records, self.generation.load(Ordering::Acquire), READ_BUDGET).await.is_err() {
+        if self.shared.fill(records, generation, READ_BUDGET).await.is_err() {
             self.distrust();
         }
     }
 
-    /// Shows committed records. Returns who was written; the others have a newer record there. None: it cannot be reached.
+    /// Shows committed records. Returns who was written; the others have a newer record there. None: it cannot be reached, or
+    /// another server than the checked one has them now, or another generation began: they may count for nothing.
     pub async fn project(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<Vec<UserId>> {
         if !self.is_usable() {
             return None;
         }
-        match self.shared.project(records, self.generation.load(Ordering::Acquire)).await {
-            Ok(written) => Some(written),
-            Err(_) => {
+        let generation = self.generation();
+        match self.shared.project(records, generation).await {
+            Ok(done) if !done.outdated => {
+                let counts = done.connection == self.checked.load(Ordering::Acquire) && generation == self.generation();
+                counts.then_some(done.winners)
+            }
+            _ => {
                 self.distrust();
                 None
             }
@@ -313,6 +322,32 @@ impl L2Check {
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
         let mut connection = self.kept.take().await?;
+        let cluster = self.settle(&mut connection, identity).await?;
+        if cluster.cache_identity != identity {
+            self.kept.give_back(connection);
+            return Ok(()); // another node sees another server; the next check will tell
+        }
+        let mut now = cluster.clock.now();
+        let anew = self.l2.generation() != cluster.generation;
+        if anew {
+            self.begin(cluster.generation);
+            now = connection.read_cluster().await?.clock.now();
+        }
+        let complete = self.is_complete(&mut connection, now, anew).await?;
+        self.kept.give_back(connection);
+        self.compared = Some((number, identity.to_owned()));
+        self.l2.complete.store(complete, Ordering::Release);
+        self.l2.checked.store(number, Ordering::Release);
+        self.l2.checked_at.set(asked);
+        self.l2.timeouts.store(0, Ordering::Relaxed);
+        if let Some(since) = self.away_since.take() {
+            info!(duration_ms = since.elapsed().as_millis() as u64, "Redis (cache) answers");
+        }
+        Ok(())
+    }
+
+    /// Raises the generation if this is another server, or an empty one. Returns what is so now.
+    async fn settle(&mut self, connection: &mut Connection, identity: &str) -> Result<ClusterRow, SqlError> {
         let mut cluster = connection.read_cluster().await?;
         let first = cluster.cache_identity.is_empty();
         if cluster.cache_identity != identity {
@@ -330,8 +365,24 @@ impl L2Check {
             cluster = connection.read_cluster().await?;
             warn!(generation = cluster.generation, "Redis (cache) was emptied: everybody is shown there anew");
         }
-        let now = cluster.clock.now();
-        if !self.l2.is_usable() && self.has_checked {
+        Ok(cluster)
+    }
+
+    /// From now on records are of another generation. Nothing of it is believed yet: see [`L2::believed`].
+    fn begin(&self, generation: u64) {
+        self.l2.complete.store(false, Ordering::Release);
+        self.l2.set_generation(generation);
+        self.cache.distrust();
+        if let Some(hints) = &self.hints {
+            hints.set_generation(generation);
+        }
+    }
+
+    /// Whether nothing is missing there for longer than answers say, nor anything this node acknowledged or answered while it
+    /// could not show it there. That includes what it showed in a former generation: it counts for nothing `anew`, and
+    /// whatever older is still being shown by others has its row until a newer record was looked for.
+    async fn is_complete(&mut self, connection: &mut Connection, now: Timestamp, anew: bool) -> Result<bool, SqlError> {
+        if self.has_checked && (anew || !self.l2.is_usable()) {
             self.usable_since = Some(now);
         }
         // What nodes could not show while they were cut off is missing, however fresh the rest may be.
@@ -339,25 +390,7 @@ impl L2Check {
         let shown_until = self.usable_since.map_or(allowed, |since| since.max(allowed));
         let complete = !connection.has_outbox_before(shown_until).await?;
         self.is_behind = !complete && connection.has_outbox_before(now.minus(BEHIND_AFTER)).await?;
-        self.kept.give_back(connection);
-        if cluster.cache_identity != identity {
-            return Ok(()); // another node sees another server; the next check will tell
-        }
-        if self.l2.generation.swap(cluster.generation, Ordering::AcqRel) != cluster.generation {
-            self.cache.distrust();
-        }
-        if let Some(hints) = &self.hints {
-            hints.set_generation(cluster.generation);
-        }
-        self.compared = Some((number, identity.to_owned()));
-        self.l2.complete.store(complete, Ordering::Release);
-        self.l2.checked.store(number, Ordering::Release);
-        self.l2.checked_at.set(asked);
-        self.l2.timeouts.store(0, Ordering::Relaxed);
-        if let Some(since) = self.away_since.take() {
-            info!(duration_ms = since.elapsed().as_millis() as u64, "Redis (cache) answers");
-        }
-        Ok(())
+        Ok(complete)
     }
 
     /// Without L2 for long, what waits to be shown there is given up: a new generation makes all it holds void.

@@ -200,11 +200,12 @@ impl Loader {
     async fn load(&self, reader: &mut Reader, mut tickets: Vec<LoadTicket>, users: &mut Vec<UserId>) -> Result<(), SqlError> {
         let began = Instant::now();
         while !tickets.is_empty() {
+            let generation = self.l2.as_ref().map_or(0, |l2| l2.generation());
             let (mut records, lives) = reader.read(&self.database, users).await?;
             self.lives.learn(&lives);
             if let Some(l2) = &self.l2 {
                 let fills: Vec<_> = records.iter().map(|(user, record)| (*user, record.clone())).collect();
-                l2.fill(&fills, began).await;
+                l2.fill(&fills, began, generation).await;
             }
             let went_back = self.cache.went_back();
             let mut answers = Vec::with_capacity(tickets.len());
@@ -230,9 +231,9 @@ impl Loader {
 
     /// Answers what L2 has and may answer; returns the loads that have to go on to SQL.
     async fn ask_l2(&self, tickets: Vec<LoadTicket>, wanted: &[Wanted]) -> Vec<LoadTicket> {
-        let Some(l2) = self.l2.as_ref().filter(|l2| l2.is_believed()) else { return tickets };
+        let Some((l2, generation)) = self.l2.as_ref().and_then(|l2| Some((l2, l2.believed()?))) else { return tickets };
         let asked: Vec<UserId> = wanted.iter().filter(|wanted| !wanted.past_l2).map(|wanted| wanted.user).collect();
-        let mut found = l2.read(&asked).await;
+        let mut found = l2.read(&asked, generation).await;
         let table = self.lives.table();
         let mut answers = Vec::new();
         let mut on_to_sql = Vec::new();

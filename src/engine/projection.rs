@@ -53,6 +53,8 @@ const QUEUE: usize = 64;
 const LATE: Duration = Duration::from_secs(1);
 /// A row older than this was left behind.
 const REPAIR_AGE: Duration = Duration::from_secs(2);
+/// When a change is so old, nothing older is on its way into L2 any more: neither a batch nor what a reader loaded.
+const SETTLED_AFTER: Duration = Duration::from_secs(3);
 /// How long a claim keeps other nodes from repairing the same row.
 const CLAIM_TERM: Duration = Duration::from_secs(10);
 const CLAIM_ROWS: i64 = 100;
@@ -436,9 +438,11 @@ impl Repair {
         self.outside.show_on(connection, &missing).await
     }
 
-    /// What this node could not write into L2 itself may have been written by others, or made void.
+    /// What this node could not write into L2 itself may have been written by others, or made void: that shows when nothing
+    /// older can come there any more.
     async fn confirm_lagging(&mut self, l2: &L2) {
         let lagging = self.outside.cache.lagging();
+        let settled = Version::at(self.outside.lives.clock.now().minus(SETTLED_AFTER));
         for page in lagging.chunks(MAX_CONFIRMED) {
             let users: Vec<UserId> = page.iter().map(|(user, _)| *user).collect();
             let known = l2.versions(&users).await;
@@ -446,7 +450,10 @@ impl Repair {
                 return;
             }
             for (user, lag) in page {
-                self.outside.cache.confirmed(*user, known.get(user).copied().unwrap_or(*lag));
+                let void = (*lag < settled).then_some(*lag);
+                if let Some(version) = known.get(user).copied().or(void) {
+                    self.outside.cache.confirmed(*user, version);
+                }
             }
         }
     }

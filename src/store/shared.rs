@@ -39,11 +39,13 @@ const HEADER_BYTES: usize = 2 * DIGITS + 36;
 
 /// KEYS: record, route, status. ARGV: record, its TTL; `fill`, `project` or `record`; address, its TTL; status, its TTL.
 /// A TTL of 0 is none. Writes the record if it is newer (a projection: not older) and only then the two keys, so that all
-/// three always belong together. Returns 1 if it wrote.
+/// three always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the generation that is there:
+/// a record of that one is no sign that anything newer is known.
 const WRITE: &str = r"
 local new, old = ARGV[1], redis.call('GETRANGE', KEYS[1], 0, 75)
 if #old == 76 and string.sub(old, 41, 76) == string.sub(new, 41, 76) then
     local was, is = string.sub(old, 1, 40), string.sub(new, 1, 40)
+    if string.sub(was, 1, 20) > string.sub(is, 1, 20) then return -1 end
     if was > is or (was == is and ARGV[3] == 'fill') then return 0 end
 end
 redis.call('SET', KEYS[1], new, 'EX', ARGV[2])
@@ -81,6 +83,16 @@ pub struct Found {
     /// Records that were left out: of another generation, and of another store.
     pub outdated: u64,
     pub foreign: u64,
+}
+
+/// What became of records that were to be shown.
+pub struct Written {
+    /// The connection that answered.
+    pub connection: u64,
+    /// Who was written: the others have a newer record there.
+    pub winners: Vec<UserId>,
+    /// Some are there in a generation that the writer does not know.
+    pub outdated: bool,
 }
 
 pub type Versions = NumberMap<UserId, Version>;
@@ -175,16 +187,18 @@ impl SharedCache {
         self.link.run::<Vec<i64>>(&pipe, limit).await.map(|_| ())
     }
 
-    /// Shows committed records, each with its keys. Returns who was written: the others have a newer record there.
-    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)], generation: u64) -> Result<Vec<UserId>, LinkError> {
+    /// Shows committed records, each with its keys.
+    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)], generation: u64) -> Result<Written, LinkError> {
         let mut pipe = self.pipeline();
         for (user, record, shown) in records {
             let bytes = self.encode(record, generation);
             let mode = if self.mpim_keys { "project" } else { "record" };
             self.write(&mut pipe, *user, &bytes, self.route_ttl, mode, Some(shown));
         }
-        let written: Vec<i64> = self.link.run(&pipe, self.link.timeout()).await?;
-        Ok(records.iter().zip(written).filter(|(_, written)| *written == 1).map(|((user, ..), _)| *user).collect())
+        let (connection, written): (_, Vec<i64>) = self.link.run_numbered(&pipe, self.link.timeout()).await?;
+        let outdated = written.contains(&-1);
+        let won = records.iter().zip(written).filter(|(_, written)| *written == 1);
+        Ok(Written { connection, winners: won.map(|((user, ..), _)| *user).collect(), outdated })
     }
 
     /// Says that gateways live, for as long as their leases do.

@@ -158,6 +158,31 @@ async fn a_replica_that_lagged_and_was_promoted_answers_nobody_and_is_put_right(
     old_data_comes_back(&cluster, grow_old, || {}, async || switch.to(lagging.port)).await;
 }
 
+/// Another node has noticed first that Redis was exchanged, and has shown an older state of a user there; the job that shows
+/// everybody anew has passed the user.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_that_was_shown_in_a_former_generation_is_shown_again_and_nobody_goes_back() {
+    let cluster = Cluster::with_two_redis(1, &[COLD]).await;
+    let (node, redis, database) = (cluster.node(), cluster.cache().client().await, &cluster.db);
+    bind_all(node, ALICE..=ALICE, "c-1").await;
+    let key = format!("user:record:{ALICE}");
+    eventually("the bind is shown", NOTICED_WITHIN, async || redis.has(&key).await).await;
+    let next = database.number("SELECT generation FROM cluster").await + 1;
+    let _: i64 = redis.run(&["SETRANGE", &key, "0", &format!("{next:020}")]).await;
+    let newer = node.bind(a_bind(ALICE, PHONE, "c-2")).await.version;
+    let done = format!("'show generation {next}', 'done', {}", 32_503_680_000_000_i64);
+    database.run(&format!("INSERT INTO jobs (name, node_id, until) VALUES ({done})")).await;
+    database.run("UPDATE cluster SET generation = generation + 1").await;
+    let shown = format!("{next:020}{newer:020}");
+    eventually("the newer state is there", REPAIRED_WITHIN, async || {
+        node.query(BOB).await; // there is room for one user in the node's memory
+        let answer = node.query(ALICE).await;
+        assert_eq!(answer.version, newer, "{answer:?}");
+        redis.run::<String>(&["GETRANGE", &key, "0", "39"]).await == shown
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_the_queue_stands_still_answers_get_no_older_than_they_say_and_it_heals_alone() {
     the_queue_freezes(&[]).await;
