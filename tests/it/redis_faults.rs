@@ -1,6 +1,7 @@
 //! Redis fails, stands still, or comes back with what it knew long ago. SQL is the truth all the time.
 
 use std::ops::RangeInclusive;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -8,6 +9,7 @@ use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::Code;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::QueryRouteReq;
+use im_presence::pb::Source;
 use im_presence::pb::UnbindRouteReq;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -18,11 +20,13 @@ use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
 use crate::harness::cluster::GATEWAY;
 use crate::harness::cluster::PHONE;
+use crate::harness::cluster::Redis;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
 use crate::harness::eventually;
 use crate::harness::heavy;
 use crate::harness::long;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::percentile;
 use crate::harness::redis::RedisServer;
@@ -48,6 +52,15 @@ async fn bind_all(node: &Node, users: RangeInclusive<i64>, conn: &str) {
     let binds = users.map(|user| a_bind(user, PHONE, conn)).collect();
     let answer = node.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
     assert!(answer.results.iter().all(|bind| code(&bind.result) == Code::Ok));
+}
+
+/// A node with room for one user in its memory finds users 1 and 2 in Redis.
+async fn redis_answers(node: &Node) {
+    eventually("Redis answers", NOTICED_WITHIN, async || {
+        node.query(1).await;
+        node.query(2).await.source() == Source::Shared
+    })
+    .await;
 }
 
 async fn unbind_all(node: &Node, users: RangeInclusive<i64>) {
@@ -156,6 +169,53 @@ async fn a_replica_that_lagged_and_was_promoted_answers_nobody_and_is_put_right(
     lagging.replica_of(&master).await;
     let grow_old = async || lagging.promote().await;
     old_data_comes_back(&cluster, grow_old, || {}, async || switch.to(lagging.port)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_stands_still_keeps_nobody_from_what_redis_has() {
+    const THERE: RangeInclusive<i64> = 1..=20;
+    let (server, redis) = (MariaDb::start(), Arc::new(RedisServer::start()));
+    let redis = Redis { cache: redis.clone(), queue: redis };
+    let cluster = Cluster::on_all(&server, redis, 1, &[COLD, ("STORE__CONNECTIONS", "2")]).await;
+    let node = cluster.node();
+    bind_all(node, THERE, "c").await;
+    redis_answers(node).await;
+    let past_redis = node.metric("im_presence_l2_misses_total").await;
+    server.stop();
+    let mut waiting = JoinSet::new();
+    for user in 1_000..1_020 {
+        let mut client = node.new_connection();
+        waiting.spawn(async move { client.query_route(QueryRouteReq { user_id: user, max_staleness_ms: None }).await });
+    }
+    eventually("more wait for SQL than there are connections", NOTICED_WITHIN, async || {
+        node.metric("im_presence_l2_misses_total").await >= past_redis + 20.0
+    })
+    .await;
+    for user in THERE {
+        assert_eq!(node.query(user).await.source(), Source::Shared, "user {user}");
+    }
+    waiting.abort_all();
+    server.cont();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_in_a_hurry_does_not_cost_the_others_their_connection() {
+    let cluster = Cluster::with_two_redis(1, &[COLD]).await;
+    let (node, redis) = (cluster.node(), cluster.cache().client().await);
+    let made = async || {
+        let stats: String = redis.run(&["INFO", "stats"]).await;
+        let line = stats.lines().find(|line| line.starts_with("total_connections_received:"));
+        line.expect("a count").to_owned()
+    };
+    bind_all(node, 1..=3, "c").await;
+    redis_answers(node).await;
+    let before = made().await;
+    cluster.cache().stop();
+    let answer = node.query(3).await;
+    cluster.cache().cont();
+    assert_eq!(answer.source(), Source::Durable, "a reader does not wait for Redis");
+    redis_answers(node).await;
+    assert_eq!(made().await, before, "over the same connection");
 }
 
 /// Another node has noticed first that Redis was exchanged, and has shown an older state of a user there; the job that shows

@@ -154,7 +154,7 @@ impl Node {
     }
 
     pub fn stop(&self) {
-        process::signal(&self.process.child, Signal::SIGSTOP);
+        process::stand_still(&self.process.child);
     }
 
     pub fn cont(&self) {

@@ -61,7 +61,7 @@ impl RedisServer {
 
     /// It stands still: connections stay open, nothing is answered.
     pub fn stop(&self) {
-        process::signal(&self.child(), Signal::SIGSTOP);
+        process::stand_still(&self.child());
     }
 
     pub fn cont(&self) {
