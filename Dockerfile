@@ -9,12 +9,12 @@ COPY migrations migrations
 COPY proto proto
 COPY src src
 # Line numbers stay in panic messages; what only a debugger needs goes.
-RUN cargo build --release --locked --bin im-presence && strip --strip-debug target/release/im-presence
+RUN cargo build --profile dist --locked --bin im-presence && strip --strip-debug target/dist/im-presence
 
 FROM debian:bookworm-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin im-presence \
     && install -d -o im-presence -g im-presence /var/lib/im-presence
-COPY --from=builder /build/target/release/im-presence /usr/local/bin/im-presence
+COPY --from=builder /build/target/dist/im-presence /usr/local/bin/im-presence
 USER 10001:10001
 WORKDIR /var/lib/im-presence
 VOLUME /var/lib/im-presence

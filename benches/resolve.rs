@@ -13,7 +13,6 @@ mod load;
 
 use std::time::Duration;
 
-use im_presence::pb;
 use serde_json::Value;
 use serde_json::json;
 
@@ -25,8 +24,13 @@ use crate::harness::redis::RedisServer;
 use crate::load::contender;
 use crate::load::on_core;
 use crate::load::paced;
+use crate::load::queries::BATCH;
+use crate::load::queries::QUERY;
+use crate::load::queries::batch_query;
+use crate::load::queries::is_warm;
+use crate::load::queries::query;
+use crate::load::queries::query_of;
 use crate::load::report::Row;
-use crate::load::scatter;
 use crate::load::seed;
 use crate::load::stores;
 
@@ -36,16 +40,12 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc; // the daemon's
 /// The core of a server that has one for itself, and the loader's.
 const SERVER: usize = 0;
 const LOADER: usize = 1;
-const QUERY: &str = "/mpim.PresenceService/QueryRoute";
-const BATCH_QUERY: &str = "/mpim.PresenceService/BatchQueryRoute";
 const HOT_USERS: u64 = 10_000;
-const BATCH: u64 = 1_000;
 const GATEWAYS: u64 = 16;
 /// Fewer than this in memory: next to every user of a batch is a miss.
 const NO_L1: (&str, &str) = ("ROUTE__L1_CAPACITY", "1000");
 /// Longer than a run, so that what is measured is a hit.
 const L1_TTL: (&str, &str) = ("ROUTE__L1_TTL", "3600");
-const WARM_WITHIN: Duration = Duration::from_secs(120);
 
 struct Plan {
     rounds: usize,
@@ -126,11 +126,6 @@ impl Field {
         stores::fill_l2(&field.db, &with(&[]), plan.shared).await;
         field
     }
-}
-
-async fn is_warm(node: &Node) {
-    let warm = async || node.log().iter().any(|line| line.contains("memory is warm"));
-    harness::eventually("memory is warm", WARM_WITHIN, warm).await;
 }
 
 fn rows() -> Vec<Row> {
@@ -214,33 +209,6 @@ async fn one_round(plan: &Plan, field: &Field) -> Vec<(f64, f64)> {
         (batch_sql, select),
         (p99, empty_p99),
     ]
-}
-
-async fn query(node: &Node, core: Option<usize>, (connections, in_flight): (u64, u64), users: u64, time: Duration) -> f64 {
-    let server = node.data;
-    let request = move |c, n| query_of(c, n, users);
-    let done = on_core(core, move || load::run(server, QUERY, connections, in_flight, time, request)).await;
-    assert_eq!(done.failed, 0, "failed calls");
-    done.per_second()
-}
-
-fn query_of(connection: u64, n: u64, users: u64) -> pb::QueryRouteReq {
-    pb::QueryRouteReq { user_id: user(connection << 32 | n, users), max_staleness_ms: None }
-}
-
-fn user(n: u64, users: u64) -> i64 {
-    i64::try_from(1 + scatter(n) % users).expect("not that many users")
-}
-
-async fn batch_query(node: &Node, users: u64, time: Duration) -> f64 {
-    let server = node.data;
-    let request = move |c: u64, n: u64| pb::BatchQueryRouteReq {
-        user_ids: (0..BATCH).map(|i| user(c << 48 | n << 16 | i, users)).collect(),
-        ..Default::default()
-    };
-    let done = on_core(None, move || load::run(server, BATCH_QUERY, 4, 4, time, request)).await;
-    assert_eq!(done.failed, 0, "failed calls");
-    done.per_second()
 }
 
 /// In microseconds. By one connection, and not on the core of the server: a loader that keeps to a rate takes as much of a core

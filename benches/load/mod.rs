@@ -3,6 +3,7 @@
 
 pub mod contender;
 pub mod paced;
+pub mod queries;
 pub mod report;
 pub mod seed;
 pub mod stores;

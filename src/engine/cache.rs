@@ -27,8 +27,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
-use quick_cache::UnitWeighter;
-use quick_cache::sync::DefaultLifecycle;
+use moka::policy::EvictionPolicy;
 
 use crate::domain::id::NumberHasher;
 use crate::domain::id::NumberMap;
@@ -115,8 +114,10 @@ impl Drop for LoadTicket {
     }
 }
 
-/// A map of many shards. A reader holds the lock of one for the moment of a look-up, shared with other readers.
-type L1 = quick_cache::sync::Cache<UserId, Arc<Entry>, UnitWeighter, BuildHasherDefault<NumberHasher>>;
+/// Concurrent reads take no lock. What `insert` and `invalidate` did is seen by the next `get` of any thread; only the order of
+/// use and evictions follow later, so that L1 holds a little more than its capacity for a moment
+/// (<https://docs.rs/moka/latest/moka/sync/struct.Cache.html>, "Concurrent behaviors" of `moka`).
+type L1 = moka::sync::Cache<UserId, Arc<Entry>, BuildHasherDefault<NumberHasher>>;
 
 pub struct Cache {
     l1: L1,
@@ -132,8 +133,8 @@ pub struct Cache {
 impl Cache {
     /// Holds up to `capacity` users.
     pub fn new(capacity: u64) -> Arc<Self> {
-        let users = usize::try_from(capacity).unwrap_or(usize::MAX);
-        let l1 = L1::with(users, capacity, UnitWeighter, BuildHasherDefault::default(), DefaultLifecycle::default());
+        let l1 = moka::sync::Cache::builder().max_capacity(capacity).eviction_policy(EvictionPolicy::lru());
+        let l1 = l1.build_with_hasher(BuildHasherDefault::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         let counter = || AtomicU64::new(0);
         let (trust, offers_rejected, went_back, forgotten) = (counter(), counter(), counter(), counter());
@@ -152,7 +153,8 @@ impl Cache {
 
     /// Entries in L1.
     pub fn len(&self) -> u64 {
-        self.l1.len() as u64
+        self.l1.run_pending_tasks();
+        self.l1.entry_count()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -243,7 +245,7 @@ impl Cache {
     /// A change of `user` may have been committed or not: what L1 holds may be outdated.
     pub fn forget(&self, user: UserId) {
         let _shard = self.shard(user);
-        self.l1.remove(&user);
+        self.l1.invalidate(&user);
     }
 
     /// To be called before anything is read.
@@ -253,7 +255,7 @@ impl Cache {
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         under_way.loads += 1;
-        if let Some(entry) = self.l1.peek(&user).filter(|entry| entry.trust == trust) {
+        if let Some(entry) = self.l1.get(&user).filter(|entry| entry.trust == trust) {
             under_way.floor = under_way.floor.max(entry.record.version);
         }
         LoadTicket { cache: self.clone(), is_open: true, user, floor_before: under_way.floor, trust, began }
@@ -274,7 +276,7 @@ impl Cache {
                 ticket.trust = self.trust.load(Ordering::Acquire);
             }
             *under_way = UnderWay { floor: version, lag: Version::NONE, ..*under_way };
-            self.l1.remove(&user);
+            self.l1.invalidate(&user);
         }
         if version < under_way.floor {
             self.offers_rejected.fetch_add(1, Ordering::Relaxed);
@@ -295,7 +297,7 @@ impl Cache {
     /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge.
     fn keep_newest(&self, user: UserId, offered: Entry) -> Arc<Entry> {
         let rank = |entry: &Entry| (entry.trust, entry.record.version, entry.as_of);
-        match self.l1.peek(&user) {
+        match self.l1.get(&user) {
             Some(known) if rank(&known) > rank(&offered) => known,
             _ => {
                 let offered = Arc::new(offered);
@@ -306,9 +308,9 @@ impl Cache {
     }
 
     fn drop_older(&self, user: UserId, version: Version) {
-        if self.l1.peek(&user).is_some_and(|entry| entry.record.version < version) {
+        if self.l1.get(&user).is_some_and(|entry| entry.record.version < version) {
             self.offers_rejected.fetch_add(1, Ordering::Relaxed);
-            self.l1.remove(&user);
+            self.l1.invalidate(&user);
         }
     }
 
