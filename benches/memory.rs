@@ -18,7 +18,7 @@ use std::time::Instant;
 use im_presence::domain::id::UserId;
 use im_presence::domain::id::Version;
 use im_presence::domain::user::UserRecord;
-use im_presence::engine::cache::Cache;
+use im_presence::engine::read::cache::Cache;
 use serde_json::json;
 
 use crate::harness::cluster::TestDb;

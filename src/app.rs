@@ -33,12 +33,12 @@ use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
 use crate::api::listen;
 use crate::api::node::Caller;
-use crate::app::assemble::Assembled;
+use crate::app::assemble::Daemon;
 use crate::app::threads::Threads;
 use crate::config::Config;
 use crate::config::UNNAMED;
-use crate::engine::delivery::Deliveries;
-use crate::engine::gateways::Gateways;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::delivery::Deliveries;
 use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
@@ -106,7 +106,7 @@ pub struct App {
     stop: CancellationToken,
     threads: Threads,
     tasks: JoinSet<()>,
-    gateways: Arc<Gateways>,
+    gateways: Arc<Registry>,
     deliveries: Arc<Deliveries>,
     own: NodeName,
     database: Arc<Database>,
@@ -169,7 +169,7 @@ impl App {
         let (draining, closing, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
         let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
-        let mut engine = Assembled::start(&config, database, data, &mut tasks, &stop).await?;
+        let mut engine = Daemon::start(&config, database, data, &mut tasks, &stop).await?;
 
         let (metrics, lanes, cache) = (engine.metrics.clone(), engine.lanes.clone(), engine.cache.clone());
         let max_capacity = config.presence_service.max_capacity;

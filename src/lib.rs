@@ -28,8 +28,8 @@
 //! | tier | holds | is it the truth |
 //! |---|---|---|
 //! | SQL | users, routes, lives, inbox, outbox | the only one |
-//! | L2 (Redis, optional) | records with store, generation and version, and the two keys that other services read | no; `engine::l2` says when it may be believed |
-//! | L1 (memory, per node) | records of hot users | no; see `engine::cache` for the rule that no reader is ever taken back in time |
+//! | L2 (Redis, optional) | records with store, generation and version, and the two keys that other services read | no; `engine::read::l2` says when it may be believed |
+//! | L1 (memory, per node) | records of hot users | no; see `engine::read::cache` for the rule that no reader is ever taken back in time |
 //! | lives (memory, per node) | copy of the table, with the time since it is known | no |
 //!
 //! # Words

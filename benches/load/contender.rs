@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use im_presence::api::listen;
 use im_presence::api::listen::Desk;
-use im_presence::app::assemble::Assembled;
+use im_presence::app::assemble::Daemon;
 use im_presence::app::serve;
 use im_presence::app::threads::Threads;
 use im_presence::config::Config;
@@ -94,7 +94,7 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let database = Arc::new(Database::open(&config.store).await.expect("open the database"));
     let (mut tasks, stop) = (JoinSet::new(), CancellationToken::new());
     let addr = listener.local_addr().expect("an address");
-    let engine = Assembled::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
+    let engine = Daemon::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
     let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
     let (_health, service) = serve::data_service(services, engine.memory.clone()).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));

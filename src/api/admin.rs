@@ -15,8 +15,8 @@ use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
-use crate::engine::gateways::Gateways;
-use crate::engine::lives::Lives;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::read::lives::Lives;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
@@ -30,7 +30,7 @@ const MAX_PAGE: usize = 20_000;
 const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
-    pub gateways: Arc<Gateways>,
+    pub gateways: Arc<Registry>,
     pub lives: Arc<Lives>,
 }
 

@@ -13,8 +13,8 @@ use crate::api::convert;
 use crate::api::status::item_code;
 use crate::domain::id::UserId;
 use crate::domain::status::Status;
-use crate::engine::directory::Answer;
-use crate::engine::directory::LiveRoute;
+use crate::engine::read::directory::Answer;
+use crate::engine::read::directory::LiveRoute;
 use crate::error::Error;
 use crate::pb;
 

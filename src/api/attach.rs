@@ -25,17 +25,17 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::session::Frame;
 use crate::domain::session::Session;
-use crate::engine::acks::Acks;
-use crate::engine::attaching::Attaching;
-use crate::engine::attaching::End;
-use crate::engine::heartbeats::Heartbeats;
-use crate::engine::lanes::Change;
-use crate::engine::lives::Lives;
-use crate::engine::peers::Peers;
-use crate::engine::streams::Attached;
-use crate::engine::streams::Order;
-use crate::engine::streams::Place;
-use crate::engine::streams::Queued;
+use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::attaching::End;
+use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::messages::acks::Acks;
+use crate::engine::messages::peers::Peers;
+use crate::engine::messages::streams::Attached;
+use crate::engine::messages::streams::Order;
+use crate::engine::messages::streams::Place;
+use crate::engine::messages::streams::Queued;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::lanes::Change;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_frame::Body as Up;
@@ -57,7 +57,7 @@ pub type Written = (Result<pb::NodeFrame, Status>, Option<Place>);
 pub type Outgoing = mpsc::Sender<Written>;
 
 /// What streams work with.
-pub struct Tools {
+pub struct StreamContext {
     pub attaching: Arc<Attaching>,
     pub heartbeats: Arc<Heartbeats>,
     pub binder: Arc<Binder>,
@@ -70,7 +70,7 @@ pub struct Tools {
 
 /// One gateway's stream.
 pub struct Stream {
-    tools: Arc<Tools>,
+    tools: Arc<StreamContext>,
     session: Session,
     attached: Option<Attached>,
     /// Within this task: waking one for each would cost more than what they wait for.
@@ -80,7 +80,7 @@ pub struct Stream {
 }
 
 impl Stream {
-    pub fn new(tools: Arc<Tools>, out: Outgoing) -> Self {
+    pub fn new(tools: Arc<StreamContext>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
         Self { tools, session, attached: None, in_flight, answers, out }
     }

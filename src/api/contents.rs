@@ -6,9 +6,9 @@ use bytes::Bytes;
 
 use crate::api::convert;
 use crate::domain::id::Epoch;
-use crate::engine::streams::Envelope;
-use crate::engine::streams::ORDER_BYTES;
-use crate::engine::streams::Order;
+use crate::engine::messages::streams::Envelope;
+use crate::engine::messages::streams::ORDER_BYTES;
+use crate::engine::messages::streams::Order;
 use crate::pb;
 use crate::pb::order::Body;
 
@@ -88,7 +88,7 @@ mod tests {
     use prost::Message;
 
     use super::*;
-    use crate::engine::streams::KickOrder;
+    use crate::engine::messages::streams::KickOrder;
 
     fn to(user: i64, message: &Bytes) -> (Epoch, Order) {
         let envelope = Envelope { user_id: user, message: message.clone(), wants_ack: true, ..Envelope::default() };

@@ -14,11 +14,11 @@ use crate::domain::id::InvalidId;
 use crate::domain::id::MAX_NAME_BYTES;
 use crate::domain::id::UserId;
 use crate::domain::id::check_ascii;
-use crate::engine::delivery::Deliveries;
-use crate::engine::delivery::Message;
-use crate::engine::delivery::Outcome;
-use crate::engine::delivery::Report;
-use crate::engine::delivery::Storing;
+use crate::engine::messages::delivery::Deliveries;
+use crate::engine::messages::message::Message;
+use crate::engine::messages::message::Outcome;
+use crate::engine::messages::message::Report;
+use crate::engine::messages::message::Storing;
 use crate::error::Error;
 use crate::pb;
 

@@ -14,15 +14,15 @@ use tonic::codegen::BoxStream;
 
 use crate::api::attach::OUTGOING;
 use crate::api::attach::Stream;
-use crate::api::attach::Tools;
+use crate::api::attach::StreamContext;
 use crate::api::convert;
 use crate::api::status::status;
 use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;
-use crate::engine::gateways::Gateways;
-use crate::engine::heartbeats::Heartbeats;
-use crate::engine::inbox::Inboxes;
-use crate::engine::lives::Lives;
+use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::inbox::Inboxes;
+use crate::engine::read::lives::Lives;
 use crate::pb;
 use crate::pb::gateway_service_server::GatewayService;
 
@@ -31,11 +31,11 @@ const PULLED: usize = 20;
 const MAX_PULLED: usize = 50;
 
 pub struct Leases {
-    pub gateways: Arc<Gateways>,
+    pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub lives: Arc<Lives>,
     pub inboxes: Arc<Inboxes>,
-    pub stream_tools: Arc<Tools>,
+    pub stream_tools: Arc<StreamContext>,
     /// Owns the streams; they end when the node drains.
     pub attached: TaskTracker,
 }

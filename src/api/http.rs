@@ -23,11 +23,11 @@ use serde_json::Value;
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 
-use crate::engine::cache::Cache;
-use crate::engine::hints::Hints;
-use crate::engine::lanes::Lanes;
-use crate::engine::lives::Lives;
-use crate::engine::streams::Streams;
+use crate::engine::messages::streams::Streams;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::hints::Hints;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::lanes::Lanes;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 

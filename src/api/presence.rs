@@ -12,7 +12,7 @@ use crate::api::binder::not_bound_now;
 use crate::api::convert;
 use crate::api::delivery;
 use crate::api::status::status;
-use crate::engine::delivery::Deliveries;
+use crate::engine::messages::delivery::Deliveries;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;

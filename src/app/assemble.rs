@@ -22,37 +22,37 @@ use crate::app::settings;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
-use crate::engine::acks::Acks;
-use crate::engine::attaching::Attaching;
-use crate::engine::cache::Cache;
-use crate::engine::delivery::Deliveries;
-use crate::engine::directory::Directory;
-use crate::engine::gateways::Gateways;
-use crate::engine::heartbeats::Heartbeats;
-use crate::engine::hints::Hints;
-use crate::engine::inbox::DRAINERS;
-use crate::engine::inbox::Drains;
-use crate::engine::inbox::Inboxes;
-use crate::engine::kicks::Kicks;
-use crate::engine::l2::L2;
-use crate::engine::l2::L2Check;
-use crate::engine::lanes::Lanes;
-use crate::engine::lanes::NEW_NAMES_AT_ONCE;
-use crate::engine::lanes::NEW_NAMES_PER_SECOND;
-use crate::engine::lanes::Tools;
-use crate::engine::lives::Lives;
-use crate::engine::loader::L2_READERS;
-use crate::engine::loader::Loader;
-use crate::engine::outlets::Outlets;
-use crate::engine::peers::Call;
-use crate::engine::peers::Peers;
-use crate::engine::projection::Outside;
-use crate::engine::projection::Repair;
-use crate::engine::rate::Rate;
-use crate::engine::streams::Streams;
-use crate::engine::sweep::Sweep;
-use crate::engine::warm_up::WarmUp;
-use crate::engine::watch::Watch;
+use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::gateways::reaper::Reaper;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::gateways::sweep::Sweep;
+use crate::engine::messages::acks::Acks;
+use crate::engine::messages::delivery::Deliveries;
+use crate::engine::messages::inbox::DRAINERS;
+use crate::engine::messages::inbox::Inboxes;
+use crate::engine::messages::kicks::Kicks;
+use crate::engine::messages::outlets::Outlets;
+use crate::engine::messages::peers::Call;
+use crate::engine::messages::peers::Peers;
+use crate::engine::messages::streams::Streams;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::directory::Directory;
+use crate::engine::read::hints::Hints;
+use crate::engine::read::l2::L2;
+use crate::engine::read::l2::L2Check;
+use crate::engine::read::lives::Lives;
+use crate::engine::read::loader::L2_READERS;
+use crate::engine::read::loader::Loader;
+use crate::engine::read::warm_up::WarmUp;
+use crate::engine::write::inbox_queue::InboxQueue;
+use crate::engine::write::lanes::LaneContext;
+use crate::engine::write::lanes::Lanes;
+use crate::engine::write::lanes::NEW_NAMES_AT_ONCE;
+use crate::engine::write::lanes::NEW_NAMES_PER_SECOND;
+use crate::engine::write::publisher::Publisher;
+use crate::engine::write::rate::Rate;
+use crate::engine::write::repair::Repair;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
@@ -65,14 +65,14 @@ use crate::store::shared::SharedCache;
 const HEAR_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The engine, running.
-pub struct Assembled {
+pub struct Daemon {
     pub own: NodeName,
     pub database: Arc<Database>,
     pub metrics: Arc<Metrics>,
     pub memory: Arc<Memory>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
-    pub gateways: Arc<Gateways>,
+    pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
     pub streams: Arc<Streams>,
@@ -88,7 +88,7 @@ pub struct Assembled {
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
-struct Ground<'a> {
+struct Foundation<'a> {
     config: &'a Config,
     own: NodeName,
     database: Arc<Database>,
@@ -103,7 +103,7 @@ struct Ground<'a> {
     stop: &'a CancellationToken,
 }
 
-impl Assembled {
+impl Daemon {
     /// In this order: subscribe, read the lives, start the lanes, warm the memory while queries are answered already.
     pub async fn start(
         config: &Config,
@@ -112,29 +112,30 @@ impl Assembled {
         tasks: &mut JoinSet<()>,
         stop: &CancellationToken,
     ) -> Result<Self, StartError> {
-        let mut ground = Ground::lay(config, database, data, tasks, stop).await?;
-        ground.listen().await;
-        let (outlets, peer_calls) = ground.outlets();
-        let outside = ground.outside(&outlets);
-        let (gateways, heartbeats) = ground.gateways(&outlets, &outside).await;
-        ground.check_l2().await;
-        let drains = Arc::new(Drains::default());
-        let lanes = ground.lanes(outside, &drains);
-        let directory = ground.directory();
-        let acks = Acks::new(&ground.own.node_id, ground.metrics.clone());
+        let mut base = Foundation::lay(config, database, data, tasks, stop).await?;
+        base.listen().await;
+        let (outlets, peer_calls) = base.outlets();
+        let kicks = base.kicks(&outlets);
+        let publisher = base.publisher(&kicks);
+        let (gateways, heartbeats) = base.gateways(&outlets, &publisher).await;
+        base.check_l2().await;
+        let inbox_queue = Arc::new(InboxQueue::default());
+        let lanes = base.lanes(publisher, &inbox_queue);
+        let directory = base.directory();
+        let acks = Acks::new(&base.own.node_id, base.metrics.clone());
         let deliveries = Deliveries::new(
             outlets.clone(),
             acks.clone(),
             directory.clone(),
             lanes.clone(),
-            ground.lives.clone(),
-            ground.metrics.clone(),
+            base.lives.clone(),
+            base.metrics.clone(),
             settings::delivery(config),
         );
-        let inboxes = ground.inboxes(drains, &deliveries, &directory, &lanes);
+        let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
-        let attaching = Arc::new(Attaching { gateways: gateways.clone(), streams: streams.clone(), grace });
-        let Ground { own, database, metrics, memory, cache, lives, hints, .. } = ground;
+        let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
+        let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
         Ok(Self {
             own,
             database,
@@ -161,7 +162,7 @@ impl Assembled {
     pub fn services(&self, config: &Config, draining: &CancellationToken, attached: &TaskTracker) -> Services<Presence> {
         let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
         let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
-        let stream_tools = Arc::new(attach::Tools {
+        let stream_tools = Arc::new(attach::StreamContext {
             attaching: self.attaching.clone(),
             heartbeats: self.heartbeats.clone(),
             binder: binder.clone(),
@@ -189,7 +190,7 @@ impl Assembled {
     }
 }
 
-impl<'a> Ground<'a> {
+impl<'a> Foundation<'a> {
     async fn lay(
         config: &'a Config,
         database: Arc<Database>,
@@ -237,30 +238,35 @@ impl<'a> Ground<'a> {
         (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
     }
 
-    fn outside(&mut self, outlets: &Arc<Outlets>) -> Arc<Outside> {
+    fn kicks(&mut self, outlets: &Arc<Outlets>) -> Arc<Kicks> {
         let (kicks, unheard) = Kicks::new(outlets.clone(), self.lives.clone(), self.metrics.clone(), self.database.clone());
         self.spawn(kicks.clone().keep_repeating(unheard, self.stop.clone()));
-        let outside = Arc::new(Outside {
+        kicks
+    }
+
+    fn publisher(&mut self, kicks: &Arc<Kicks>) -> Arc<Publisher> {
+        let publisher = Arc::new(Publisher {
             l2: self.l2.clone(),
             hints: self.hints.clone(),
             bus: self.bus.clone(),
-            kicks,
+            gateways: kicks.clone(),
             cache: self.cache.clone(),
             lives: self.lives.clone(),
             metrics: self.metrics.clone(),
             database: self.database.clone(),
             heartbeat_interval: self.config.gateway.heartbeat_interval,
         });
-        self.spawn(upkeep::keep_repairing(Repair::new(outside.clone(), &self.own.incarnation), self.stop.clone()));
-        outside
+        self.spawn(upkeep::keep_repairing(Repair::new(publisher.clone(), &self.own.incarnation), self.stop.clone()));
+        publisher
     }
 
     /// Knows who lives when this returns, unless the database does not answer.
-    async fn gateways(&mut self, outlets: &Outlets, outside: &Arc<Outside>) -> (Arc<Gateways>, Arc<Heartbeats>) {
+    async fn gateways(&mut self, outlets: &Outlets, publisher: &Arc<Publisher>) -> (Arc<Registry>, Arc<Heartbeats>) {
         let (terms, database, metrics) = (settings::terms(self.config), self.database.clone(), self.metrics.clone());
-        let gateways = Gateways::new(terms, &self.own.node_id, database, self.lives.clone(), outside.clone(), metrics);
+        let gateways = Registry::new(terms, &self.own.node_id, database, self.lives.clone(), publisher.clone(), metrics);
         let longest = self.config.route.route_ttl.max(self.config.delivery.inbox_ttl);
-        let mut watch = Watch::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets, longest, self.stop.clone());
+        let mut watch =
+            Reaper::new(gateways.clone(), self.cache.clone(), self.hints.clone(), outlets, longest, self.stop.clone());
         watch.step().await;
         self.spawn(upkeep::keep_watching(watch, self.stop.clone()));
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
@@ -277,16 +283,16 @@ impl<'a> Ground<'a> {
         }
     }
 
-    fn lanes(&mut self, outside: Arc<Outside>, drains: &Arc<Drains>) -> Arc<Lanes> {
-        let tools = Arc::new(Tools {
+    fn lanes(&mut self, publisher: Arc<Publisher>, inbox_queue: &Arc<InboxQueue>) -> Arc<Lanes> {
+        let tools = Arc::new(LaneContext {
             node_id: self.own.node_id.clone(),
             claimant: self.own.incarnation.clone(),
             database: self.database.clone(),
             cache: self.cache.clone(),
             lives: self.lives.clone(),
             metrics: self.metrics.clone(),
-            outside,
-            drains: drains.clone(),
+            publisher,
+            inboxes: inbox_queue.clone(),
             write_health: Arc::default(),
             newcomers: Rate::new(NEW_NAMES_PER_SECOND, NEW_NAMES_AT_ONCE),
             settings: settings::lanes(self.config, self.database.engine),
@@ -317,14 +323,14 @@ impl<'a> Ground<'a> {
 
     fn inboxes(
         &mut self,
-        drains: Arc<Drains>,
+        inbox_queue: Arc<InboxQueue>,
         deliveries: &Arc<Deliveries>,
         directory: &Arc<Directory>,
         lanes: &Arc<Lanes>,
     ) -> Arc<Inboxes> {
         let inboxes = Inboxes::new(
             &self.own.incarnation,
-            drains,
+            inbox_queue,
             deliveries.clone(),
             directory.clone(),
             lanes.clone(),

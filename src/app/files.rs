@@ -8,7 +8,7 @@ use tracing::warn;
 use crate::api::listen;
 use crate::app::admin_port;
 use crate::config::Config;
-use crate::engine::inbox;
+use crate::engine::messages::inbox;
 
 /// Standard streams, listeners, event queues, Redis, other nodes, files of the database.
 const OTHERS: u64 = 96;

@@ -13,7 +13,7 @@ use tracing::warn;
 
 use crate::api::node::who_answers;
 use crate::app::StartError;
-use crate::engine::watch::NODE_TERM;
+use crate::engine::gateways::reaper::NODE_TERM;
 use crate::store::bus::Bus;
 use crate::store::cluster::Claim;
 use crate::store::cluster::NodeName;

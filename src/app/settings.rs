@@ -10,13 +10,13 @@ use crate::config::Payload;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
-use crate::engine::delivery;
-use crate::engine::delivery::Format;
-use crate::engine::directory;
-use crate::engine::directory::Hearing;
-use crate::engine::gateways::Terms;
-use crate::engine::hints::Hints;
-use crate::engine::lanes;
+use crate::engine::gateways::registry::Terms;
+use crate::engine::messages::delivery;
+use crate::engine::messages::dispatch::Format;
+use crate::engine::read::directory;
+use crate::engine::read::directory::Hearing;
+use crate::engine::read::hints::Hints;
+use crate::engine::write::lanes;
 use crate::store::connection::Engine;
 
 pub fn terms(config: &Config) -> Terms {

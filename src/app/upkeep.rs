@@ -8,17 +8,17 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
-use crate::engine::inbox::Inboxes;
-use crate::engine::inbox::LOOK_INTERVAL;
-use crate::engine::projection::REPAIR_INTERVAL;
-use crate::engine::projection::Repair;
-use crate::engine::projection::log_repair;
-use crate::engine::sweep::CENSUS_INTERVAL;
-use crate::engine::sweep::SWEEP_INTERVAL;
-use crate::engine::sweep::Sweep;
-use crate::engine::watch::Watch;
+use crate::engine::gateways::reaper::Reaper;
+use crate::engine::gateways::sweep::CENSUS_INTERVAL;
+use crate::engine::gateways::sweep::SWEEP_INTERVAL;
+use crate::engine::gateways::sweep::Sweep;
+use crate::engine::messages::inbox::Inboxes;
+use crate::engine::messages::inbox::LOOK_INTERVAL;
+use crate::engine::write::repair::REPAIR_INTERVAL;
+use crate::engine::write::repair::Repair;
+use crate::engine::write::repair::log_repair;
 
-pub async fn keep_watching(mut watch: Watch, stop: CancellationToken) {
+pub async fn keep_watching(mut watch: Reaper, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     while stop.run_until_cancelled(sleep(watch.pause())).await.is_some() {
         stop.run_until_cancelled(watch.step()).await;

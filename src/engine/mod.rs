@@ -1,33 +1,16 @@
-//! The product: one write path ([`lanes`]), one read path ([`directory`]), and what keeps the two consistent ([`cache`]).
+//! The product, in four rooms. Each imports only those above it in this list (a test checks it):
 //!
-//! Order of the files: `rate`, `turns`, `write_health`, `cache`, `lives`, `streams`, `acks`, `hints`, `peers`, `l2`,
-//! `outlets`, `kicks`, `loads`, `loader`, `directory`, `projection`, `gateways`, `attaching`, `heartbeats`, `watch`, `warm_up`,
-//! `transaction`, `lane` with `lanes`, `sweep`, `delivery`, `inbox`.
+//! | room | what |
+//! |---|---|
+//! | [`read`] | where is a user: memory, then Redis, then SQL; and this node's copy of the table of lives |
+//! | [`write`] | change a user: one lane for each user, one transaction for many changes, and what the outside is shown of it |
+//! | [`messages`] | reach a user: streams, other nodes and channels; deliveries, acknowledgements, the inbox |
+//! | [`gateways`] | who lives: registration, heartbeats, deaths, and the routes that deaths leave behind |
+//!
+//! What a lower room has to tell an upper one goes through what it is given when the node is assembled:
+//! [`write::publisher::TellGateways`] for kicks, [`write::inbox_queue::InboxQueue`] for stored messages.
 
-pub mod acks;
-pub mod attaching;
-pub mod cache;
-pub mod delivery;
-pub mod directory;
 pub mod gateways;
-pub mod heartbeats;
-pub mod hints;
-pub mod inbox;
-pub mod kicks;
-pub mod l2;
-mod lane;
-pub mod lanes;
-pub mod lives;
-pub mod loader;
-pub mod loads;
-pub mod outlets;
-pub mod peers;
-pub mod projection;
-pub mod rate;
-pub mod streams;
-pub mod sweep;
-mod transaction;
-pub mod turns;
-pub mod warm_up;
-pub mod watch;
-pub mod write_health;
+pub mod messages;
+pub mod read;
+pub mod write;

@@ -33,12 +33,12 @@ pub struct Database {
 }
 
 /// A connection that one task keeps between its steps. After an error it is not given back, and the next step connects anew.
-pub struct Kept {
+pub struct ConnectionSlot {
     database: Arc<Database>,
     idle: Option<(Instant, Connection)>,
 }
 
-impl Kept {
+impl ConnectionSlot {
     /// Does not connect yet.
     pub fn new(database: Arc<Database>) -> Self {
         Self { database, idle: None }

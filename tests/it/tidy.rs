@@ -7,7 +7,7 @@ use std::path::PathBuf;
 const MAX_FUNCTION_LINES: usize = 70;
 
 pub struct Source {
-    /// Relative to the package: `src/engine/lane.rs`.
+    /// Relative to the package: `src/engine/write/lane.rs`.
     pub name: String,
     pub text: String,
 }

@@ -6,73 +6,50 @@
 //! are remembered, so a repeated message is never lost and seldom doubled; receivers drop what they have seen by its id. One
 //! user's messages wait for each other, so a retry keeps its place.
 
-use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use bytes::Bytes;
-use prost::Message as _;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio::time::timeout_at;
 
 use crate::domain::id::DeviceId;
-use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
-use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
-use crate::domain::inbox::NewMessage;
-use crate::domain::time::Timestamp;
 use crate::domain::user as lane;
-use crate::domain::user::Unbind;
-use crate::engine::acks::Acks;
-use crate::engine::acks::Answered;
-use crate::engine::acks::Expected;
-use crate::engine::directory::Answer;
-use crate::engine::directory::Directory;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Lanes;
-use crate::engine::lives::Lives;
-use crate::engine::outlets::Addressed;
-use crate::engine::outlets::Outlets;
-use crate::engine::streams::Handed;
-use crate::engine::streams::Order;
-use crate::engine::turns::Turn;
-use crate::engine::turns::Turns;
+use crate::engine::messages::acks::Acks;
+use crate::engine::messages::dispatch::Dispatcher;
+use crate::engine::messages::dispatch::Format;
+use crate::engine::messages::message::Message;
+use crate::engine::messages::message::Outcome;
+use crate::engine::messages::message::Report;
+use crate::engine::messages::outlets::Outlets;
+use crate::engine::messages::parcel::Done;
+use crate::engine::messages::parcel::Parcel;
+use crate::engine::messages::parcel::Targets;
+use crate::engine::messages::turns::Turn;
+use crate::engine::messages::turns::Turns;
+use crate::engine::read::directory::Answer;
+use crate::engine::read::directory::Directory;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::lanes::Change;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::ByOutcome;
 use crate::metrics::Metrics;
-use crate::store::codec::Envelope;
 use crate::store::inbox::StoredMessage;
 
 /// Deliveries, counted in users, that may be under way at a time.
 const UNDER_WAY: u32 = 50_000;
-/// What is published with one round trip, and what an envelope may add to each message.
-const PUBLISHED_TOGETHER_BYTES: usize = 4 * 1024 * 1024;
-const ENVELOPE_BYTES: usize = 1024;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 /// How long devices have to acknowledge a message from the inbox.
 const STORED_ACK_TIMEOUT: Duration = Duration::from_secs(5);
-/// Routes that were refused once: remembered for a while after.
-const REFUSED: u64 = 100_000;
-const REFUSED_FOR: Duration = Duration::from_secs(60);
-
-/// How a message stands on `user:<id>`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Format {
-    /// The bytes as given.
-    Raw,
-    /// A protobuf `Delivery`.
-    Envelope,
-}
-
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub format: Format,
@@ -80,64 +57,11 @@ pub struct Settings {
     pub retry_interval: Duration,
 }
 
-/// A message to deliver.
-#[derive(Clone, Debug)]
-pub struct Message {
-    /// UTF-8. One copy, however many users get it.
-    pub text: Bytes,
-    pub binary: Bytes,
-    pub message_type: String,
-    /// Empty: never a repeat.
-    pub message_id: String,
-    /// Empty: all devices.
-    pub device_ids: Vec<DeviceId>,
-    /// How long devices have for an acknowledgement. None: nobody waits for one.
-    pub ack_timeout: Option<Duration>,
-    /// Store it for a user who cannot be reached. None: do not.
-    pub store: Option<Storing>,
-}
-
-/// How a message is stored.
-#[derive(Clone, Copy, Debug)]
-pub struct Storing {
-    /// None: as long as is allowed.
-    pub expires_after: Option<Duration>,
-}
-
-/// What came of a message to one user.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    /// A gateway took it; a device acknowledged it, if that was asked for.
-    Delivered,
-    /// The user has no live route to the devices in question.
-    Offline,
-    /// There are live routes, but nobody took it, or no device acknowledged it.
-    Undelivered,
-    /// Its gateways have never attached, and there is no queue to reach them by: trying again will not help.
-    NoWay,
-    /// It waits in the user's inbox.
-    Stored,
-    /// It could be neither delivered nor stored: the inbox is full.
-    InboxFull,
-}
-
-#[derive(Clone, Debug)]
-pub struct Report {
-    pub outcome: Outcome,
-    pub delivery_id: String,
-    pub timestamp: Timestamp,
-    pub attempts: u32,
-    /// Gateways that took it at the last attempt.
-    pub receivers: u64,
-    pub acked: BTreeSet<DeviceId>,
-}
-
 /// Turns of messages: repeats of one wait for each other.
 type MessageTurn = Turn<(UserId, String)>;
-type Done = HashMap<UserId, Result<Report, Error>>;
 
 pub struct Deliveries {
-    outlets: Arc<Outlets>,
+    dispatcher: Dispatcher,
     acks: Arc<Acks>,
     directory: Arc<Directory>,
     lanes: Arc<Lanes>,
@@ -153,8 +77,6 @@ pub struct Deliveries {
     queues: Arc<Turns<UserId>>,
     /// Held while this user's inbox is being emptied.
     drains: Arc<Turns<UserId>>,
-    /// Routes of which their gateway has said once that the device is not there.
-    refused: moka::sync::Cache<(UserId, Version), ()>,
 }
 
 /// What came of stored messages that were brought to a user's devices.
@@ -165,38 +87,6 @@ pub(super) struct Pushed {
     pub acked: BTreeSet<DeviceId>,
     /// Dropped when those that are done have been removed.
     _drain: Turn<UserId>,
-}
-
-/// One user's part of a delivery, through all attempts.
-struct Parcel<'a> {
-    user: UserId,
-    message: Arc<Message>,
-    /// Its number in the user's inbox; 0: it does not come from there.
-    inbox_seq: u64,
-    report: Report,
-    expected: Option<Expected<'a>>,
-}
-
-/// Where a parcel goes.
-#[derive(Default)]
-struct Targets {
-    /// Live routes to the devices in question that have not acknowledged.
-    routes: BTreeMap<DeviceId, Version>,
-    streams: BTreeMap<Epoch, Arc<str>>,
-    /// There are gateways without a stream among them.
-    channel: bool,
-    /// None of the gateways has ever had a stream.
-    none_attaches: bool,
-    /// None of the gateways has been heard lately.
-    all_suspect: bool,
-    /// Messages wait in the user's inbox: what can be stored queues up behind them.
-    has_stored: bool,
-}
-
-/// Messages that gateways have, as far as they took them, and why a channel could not be reached.
-struct HandedOut<'a> {
-    parcels: Vec<(Parcel<'a>, Targets, Option<Error>)>,
-    at: Instant,
 }
 
 impl Deliveries {
@@ -212,10 +102,10 @@ impl Deliveries {
     ) -> Arc<Self> {
         let outcomes = moka::sync::Cache::builder().max_capacity(REMEMBERED).time_to_live(REMEMBERED_FOR).build();
         let (messages, queues, drains) = (Turns::new(), Turns::new(), Turns::new());
-        let refused = moka::sync::Cache::builder().max_capacity(REFUSED).time_to_live(REFUSED_FOR).build();
+        let dispatcher = Dispatcher::new(outlets, acks.clone(), lanes.clone(), metrics.clone(), settings.format);
         let under_way = Semaphore::new(UNDER_WAY as usize);
         Arc::new(Self {
-            outlets,
+            dispatcher,
             acks,
             directory,
             lanes,
@@ -227,7 +117,6 @@ impl Deliveries {
             messages,
             queues,
             drains,
-            refused,
         })
     }
 
@@ -265,7 +154,7 @@ impl Deliveries {
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         if !message.message_id.is_empty() {
             for user in &distinct {
-                if let Some(Ok(report)) = done.get(user).filter(|report| is_settled(report)) {
+                if let Some(Ok(report)) = done.get(user).filter(|report| report.as_ref().is_ok_and(Report::is_settled)) {
                     self.outcomes.insert((*user, message.message_id.clone()), report.clone());
                 }
             }
@@ -345,7 +234,7 @@ impl Deliveries {
                 .into_iter()
                 .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
             to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
-            let tried = self.answers(self.hand_out(live, deadline).await, deadline).await;
+            let tried = self.dispatcher.answers(self.dispatcher.hand_out(live, deadline).await, deadline).await;
             parcels = Vec::new();
             let pause = if past_caches { self.settings.retry_interval } else { Duration::ZERO };
             let last = past_caches && attempts > self.settings.max_retries || Instant::now() + pause >= deadline;
@@ -418,9 +307,9 @@ impl Deliveries {
             }
         }
         let deadline = Instant::now() + STORED_ACK_TIMEOUT;
-        let handed_out = self.hand_out(live, deadline).await;
+        let handed_out = self.dispatcher.hand_out(live, deadline).await;
         drop(place);
-        let tried = self.answers(handed_out, deadline).await;
+        let tried = self.dispatcher.answers(handed_out, deadline).await;
         let mut pushed = Pushed { done: Vec::new(), acked: BTreeSet::new(), _drain: drain };
         for (parcel, ..) in tried.into_iter().filter(|(.., result)| *result == Ok(Outcome::Delivered)) {
             pushed.done.push(parcel.inbox_seq);
@@ -451,121 +340,6 @@ impl Deliveries {
         live
     }
 
-    /// Hands messages to every gateway concerned, in their order.
-    async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
-        let began = Instant::now();
-        for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
-            let devices = targets.routes.keys().cloned().collect();
-            match &parcel.expected {
-                Some(expected) => expected.again(devices),
-                None => parcel.expected = Some(self.acks.wait_for(&parcel.report.delivery_id, parcel.user, devices)),
-            }
-        }
-        let (streams, channels) = tokio::join!(self.down_streams(&live, deadline), self.on_channels(&live, deadline));
-        self.metrics.delivery_stage("handed", began.elapsed());
-        let received = streams.into_iter().zip(channels);
-        let parcels = live.into_iter().zip(received).map(|((mut parcel, targets), (taken, received))| {
-            parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
-            (parcel, targets, received.err())
-        });
-        HandedOut { parcels: parcels.collect(), at: Instant::now() }
-    }
-
-    /// Waits for devices, where that is asked for. Says of each message also whether none of its gateways has been heard
-    /// lately.
-    async fn answers<'a>(&self, out: HandedOut<'a>, deadline: Instant) -> Vec<(Parcel<'a>, bool, Result<Outcome, Error>)> {
-        let mut tried = Vec::with_capacity(out.parcels.len());
-        for (mut parcel, targets, error) in out.parcels {
-            let result = match (error, parcel.report.receivers) {
-                (Some(_), 0) if targets.none_attaches && self.outlets.bus.is_none() => Ok(Outcome::NoWay),
-                (Some(error), 0) => Err(error),
-                (None, 0) => Ok(Outcome::Undelivered),
-                _ => Ok(self.acknowledged(&mut parcel, &targets, out.at, deadline).await),
-            };
-            tried.push((parcel, targets.all_suspect, result));
-        }
-        tried
-    }
-
-    /// How many streams of each parcel's gateways took it.
-    async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<u64> {
-        let (mut owners, mut orders) = (Vec::new(), Vec::new());
-        for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
-            let envelope = Arc::new(parcel.envelope());
-            for (epoch, node) in &targets.streams {
-                owners.push(i);
-                orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope.clone()) });
-            }
-        }
-        let mut taken = vec![0; live.len()];
-        for (owner, handed) in owners.into_iter().zip(self.outlets.hand(orders, deadline).await) {
-            taken[owner] += u64::from(handed == Handed::Taken);
-        }
-        taken
-    }
-
-    /// How many subscribers each parcel had, where it has gateways without a stream.
-    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<Result<u64, Error>> {
-        let mut received: Vec<Result<u64, Error>> = live.iter().map(|_| Ok(0)).collect();
-        // Raw bytes cannot say which device they are for.
-        let says_it_all = |message: &Message| message.device_ids.is_empty() || self.settings.format == Format::Envelope;
-        let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && says_it_all(&live[*i].0.message)).collect();
-        let Some(bus) = &self.outlets.bus else {
-            let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
-            places.into_iter().for_each(|i| received[i] = Err(none()));
-            return received;
-        };
-        if places.is_empty() {
-            return received;
-        }
-        // All of them at once could be as large as the message times the users.
-        let together = live.first().map_or(1, |(parcel, _)| parcel.message.as_many_as(PUBLISHED_TOGETHER_BYTES));
-        for places in places.chunks(together) {
-            let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0)));
-            let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
-            let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
-            for (n, i) in places.iter().enumerate() {
-                let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
-                received[*i] = published.as_ref().map(|published| published[n]).map_err(unreachable);
-            }
-        }
-        received
-    }
-
-    /// Waits for devices to acknowledge, if that is asked for.
-    async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, handed: Instant, deadline: Instant) -> Outcome {
-        let (Some(patience), Some(expected)) = (parcel.message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
-        let until = (handed + patience).min(deadline);
-        // A stored message is done when one device has it.
-        let answers = if parcel.inbox_seq > 0 { expected.first(until).await } else { expected.answers(until).await };
-        let Answered { acked, not_here } = answers;
-        self.metrics.delivery_stage("acknowledged", handed.elapsed());
-        for version in not_here.iter().filter_map(|device| targets.routes.get(device)) {
-            self.note_refused(parcel.user, *version).await;
-        }
-        parcel.report.acked.extend(acked);
-        if parcel.report.acked.is_empty() { Outcome::Undelivered } else { Outcome::Delivered }
-    }
-
-    /// A gateway says that a device is not there. The second time its route is unbound: exactly this one.
-    async fn note_refused(&self, user: UserId, bound_version: Version) {
-        if self.refused.get(&(user, bound_version)).is_none() {
-            return self.refused.insert((user, bound_version), ());
-        }
-        self.refused.invalidate(&(user, bound_version));
-        let unbind = Change::Unbind(Unbind::Exact { bound_version, conn: None, epoch: None });
-        let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
-    }
-
-    fn body(&self, parcel: &Parcel<'_>) -> Bytes {
-        let message = &parcel.message;
-        match self.settings.format {
-            Format::Raw if message.binary.is_empty() => message.text.clone(),
-            Format::Raw => message.binary.clone(),
-            Format::Envelope => parcel.envelope().encode_to_vec().into(),
-        }
-    }
-
     fn count(&self, report: &Result<Report, Error>) {
         let outcome = match report.as_ref().map(|report| &report.outcome) {
             Ok(Outcome::Delivered) => "delivered",
@@ -577,90 +351,4 @@ impl Deliveries {
         };
         self.metrics.deliveries.get_or_create(&ByOutcome { outcome }).inc();
     }
-}
-
-impl Message {
-    /// A message as it comes out of an inbox.
-    fn stored(stored: NewMessage) -> Self {
-        let (text, binary) = match stored.is_binary {
-            true => (Bytes::new(), stored.body),
-            false => (stored.body, Bytes::new()),
-        };
-        let device_ids = stored.devices.into_iter().flatten().collect();
-        let NewMessage { message_type, message_id, .. } = stored;
-        Self { text, binary, message_type, message_id, device_ids, ack_timeout: None, store: None }
-    }
-
-    /// How many copies of it are not larger than `bytes`.
-    fn as_many_as(&self, bytes: usize) -> usize {
-        (bytes / (self.text.len() + self.binary.len() + ENVELOPE_BYTES)).max(1)
-    }
-
-    fn to_store(&self) -> NewMessage {
-        let is_binary = !self.binary.is_empty();
-        let body = if is_binary { self.binary.clone() } else { self.text.clone() };
-        NewMessage {
-            message_id: self.message_id.clone(),
-            message_type: self.message_type.clone(),
-            body,
-            is_binary,
-            devices: (!self.device_ids.is_empty()).then(|| self.device_ids.iter().cloned().collect()),
-            expires_after: self.store.and_then(|store| store.expires_after),
-        }
-    }
-}
-
-impl Parcel<'_> {
-    fn end(self, result: Result<Outcome, Error>, done: &mut Done) {
-        done.insert(self.user, result.map(|outcome| Report { outcome, ..self.report }));
-    }
-
-    fn envelope(&self) -> Envelope {
-        let message = &self.message;
-        Envelope {
-            delivery_id: self.report.delivery_id.clone(),
-            user_id: self.user.get(),
-            message: message.text.clone(),
-            message_type: message.message_type.clone(),
-            payload: message.binary.clone(),
-            timestamp: self.report.timestamp.0,
-            device_ids: message.device_ids.iter().map(DeviceId::to_string).collect(),
-            wants_ack: message.ack_timeout.is_some(),
-            message_id: message.message_id.clone(),
-            inbox_seq: self.inbox_seq,
-        }
-    }
-
-    fn is_acknowledged(&mut self) -> bool {
-        self.report.acked.extend(self.expected.iter().flat_map(Expected::acked));
-        !self.report.acked.is_empty()
-    }
-}
-
-impl Targets {
-    fn of(answer: &Answer, message: &Message, acked: &BTreeSet<DeviceId>) -> Self {
-        let mut targets =
-            Self { all_suspect: true, none_attaches: true, has_stored: answer.has_stored_messages(), ..Self::default() };
-        for live in answer.live_routes() {
-            let device = &live.route.device;
-            if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
-                continue;
-            }
-            targets.routes.insert(device.clone(), live.route.bound_version);
-            targets.all_suspect &= live.suspect;
-            targets.none_attaches &= live.life.attach_no == 0;
-            match Outlets::stream_of(live.life) {
-                Some((epoch, node)) => {
-                    targets.streams.insert(epoch, node);
-                }
-                None => targets.channel = true,
-            }
-        }
-        targets
-    }
-}
-
-/// Whether a repeat is answered with this.
-fn is_settled(report: &Result<Report, Error>) -> bool {
-    matches!(report, Ok(Report { outcome: Outcome::Delivered | Outcome::Stored, .. }))
 }

@@ -5,8 +5,6 @@
 //! online and have messages: after a crash, and for devices that did not acknowledge.
 
 use std::collections::BTreeMap;
-use std::collections::HashMap;
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -14,7 +12,6 @@ use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
-use tokio::sync::Notify;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
@@ -27,12 +24,13 @@ use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::is_for;
 use crate::domain::user::Outcome;
-use crate::engine::delivery::Deliveries;
-use crate::engine::directory::Directory;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Lanes;
-use crate::engine::lives::Lives;
-use crate::engine::streams::ORDER_BYTES;
+use crate::engine::messages::delivery::Deliveries;
+use crate::engine::messages::streams::ORDER_BYTES;
+use crate::engine::read::directory::Directory;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::inbox_queue::InboxQueue;
+use crate::engine::write::lanes::Change;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::Share;
@@ -46,8 +44,6 @@ pub use crate::store::inbox::StoredMessage;
 pub const DRAINERS: usize = 1_024;
 /// Connections that read inboxes.
 pub const READERS: usize = 8;
-/// Users that may wait to be drained; further ones are found by the next regular look.
-const QUEUE: usize = 100_000;
 /// Messages on their way to one user.
 const WINDOW: i64 = 64;
 /// How often one node looks for users to drain and messages that are over.
@@ -56,91 +52,16 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const TERM: Duration = Duration::from_secs(10);
 /// Users at a time.
 const PAGE: i64 = 512;
+/// Devices that did not acknowledge and are remembered; who is forgotten is tried again at once.
+const SILENT_DEVICES: u64 = 100_000;
 /// A device that did not acknowledge is left alone: from, to, doubling.
 const PAUSES: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
-    Waiting,
-    Busy,
-    /// Busy, and asked for again meanwhile.
-    BusyAgain,
-}
-
-#[derive(Default)]
-struct Users {
-    order: VecDeque<UserId>,
-    states: HashMap<UserId, State>,
-}
-
-/// Who is to be drained.
-#[derive(Default)]
-pub struct Drains {
-    users: Mutex<Users>,
-    wake: Notify,
-}
-
-impl Drains {
-    /// Has a user drained soon.
-    pub fn wake(&self, user: UserId) {
-        let mut users = self.lock();
-        match users.states.get(&user) {
-            Some(State::Waiting | State::BusyAgain) => return,
-            Some(State::Busy) => {
-                users.states.insert(user, State::BusyAgain);
-                return;
-            }
-            None if users.order.len() >= QUEUE => return,
-            None => users.enqueue(user),
-        }
-        drop(users);
-        self.wake.notify_one();
-    }
-
-    async fn next(&self) -> UserId {
-        loop {
-            if let Some(user) = self.take() {
-                return user;
-            }
-            self.wake.notified().await;
-        }
-    }
-
-    fn take(&self) -> Option<UserId> {
-        let mut users = self.lock();
-        let user = users.order.pop_front()?;
-        users.states.insert(user, State::Busy);
-        if !users.order.is_empty() {
-            self.wake.notify_one();
-        }
-        Some(user)
-    }
-
-    fn done(&self, user: UserId) {
-        let mut users = self.lock();
-        if users.states.remove(&user) == Some(State::BusyAgain) {
-            users.enqueue(user);
-            self.wake.notify_one();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Users> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Users {
-    fn enqueue(&mut self, user: UserId) {
-        self.states.insert(user, State::Waiting);
-        self.order.push_back(user);
-    }
-}
 
 /// A device that did not acknowledge: its route then, when to try again, and how long that was put off.
 type Silent = (Version, Instant, Duration);
 
 pub struct Inboxes {
-    drains: Arc<Drains>,
+    queue: Arc<InboxQueue>,
     deliveries: Arc<Deliveries>,
     directory: Arc<Directory>,
     lanes: Arc<Lanes>,
@@ -157,7 +78,7 @@ impl Inboxes {
     #[allow(clippy::too_many_arguments)] // parts of the engine, named once, in its assembly
     pub fn new(
         claimant: &str,
-        drains: Arc<Drains>,
+        queue: Arc<InboxQueue>,
         deliveries: Arc<Deliveries>,
         directory: Arc<Directory>,
         lanes: Arc<Lanes>,
@@ -165,9 +86,9 @@ impl Inboxes {
         database: Arc<Database>,
         memory: Arc<Memory>,
     ) -> Arc<Self> {
-        let silent = moka::sync::Cache::builder().max_capacity(QUEUE as u64).time_to_live(PAUSES.1 * 2).build();
+        let silent = moka::sync::Cache::builder().max_capacity(SILENT_DEVICES).time_to_live(PAUSES.1 * 2).build();
         let (readers, idle, claimant) = (Semaphore::new(READERS), Mutex::default(), claimant.to_owned());
-        Arc::new(Self { drains, deliveries, directory, lanes, lives, database, silent, readers, idle, claimant, memory })
+        Arc::new(Self { queue, deliveries, directory, lanes, lives, database, silent, readers, idle, claimant, memory })
     }
 
     /// Messages for a device after number `after`, up to so many and so many bytes, but one at least; and whether there are
@@ -212,12 +133,12 @@ impl Inboxes {
         }
     }
 
-    /// Drains users until `stop`.
+    /// InboxQueue users until `stop`.
     pub async fn keep_draining(self: Arc<Self>, stop: CancellationToken) {
         let _stop_node_on_panic = stop.clone().drop_guard();
-        while let Some(user) = stop.run_until_cancelled(self.drains.next()).await {
+        while let Some(user) = stop.run_until_cancelled(self.queue.next()).await {
             let drained = stop.run_until_cancelled(self.drain(user)).await;
-            self.drains.done(user);
+            self.queue.done(user);
             if let Some(Err(error)) = drained {
                 debug!(%error, user.id = %user, "an inbox could not be drained now");
             }
@@ -264,7 +185,7 @@ impl Inboxes {
             return self.change(user, InboxChange::Acknowledged(pushed.done)).await.map(|_| ());
         }
         if !awake.is_empty() {
-            self.drains.wake(user); // what is for them stands behind
+            self.queue.wake(user); // what is for them stands behind
         }
         Ok(())
     }
@@ -314,7 +235,7 @@ impl Inboxes {
             let users = connection.reachable_users_with_messages(after, PAGE).await?;
             let Some(last) = users.last() else { break };
             after = last.get();
-            users.iter().for_each(|user| self.drains.wake(*user));
+            users.iter().for_each(|user| self.queue.wake(*user));
         }
         while self.lives.clock.is_steady() && connection.claim_job("inbox", &self.claimant, TERM).await? {
             let users = connection.users_with_old_messages(self.lives.clock.over_by(), PAGE).await?;
@@ -339,32 +260,4 @@ impl Inboxes {
 /// What a message takes, roughly.
 fn size(stored: &StoredMessage) -> usize {
     ORDER_BYTES + stored.message.body.len()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn user(id: i64) -> UserId {
-        UserId::parse(id).unwrap()
-    }
-
-    #[test]
-    fn a_user_is_drained_by_one_at_a_time_and_again_if_asked_for_meanwhile() {
-        let drains = Drains::default();
-        drains.wake(user(1));
-        drains.wake(user(1));
-        drains.wake(user(2));
-        assert_eq!(drains.take(), Some(user(1)));
-        assert_eq!(drains.take(), Some(user(2)));
-        drains.wake(user(1)); // while it is being drained
-        drains.wake(user(1));
-        assert_eq!(drains.take(), None);
-        drains.done(user(2));
-        drains.done(user(1));
-        assert_eq!(drains.take(), Some(user(1)));
-        drains.done(user(1));
-        assert_eq!(drains.take(), None);
-        assert!(drains.lock().states.is_empty());
-    }
 }

@@ -3,6 +3,7 @@
 //! a stream took and may have lost when it broke; it finds the gateway wherever that has gone with its epoch. Told twice is
 //! told once: a kick names one bind. What waits when the node stops is left to the outbox, for another node to tell.
 
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -16,11 +17,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use crate::domain::id::Epoch;
-use crate::engine::lives::Lives;
-use crate::engine::outlets::Addressed;
-use crate::engine::outlets::Outlets;
-use crate::engine::streams::Handed;
-use crate::engine::streams::Order;
+use crate::engine::messages::outlets::Addressed;
+use crate::engine::messages::outlets::Outlets;
+use crate::engine::messages::streams::Handed;
+use crate::engine::messages::streams::Order;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::publisher::NotSent;
+use crate::engine::write::publisher::TellGateways;
+use crate::engine::write::repair::NOTHING_TO_SHOW_AGE;
 use crate::metrics::Metrics;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
@@ -29,18 +33,11 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 
 const REPEAT_INTERVAL: Duration = Duration::from_secs(1);
-/// A node that shows nothing to anybody takes up what others left behind only after this time: they come first, if there are
-/// any who do.
-pub(super) const NOTHING_TO_SHOW_AGE: Duration = Duration::from_secs(60);
 const MAX_REPEATS: u32 = 10;
 /// Kicks that wait to be repeated; further ones are given up.
 const QUEUE: usize = 10_000;
 
 type Unheard = (KickedRoute, u32);
-
-/// Some kicks were not told and will not be repeated: the outbox has to keep them.
-#[derive(Debug)]
-pub struct NotTold;
 
 pub struct Kicks {
     outlets: Arc<Outlets>,
@@ -59,15 +56,6 @@ impl Kicks {
     ) -> (Arc<Self>, mpsc::Receiver<Unheard>) {
         let (unheard, queue) = mpsc::channel(QUEUE);
         (Arc::new(Self { outlets, lives, metrics, database, unheard }), queue)
-    }
-
-    /// Tells the gateways. What nobody received is repeated.
-    ///
-    /// # Errors
-    /// If the queue cannot be reached, or this node stops.
-    pub async fn send(&self, kicks: &[KickedRoute]) -> Result<(), NotTold> {
-        let first = kicks.iter().map(|kick| (kick.clone(), 0)).collect();
-        self.tell(first).await
     }
 
     /// Has kicks repeated that a stream may have lost.
@@ -106,7 +94,7 @@ impl Kicks {
         connection.add_aged_outbox(&self.outlets.node_id, &body, age).await.map(|_| ())
     }
 
-    async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), NotTold> {
+    async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), NotSent> {
         let (table, mut all) = (self.lives.table(), Ok(()));
         let (mut attached, mut orders, mut others, mut messages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         for kick in kicks {
@@ -128,13 +116,13 @@ impl Kicks {
         let Ok(received) = bus.publish(&messages, bus.link.timeout()).await else {
             // The first time the outbox keeps it.
             others.into_iter().filter(|(_, repeats)| *repeats > 0).for_each(|kick| drop(self.note(kick, false)));
-            return Err(NotTold);
+            return Err(NotSent);
         };
         others.into_iter().zip(received).fold(all, |all, (kick, receivers)| all.and(self.note(kick, receivers > 0)))
     }
 
     /// Has a kick repeated that nobody has heard, unless that was done often enough.
-    fn note(&self, (kick, repeats): Unheard, heard: bool) -> Result<(), NotTold> {
+    fn note(&self, (kick, repeats): Unheard, heard: bool) -> Result<(), NotSent> {
         if heard || repeats >= MAX_REPEATS {
             return Ok(());
         }
@@ -144,8 +132,15 @@ impl Kicks {
                 self.metrics.shed("kicks");
                 Ok(())
             }
-            Err(TrySendError::Closed(_)) => Err(NotTold),
+            Err(TrySendError::Closed(_)) => Err(NotSent),
         }
+    }
+}
+
+impl TellGateways for Kicks {
+    /// What nobody received is repeated. Fails if the queue cannot be reached, or this node stops.
+    fn kick<'a>(&'a self, kicks: &'a [KickedRoute]) -> Pin<Box<dyn Future<Output = Result<(), NotSent>> + Send + 'a>> {
+        Box::pin(self.tell(kicks.iter().map(|kick| (kick.clone(), 0)).collect()))
     }
 }
 

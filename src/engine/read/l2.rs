@@ -23,15 +23,15 @@ use crate::clock::AtomicInstant;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
-use crate::engine::cache::Cache;
-use crate::engine::cache::L2_AGE;
-use crate::engine::hints::Hints;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::cache::L2_AGE;
+use crate::engine::read::hints::Hints;
 use crate::metrics::Metrics;
 use crate::store::cluster::ClusterRow;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
+use crate::store::database::ConnectionSlot;
 use crate::store::database::Database;
-use crate::store::database::Kept;
 use crate::store::link::LinkError;
 use crate::store::shared::Owner;
 use crate::store::shared::SharedCache;
@@ -206,7 +206,7 @@ impl L2 {
 /// Checks once a second who the server is.
 pub struct L2Check {
     l2: Arc<L2>,
-    kept: Kept,
+    slot: ConnectionSlot,
     cache: Arc<Cache>,
     hints: Option<Arc<Hints>>,
     metrics: Arc<Metrics>,
@@ -234,11 +234,11 @@ impl L2Check {
         hints: Option<Arc<Hints>>,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let (kept, away_since, compared, usable_since) = (Kept::new(database), None, None, None);
+        let (slot, away_since, compared, usable_since) = (ConnectionSlot::new(database), None, None, None);
         let (has_checked, claimed, emptied, is_behind, warned_at) = (false, None, false, false, None);
         Self {
             l2,
-            kept,
+            slot,
             cache,
             hints,
             metrics,
@@ -321,10 +321,10 @@ impl L2Check {
     }
 
     async fn compare(&mut self, number: u64, identity: &str, asked: Instant) -> Result<(), SqlError> {
-        let mut connection = self.kept.take().await?;
+        let mut connection = self.slot.take().await?;
         let cluster = self.settle(&mut connection, identity).await?;
         if cluster.cache_identity != identity {
-            self.kept.give_back(connection);
+            self.slot.give_back(connection);
             return Ok(()); // another node sees another server; the next check will tell
         }
         let mut now = cluster.clock.now();
@@ -334,7 +334,7 @@ impl L2Check {
             now = connection.read_cluster().await?.clock.now();
         }
         let complete = self.is_complete(&mut connection, now, anew).await?;
-        self.kept.give_back(connection);
+        self.slot.give_back(connection);
         self.compared = Some((number, identity.to_owned()));
         self.l2.complete.store(complete, Ordering::Release);
         self.l2.checked.store(number, Ordering::Release);
@@ -403,7 +403,7 @@ impl L2Check {
         if since.elapsed() < AWAY_LIMIT {
             return Ok(());
         }
-        let mut connection = self.kept.take().await?;
+        let mut connection = self.slot.take().await?;
         let cluster = connection.read_cluster().await?;
         let old = cluster.clock.now().minus(AWAY_LIMIT);
         // Rows that old say that no other node reaches it either.
@@ -414,7 +414,7 @@ impl L2Check {
             }
             connection.void_outbox_without_cache(old).await?;
         }
-        self.kept.give_back(connection);
+        self.slot.give_back(connection);
         Ok(())
     }
 }

@@ -32,10 +32,10 @@ use crate::domain::user::Event;
 use crate::domain::user::Outcome;
 use crate::domain::user::Unbind;
 use crate::domain::user::UserRecord;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Pending;
-use crate::engine::lanes::Tools;
-use crate::engine::projection::ShownRow;
+use crate::engine::write::lanes::Change;
+use crate::engine::write::lanes::LaneContext;
+use crate::engine::write::lanes::Pending;
+use crate::engine::write::projection::ShownRow;
 use crate::error::Error;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
@@ -90,7 +90,7 @@ impl Committed {
 
 /// One attempt to commit a batch.
 pub(super) struct Transaction<'a> {
-    pub tools: &'a Tools,
+    pub tools: &'a LaneContext,
     pub connection: &'a mut Connection,
     /// Outbox rows with nothing left to show, deleted on the way.
     pub shown: &'a [ShownRow],

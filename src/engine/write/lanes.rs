@@ -28,14 +28,15 @@ use crate::domain::policy::DevicePolicy;
 use crate::domain::user::Bind;
 use crate::domain::user::Outcome;
 use crate::domain::user::Unbind;
-use crate::engine::cache::Cache;
-use crate::engine::cache::WriteGuard;
-use crate::engine::inbox::Drains;
-use crate::engine::lane::Lane;
-use crate::engine::lives::Lives;
-use crate::engine::projection::Outside;
-use crate::engine::rate::Rate;
-use crate::engine::write_health::WriteHealth;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::cache::WriteGuard;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::health::WriteHealth;
+use crate::engine::write::inbox_queue::InboxQueue;
+use crate::engine::write::lane::Lane;
+use crate::engine::write::projection::ToProjector;
+use crate::engine::write::publisher::Publisher;
+use crate::engine::write::rate::Rate;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::database::Database;
@@ -99,7 +100,7 @@ pub struct Settings {
 }
 
 /// What the lanes work with.
-pub struct Tools {
+pub struct LaneContext {
     pub node_id: String,
     /// This process, as its claims name it.
     pub claimant: String,
@@ -107,11 +108,11 @@ pub struct Tools {
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
-    pub outside: Arc<Outside>,
+    pub publisher: Arc<Publisher>,
     /// Gateways that nobody has registered.
     pub newcomers: Rate,
     /// Who has messages waiting, and a way to get them.
-    pub drains: Arc<Drains>,
+    pub inboxes: Arc<InboxQueue>,
     pub write_health: Arc<WriteHealth>,
     pub settings: Settings,
 }
@@ -152,13 +153,13 @@ pub struct Lanes {
 
 impl Lanes {
     /// Starts the lanes. At `shutdown` they take no more events, finish what they have, and end.
-    pub fn start(tools: &Arc<Tools>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) -> Arc<Self> {
+    pub fn start(tools: &Arc<LaneContext>, tasks: &mut JoinSet<()>, shutdown: &CancellationToken) -> Arc<Self> {
         let settings = tools.settings;
         let mut entrances = Vec::new();
         for _ in 0..settings.lanes {
             let (callers, from_callers) = mpsc::channel(settings.queue);
             let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
-            let projector = tools.outside.projector(tasks, shutdown);
+            let projector = ToProjector::start(&tools.publisher, tasks, shutdown);
             let lane = Lane::new(tools.clone(), from_callers, from_background, projector, shutdown.clone());
             tasks.spawn(lane.run(shutdown.clone()));
             let batch_share = Arc::new(Semaphore::new(settings.queue / 2));

@@ -26,8 +26,8 @@ use crate::domain::gateway::Liveness;
 use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
-use crate::engine::lives::Lives;
-use crate::engine::projection::Outside;
+use crate::engine::read::lives::Lives;
+use crate::engine::write::publisher::Publisher;
 use crate::error::Error;
 use crate::metrics::ByCause;
 use crate::metrics::ByGateway;
@@ -78,19 +78,19 @@ impl Caller {
 
 type Change<'a, T> = Pin<Box<dyn Future<Output = Result<T, SqlError>> + Send + 'a>>;
 
-pub struct Gateways {
+pub struct Registry {
     pub terms: Terms,
     node_id: String,
     pub(super) database: Arc<Database>,
     pub(super) lives: Arc<Lives>,
-    pub(super) outside: Arc<Outside>,
+    pub(super) publisher: Arc<Publisher>,
     pub(super) metrics: Arc<Metrics>,
     connection: Mutex<Option<Connection>>,
     waiting: Arc<Semaphore>,
     changes: TaskTracker,
     /// Where changes run: not on the threads that serve callers.
     runtime: Handle,
-    /// Gateways that metrics name.
+    /// Registry that metrics name.
     shown: std::sync::Mutex<HashSet<ByGateway>>,
 }
 
@@ -100,18 +100,18 @@ pub struct Listing {
     pub hold: Option<Hold>,
 }
 
-impl Gateways {
+impl Registry {
     pub fn new(
         terms: Terms,
         node_id: &str,
         database: Arc<Database>,
         lives: Arc<Lives>,
-        outside: Arc<Outside>,
+        publisher: Arc<Publisher>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         let (node_id, connection, waiting) = (node_id.to_owned(), Mutex::default(), Arc::new(Semaphore::new(MAX_WAITING)));
         let (changes, runtime, shown) = (TaskTracker::new(), Handle::current(), std::sync::Mutex::default());
-        Arc::new(Self { terms, node_id, database, lives, outside, metrics, connection, waiting, changes, runtime, shown })
+        Arc::new(Self { terms, node_id, database, lives, publisher, metrics, connection, waiting, changes, runtime, shown })
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims.
@@ -136,7 +136,7 @@ impl Gateways {
                 let (epoch, gateway) = (begun.life.epoch.0, &begun.life.gateway);
                 info!(gateway.addr = %gateway, gateway.epoch = epoch, "gateway {gateway} registered");
                 this.lives.learn(std::slice::from_ref(&begun.life));
-                this.outside.beaten(std::slice::from_ref(&begun.life), this.terms.lease).await;
+                this.publisher.beaten(std::slice::from_ref(&begun.life), this.terms.lease).await;
                 if let Some(ended) = begun.ended {
                     this.tell(connection, ended).await?;
                 }
@@ -289,7 +289,7 @@ impl Gateways {
         }
         self.lives.learn(&ended.lives);
         let epochs: Vec<Epoch> = ended.lives.iter().map(|life| life.epoch).collect();
-        if self.outside.tell_ended(&epochs).await.is_some() {
+        if self.publisher.tell_ended(&epochs).await.is_some() {
             connection.delete_outbox(&[ended.outbox]).await?;
         }
         Ok(())

@@ -18,14 +18,14 @@ use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
-use crate::engine::cache::Cache;
-use crate::engine::gateways::Gateways;
-use crate::engine::gateways::Terms;
-use crate::engine::hints::Hints;
-use crate::engine::lives::Lives;
-use crate::engine::outlets::Outlets;
-use crate::engine::peers::Peers;
-use crate::engine::streams::Streams;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::gateways::registry::Terms;
+use crate::engine::messages::outlets::Outlets;
+use crate::engine::messages::peers::Peers;
+use crate::engine::messages::streams::Streams;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::hints::Hints;
+use crate::engine::read::lives::Lives;
 use crate::metrics::Metrics;
 use crate::store::cluster::ClusterRow;
 use crate::store::cluster::NodeName;
@@ -52,12 +52,12 @@ const MISSED_AFTER: Duration = Duration::from_secs(10);
 /// A node that has not said for this long that it is there is not missed on the bus.
 pub const NODE_TERM: Duration = Duration::from_secs(3);
 
-pub struct Watch {
+pub struct Reaper {
     database: Arc<Database>,
     lives: Arc<Lives>,
     cache: Arc<Cache>,
     metrics: Arc<Metrics>,
-    gateways: Arc<Gateways>,
+    gateways: Arc<Registry>,
     hints: Option<Arc<Hints>>,
     peers: Arc<Peers>,
     streams: Arc<Streams>,
@@ -107,9 +107,9 @@ impl Unmanaged {
     }
 }
 
-impl Watch {
+impl Reaper {
     pub fn new(
-        gateways: Arc<Gateways>,
+        gateways: Arc<Registry>,
         cache: Arc<Cache>,
         hints: Option<Arc<Hints>>,
         outlets: &Outlets,

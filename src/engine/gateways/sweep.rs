@@ -23,13 +23,13 @@ use crate::domain::id::Version;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Outcome;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Lanes;
-use crate::engine::lanes::Tools;
+use crate::engine::write::lanes::Change;
+use crate::engine::write::lanes::LaneContext;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
-use crate::store::database::Kept;
+use crate::store::database::ConnectionSlot;
 
 /// How often a node looks whether there is something to remove.
 pub const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
@@ -55,9 +55,9 @@ const USERS_PAGE: i64 = 10_000;
 pub const CENSUS_INTERVAL: Duration = Duration::from_secs(60);
 
 pub struct Sweep {
-    pub tools: Arc<Tools>,
+    pub tools: Arc<LaneContext>,
     pub lanes: Arc<Lanes>,
-    kept: Kept,
+    slot: ConnectionSlot,
     /// Ended lives of which a pass has found nothing, perhaps too early to be sure.
     empty: HashSet<Epoch>,
     served: u64,
@@ -67,14 +67,14 @@ pub struct Sweep {
 }
 
 impl Sweep {
-    pub fn new(tools: Arc<Tools>, lanes: Arc<Lanes>) -> Self {
-        let kept = Kept::new(tools.database.clone());
-        Self { kept, tools, lanes, empty: HashSet::new(), served: 0, unused_looked_at: None, users_after: 0 }
+    pub fn new(tools: Arc<LaneContext>, lanes: Arc<Lanes>) -> Self {
+        let slot = ConnectionSlot::new(tools.database.clone());
+        Self { slot, tools, lanes, empty: HashSet::new(), served: 0, unused_looked_at: None, users_after: 0 }
     }
 
     /// Removes what is over, if it is this node's turn. Returns how many routes.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
-        let mut connection = self.kept.take().await?;
+        let mut connection = self.slot.take().await?;
         let steady = self.tools.lives.clock.is_steady();
         let mut removed = if steady { self.expired(&mut connection).await? } else { 0 };
         if connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
@@ -92,7 +92,7 @@ impl Sweep {
         if steady {
             self.end_unused(&mut connection).await?;
         }
-        self.kept.give_back(connection);
+        self.slot.give_back(connection);
         Ok(removed)
     }
 
@@ -199,7 +199,7 @@ impl Sweep {
 
     /// Counts users online and rows in the outbox, and looks for what nobody expects.
     pub async fn census(&mut self) -> Result<(), SqlError> {
-        let mut connection = self.kept.take().await?;
+        let mut connection = self.slot.take().await?;
         self.tools.metrics.outbox_rows.set(connection.count_outbox().await?);
         let forget_after = self.tools.settings.forget_users_after;
         let forgotten = forget_after.map(|after| self.tools.lives.clock.over_by().minus(after));
@@ -223,7 +223,7 @@ impl Sweep {
                 }
             }
         }
-        self.kept.give_back(connection);
+        self.slot.give_back(connection);
         Ok(())
     }
 }

@@ -34,15 +34,15 @@ use crate::backoff::Backoff;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::user::Outcome;
-use crate::engine::lanes::Change;
-use crate::engine::lanes::Pending;
-use crate::engine::lanes::Tools;
-use crate::engine::projection::Batch;
-use crate::engine::projection::ShownRow;
-use crate::engine::projection::ToProjector;
-use crate::engine::transaction::Committed;
-use crate::engine::transaction::Failure;
-use crate::engine::transaction::Transaction;
+use crate::engine::write::lanes::Change;
+use crate::engine::write::lanes::LaneContext;
+use crate::engine::write::lanes::Pending;
+use crate::engine::write::projection::Batch;
+use crate::engine::write::projection::ShownRow;
+use crate::engine::write::projection::ToProjector;
+use crate::engine::write::transaction::Committed;
+use crate::engine::write::transaction::Failure;
+use crate::engine::write::transaction::Transaction;
 use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
@@ -84,7 +84,7 @@ struct Part {
 }
 
 pub(super) struct Lane {
-    tools: Arc<Tools>,
+    tools: Arc<LaneContext>,
     callers: mpsc::Receiver<Pending>,
     background: mpsc::Receiver<Pending>,
     /// Events of users whose rows somebody else holds, in their order.
@@ -105,7 +105,7 @@ pub(super) struct Lane {
 
 impl Lane {
     pub fn new(
-        tools: Arc<Tools>,
+        tools: Arc<LaneContext>,
         callers: mpsc::Receiver<Pending>,
         background: mpsc::Receiver<Pending>,
         projector: ToProjector,
@@ -282,25 +282,25 @@ impl Lane {
     /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2
     /// has it, or after a moment. The lane does not wait for that.
     fn acknowledge(&mut self, events: Vec<Pending>, committed: Committed) {
-        let outside = self.tools.outside.clone();
+        let publisher = self.tools.publisher.clone();
         for (user, record) in &committed.records {
-            self.tools.cache.committed(*user, record.clone(), committed.complete_at, outside.l2.is_some());
+            self.tools.cache.committed(*user, record.clone(), committed.complete_at, publisher.l2.is_some());
         }
         for (user, _) in committed.records.iter().filter(|(_, record)| record.inbox_pending > 0 && !record.routes.is_empty()) {
-            self.tools.drains.wake(*user);
+            self.tools.inboxes.wake(*user);
         }
         let answers = events.into_iter().zip(committed.outcomes);
         let Some(outbox) = committed.outbox else { return answer(answers) };
         self.shown.clear();
         if !committed.overtaken.is_empty() {
-            let (outside, users) = (outside.clone(), committed.overtaken);
+            let (publisher, users) = (publisher.clone(), committed.overtaken);
             self.answering.spawn(async move {
-                if let Err(error) = outside.show_now(&users).await {
+                if let Err(error) = publisher.show_now(&users).await {
                     warn!(%error, "changes that another node showed meanwhile could not be looked at again");
                 }
             });
         }
-        if outside.is_empty() && committed.kicks.is_empty() {
+        if publisher.is_empty() && committed.kicks.is_empty() {
             self.shown.push(ShownRow { id: outbox, users: Vec::new() });
             return answer(answers);
         }
@@ -309,12 +309,12 @@ impl Lane {
         let versions: Vec<_> = committed.records.iter().map(|(user, record)| (*user, record.version)).collect();
         let (records, kicks, stored) = (committed.records, committed.kicks, committed.stored);
         self.projector.hand_over(Batch { records, kicks, stored, outbox, committed: committed_at, in_l2 });
-        let Some(l2) = outside.l2.clone() else { return answer(answers) };
+        let Some(l2) = publisher.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
         self.answering.spawn(async move {
             let is_in_l2 = l2.is_usable() && timeout(L2_PATIENCE, confirmed).await.is_ok_and(|told| told.is_ok());
             // The change is durable either way. Other nodes hear of it now: who could say when L2 answers?
-            if let Some(hints) = outside.hints.as_ref().filter(|_| !is_in_l2) {
+            if let Some(hints) = publisher.hints.as_ref().filter(|_| !is_in_l2) {
                 let _ = timeout(HINT_PATIENCE, hints.tell(&versions)).await; // lost, it leaves a gap, and others see that
             }
             answer(answers.into_iter());

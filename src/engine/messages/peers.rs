@@ -11,10 +11,10 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::domain::id::Epoch;
-use crate::engine::acks::Ack;
-use crate::engine::acks::Acks;
-use crate::engine::streams::Handed;
-use crate::engine::streams::Order;
+use crate::engine::messages::acks::Ack;
+use crate::engine::messages::acks::Acks;
+use crate::engine::messages::streams::Handed;
+use crate::engine::messages::streams::Order;
 use crate::store::cluster::NodeName;
 
 /// Calls that may wait; what does not fit is not handed over, and tried again or given up by its sender.

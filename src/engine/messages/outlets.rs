@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
-use crate::engine::peers::Peers;
-use crate::engine::streams::Handed;
-use crate::engine::streams::Order;
-use crate::engine::streams::Streams;
+use crate::engine::messages::peers::Peers;
+use crate::engine::messages::streams::Handed;
+use crate::engine::messages::streams::Order;
+use crate::engine::messages::streams::Streams;
 use crate::store::bus::Bus;
 
 pub struct Outlets {

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing::warn;
 
-use crate::engine::directory::Directory;
+use crate::engine::read::directory::Directory;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;

@@ -10,10 +10,11 @@ use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
-use crate::engine::gateways::Gateways;
-use crate::engine::gateways::Terms;
-use crate::engine::streams::Attached;
-use crate::engine::streams::Streams;
+use crate::engine::gateways::registry::Registry;
+use crate::engine::gateways::registry::Terms;
+use crate::engine::messages::kicks::Kicks;
+use crate::engine::messages::streams::Attached;
+use crate::engine::messages::streams::Streams;
 use crate::error::Error;
 use crate::store::codec::KickedRoute;
 
@@ -27,25 +28,26 @@ pub enum End {
 }
 
 pub struct Attaching {
-    pub gateways: Arc<Gateways>,
+    pub registry: Arc<Registry>,
     pub streams: Arc<Streams>,
+    pub kicks: Arc<Kicks>,
     /// What is left of a lease when a stream broke.
     pub grace: Duration,
 }
 
 impl Attaching {
     pub fn terms(&self) -> Terms {
-        self.gateways.terms
+        self.registry.terms
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims, with a stream to this node.
     pub async fn attach(&self, profile: Profile, epoch: Option<Epoch>) -> Result<Result<(Arc<Life>, Attached), Fence>, Error> {
         let gateway = profile.gateway.clone();
-        let epoch = match self.gateways.enter(profile, epoch).await? {
+        let epoch = match self.registry.enter(profile, epoch).await? {
             Ok(epoch) => epoch,
             Err(fence) => return Ok(Err(fence)),
         };
-        let life = match self.gateways.attach(gateway.clone(), epoch).await? {
+        let life = match self.registry.attach(gateway.clone(), epoch).await? {
             Ok(life) => life,
             Err(fence) => return Ok(Err(fence)),
         };
@@ -57,9 +59,9 @@ impl Attaching {
     /// A stream has ended. If the gateway has a newer one, anywhere, nothing else happens.
     pub async fn detach(&self, epoch: Epoch, no: u64, end: End) {
         let lost = self.streams.detach(epoch, no).into_iter().map(|kick| KickedRoute::of(kick, epoch));
-        self.gateways.outside.kicks.lost(lost);
+        self.kicks.lost(lost);
         debug!(gateway.epoch = epoch.0, ?end, "a gateway's stream has ended");
         let grace = (end == End::Theirs).then_some(self.grace);
-        let _ = self.gateways.detach(epoch, no, grace).await; // if it cannot be noted, its lease ends by itself
+        let _ = self.registry.detach(epoch, no, grace).await; // if it cannot be noted, its lease ends by itself
     }
 }

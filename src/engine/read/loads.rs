@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use tokio::sync::Notify;
 
-use crate::engine::cache::Entry;
+use crate::engine::read::cache::Entry;
 use crate::error::Error;
 
 /// What came of loading a user.

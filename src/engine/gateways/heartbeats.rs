@@ -20,7 +20,7 @@ use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
-use crate::engine::gateways::Gateways;
+use crate::engine::gateways::registry::Registry;
 use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
@@ -49,12 +49,12 @@ pub struct Heartbeats {
 /// Records them.
 pub struct Recorder {
     queue: mpsc::Receiver<Waiting>,
-    gateways: Arc<Gateways>,
+    gateways: Arc<Registry>,
     connection: Option<Connection>,
 }
 
 impl Heartbeats {
-    pub fn new(gateways: Arc<Gateways>) -> (Arc<Self>, Recorder) {
+    pub fn new(gateways: Arc<Registry>) -> (Arc<Self>, Recorder) {
         let (sender, queue) = mpsc::channel(QUEUE);
         (Arc::new(Self { queue: sender }), Recorder { queue, gateways, connection: None })
     }
@@ -102,7 +102,7 @@ impl Recorder {
         let mut connection = self.gateways.usable(self.connection.take()).await?;
         let living = self.extend(&mut connection, waiting).await?;
         self.connection = Some(connection);
-        self.gateways.outside.beaten(&living, self.gateways.terms.lease).await;
+        self.gateways.publisher.beaten(&living, self.gateways.terms.lease).await;
         Ok(())
     }
 

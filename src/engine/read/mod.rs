@@ -1,0 +1,10 @@
+//! Where is a user? [`directory`] answers from memory ([`cache`]), then Redis ([`l2`]), then SQL ([`loader`]).
+
+pub mod cache;
+pub mod directory;
+pub mod hints;
+pub mod l2;
+pub mod lives;
+pub mod loader;
+pub mod loads;
+pub mod warm_up;
