@@ -38,8 +38,8 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::database::Database;
 use crate::store::database::OpenError;
+use crate::store::ended_lives::Ending;
 use crate::store::lives::Begun;
-use crate::store::lives::Ending;
 use crate::store::users::UserChange;
 use crate::store::users::clock_millis;
 

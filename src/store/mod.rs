@@ -6,6 +6,7 @@ pub mod codec;
 pub mod connection;
 pub mod database;
 mod database_file;
+pub mod ended_lives;
 pub mod inbox;
 pub mod jobs;
 pub mod keys;

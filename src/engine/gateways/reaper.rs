@@ -34,7 +34,7 @@ use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::database::FILE_MOVED;
-use crate::store::lives::Ending;
+use crate::store::ended_lives::Ending;
 
 /// How often the table is read whole.
 pub const WATCH_INTERVAL: Duration = Duration::from_secs(1);

@@ -39,8 +39,8 @@ use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
-use crate::store::lives::Ended;
-use crate::store::lives::Ending;
+use crate::store::ended_lives::Ended;
+use crate::store::ended_lives::Ending;
 
 /// Registrations of one address within one lease. Room for a process that crashes and starts again, none for two processes
 /// that take the address from each other.
