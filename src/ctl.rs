@@ -246,9 +246,13 @@ fn root_cause(error: &dyn Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pb::BindRouteReq;
+    use crate::pb::DeliverReq;
+    use crate::pb::QueryRouteReq;
     use crate::pb::presence_service_server::PresenceService;
     use crate::pb::presence_service_server::PresenceServiceServer;
     use clap::Parser;
+    use std::fs;
     use tonic::transport::Server;
     use tonic::transport::server::TcpIncoming;
 

@@ -202,9 +202,9 @@ mod tests {
     use crate::domain::id::Epoch;
     use crate::domain::id::GatewayAddr;
     use crate::domain::id::Version;
+    use crate::domain::route::Platform;
+    use crate::domain::route::Route;
     use crate::domain::time::Timestamp;
-    use crate::domain::user::Platform;
-    use crate::domain::user::Route;
 
     #[test]
     fn a_route_that_was_written_by_hand_reads_as_the_message_it_is() {

@@ -5,6 +5,7 @@ pub mod gateway;
 pub mod id;
 pub mod inbox;
 pub mod policy;
+pub mod route;
 pub mod session;
 pub mod status;
 pub mod time;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use crate::domain::gateway::Liveness;
-use crate::domain::user::Route;
+use crate::domain::route::Route;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnOverflow {

@@ -3,8 +3,6 @@
 use std::net::IpAddr;
 use std::time::Duration;
 
-use smallvec::SmallVec;
-
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
@@ -22,52 +20,12 @@ use crate::domain::inbox::Limits;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::policy::Reason;
 use crate::domain::policy::Refusal;
+use crate::domain::route::Platform;
+use crate::domain::route::Route;
+use crate::domain::route::Routes;
 use crate::domain::status::Status;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
-
-/// What kind of device it is, as its gateway says.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Platform {
-    #[default]
-    Unspecified,
-    Ios,
-    Android,
-    Windows,
-    Macos,
-    Linux,
-    Web,
-    Tablet,
-    Other,
-}
-
-impl Platform {
-    /// Whether the limit per platform counts it.
-    pub fn is_counted(self) -> bool {
-        self != Platform::Unspecified
-    }
-}
-
-/// Binds a device to a life of a gateway.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Route {
-    pub device: DeviceId,
-    pub platform: Platform,
-    pub epoch: Epoch,
-    pub conn: ConnId,
-    /// When the client connected, as far as its gateway told: orders connections of one device.
-    pub connected_at: Timestamp,
-    pub client_ip: Option<IpAddr>,
-    pub client_port: u16,
-    /// The version of the bind that made this route: names it among all routes the user ever had.
-    pub bound_version: Version,
-    pub bound_at: Timestamp,
-    /// Only on unmanaged lives: when the route ends unless it is bound again.
-    pub expires_at: Option<Timestamp>,
-}
-
-/// A list with room for one within the record: most users have one device, and finding it costs no look elsewhere.
-pub type Routes = SmallVec<[Route; 1]>;
 
 /// All that is known of a user. Without routes and with version 0: no such user.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -180,16 +138,6 @@ pub struct Applied {
 impl Applied {
     fn unchanged(outcome: Outcome) -> Self {
         Self { outcome, next: None }
-    }
-}
-
-impl Route {
-    /// Whether the route leads to a device now. A life nobody has heard of is believed.
-    pub fn liveness(&self, lives: &LifeTable, now: Timestamp, slack: Duration, heartbeat_interval: Duration) -> Liveness {
-        if self.expires_at.is_some_and(|end| end.plus(slack) <= now) {
-            return Liveness::Over;
-        }
-        lives.get(self.epoch).map_or(Liveness::OnTime, |life| life.liveness(now, heartbeat_interval))
     }
 }
 

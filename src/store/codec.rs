@@ -14,10 +14,10 @@ use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::policy::Reason;
+use crate::domain::route::Platform;
+use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
-use crate::domain::user::Platform;
-use crate::domain::user::Route;
 use crate::domain::user::UserRecord;
 
 /// What a committed batch still has to show to the outside.

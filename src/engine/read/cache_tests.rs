@@ -12,7 +12,7 @@ fn alice() -> UserId {
 
 #[test]
 fn a_record_in_memory_has_no_room_to_spare() {
-    let route = crate::domain::user::Route {
+    let route = crate::domain::route::Route {
         device: crate::domain::id::DeviceId::parse("phone").unwrap(),
         platform: Default::default(),
         epoch: crate::domain::id::Epoch(1),

@@ -14,7 +14,7 @@ use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
-use crate::domain::user::Route;
+use crate::domain::route::Route;
 use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::hints::Hints;
