@@ -3,8 +3,9 @@
 
 FROM rust:1.95-bookworm AS builder
 WORKDIR /build
-COPY Cargo.toml Cargo.lock build.rs ./
+COPY Cargo.toml Cargo.lock ./
 COPY config config
+COPY crates crates
 COPY migrations migrations
 COPY proto proto
 COPY src src

@@ -43,8 +43,8 @@ use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
-use crate::store::database::OpenError;
 use crate::store::link::LinkError;
+use crate::store::open_error::OpenError;
 use crate::telemetry;
 
 /// How long a starting node waits for its database.
@@ -157,7 +157,7 @@ impl Signals {
 }
 
 impl App {
-    /// Connects, lays the tables, starts the engine, and serves last of all.
+    /// Connects, creates the tables, starts the engine, and serves last of all.
     ///
     /// # Errors
     /// When the database cannot be reached or used, or an address cannot be listened on.
@@ -216,7 +216,7 @@ impl App {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
         if !self.attached.is_empty() {
-            // What is on its way to gateways is acknowledged through the nodes they go to: those have to reach this one.
+            // Gateways that move away acknowledge what they have through their new node, which has to reach this one for that.
             sleep(DRAIN_TIME).await;
         }
         let calls = async {
@@ -278,7 +278,7 @@ async fn announce(config: &Config, database: &Database, data: SocketAddr, admin:
     }
     let tiers = [("redis_cache", config.redis_cache.is_some()), ("redis_queue", config.redis_queue.is_some())];
     for (tier, _) in tiers.into_iter().filter(|(_, there)| !there) {
-        info!("[{tier}] is not configured: this node does without");
+        info!("[{tier}] is not configured: this node runs without it");
     }
     if !data.ip().is_loopback() || !admin.ip().is_loopback() {
         warn!("listening beyond this machine without authentication: whoever reaches the port can bind, query and unbind");

@@ -7,7 +7,7 @@ use tracing::error;
 /// The call changed nothing that its caller could rely on.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// Mend the request.
+    /// The request is invalid.
     #[error("{field}: {reason}")]
     Invalid { field: &'static str, reason: String },
     /// Wait, then repeat: more work than this node takes at once.

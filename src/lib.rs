@@ -44,7 +44,6 @@
 pub mod api;
 pub mod app;
 pub mod backoff;
-pub mod client;
 pub mod clock;
 pub mod config;
 pub mod ctl;
@@ -54,6 +53,8 @@ pub mod error;
 pub mod health;
 pub mod memory;
 pub mod metrics;
-pub mod pb;
 pub mod store;
 pub mod telemetry;
+
+pub use im_presence_client as client;
+pub use im_presence_proto as pb;

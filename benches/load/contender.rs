@@ -4,7 +4,7 @@ use std::env;
 use std::sync::Arc;
 
 use im_presence::api::listen;
-use im_presence::api::listen::Desk;
+use im_presence::api::listen::ServingThread;
 use im_presence::app::assemble::Daemon;
 use im_presence::app::serve;
 use im_presence::app::threads::Threads;
@@ -86,8 +86,8 @@ async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl 
     let (services, memory) = (serve::Services { presence: handler, more: None }, Memory::new(config.limits.memory_bytes));
     let (_health, service) = serve::data_service(services, memory).await;
     let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
-    let (_threads, desks): (_, Vec<Desk>) = started.expect("threads");
-    listen::accept(listener, config.presence_service.max_connections, desks, Metrics::new(), draining, stop).await;
+    let (_threads, threads_): (_, Vec<ServingThread>) = started.expect("threads");
+    listen::accept(listener, config.presence_service.max_connections, threads_, Metrics::new(), draining, stop).await;
 }
 
 async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {

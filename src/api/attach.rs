@@ -31,11 +31,11 @@ use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Attached;
+use crate::engine::messages::streams::HeldBytes;
 use crate::engine::messages::streams::Order;
-use crate::engine::messages::streams::Place;
 use crate::engine::messages::streams::Queued;
 use crate::engine::read::lives::Lives;
-use crate::engine::write::lanes::Change;
+use crate::engine::write::change::Change;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_frame::Body as Up;
@@ -53,7 +53,7 @@ pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 const DRAIN_DEADLINE_MS: u32 = 1_000;
 
 /// What goes to the transport, with the room in the stream's queue that it takes until then.
-pub type Written = (Result<pb::NodeFrame, Status>, Option<Place>);
+pub type Written = (Result<pb::NodeFrame, Status>, Option<HeldBytes>);
 pub type Outgoing = mpsc::Sender<Written>;
 
 /// What streams work with.
@@ -73,7 +73,7 @@ pub struct Stream {
     tools: Arc<StreamContext>,
     session: Session,
     attached: Option<Attached>,
-    /// Within this task: waking one for each would cost more than what they wait for.
+    /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
     out: Outgoing,

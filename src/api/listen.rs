@@ -31,9 +31,9 @@ use crate::metrics::Metrics;
 
 /// What an HTTP/2 client sends first (RFC 9113, 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// How long a client may take to send it. A connection that never speaks must not hold a place.
+/// How long a client may take to send it. A connection that never speaks must not hold a slot.
 const PREFACE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Connections that have not sent it yet. They take no place of those that have.
+/// Connections that have not sent it yet. They take no slot of those that have.
 pub const MAX_NEWCOMERS: usize = 128;
 /// Between looks for a preface that has come in part.
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
@@ -43,12 +43,12 @@ const HANDED_QUEUE: usize = 64;
 pub const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Where connections are handed to one serving thread.
-pub struct Desk {
+pub struct ServingThread {
     handed: mpsc::Sender<Admitted>,
     connections: Arc<AtomicUsize>,
 }
 
-impl Desk {
+impl ServingThread {
     pub fn new() -> (Self, mpsc::Receiver<Admitted>) {
         let (handed, taken) = mpsc::channel(HANDED_QUEUE);
         (Self { handed, connections: Arc::default() }, taken)
@@ -58,17 +58,17 @@ impl Desk {
 /// A connection on its way to the thread that will serve it; its socket belongs to no thread yet.
 pub struct Admitted {
     stream: std::net::TcpStream,
-    place: Place,
+    slot: ConnectionSlot,
 }
 
-/// A client's connection; dropping it frees its place.
+/// A client's connection; dropping it frees its slot.
 pub struct Connection {
     stream: TcpStream,
-    _place: Place,
+    _slot: ConnectionSlot,
 }
 
 /// One of `max_connections`, on one of the serving threads.
-struct Place {
+struct ConnectionSlot {
     metrics: Arc<Metrics>,
     on_thread: Arc<AtomicUsize>,
     _permit: OwnedSemaphorePermit,
@@ -78,13 +78,13 @@ struct Place {
 pub async fn accept(
     listener: TcpListener,
     max_connections: usize,
-    desks: Vec<Desk>,
+    serving: Vec<ServingThread>,
     metrics: Arc<Metrics>,
     draining: CancellationToken,
     stop: CancellationToken,
 ) {
     let stop_node_on_panic = stop.drop_guard();
-    let (places, desks) = (Arc::new(Semaphore::new(max_connections)), Arc::new(desks));
+    let (slots, serving) = (Arc::new(Semaphore::new(max_connections)), Arc::new(serving));
     let (newcomers, mut waiting) = (Room::new(MAX_NEWCOMERS), JoinSet::new());
     while let Some(accepted) = draining.run_until_cancelled(listener.accept()).await {
         while waiting.try_join_next().is_some() {}
@@ -95,29 +95,35 @@ pub async fn accept(
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let (newcomer, places, metrics, desks) = (newcomers.enter(), places.clone(), metrics.clone(), desks.clone());
+        let (newcomer, slots, metrics, serving) = (newcomers.enter(), slots.clone(), metrics.clone(), serving.clone());
         waiting.spawn(async move {
             tokio::select! {
                 () = newcomer.closed() => metrics.shed("connections"),
-                () = admit(stream, &newcomer, places, metrics.clone(), desks) => {}
+                () = admit(stream, &newcomer, slots, metrics.clone(), serving) => {}
             }
         });
     }
     stop_node_on_panic.disarm(); // calls in progress are finished first
 }
 
-/// Lets the connection in once it has begun to speak HTTP/2, if there is a place.
-async fn admit(stream: TcpStream, newcomer: &Guest, places: Arc<Semaphore>, metrics: Arc<Metrics>, desks: Arc<Vec<Desk>>) {
+/// Lets the connection in once it has begun to speak HTTP/2, if there is a slot.
+async fn admit(
+    stream: TcpStream,
+    newcomer: &Guest,
+    slots: Arc<Semaphore>,
+    metrics: Arc<Metrics>,
+    serving: Arc<Vec<ServingThread>>,
+) {
     let _ = stream.set_nodelay(true); // a connection that is gone already will be noticed when it is read
     if !matches!(timeout(PREFACE_TIMEOUT, speaks_http2(&stream)).await, Ok(Ok(true))) {
         return;
     }
     newcomer.leave();
-    let Ok(permit) = places.try_acquire_owned() else { return metrics.shed("connections") };
-    let least_loaded = desks.iter().min_by_key(|desk| desk.connections.load(Ordering::Relaxed));
-    if let (Some(desk), Ok(stream)) = (least_loaded, stream.into_std()) {
-        let place = Place::take(metrics, desk, permit);
-        let _ = desk.handed.send(Admitted { stream, place }).await; // the thread has ended
+    let Ok(permit) = slots.try_acquire_owned() else { return metrics.shed("connections") };
+    let least_loaded = serving.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
+    if let (Some(thread), Ok(stream)) = (least_loaded, stream.into_std()) {
+        let slot = ConnectionSlot::take(metrics, thread, permit);
+        let _ = thread.handed.send(Admitted { stream, slot }).await; // the thread has ended
     }
 }
 
@@ -136,15 +142,15 @@ pub async fn speaks_http2(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-impl Place {
-    fn take(metrics: Arc<Metrics>, desk: &Desk, permit: OwnedSemaphorePermit) -> Self {
+impl ConnectionSlot {
+    fn take(metrics: Arc<Metrics>, thread: &ServingThread, permit: OwnedSemaphorePermit) -> Self {
         metrics.connections.inc();
-        desk.connections.fetch_add(1, Ordering::Relaxed);
-        Self { metrics, on_thread: desk.connections.clone(), _permit: permit }
+        thread.connections.fetch_add(1, Ordering::Relaxed);
+        Self { metrics, on_thread: thread.connections.clone(), _permit: permit }
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         self.metrics.connections.dec();
         self.on_thread.fetch_sub(1, Ordering::Relaxed);
@@ -154,7 +160,7 @@ impl Drop for Place {
 impl Admitted {
     /// Ties the connection to the runtime of the calling thread.
     pub fn adopt(self) -> io::Result<Connection> {
-        Ok(Connection { stream: TcpStream::from_std(self.stream)?, _place: self.place })
+        Ok(Connection { stream: TcpStream::from_std(self.stream)?, _slot: self.slot })
     }
 }
 
@@ -206,9 +212,9 @@ mod tests {
     async fn a_connection_goes_to_the_thread_that_has_the_fewest() {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
         let server = listener.local_addr().unwrap();
-        let (desks, mut threads): (Vec<_>, Vec<_>) = (0..THREADS).map(|_| Desk::new()).unzip();
+        let (serving, mut threads): (Vec<_>, Vec<_>) = (0..THREADS).map(|_| ServingThread::new()).unzip();
         let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
-        tokio::spawn(accept(listener, 100, desks, Metrics::new(), draining.clone(), stop));
+        tokio::spawn(accept(listener, 100, serving, Metrics::new(), draining.clone(), stop));
         let (mut clients, mut served): (Vec<TcpStream>, Vec<Vec<Connection>>) = (vec![], (0..THREADS).map(|_| vec![]).collect());
         let next = async |threads: &mut Vec<mpsc::Receiver<Admitted>>, clients: &mut Vec<TcpStream>| {
             let mut client = TcpStream::connect(server).await.unwrap();

@@ -14,9 +14,9 @@ use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
 use crate::engine::read::directory;
-use crate::engine::read::directory::Hearing;
+use crate::engine::read::directory::Announcements;
 use crate::engine::read::hints::Hints;
-use crate::engine::write::lanes;
+use crate::engine::write::change;
 use crate::store::connection::Engine;
 
 pub fn terms(config: &Config) -> Terms {
@@ -24,13 +24,13 @@ pub fn terms(config: &Config) -> Terms {
     Terms { heartbeat_interval, lease, doubt_share, doubt_for }
 }
 
-pub fn lanes(config: &Config, engine: Engine) -> lanes::Settings {
+pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
     let on_overflow = match config.route.on_overflow {
         OnOverflow::KickOldest => policy::OnOverflow::KickOldest,
         OnOverflow::RefuseNew => policy::OnOverflow::RefuseNew,
     };
     let policy = DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow };
-    lanes::Settings {
+    change::Settings {
         lanes: if engine == Engine::Sqlite { 1 } else { config.store.lanes },
         queue: config.store.queue,
         max_event_age: config.store.max_event_age,
@@ -49,13 +49,13 @@ pub fn lanes(config: &Config, engine: Engine) -> lanes::Settings {
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {
-    let hearing = match (engine, hints) {
-        (Engine::Sqlite, _) => Hearing::Alone,
-        (Engine::MySql, Some(hints)) => Hearing::Hints(hints),
-        (Engine::MySql, None) => Hearing::Deaf,
+    let announcements = match (engine, hints) {
+        (Engine::Sqlite, _) => Announcements::NotNeeded,
+        (Engine::MySql, Some(hints)) => Announcements::Hints(hints),
+        (Engine::MySql, None) => Announcements::Missing,
     };
     directory::Settings {
-        hearing,
+        announcements,
         l1_ttl: config.route.l1_ttl,
         heartbeat_interval: config.gateway.heartbeat_interval,
         patience: config.store.timeout,

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::error;
 
 use crate::api::listen::Admitted;
-use crate::api::listen::Desk;
+use crate::api::listen::ServingThread;
 use crate::app::serve;
 use crate::app::serve::DataService;
 use crate::pb::presence_service_server::PresenceService;
@@ -24,7 +24,7 @@ pub struct Threads {
 }
 
 impl Threads {
-    /// Starts `count` threads that serve what is handed in at their desks; 0 is one per core. From `draining` on they finish
+    /// Starts `count` threads that serve the connections handed to them; 0 is one per core. From `draining` on they finish
     /// the calls in progress and end; at `stop` they end at once. One that ends otherwise stops the node.
     ///
     /// # Errors
@@ -34,13 +34,13 @@ impl Threads {
         service: &DataService<P>,
         draining: &CancellationToken,
         stop: &CancellationToken,
-    ) -> io::Result<(Self, Vec<Desk>)> {
+    ) -> io::Result<(Self, Vec<ServingThread>)> {
         let count = if count == 0 { thread::available_parallelism().map_or(1, NonZeroUsize::get) } else { count };
         let (alive, running) = mpsc::channel(1);
-        let mut desks = Vec::with_capacity(count);
+        let mut serving = Vec::with_capacity(count);
         for number in 0..count {
-            let (desk, handed) = Desk::new();
-            desks.push(desk);
+            let (queue, handed) = ServingThread::new();
+            serving.push(queue);
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let service = service.for_another_thread();
             let (draining, stop, alive) = (draining.clone(), stop.clone(), alive.clone());
@@ -54,7 +54,7 @@ impl Threads {
             };
             thread::Builder::new().name(format!("serve-{number}")).spawn(work)?;
         }
-        Ok((Self { running }, desks))
+        Ok((Self { running }, serving))
     }
 
     /// Waits until all of them have ended.

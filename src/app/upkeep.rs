@@ -1,4 +1,4 @@
-//! The loops behind the engine's steps, too short to be wrong. Each ends at shutdown; one that panics stops the node.
+//! The loops that repeat the engine's steps. Each ends at shutdown; if one panics, the node stops.
 
 use std::sync::Arc;
 

@@ -303,7 +303,7 @@ mod tests {
         let reason = from_text("im.toml", "[redis_cache]\npassword = s3cret", FileFormat::Toml).map(|_| ()).unwrap_err();
         assert!(reason.contains("line 2") && !reason.contains("s3cret"), "{reason}");
         let twice = from_text("im.ini", "[log]\nlevel=info\n[log]\nformat=json", FileFormat::Ini).map(|_| ()).unwrap_err();
-        assert_eq!(twice, "[log] stands there twice");
+        assert_eq!(twice, "[log] appears twice");
         let missing = Config::load(Some(Path::new("/nowhere/im.yaml"))).unwrap_err().to_string();
         assert_eq!(missing, "/nowhere/im.yaml: must end in .toml or .ini");
     }

@@ -41,7 +41,7 @@ const MYSQL_URL_KEYS: [&str; 9] =
 const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
 /// A shorter queue would refuse what one commit could have taken.
 const QUEUE: RangeInclusive<u64> = 1024..=1_000_000;
-/// Shorter, and a healthy server fails; longer, and a caller has long given up.
+/// Below the first a healthy server would time out; above the second no caller waits any more.
 const TIMEOUT_MS: RangeInclusive<u64> = 10..=60_000;
 
 /// A rule that is broken, and the keys it is about, of which the first is named if all are at their defaults.

@@ -117,7 +117,7 @@ pub fn parse(text: &str, format: FileFormat) -> Result<Map<String, Value>, Strin
     if format == FileFormat::Ini
         && let Some(section) = repeated_section(text)
     {
-        return Err(format!("{section} stands there twice"));
+        return Err(format!("{section} appears twice"));
     }
     let sections = File::from_str(text, format).collect().map_err(|error| without_source(&error.to_string()))?;
     let sections = sections.into_iter().map(|(section, value)| Ok((section, value.try_deserialize()?)));

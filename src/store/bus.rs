@@ -33,7 +33,7 @@ pub struct Bus {
 const ASIDE_LIMIT: Duration = Duration::from_millis(200);
 
 /// What a node listens to, confirmed by the server.
-pub struct Hearing {
+pub struct Subscription {
     messages: PubSubStream,
     /// The channel on which nodes tell of lives.
     lives: String,
@@ -104,17 +104,17 @@ impl Bus {
     }
 
     /// Subscribes to hints; when this returns, the server has confirmed it.
-    pub async fn listen(&self) -> Result<Hearing, LinkError> {
+    pub async fn listen(&self) -> Result<Subscription, LinkError> {
         let (mut sink, messages) = self.link.subscriber().await?.split();
         let limit = self.link.timeout();
         let channels = [self.channels.presence_hint(), self.channels.presence_gateway()];
         timeout(limit, sink.subscribe(&channels)).await.map_err(|_| LinkError::NoAnswer(limit))??;
         let [_, lives] = channels;
-        Ok(Hearing { messages, lives, _sink: sink })
+        Ok(Subscription { messages, lives, _sink: sink })
     }
 }
 
-impl Hearing {
+impl Subscription {
     /// The next message. None: the subscription has ended, or has been silent for too long.
     pub async fn next(&mut self) -> Option<Heard> {
         loop {

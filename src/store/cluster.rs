@@ -7,16 +7,16 @@ use sqlx::any::AnyRow;
 
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
+use crate::store::column::clock_micros;
+use crate::store::column::clock_millis;
+use crate::store::column::duration_millis;
+use crate::store::column::signed;
+use crate::store::column::unsigned;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::users::DatabaseClock;
-use crate::store::users::clock_micros;
-use crate::store::users::clock_millis;
-use crate::store::users::duration_millis;
-use crate::store::users::signed;
-use crate::store::users::unsigned;
 
 /// If no node could write for this long, nobody knows which gateways would have beaten meanwhile.
 pub const MAX_SILENCE: Duration = Duration::from_secs(3);

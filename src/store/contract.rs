@@ -31,17 +31,17 @@ use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
 use crate::store::codec::OutboxBody;
+use crate::store::column::clock_millis;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::database::Database;
-use crate::store::database::OpenError;
 use crate::store::ended_lives::Ending;
 use crate::store::lives::Begun;
+use crate::store::open_error::OpenError;
 use crate::store::users::UserChange;
-use crate::store::users::clock_millis;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
@@ -381,7 +381,7 @@ async fn a_beat_extends_what_lives_and_revives_nothing() {
         let (one, two) = (register(connection, "gw-1:7000").await.life, register(connection, "gw-2:7000").await.life);
         lease_over(connection, one.epoch, true).await;
         lease_over(connection, two.epoch, true).await;
-        connection.end_lives("node", &[two.epoch], Ending::Said(EndReason::Operator)).await.unwrap().expect("it lived");
+        connection.end_lives("node", &[two.epoch], Ending::Unconditional(EndReason::Operator)).await.unwrap().expect("it lived");
         let beats = [one.epoch, two.epoch, Epoch(7)].map(|epoch| Beat { epoch, connections: 3, load: 0.5 });
         connection.beat_lives(&beats, LEASE).await.unwrap();
         let mut lives = connection.lives_by_epoch(&[one.epoch, two.epoch, Epoch(7)]).await.unwrap();
@@ -462,7 +462,8 @@ async fn any_number_of_lives_ends_at_once() {
         for n in 0..100 {
             epochs.push(register(connection, &format!("gw-{n}:7000")).await.life.epoch);
         }
-        let ended = connection.end_lives("node", &epochs, Ending::Said(EndReason::Operator)).await.unwrap().expect("they lived");
+        let ended =
+            connection.end_lives("node", &epochs, Ending::Unconditional(EndReason::Operator)).await.unwrap().expect("they lived");
         assert_eq!(ended.lives.len(), 100);
         assert_eq!(connection.list_lives(false, None, 100).await.unwrap().len(), 0);
     })
@@ -591,7 +592,11 @@ async fn routes_that_name_a_life_nobody_knows_are_found() {
         for (user, epoch) in [(1, life.epoch), (2, Epoch(77))] {
             insert_route(connection, user, epoch).await;
         }
-        connection.end_lives("node", &[life.epoch], Ending::Said(EndReason::Deregistered)).await.unwrap().expect("it lived");
+        connection
+            .end_lives("node", &[life.epoch], Ending::Unconditional(EndReason::Deregistered))
+            .await
+            .unwrap()
+            .expect("it lived");
         connection.mark_swept(life.epoch).await.unwrap();
         assert_eq!(connection.unswept_lives().await.unwrap().len(), 0);
         assert_eq!(connection.reopen_orphaned_lives().await.unwrap(), 2, "one was swept, one never was");

@@ -13,6 +13,7 @@ use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::database_file::DatabaseFile;
+use crate::store::open_error::OpenError;
 use crate::store::schema;
 
 /// The server may have ended a connection that was not used for longer.
@@ -56,22 +57,8 @@ impl ConnectionSlot {
     }
 }
 
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    #[error("another process uses {0}: one SQLite file serves one node; several nodes need store.url = mysql://...")]
-    InUse(String),
-    #[error("cannot lock {path}: {cause}")]
-    Lock { path: String, cause: std::io::Error },
-    #[error("cannot lay the tables: {0}")]
-    Migrate(#[from] sqlx::migrate::MigrateError),
-    #[error(transparent)]
-    Sql(#[from] SqlError),
-    #[error("no answer")]
-    NoAnswer,
-}
-
 impl Database {
-    /// Connects once, lays the tables if they are not there, and reads the store's id. Any number of nodes may do so at once.
+    /// Connects once, creates the tables that are missing, and reads the store's id. Any number of nodes may do so at once.
     pub async fn open(store: &config::Store) -> Result<Self, OpenError> {
         sqlx::any::install_default_drivers();
         let url = store.url.expose();

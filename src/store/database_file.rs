@@ -9,7 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::path::PathBuf;
 
-use crate::store::database::OpenError;
+use crate::store::open_error::OpenError;
 
 pub(super) struct DatabaseFile {
     /// Without symbolic links: two names of one file are one.

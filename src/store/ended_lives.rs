@@ -12,21 +12,21 @@ use crate::store::cluster::FUTURE_MS;
 use crate::store::cluster::MAX_SILENCE;
 use crate::store::codec;
 use crate::store::codec::OutboxBody;
+use crate::store::column::bind_epochs;
+use crate::store::column::clock_millis;
+use crate::store::column::duration_millis;
+use crate::store::column::signed;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
-use crate::store::lives::CLOSED;
-use crate::store::lives::COLUMNS;
-use crate::store::lives::bind_epochs;
-use crate::store::lives::read_life;
+use crate::store::life_row::CLOSED;
+use crate::store::life_row::COLUMNS;
+use crate::store::life_row::read_life;
 use crate::store::outbox::OutboxId;
 use crate::store::statement::chunks;
 use crate::store::statement::repeated;
-use crate::store::users::clock_millis;
-use crate::store::users::duration_millis;
-use crate::store::users::signed;
 
 /// Lives that ended, and the outbox row that says so until it is told.
 #[derive(Debug)]
@@ -45,7 +45,7 @@ pub enum Ending {
     /// Their lease is over, and an operator says that they are dead.
     Confirmed,
     /// Whatever their lease says.
-    Said(EndReason),
+    Unconditional(EndReason),
 }
 
 impl Connection {
@@ -169,7 +169,7 @@ fn end_statement(engine: Engine, ending: Ending, epochs: usize) -> Statement {
     let (reason, condition) = match ending {
         Ending::Expired { .. } => ("CASE WHEN (SELECT hold_rearm FROM cluster WHERE id = 1) > {now} THEN 5 ELSE 1 END", GUARD),
         Ending::Confirmed => ("4", "AND kind = 1 AND lease_until < {now}"),
-        Ending::Said(_) => ("?", ""),
+        Ending::Unconditional(_) => ("?", ""),
     };
     let head = format!(
         "UPDATE lives /*! FORCE INDEX (PRIMARY) */ SET alive = 0, ended_at = {{now}}, end_reason = {reason} \
@@ -178,7 +178,7 @@ fn end_statement(engine: Engine, ending: Ending, epochs: usize) -> Statement {
     let update = statement(repeated(&head.replace("{now}", clock_millis(engine)), "?", epochs, ")"));
     match ending {
         Ending::Expired { lease } => update.bind(duration_millis(MAX_SILENCE)).bind(duration_millis(lease)),
-        Ending::Said(reason) => update.bind(codec::end_to_i32(reason)),
+        Ending::Unconditional(reason) => update.bind(codec::end_to_i32(reason)),
         Ending::Confirmed => update,
     }
 }

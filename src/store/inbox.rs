@@ -15,6 +15,10 @@ use crate::domain::inbox::NewMessage;
 use crate::domain::inbox::Stored;
 use crate::domain::time::Timestamp;
 use crate::store::codec::Devices;
+use crate::store::column::bind_users;
+use crate::store::column::corrupt;
+use crate::store::column::signed;
+use crate::store::column::unsigned;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
@@ -23,10 +27,6 @@ use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::COUNTED_AT_ONCE;
-use crate::store::users::bind_users;
-use crate::store::users::corrupt;
-use crate::store::users::signed;
-use crate::store::users::unsigned;
 
 /// Messages of one statement. Each may be as large as a message can be, and a statement has to fit into a packet.
 const MESSAGES_AT_ONCE: usize = 32;

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use crate::store::column::clock_micros;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
-use crate::store::users::clock_micros;
 
 /// No job is claimed for longer.
 const LONGEST_MS: i64 = 60_000;

@@ -4,12 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
 use sqlx::Row;
-use sqlx::any::AnyRow;
 
 use crate::domain::gateway::Beat;
-use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeDetails;
@@ -18,33 +15,29 @@ use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
-use crate::domain::time::Timestamp;
 use crate::store::cluster::FUTURE_MS;
 use crate::store::codec;
-use crate::store::codec::Labels;
+use crate::store::column::bind_epochs;
+use crate::store::column::clock_micros;
+use crate::store::column::clock_millis;
+use crate::store::column::duration_millis;
+use crate::store::column::signed;
+use crate::store::column::unsigned;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
-use crate::store::connection::Statement;
 use crate::store::connection::statement;
 use crate::store::ended_lives::Ended;
 use crate::store::ended_lives::Ending;
+use crate::store::life_row::CLOSED;
+use crate::store::life_row::COLUMNS;
+use crate::store::life_row::labels;
+use crate::store::life_row::read_life;
+use crate::store::life_row::read_listed;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::Records;
-use crate::store::users::clock_micros;
-use crate::store::users::clock_millis;
-use crate::store::users::corrupt;
-use crate::store::users::duration_millis;
-use crate::store::users::signed;
-use crate::store::users::unsigned;
-
-pub(super) const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason, attach_no, \
-    attached_node FROM lives WHERE ";
-
-/// In `draining` of an unmanaged life: no bind begins on it any more.
-pub(super) const CLOSED: i32 = 2;
 
 /// A life that began, and those that it ended.
 #[derive(Debug)]
@@ -144,7 +137,7 @@ impl Connection {
         }
         let former: Vec<Epoch> =
             self.current_lives(std::slice::from_ref(&profile.gateway)).await?.iter().map(|life| life.epoch).collect();
-        let ended = self.end(node_id, &former, Ending::Said(EndReason::Superseded)).await?;
+        let ended = self.end(node_id, &former, Ending::Unconditional(EndReason::Superseded)).await?;
         let insert = format!(
             "INSERT INTO lives (epoch, gateway_addr, kind, alive, lease_until, last_beat, region, capacity, labels) \
              SELECT next_epoch, ?, 1, 1, {now} + ?, {now}, ?, ?, ? FROM cluster WHERE id = 1"
@@ -154,7 +147,7 @@ impl Connection {
         let begun = self.current_lives(std::slice::from_ref(&profile.gateway)).await?;
         if !wanted() {
             self.rollback().await?;
-            return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
+            return Err(SqlError::Lost("its caller timed out while it was queued".to_owned()));
         }
         self.commit().await?;
         let life = begun.into_iter().next().ok_or_else(|| SqlError::Lost("a row is missing that was there".to_owned()))?;
@@ -280,42 +273,4 @@ impl Connection {
         let rows = self.fetch(select.bind(i64::try_from(limit).unwrap_or(i64::MAX))).await?;
         rows.iter().map(read_listed).collect()
     }
-}
-
-fn labels(profile: &Profile) -> Vec<u8> {
-    Labels { labels: profile.labels.clone() }.encode_to_vec()
-}
-
-pub(super) fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
-    let alive = row.try_get::<i32, _>(3)? == 1;
-    let at = Timestamp(row.try_get(8)?);
-    let reason = codec::end_from_i32(row.try_get(9)?).unwrap_or(EndReason::Expired);
-    Ok(Arc::new(Life {
-        epoch: Epoch(unsigned(row.try_get(0)?)),
-        gateway: GatewayAddr::parse(row.try_get(1)?).map_err(|error| corrupt("gateway_addr", error))?,
-        kind: codec::kind_from_i32(row.try_get(2)?).ok_or_else(|| corrupt("kind", "is none we know"))?,
-        lease_until: Timestamp(row.try_get(4)?),
-        last_beat: Timestamp(row.try_get(5)?),
-        draining: row.try_get::<i32, _>(6)? == 1,
-        connections: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
-        end: (!alive).then_some(End { at, reason }),
-        attach_no: unsigned(row.try_get(10)?),
-        attached: Some(row.try_get::<&str, _>(11)?).filter(|node| !node.is_empty()).map(Arc::from),
-    }))
-}
-
-fn read_listed(row: &AnyRow) -> Result<LifeDetails, SqlError> {
-    let life = read_life(row)?;
-    let labels = row.try_get::<Option<Vec<u8>>, _>(14)?.unwrap_or_default();
-    let labels = Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels;
-    let capacity = u32::try_from(row.try_get::<i64, _>(13)?).unwrap_or(u32::MAX);
-    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(12)?, capacity, labels };
-    Ok(LifeDetails { life, profile, load: row.try_get(15)? })
-}
-
-pub(super) fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize) -> Statement {
-    for epoch in filled(chunk, fill) {
-        statement = statement.bind(signed(epoch.0));
-    }
-    statement
 }

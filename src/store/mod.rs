@@ -3,6 +3,7 @@
 pub mod bus;
 pub mod cluster;
 pub mod codec;
+mod column;
 pub mod connection;
 pub mod database;
 mod database_file;
@@ -10,8 +11,10 @@ pub mod ended_lives;
 pub mod inbox;
 pub mod jobs;
 pub mod keys;
+mod life_row;
 pub mod link;
 pub mod lives;
+pub mod open_error;
 pub mod outbox;
 mod schema;
 pub mod shared;

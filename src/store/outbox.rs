@@ -8,15 +8,15 @@ use sqlx::Row;
 use crate::domain::time::Timestamp;
 use crate::store::cluster::FUTURE_MS;
 use crate::store::codec::OutboxBody;
+use crate::store::column::clock_micros;
+use crate::store::column::corrupt;
+use crate::store::column::duration_millis;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
-use crate::store::users::clock_micros;
-use crate::store::users::corrupt;
-use crate::store::users::duration_millis;
 
 /// Names one outbox row.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +49,7 @@ impl Connection {
     }
 
     /// Deletes rows that are done, except those another node has claimed. Returns how many it deleted: fewer than given
-    /// means that somebody else has shown, or is showing, what the rows say.
+    /// means that another node has shown, or is showing, what the rows say.
     pub async fn delete_outbox(&mut self, ids: &[OutboxId]) -> Result<usize, SqlError> {
         let mut deleted = 0;
         for (chunk, fill) in chunks(ids) {

@@ -2,7 +2,6 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::time::Duration;
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
@@ -18,12 +17,17 @@ use crate::domain::route::Routes;
 use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
 use crate::store::codec;
+use crate::store::column::bind_epochs;
+use crate::store::column::bind_users;
+use crate::store::column::clock_micros;
+use crate::store::column::corrupt;
+use crate::store::column::signed;
+use crate::store::column::unsigned;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
-use crate::store::lives::bind_epochs;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
@@ -66,25 +70,6 @@ pub struct UserChange<'a> {
     pub after: &'a UserRecord,
 }
 
-pub(super) fn clock_micros(engine: Engine) -> &'static str {
-    match engine {
-        Engine::MySql => "CAST(UNIX_TIMESTAMP(NOW(6)) * 1000000 AS SIGNED)",
-        Engine::Sqlite => "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
-    }
-}
-
-/// The same clock in milliseconds: what is stored.
-pub(super) fn clock_millis(engine: Engine) -> &'static str {
-    match engine {
-        Engine::MySql => "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)",
-        Engine::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
-    }
-}
-
-pub(super) fn duration_millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
-}
-
 /// Rows that one statement counts.
 pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
 
@@ -105,7 +90,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Which of `users` somebody else holds locked now. Waits for nothing and leaves no locks behind.
+    /// Which of `users` another session has locked now. Waits for nothing and leaves no locks behind.
     pub async fn locked_users(&mut self, users: &[UserId]) -> Result<Vec<UserId>, SqlError> {
         let mut locked = Vec::new();
         for (chunk, fill) in chunks(users) {
@@ -334,13 +319,6 @@ impl Connection {
     }
 }
 
-pub(super) fn bind_users(mut statement: Statement, chunk: &[UserId], fill: usize) -> Statement {
-    for user in filled(chunk, fill) {
-        statement = statement.bind(user.get());
-    }
-    statement
-}
-
 fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
     insert
         .bind(user.get())
@@ -400,17 +378,4 @@ impl DatabaseClock {
 
 fn user_id(raw: i64) -> Result<UserId, SqlError> {
     UserId::parse(raw).map_err(|error| corrupt("user_id", error))
-}
-
-pub(super) fn corrupt(column: &'static str, error: impl std::fmt::Display) -> SqlError {
-    SqlError::Failed(sqlx::Error::Decode(format!("{column} {error}").into()))
-}
-
-/// Versions and epochs are below 2^53; columns are signed.
-pub(super) fn signed(value: u64) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
-}
-
-pub(super) fn unsigned(value: i64) -> u64 {
-    u64::try_from(value).unwrap_or(0)
 }

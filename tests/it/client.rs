@@ -11,6 +11,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::client::caller::Caller;
+use im_presence::client::fields;
 use im_presence::client::gateway::Acker;
 use im_presence::client::gateway::Connection;
 use im_presence::client::gateway::Event;
@@ -32,6 +33,7 @@ use crate::harness::cluster::Cluster;
 use crate::harness::cluster::GATEWAY;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::Redis;
+use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
 use crate::harness::eventually;
 use crate::harness::heavy;
@@ -387,6 +389,38 @@ async fn what_no_node_would_take_is_refused_at_once_and_disturbs_nobody() {
     }
     assert!(program.write(ALICE, "hello").await.delivered);
     assert_eq!((program.epochs().len(), lock(&program.told).detached), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_client_refuses_what_nodes_refuse_and_nothing_else() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    let good =
+        pb::BindRouteReq { client_ip: "192.0.2.1".to_owned(), client_port: 65_535, platform: 3, ..a_bind(ALICE, PHONE, "c") };
+    let text = |change: fn(&mut pb::BindRouteReq, String), text: &str| {
+        let mut request = good.clone();
+        change(&mut request, text.to_owned());
+        request
+    };
+    let mut binds = vec![good.clone(), pb::BindRouteReq { user_id: 0, ..good.clone() }];
+    binds.extend([-1, 8, 9, i32::MAX].map(|platform| pb::BindRouteReq { platform, ..good.clone() }));
+    binds.extend([-1, 0, 65_536].map(|client_port| pb::BindRouteReq { client_port, ..good.clone() }));
+    binds.extend(["", "::1", "here", "192.0.2.1:80"].map(|ip| text(|request, ip| request.client_ip = ip, ip)));
+    for name in ["", "a b", "\u{e9}", "\t", &"x".repeat(128), &"x".repeat(129)] {
+        binds.push(text(|request, name| request.device_id = name, name));
+        binds.push(text(|request, name| request.conn_id = name, name));
+    }
+    for bind in binds {
+        let node_takes =
+            !matches!(node.try_bind(bind.clone()).await, Err(status) if status.code() == tonic::Code::InvalidArgument);
+        assert_eq!(fields::check_bind(&bind).is_ok(), node_takes, "{bind:?}");
+    }
+    for addr in ["", GATEWAY, "a b", &"x".repeat(255), &"x".repeat(256)] {
+        let unbind = pb::UnbindRouteReq { user_id: ALICE, gateway_addr: addr.to_owned(), ..Default::default() };
+        let answer = node.presence().unbind_route(unbind.clone()).await;
+        let node_takes = !matches!(answer, Err(status) if status.code() == tonic::Code::InvalidArgument);
+        assert_eq!(fields::check_unbind(&unbind).is_ok(), node_takes, "{unbind:?}");
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -77,8 +77,8 @@ impl Tenant {
         eventually("the node is well again", BACK_AGAIN, async || self.node.degraded().await.is_empty()).await;
         self.node.bind(a_bind(ALICE, PHONE, "c-1")).await;
         let lines = |text: &str| self.node.log().iter().filter(|line| line.contains(text)).count();
-        assert_eq!(lines("can store nothing now"), 1, "{:?}", self.node.log());
-        assert_eq!(lines("stores changes again"), 1, "{:?}", self.node.log());
+        assert_eq!(lines("a lane cannot commit"), 1, "{:?}", self.node.log());
+        assert_eq!(lines("a lane commits again"), 1, "{:?}", self.node.log());
     }
 }
 

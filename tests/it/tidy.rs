@@ -1,10 +1,14 @@
 //! Rules of the house that a compiler does not check.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
 
 const MAX_FUNCTION_LINES: usize = 70;
+const MAX_FILE_LINES: usize = 450;
+/// Rooms of the engine, from the lowest to the highest.
+const ROOMS: [&str; 4] = ["read", "write", "messages", "gateways"];
 
 pub struct Source {
     /// Relative to the package: `src/engine/write/lane.rs`.
@@ -46,7 +50,9 @@ fn collect(directory: &Path, files: &mut Vec<PathBuf>) {
 /// The sources of the product. Tests that stand beside them are left out.
 pub fn sources() -> Vec<Source> {
     let mut files = Vec::new();
-    collect(&package().join("src"), &mut files);
+    for sources in ["src", "crates/proto/src", "crates/client/src"] {
+        collect(&package().join(sources), &mut files);
+    }
     files.sort();
     let named = files.into_iter().map(|path| {
         let text = fs::read_to_string(&path).expect("a source file");
@@ -86,6 +92,76 @@ fn floors_import_downwards_only() {
         }
     }
     none("floors import downwards only", wrong);
+}
+
+#[test]
+fn rooms_of_the_engine_import_downwards_only() {
+    let height = |room: &str| ROOMS.iter().position(|known| *known == room);
+    let mut wrong = Vec::new();
+    for source in sources().iter().filter(|source| source.floor() == "engine") {
+        let Some(own) = source.name.split('/').nth(2).and_then(height) else { continue };
+        for (number, line) in source.lines() {
+            for import in line.split("crate::engine::").skip(1) {
+                let room = import.split(':').next().unwrap_or_default();
+                if height(room).is_none_or(|room| room > own) {
+                    wrong.push(format!("{}:{number}: `{}` must not use `{room}`", source.name, ROOMS[own]));
+                }
+            }
+        }
+    }
+    none("rooms import downwards only", wrong);
+}
+
+#[test]
+fn files_of_one_room_or_floor_do_not_import_each_other_in_a_circle() {
+    let sources = sources();
+    let module = |name: &str| name.trim_start_matches("src/").trim_end_matches(".rs").trim_end_matches("/mod").replace('/', "::");
+    let modules: Vec<String> = sources.iter().map(|source| module(&source.name)).collect();
+    let imports = |source: &Source| -> Vec<usize> {
+        let lines: Vec<&str> = source.lines().map(|(_, line)| line).filter(|line| line.contains("crate::")).collect();
+        let imported = |line: &str, module: &str| line.contains(&format!("crate::{module}::"));
+        // The innermost module that a path names is the one it means.
+        let innermost =
+            |line: &&str| (0..modules.len()).filter(|i| imported(line, &modules[*i])).max_by_key(|i| modules[*i].len());
+        lines.iter().filter_map(innermost).collect()
+    };
+    let mut left: HashMap<usize, Vec<usize>> = (0..).zip(&sources).map(|(i, source)| (i, imports(source))).collect();
+    loop {
+        let free: Vec<usize> = left
+            .iter()
+            // A file may use its own directory: `lane/recovery.rs` is a part of `lane.rs`.
+            .filter(|(i, uses)| uses.iter().all(|used| !left.contains_key(used) || is_part(&modules, **i, *used)))
+            .map(|(i, _)| *i)
+            .collect();
+        if free.is_empty() {
+            break;
+        }
+        free.iter().for_each(|i| drop(left.remove(i)));
+    }
+    none("no circles", left.keys().map(|i| sources[*i].name.clone()).collect());
+}
+
+fn is_part(modules: &[String], one: usize, other: usize) -> bool {
+    let (one, other) = (&modules[one], &modules[other]);
+    one == other || one.starts_with(&format!("{other}::")) || other.starts_with(&format!("{one}::"))
+}
+
+#[test]
+fn the_picture_of_the_rooms_is_right() {
+    let text = fs::read_to_string(package().join("docs/architecture.md")).expect("docs/architecture.md");
+    let drawn: Vec<&str> = text.lines().filter_map(|line| line.strip_prefix("    engine/")?.split_whitespace().next()).collect();
+    let lowest_last: Vec<&str> = ROOMS.iter().rev().copied().collect();
+    assert_eq!(drawn, lowest_last, "the rooms in docs/architecture.md, the highest first");
+    let map = fs::read_to_string(package().join("src/engine/mod.rs")).expect("src/engine/mod.rs");
+    let listed: Vec<&str> = map.lines().filter_map(|line| line.strip_prefix("//! | [`")?.split('`').next()).collect();
+    assert_eq!(listed, ROOMS, "the rooms in src/engine/mod.rs");
+}
+
+#[test]
+fn a_file_holds_one_idea() {
+    let long = |source: &&Source| source.text.lines().count() > MAX_FILE_LINES;
+    let wrong = sources().iter().filter(long).map(|source| format!("{}: {}", source.name, source.text.lines().count())).collect();
+    none("no file is longer than 450 lines", wrong);
 }
 
 #[test]

@@ -198,7 +198,7 @@ impl Registry {
         self.change(move |connection, _| {
             Box::pin(async move {
                 let own = connection.lives_by_epoch(&[epoch]).await?.into_iter().any(|life| life.gateway == gateway);
-                if own && this.end(connection, &[epoch], Ending::Said(EndReason::Deregistered)).await? > 0 {
+                if own && this.end(connection, &[epoch], Ending::Unconditional(EndReason::Deregistered)).await? > 0 {
                     return Ok(Ok(()));
                 }
                 this.fence(connection, &gateway, "deregister").await.map(Err)
@@ -233,7 +233,7 @@ impl Registry {
     pub async fn purge(self: &Arc<Self>, epochs: Vec<Epoch>) -> Result<usize, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
-            Box::pin(async move { this.end(connection, &epochs, Ending::Said(EndReason::Operator)).await })
+            Box::pin(async move { this.end(connection, &epochs, Ending::Unconditional(EndReason::Operator)).await })
         })
         .await
     }
@@ -324,7 +324,7 @@ impl Registry {
             let _place = place;
             let mut kept = this.connection.lock().await;
             if !caller.waits() {
-                return Err(SqlError::Lost("whoever asked for it has waited in vain".to_owned()));
+                return Err(SqlError::Lost("its caller timed out while it was queued".to_owned()));
             }
             let mut connection = this.usable(kept.take()).await?;
             let done = change(&mut connection, caller).await?; // after an error nobody knows what state it is in

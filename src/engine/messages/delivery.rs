@@ -1,8 +1,8 @@
 //! Handing messages to the gateways that hold a user's devices: down the streams of those that attach, on `user:<id>` for the
 //! others; receivers are counted, and devices may acknowledge.
 //!
-//! Nobody took it, or memory knows no live route: the user is looked up past every cache before the answer is no. Then it
-//! is tried again, never beyond the caller's deadline, and only for devices that have not acknowledged. Only delivered outcomes
+//! If no gateway takes a message, or memory knows no live route, the user is read from SQL before the delivery fails. Then it
+//! is retried until the caller's deadline, for devices that have not acknowledged. Only delivered outcomes
 //! are remembered, so a repeated message is never lost and seldom doubled; receivers drop what they have seen by its id. One
 //! user's messages wait for each other, so a retry keeps its place.
 
@@ -36,7 +36,7 @@ use crate::engine::messages::turns::Turns;
 use crate::engine::read::directory::Answer;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::lives::Lives;
-use crate::engine::write::lanes::Change;
+use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::ByOutcome;

@@ -21,7 +21,7 @@ use crate::engine::messages::parcel::Parcel;
 use crate::engine::messages::parcel::Targets;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
-use crate::engine::write::lanes::Change;
+use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::Metrics;

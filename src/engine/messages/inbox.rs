@@ -28,8 +28,8 @@ use crate::engine::messages::delivery::Deliveries;
 use crate::engine::messages::streams::ORDER_BYTES;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::lives::Lives;
+use crate::engine::write::change::Change;
 use crate::engine::write::inbox_queue::InboxQueue;
-use crate::engine::write::lanes::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::memory::Memory;
@@ -140,7 +140,7 @@ impl Inboxes {
             let drained = stop.run_until_cancelled(self.drain(user)).await;
             self.queue.done(user);
             if let Some(Err(error)) = drained {
-                debug!(%error, user.id = %user, "an inbox could not be drained now");
+                debug!(%error, user.id = %user, "stored messages of a user could not be delivered now");
             }
         }
     }
@@ -158,7 +158,7 @@ impl Inboxes {
             let mut window = self.read(user, after).await?;
             match window.last() {
                 Some(last) => after = last.seq,
-                // Nothing is for the devices that are here; or there is nothing at all, and it is counted anew.
+                // No message is addressed to the devices online, or the inbox is empty: count it again.
                 None => return self.change(user, InboxChange::Expire).await.map(|_| ()),
             }
             window.retain(|stored| awake.keys().any(|device| is_for(&stored.message.devices, device)));
@@ -242,7 +242,7 @@ impl Inboxes {
             let last = users.len() < PAGE as usize;
             let outcomes = self.lanes.submit_all_in_background(users, || Change::Inbox(InboxChange::Expire)).await;
             if let Some(Err(error)) = outcomes.into_iter().find(Result::is_err) {
-                warn!(%error, "messages that are over could not be removed now");
+                warn!(%error, "expired messages could not be removed now");
                 return Ok(());
             }
             if last {

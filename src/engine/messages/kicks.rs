@@ -1,7 +1,7 @@
 //! Telling gateways to close connections whose routes other devices' binds removed. A kick that nobody received is repeated
 //! once a second as long as that gateway lives, up to ten times: somebody's client believes that it is online. So is one that
-//! a stream took and may have lost when it broke; it finds the gateway wherever that has gone with its epoch. Told twice is
-//! told once: a kick names one bind. What waits when the node stops is left to the outbox, for another node to tell.
+//! a stream took and may have lost when it broke; it finds the gateway wherever that has gone with its epoch. A kick names
+//! one bind, so a repeat does no harm. Kicks that wait when the node stops go to the outbox, and another node sends them.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -79,7 +79,7 @@ impl Kicks {
         let left: Vec<KickedRoute> = waiting(&mut unheard).into_iter().map(|(kick, _)| kick).collect();
         let count = left.len();
         if let Err(error) = self.leave_to_others(left).await {
-            warn!(%error, kicks = count, "gateways are not told to close connections of which they could not be told before");
+            warn!(%error, kicks = count, "kicks could not be sent, nor stored for another node to send");
         }
     }
 

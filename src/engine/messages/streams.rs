@@ -86,10 +86,10 @@ struct Queue {
 }
 
 /// An order on its way to its gateway, and its place in the queue.
-pub type Queued = (Order, Place);
+pub type Queued = (Order, HeldBytes);
 
 /// What an order takes of its queue's room. It is free once this is dropped, which whoever writes the order does then.
-pub struct Place {
+pub struct HeldBytes {
     bytes: usize,
     held: Arc<Held>,
 }
@@ -268,7 +268,7 @@ impl Queue {
         if !self.held.add_within(bytes, STREAM_QUEUE_BYTES) {
             return Err(Refused::Full);
         }
-        let place = Place { bytes, held: self.held.clone() };
+        let place = HeldBytes { bytes, held: self.held.clone() };
         self.orders.try_send((order, place)).map_err(|error| match error {
             TrySendError::Full(_) => Refused::Full,
             TrySendError::Closed(_) => Refused::Closed,
@@ -276,7 +276,7 @@ impl Queue {
     }
 }
 
-impl Drop for Place {
+impl Drop for HeldBytes {
     fn drop(&mut self) {
         self.held.remove(self.bytes);
     }
@@ -296,7 +296,7 @@ impl Attached {
 impl TakenKicks {
     fn note(&mut self, kick: KickOrder, lease: Duration) {
         while self.0.len() >= STREAM_QUEUE || self.0.front().is_some_and(|(written, _)| has_arrived(*written, lease)) {
-            self.0.pop_front(); // if they are too many it was written: the others fill the queue
+            self.0.pop_front(); // the queue holds that many: more kicks mean that the oldest was written
         }
         self.0.push_back((None, kick));
     }

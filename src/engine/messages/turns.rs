@@ -18,7 +18,7 @@ pub struct Turns<K>(Mutex<HashMap<K, Lock>>);
 pub struct Turn<K: Eq + Hash> {
     turns: Arc<Turns<K>>,
     key: K,
-    /// None: somebody else still has it.
+    /// None: another caller still has it.
     guard: Option<OwnedMutexGuard<()>>,
 }
 

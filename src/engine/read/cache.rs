@@ -54,7 +54,7 @@ pub struct Entry {
 
 impl Entry {
     fn new(mut record: UserRecord, as_of: Instant, from_l2: bool, trust: u64) -> Self {
-        record.routes.shrink_to_fit(); // a list that has shrunk again fits into the record
+        record.routes.shrink_to_fit(); // one route needs no allocation of its own
         Self { record, as_of, from_l2, trust }
     }
 }

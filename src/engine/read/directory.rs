@@ -34,15 +34,15 @@ const ABSENT_TTL: Duration = Duration::from_secs(1);
 const UNANNOUNCED_LIMIT: Duration = Duration::from_secs(1);
 /// How long a reader who could be given an old answer waits for the database before it is given that.
 const STALE_PATIENCE: Duration = Duration::from_millis(300);
-/// After a reader's patience ran out, others do not wait at all for this long, unless the database answers.
+/// After one load timed out, readers that have an older answer do not wait for SQL for this long, unless it answers.
 const SLOW_MEMORY: Duration = Duration::from_secs(2);
 
 /// What this node hears of changes made by others.
-pub enum Hearing {
+pub enum Announcements {
     /// There are no others.
-    Alone,
+    NotNeeded,
     /// There may be others, and no bus: entries are limited to a second.
-    Deaf,
+    Missing,
     Hints(Arc<Hints>),
 }
 
@@ -55,7 +55,7 @@ pub enum Source {
 }
 
 pub struct Settings {
-    pub hearing: Hearing,
+    pub announcements: Announcements,
     pub l1_ttl: Duration,
     pub heartbeat_interval: Duration,
     /// The longest a reader waits.
@@ -211,10 +211,10 @@ impl Directory {
     }
 
     fn moment(&self, at: Instant) -> Moment {
-        let complete = match &self.settings.hearing {
-            Hearing::Alone => Some(Duration::ZERO),
-            Hearing::Deaf => None,
-            Hearing::Hints(hints) => hints.complete_since(at),
+        let complete = match &self.settings.announcements {
+            Announcements::NotNeeded => Some(Duration::ZERO),
+            Announcements::Missing => None,
+            Announcements::Hints(hints) => hints.complete_since(at),
         };
         let (table, heartbeat_interval) = (self.lives.glance(), self.settings.heartbeat_interval);
         let now = self.lives.clock.at(at);
@@ -229,8 +229,8 @@ impl Directory {
         }
         let entry = self.cache.get(user)?;
         let since = moment.at.saturating_duration_since(entry.as_of);
-        let (limit, age) = match (&self.settings.hearing, moment.complete) {
-            (Hearing::Alone, _) => (self.settings.l1_ttl, Duration::ZERO),
+        let (limit, age) = match (&self.settings.announcements, moment.complete) {
+            (Announcements::NotNeeded, _) => (self.settings.l1_ttl, Duration::ZERO),
             (_, Some(complete)) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(moment.lives_age)),
             (_, None) => (UNANNOUNCED_LIMIT, since.max(moment.lives_age)),
         };

@@ -50,7 +50,7 @@ const RESUBSCRIBE_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Du
 /// What a former process of this name has sent is heard within this time after the start of this one.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// When what each other node that SQL says is alive had said last was sent.
+/// Send time of the last message from each other node that SQL says is alive.
 type Others = HashMap<String, Arc<AtomicInstant>>;
 
 pub struct Hints {
@@ -195,7 +195,7 @@ impl Hints {
                     self.cache.distrust();
                     self.heard().clear();
                     if !std::mem::replace(&mut hearing, true) {
-                        info!("hears the other nodes again");
+                        info!("hears hints of the other nodes again");
                     }
                     while let Some(Some(heard)) = stop.run_until_cancelled(subscription.next()).await {
                         backoff.reset();
@@ -212,7 +212,7 @@ impl Hints {
                 Some(Err(error)) => {
                     self.metrics.redis_error("queue");
                     if std::mem::replace(&mut hearing, false) {
-                        warn!(%error, "cannot hear the other nodes: memory is trusted for a second only");
+                        warn!(%error, "hears no hints of the other nodes: cached records are used for one second only");
                     }
                 }
             }

@@ -363,7 +363,7 @@ impl L2Check {
         if std::mem::take(&mut self.emptied) {
             connection.raise_generation(cluster.generation).await.inspect_err(|_| self.emptied = true)?;
             cluster = connection.read_cluster().await?;
-            warn!(generation = cluster.generation, "Redis (cache) was emptied: everybody is shown there anew");
+            warn!(generation = cluster.generation, "Redis (cache) was emptied: all users are written there again");
         }
         Ok(cluster)
     }
@@ -393,7 +393,7 @@ impl L2Check {
         Ok(complete)
     }
 
-    /// Without L2 for long, what waits to be shown there is given up: a new generation makes all it holds void.
+    /// Without L2 for long, updates that wait for it are dropped: a new generation makes all it holds void.
     async fn note_away(&mut self, error: &str) -> Result<(), SqlError> {
         self.l2.distrust();
         let since = *self.away_since.get_or_insert_with(|| {
@@ -410,7 +410,7 @@ impl L2Check {
         if connection.has_outbox_before(old).await? {
             if !cluster.cache_identity.is_empty() {
                 connection.adopt_cache(&cluster, "").await?;
-                warn!("Redis (cache) has been away for {AWAY_LIMIT:?}: what waits to be shown there is given up");
+                warn!("Redis (cache) has been away for {AWAY_LIMIT:?}: updates that wait for it are dropped");
             }
             connection.void_outbox_without_cache(old).await?;
         }

@@ -30,7 +30,7 @@ use crate::engine::read::l2::L2;
 use crate::engine::read::lives::Lives;
 use crate::engine::read::loads::Load;
 use crate::engine::read::loads::Loads;
-use crate::engine::read::loads::Place;
+use crate::engine::read::loads::Waiter;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::connection::Connection;
@@ -51,14 +51,14 @@ const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LIMIT: Duration = Duration::from_secs(1);
 
 /// Most users are asked for by one caller at a time.
-type Places = SmallVec<[Place; 1]>;
+type Waiters = SmallVec<[Waiter; 1]>;
 
 #[derive(Default)]
 struct Flight {
     /// Answered by the load in progress. None: no load is in progress.
-    running: Option<Places>,
+    running: Option<Waiters>,
     /// Answered by the next load.
-    waiting: Places,
+    waiting: Waiters,
     /// Somebody among them wants to hear SQL itself.
     past_l2: bool,
 }
@@ -119,8 +119,8 @@ impl Loader {
             self.metrics.shed("loads");
             return Err(Error::overloaded("too many users wait to be read from the database"));
         }
-        let (loads, places) = Loads::of(users.len());
-        users.iter().zip(places).for_each(|(user, place)| queue.join(*user, fresh, place));
+        let (loads, waiters) = Loads::of(users.len());
+        users.iter().zip(waiters).for_each(|(user, waiter)| queue.join(*user, fresh, waiter));
         drop(queue);
         self.wake_first();
         Ok(loads)
@@ -313,15 +313,15 @@ impl Reader {
 }
 
 impl Queue {
-    fn join(&mut self, user: UserId, fresh: bool, place: Place) {
+    fn join(&mut self, user: UserId, fresh: bool, waiter: Waiter) {
         let flight = self.flights.entry(user).or_default();
         match &mut flight.running {
-            Some(running) if !fresh => running.push(place),
+            Some(running) if !fresh => running.push(waiter),
             running => {
                 if flight.waiting.is_empty() && running.is_none() {
                     self.order.push_back(user);
                 }
-                flight.waiting.push(place);
+                flight.waiting.push(waiter);
                 flight.past_l2 |= fresh;
             }
         }
@@ -333,7 +333,7 @@ impl Queue {
         while users.len() < MAX_USERS_PER_LOAD {
             let Some(user) = self.order.pop_front() else { break };
             let Some(flight) = self.flights.get_mut(&user) else { continue };
-            flight.waiting.retain(|place| place.is_awaited());
+            flight.waiting.retain(|waiter| waiter.is_awaited());
             if flight.waiting.is_empty() {
                 self.flights.remove(&user);
                 continue;
@@ -347,8 +347,8 @@ impl Queue {
     fn answer(&mut self, answers: impl Iterator<Item = (UserId, Load)>) {
         for (user, answer) in answers {
             let Some(flight) = self.flights.get_mut(&user) else { continue };
-            for place in flight.running.take().into_iter().flatten() {
-                place.answer(answer.clone());
+            for waiter in flight.running.take().into_iter().flatten() {
+                waiter.answer(answer.clone());
             }
             if flight.waiting.is_empty() {
                 self.flights.remove(&user);

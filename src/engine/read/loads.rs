@@ -1,4 +1,4 @@
-//! A caller who waits for users to be loaded: one place per user, and one wake-up when all are there.
+//! A caller who waits for users to be loaded: one waiter per user, and one wake-up when all are there.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -18,8 +18,8 @@ pub type Load = Result<Arc<Entry>, Error>;
 /// What a caller waits for, in the order of its users. Dropping it tells that nobody waits any more.
 pub struct Loads(Arc<Shared>);
 
-/// Where the load of one user is answered. One that is dropped without an answer leaves none.
-pub struct Place {
+/// Receives the result of one user's load. Dropped unanswered, the user counts as finished without a result.
+pub struct Waiter {
     of: Arc<Shared>,
     index: usize,
 }
@@ -36,12 +36,12 @@ struct State {
 }
 
 impl Loads {
-    /// With a place for each of `users`.
-    pub fn of(users: usize) -> (Self, impl Iterator<Item = Place>) {
+    /// With a waiter for each of `users`.
+    pub fn of(users: usize) -> (Self, impl Iterator<Item = Waiter>) {
         let state = Mutex::new(State { loads: vec![None; users], missing: users });
         let shared = Arc::new(Shared { state, complete: Notify::new(), abandoned: AtomicBool::new(false) });
         let of = shared.clone();
-        (Self(shared), (0..users).map(move |index| Place { of: of.clone(), index }))
+        (Self(shared), (0..users).map(move |index| Waiter { of: of.clone(), index }))
     }
 
     /// Waits until nothing is missing.
@@ -63,19 +63,19 @@ impl Drop for Loads {
     }
 }
 
-impl Place {
+impl Waiter {
     pub fn is_awaited(&self) -> bool {
         !self.of.abandoned.load(Ordering::Relaxed)
     }
 
     pub fn answer(self, load: Load) {
-        if let Some(place) = self.of.state().loads.get_mut(self.index) {
-            *place = Some(load);
+        if let Some(waiter) = self.of.state().loads.get_mut(self.index) {
+            *waiter = Some(load);
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for Waiter {
     fn drop(&mut self) {
         let mut state = self.of.state();
         state.missing -= 1;

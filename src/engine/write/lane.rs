@@ -30,9 +30,9 @@ use tracing::warn;
 
 use crate::backoff::Backoff;
 use crate::domain::user::Outcome;
+use crate::engine::write::change::LaneContext;
+use crate::engine::write::change::Pending;
 use crate::engine::write::lane::recovery::Part;
-use crate::engine::write::lanes::LaneContext;
-use crate::engine::write::lanes::Pending;
 use crate::engine::write::projection::Batch;
 use crate::engine::write::projection::ShownRow;
 use crate::engine::write::projection::ToProjector;
@@ -63,7 +63,7 @@ const RETRY_LIMIT: Duration = Duration::from_secs(2);
 const PING_INTERVAL: Duration = Duration::from_secs(3);
 /// How long a committed batch's callers wait for L2 to have it.
 const L2_PATIENCE: Duration = Duration::from_millis(50);
-/// How long they wait for the queue, if L2 does not have it.
+/// How long callers wait for the hint to be published when L2 was not updated in time.
 const HINT_PATIENCE: Duration = Duration::from_millis(50);
 /// After this much idleness the lane deletes its last outbox row itself.
 const OUTBOX_IDLE: Duration = Duration::from_millis(500);
@@ -72,7 +72,7 @@ pub(super) struct Lane {
     tools: Arc<LaneContext>,
     callers: mpsc::Receiver<Pending>,
     background: mpsc::Receiver<Pending>,
-    /// Events of users whose rows somebody else holds, in their order.
+    /// Events of users whose rows another session has locked, in their order.
     parked: Vec<Pending>,
     connection: Option<Connection>,
     projector: ToProjector,
@@ -257,7 +257,7 @@ impl Lane {
             let (publisher, users) = (publisher.clone(), committed.overtaken);
             self.answering.spawn(async move {
                 if let Err(error) = publisher.show_now(&users).await {
-                    warn!(%error, "changes that another node showed meanwhile could not be looked at again");
+                    warn!(%error, "records that another node published at the same time could not be checked again");
                 }
             });
         }
@@ -298,7 +298,7 @@ impl Lane {
         if self.failing_since.is_none() {
             self.failing_since = Some(Instant::now());
             self.tools.write_health.begin_failing();
-            warn!(%error, "a lane can store nothing now; changes wait, or are refused");
+            warn!(%error, "a lane cannot commit: changes wait or are refused");
         }
     }
 
@@ -307,7 +307,7 @@ impl Lane {
         self.has_told_denied = false;
         if let Some(since) = self.failing_since.take() {
             self.tools.write_health.end_failing();
-            info!(duration_ms = since.elapsed().as_millis() as u64, "a lane stores changes again");
+            info!(duration_ms = since.elapsed().as_millis() as u64, "a lane commits again");
         }
     }
 

@@ -69,7 +69,7 @@ impl Repair {
             let cluster = connection.read_cluster().await?;
             connection.raise_generation(cluster.generation).await?;
             connection.void_outbox(cluster.clock.now()).await?;
-            warn!(rows = waiting, "too many changes wait to be shown: they are given up, and the caches start anew");
+            warn!(rows = waiting, "too many outbox rows wait to be published: they are dropped, and the caches start empty");
         }
         if let Some(l2) = self.publisher.l2.clone() {
             if !l2.is_usable() {
@@ -189,7 +189,7 @@ impl Repair {
 pub fn log_repair(done: Result<usize, SqlError>) {
     match done {
         Ok(0) => {}
-        Ok(rows) => warn!(rows, "showed changes that were left behind by a node that died or could not reach Redis"),
-        Err(error) => warn!(%error, "changes that were left behind cannot be shown yet"),
+        Ok(rows) => warn!(rows, "published outbox rows that a node left behind when it died or could not reach Redis"),
+        Err(error) => warn!(%error, "outbox rows that were left behind cannot be published yet"),
     }
 }

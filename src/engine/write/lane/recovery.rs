@@ -12,11 +12,11 @@ use tracing::warn;
 
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::engine::write::change::Change;
+use crate::engine::write::change::Pending;
 use crate::engine::write::lane::Lane;
 use crate::engine::write::lane::MAX_BATCH;
 use crate::engine::write::lane::MAX_BATCH_BYTES;
-use crate::engine::write::lanes::Change;
-use crate::engine::write::lanes::Pending;
 use crate::engine::write::transaction::Failure;
 use crate::error::Error;
 use crate::store::connection::SqlError;

@@ -8,6 +8,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence_proto as pb;
+use im_presence_proto::presence_service_client::PresenceServiceClient;
 use tokio::time::sleep;
 use tonic::Code;
 use tonic::Request;
@@ -16,11 +18,9 @@ use tonic::Status;
 use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
-use crate::client::InvalidAddress;
-use crate::client::channel;
-use crate::client::jittered;
-use crate::pb;
-use crate::pb::presence_service_client::PresenceServiceClient;
+use crate::InvalidAddress;
+use crate::channel;
+use crate::jittered;
 
 /// 2,000 users with all their routes may be larger than tonic's 4 MiB.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;

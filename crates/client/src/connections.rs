@@ -3,12 +3,13 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use crate::client::gateway::Connection;
-use crate::client::gateway::request;
-use crate::pb;
+use im_presence_proto as pb;
+
+use crate::event::Connection;
+use crate::event::request;
 
 /// User, device, connection.
-type Place = (i64, String, String);
+type Key = (i64, String, String);
 
 struct Held {
     connection: Connection,
@@ -19,7 +20,7 @@ struct Held {
 
 #[derive(Default)]
 pub struct Connections {
-    held: BTreeMap<Place, Held>,
+    held: BTreeMap<Key, Held>,
     /// Kicks that have overtaken the answer to their bind.
     early: Vec<pb::Kick>,
 }
@@ -35,23 +36,23 @@ impl Connections {
 
     pub fn insert(&mut self, connection: &Connection) {
         let held = Held { connection: connection.clone(), since: Instant::now(), route_key: String::new() };
-        self.held.insert(place(connection), held);
+        self.held.insert(key(connection), held);
     }
 
     /// What to say of a connection. None: it has ended.
     pub fn bind_request(&self, connection: &Connection) -> Option<pb::BindRouteReq> {
-        self.held.get(&place(connection)).map(|held| request(&held.connection, held.since))
+        self.held.get(&key(connection)).map(|held| request(&held.connection, held.since))
     }
 
     /// A node has bound it. Returns the kick that was there before.
     pub fn bound(&mut self, connection: &Connection, route_key: &str) -> Option<pb::Kick> {
-        self.held.get_mut(&place(connection))?.route_key = route_key.to_owned();
+        self.held.get_mut(&key(connection))?.route_key = route_key.to_owned();
         let early = self.early.iter().position(|kick| kick.route_key == route_key)?;
         Some(self.early.swap_remove(early))
     }
 
     pub fn refused(&mut self, connection: &Connection) {
-        self.held.remove(&place(connection));
+        self.held.remove(&key(connection));
     }
 
     /// It has ended. True: its bind was not answered, and may still be carried out.
@@ -73,7 +74,7 @@ impl Connections {
             }
         }
         match &meant {
-            Some(connection) => _ = self.held.remove(&place(connection)),
+            Some(connection) => _ = self.held.remove(&key(connection)),
             None if unanswered => self.early.push(kick.clone()),
             None => {}
         }
@@ -86,7 +87,7 @@ impl Connections {
     }
 }
 
-fn place(connection: &Connection) -> Place {
+fn key(connection: &Connection) -> Key {
     (connection.user_id, connection.device_id.clone(), connection.conn_id.clone())
 }
 

@@ -3,6 +3,8 @@
 
 pub mod caller;
 mod connections;
+mod event;
+pub mod fields;
 pub mod gateway;
 mod life;
 

@@ -1,8 +1,8 @@
 //! A gateway that people can use: WebSockets on one side, im-presence on the other, and a page to chat on.
 //!
 //!     cargo run --release                                                    # a node
-//!     cargo run --release --example ws_gateway -- 127.0.0.1:8001 127.0.0.1:6000
-//!     cargo run --release --example ws_gateway -- 127.0.0.1:8002 127.0.0.1:6000
+//!     cargo run --release -p im-presence-client --example ws_gateway -- 127.0.0.1:8001 127.0.0.1:6000
+//!     cargo run --release -p im-presence-client --example ws_gateway -- 127.0.0.1:8002 127.0.0.1:6000
 //!
 //! Then open http://127.0.0.1:8001/?user=1 and http://127.0.0.1:8002/?user=2 and write to each other. Everything after the
 //! first address is a node; with several, one may be killed.
@@ -31,13 +31,13 @@ use axum::extract::ws::WebSocket;
 use axum::response::Html;
 use axum::response::Response;
 use axum::routing::get;
-use im_presence::client::caller::Caller;
-use im_presence::client::gateway::Acker;
-use im_presence::client::gateway::Connection;
-use im_presence::client::gateway::Event;
-use im_presence::client::gateway::Gateway;
-use im_presence::client::gateway::Options;
-use im_presence::pb;
+use im_presence_client::caller::Caller;
+use im_presence_client::gateway::Acker;
+use im_presence_client::gateway::Connection;
+use im_presence_client::gateway::Event;
+use im_presence_client::gateway::Gateway;
+use im_presence_client::gateway::Options;
+use im_presence_proto as pb;
 use serde::Deserialize;
 use serde::Serialize;
 use tokio::net::TcpListener;
@@ -94,7 +94,7 @@ enum ToClient {
         delivery: String,
         id: String,
         #[serde(flatten)]
-        said: Said,
+        said: ClientFrame,
     },
     Outcome {
         id: String,
@@ -104,7 +104,7 @@ enum ToClient {
 
 /// What travels through im-presence.
 #[derive(Deserialize, Serialize)]
-struct Said {
+struct ClientFrame {
     from: i64,
     text: String,
 }
@@ -148,7 +148,8 @@ fn hand_over(sockets: &mut BTreeMap<Place, Socket>, delivery: &pb::Delivery, ack
         if !is_for_it || socket.unacknowledged.len() >= SOCKET_QUEUE {
             continue;
         }
-        let said = serde_json::from_str(&delivery.message).unwrap_or_else(|_| Said { from: 0, text: delivery.message.clone() });
+        let said =
+            serde_json::from_str(&delivery.message).unwrap_or_else(|_| ClientFrame { from: 0, text: delivery.message.clone() });
         let named = [&delivery.message_id, &delivery.delivery_id].into_iter().find(|id| !id.is_empty());
         let (delivery, id) = (delivery.delivery_id.clone(), named.cloned().unwrap_or_default());
         if socket.to_client.try_send(ToClient::Message { delivery: delivery.clone(), id, said }).is_ok() {
@@ -253,7 +254,7 @@ async fn send_all(chat: Arc<Chat>, from: i64, mut to_send: mpsc::Receiver<FromCl
         let FromClient::Message { id, to, text } = written else { continue };
         let request = pb::DeliverReq {
             user_id: to,
-            message: serde_json::to_string(&Said { from, text }).unwrap_or_default(),
+            message: serde_json::to_string(&ClientFrame { from, text }).unwrap_or_default(),
             message_type: "chat".to_owned(),
             message_id: id.clone(),
             ack_timeout_ms: ACK_TIMEOUT_MS,

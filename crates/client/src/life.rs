@@ -6,6 +6,11 @@ use std::collections::VecDeque;
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence_proto as pb;
+use im_presence_proto::Code;
+use im_presence_proto::gateway_frame::Body as Up;
+use im_presence_proto::gateway_service_client::GatewayServiceClient;
+use im_presence_proto::node_frame::Body as Down;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -18,20 +23,17 @@ use tonic::Status;
 use tonic::Streaming;
 use tonic::transport::Channel;
 
-use crate::client::InvalidAddress;
-use crate::client::channel;
-use crate::client::connections::Connections;
-use crate::client::gateway::Acker;
-use crate::client::gateway::Connection;
-use crate::client::gateway::Event;
-use crate::client::gateway::Options;
-use crate::client::gateway::refusal;
-use crate::client::jittered;
-use crate::pb;
-use crate::pb::Code;
-use crate::pb::gateway_frame::Body as Up;
-use crate::pb::gateway_service_client::GatewayServiceClient;
-use crate::pb::node_frame::Body as Down;
+use crate::InvalidAddress;
+use crate::channel;
+use crate::connections::Connections;
+use crate::event::Acker;
+use crate::event::Call;
+use crate::event::Connection;
+use crate::event::Event;
+use crate::event::Options;
+use crate::event::QUEUE;
+use crate::event::refusal;
+use crate::jittered;
 
 /// For connecting and for the welcome.
 const ATTACH_LIMIT: Duration = Duration::from_secs(3);
@@ -43,15 +45,6 @@ const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from
 const MAX_EVENT_AGE: Duration = Duration::from_secs(5);
 /// Before what a node could not store is asked again, beyond the time that the node has named.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
-/// Calls and frames that wait to be sent.
-pub const QUEUE: usize = 4_096;
-
-pub enum Call {
-    Bind(Connection, oneshot::Sender<pb::BindRouteResp>),
-    Unbind(pb::UnbindRouteReq, oneshot::Sender<pb::UnbindRouteResp>),
-    Ack(pb::DeliveryAck),
-}
-
 /// A request without an answer yet: it is made again on the next stream.
 enum Asked {
     Bind(Connection, Option<oneshot::Sender<pb::BindRouteResp>>),

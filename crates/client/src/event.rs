@@ -1,0 +1,111 @@
+//! What a gateway and its nodes tell each other.
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use im_presence_proto as pb;
+use im_presence_proto::Code;
+use tokio::sync::mpsc;
+use tokio::sync::oneshot;
+use tonic::Status;
+
+use crate::fields;
+
+/// Calls and frames that wait to be sent.
+pub(crate) const QUEUE: usize = 4_096;
+
+pub(crate) enum Call {
+    Bind(Connection, oneshot::Sender<pb::BindRouteResp>),
+    Unbind(pb::UnbindRouteReq, oneshot::Sender<pb::UnbindRouteResp>),
+    Ack(pb::DeliveryAck),
+}
+
+/// What a gateway says of itself.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// `host:port` of each node.
+    pub nodes: Vec<String>,
+    /// Where this gateway is found; its name.
+    pub gateway_addr: String,
+    pub region: String,
+    pub capacity: u32,
+    pub labels: HashMap<String, String>,
+}
+
+/// A client's connection. `conn_id` names it among all this gateway ever had.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Connection {
+    pub user_id: i64,
+    pub device_id: String,
+    pub conn_id: String,
+    pub platform: i32,
+    pub client_ip: String,
+    pub client_port: i32,
+}
+
+/// What the gateway is told.
+#[derive(Debug)]
+pub enum Event {
+    /// Hand this over to the user's devices (`device_ids`, or all), then acknowledge for each.
+    Delivery(pb::Delivery, Acker),
+    /// Close this connection: another bind has removed its route.
+    Kick(Connection, pb::Kick),
+    /// A bind that had to be made again after the gateway's life was over did not succeed: close the connection.
+    Lost(Connection, pb::BindRouteResp),
+    /// The stream is there, with this epoch.
+    Attached { epoch: u64 },
+    /// The stream has ended; another one is being made.
+    Detached(Status),
+    /// Another process has this address. It is tried again after a lease; better stop.
+    Superseded,
+}
+
+/// Acknowledges one delivery.
+#[derive(Clone, Debug)]
+pub struct Acker {
+    pub(crate) calls: mpsc::Sender<Call>,
+    pub(crate) delivery_id: String,
+    pub(crate) user_id: i64,
+    pub(crate) wanted: bool,
+}
+
+impl Acker {
+    /// The device has it.
+    pub fn taken(&self, device_id: &str) {
+        self.answer(device_id, false);
+    }
+
+    /// The device is not on this gateway any more.
+    pub fn not_here(&self, device_id: &str) {
+        self.answer(device_id, true);
+    }
+
+    fn answer(&self, device_id: &str, not_here: bool) {
+        if self.wanted && fields::check_name("device_id", device_id).is_ok() {
+            let (delivery_id, device_id) = (self.delivery_id.clone(), device_id.to_owned());
+            let ack = pb::DeliveryAck { delivery_id, user_id: self.user_id, device_id, not_here };
+            let _ = self.calls.try_send(Call::Ack(ack)); // full: it is delivered again
+        }
+    }
+}
+
+pub(crate) fn request(connection: &Connection, since: Instant) -> pb::BindRouteReq {
+    pb::BindRouteReq {
+        user_id: connection.user_id,
+        device_id: connection.device_id.clone(),
+        conn_id: connection.conn_id.clone(),
+        platform: connection.platform,
+        client_ip: connection.client_ip.clone(),
+        client_port: connection.client_port,
+        connected_ms_ago: u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX),
+        ..Default::default()
+    }
+}
+
+pub(crate) fn refusal(code: Code, why: impl Into<String>) -> pb::BindRouteResp {
+    pb::BindRouteResp { result: result(code, why), ..Default::default() }
+}
+
+pub(crate) fn result(code: Code, why: impl Into<String>) -> Option<pb::Result> {
+    Some(pb::Result { code: code.into(), msg: why.into() })
+}

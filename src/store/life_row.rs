@@ -1,0 +1,58 @@
+//! A row of the table of lives.
+
+use std::sync::Arc;
+
+use prost::Message;
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use crate::domain::gateway::End;
+use crate::domain::gateway::EndReason;
+use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeDetails;
+use crate::domain::gateway::Profile;
+use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
+use crate::domain::time::Timestamp;
+use crate::store::codec;
+use crate::store::codec::Labels;
+use crate::store::column::corrupt;
+use crate::store::column::unsigned;
+use crate::store::connection::SqlError;
+
+pub(super) const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason, attach_no, \
+    attached_node FROM lives WHERE ";
+
+/// In `draining` of an unmanaged life: no bind begins on it any more.
+pub(super) const CLOSED: i32 = 2;
+
+pub(super) fn labels(profile: &Profile) -> Vec<u8> {
+    Labels { labels: profile.labels.clone() }.encode_to_vec()
+}
+
+pub(super) fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
+    let alive = row.try_get::<i32, _>(3)? == 1;
+    let at = Timestamp(row.try_get(8)?);
+    let reason = codec::end_from_i32(row.try_get(9)?).unwrap_or(EndReason::Expired);
+    Ok(Arc::new(Life {
+        epoch: Epoch(unsigned(row.try_get(0)?)),
+        gateway: GatewayAddr::parse(row.try_get(1)?).map_err(|error| corrupt("gateway_addr", error))?,
+        kind: codec::kind_from_i32(row.try_get(2)?).ok_or_else(|| corrupt("kind", "is none we know"))?,
+        lease_until: Timestamp(row.try_get(4)?),
+        last_beat: Timestamp(row.try_get(5)?),
+        draining: row.try_get::<i32, _>(6)? == 1,
+        connections: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
+        end: (!alive).then_some(End { at, reason }),
+        attach_no: unsigned(row.try_get(10)?),
+        attached: Some(row.try_get::<&str, _>(11)?).filter(|node| !node.is_empty()).map(Arc::from),
+    }))
+}
+
+pub(super) fn read_listed(row: &AnyRow) -> Result<LifeDetails, SqlError> {
+    let life = read_life(row)?;
+    let labels = row.try_get::<Option<Vec<u8>>, _>(14)?.unwrap_or_default();
+    let labels = Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels;
+    let capacity = u32::try_from(row.try_get::<i64, _>(13)?).unwrap_or(u32::MAX);
+    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(12)?, capacity, labels };
+    Ok(LifeDetails { life, profile, load: row.try_get(15)? })
+}
