@@ -1,5 +1,6 @@
 //! Time. What is stored or compared between nodes is the database's clock; what is measured here is this node's monotonic one.
 
+use std::sync::LazyLock;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicI64;
@@ -134,6 +135,29 @@ impl Clock {
 pub fn unix_ms() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// An instant in eight bytes, for what there are millions of: nanoseconds since this process first asked, or before that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct CompactInstant(i64);
+
+static ORIGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+
+impl From<Instant> for CompactInstant {
+    fn from(instant: Instant) -> Self {
+        let nanos = |duration: Duration| i64::try_from(duration.as_nanos()).unwrap_or(i64::MAX);
+        match instant.checked_duration_since(*ORIGIN) {
+            Some(after) => Self(nanos(after)),
+            None => Self(-nanos(ORIGIN.duration_since(instant))),
+        }
+    }
+}
+
+impl From<CompactInstant> for Instant {
+    fn from(CompactInstant(nanos): CompactInstant) -> Self {
+        let distance = Duration::from_nanos(nanos.unsigned_abs());
+        if nanos < 0 { ORIGIN.checked_sub(distance).unwrap_or(*ORIGIN) } else { *ORIGIN + distance }
+    }
 }
 
 /// An instant that threads share without a lock. Freshness is a time compared when reading, never a flag that a task sets: a

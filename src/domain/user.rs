@@ -37,7 +37,7 @@ pub struct UserRecord {
     /// The greatest number that a stored message of the user ever had.
     pub inbox_seq: u64,
     /// How many messages are stored.
-    pub inbox_pending: u64,
+    pub inbox_pending: u32,
 }
 
 /// A gateway says that a device has connected to it.
@@ -289,11 +289,12 @@ impl UserRecord {
             InboxOutcome::Stored { seq, .. } => seq.max(self.inbox_seq),
             InboxOutcome::Full | InboxOutcome::Removed { .. } => self.inbox_seq,
         };
-        let has_changed = (inbox_seq, inbox.len()) != (self.inbox_seq, self.inbox_pending);
+        let pending = u32::try_from(inbox.len()).unwrap_or(u32::MAX);
+        let has_changed = (inbox_seq, pending) != (self.inbox_seq, self.inbox_pending);
         let next = has_changed.then(|| Self {
             version: self.version.next(context.clock),
             inbox_seq,
-            inbox_pending: inbox.len(),
+            inbox_pending: pending,
             ..self.clone()
         });
         Applied { outcome: Outcome::Inbox(outcome), next }

@@ -142,7 +142,13 @@ impl From<&UserRecord> for StoredRecord {
     fn from(record: &UserRecord) -> Self {
         let routes = record.routes.iter().map(StoredRoute::from).collect();
         let UserRecord { inbox_seq, inbox_pending, .. } = *record;
-        Self { status: status_to_i32(record.status), last_seen_ms: record.last_seen.0, routes, inbox_seq, inbox_pending }
+        Self {
+            status: status_to_i32(record.status),
+            last_seen_ms: record.last_seen.0,
+            routes,
+            inbox_seq,
+            inbox_pending: inbox_pending.into(),
+        }
     }
 }
 
@@ -169,6 +175,7 @@ impl StoredRecord {
         let routes = self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?;
         let (status, last_seen) = (status_from_i32(self.status)?, Timestamp(self.last_seen_ms));
         let Self { inbox_seq, inbox_pending, .. } = self;
+        let inbox_pending = u32::try_from(inbox_pending).unwrap_or(u32::MAX);
         Some(UserRecord { version, status, last_seen, routes, inbox_seq, inbox_pending })
     }
 }

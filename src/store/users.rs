@@ -224,7 +224,7 @@ impl Connection {
                 let after = change.after;
                 insert = insert.bind(change.user.get()).bind(signed(after.version.0));
                 insert = insert.bind(codec::status_to_i32(after.status)).bind(after.last_seen.0);
-                insert = insert.bind(signed(after.inbox_seq)).bind(signed(after.inbox_pending));
+                insert = insert.bind(signed(after.inbox_seq)).bind(i64::from(after.inbox_pending));
             }
             self.execute(insert).await?;
         }
@@ -345,7 +345,7 @@ fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
             last_seen: Timestamp(row.try_get(3)?),
             routes: Routes::new(),
             inbox_seq: unsigned(row.try_get(15)?),
-            inbox_pending: unsigned(row.try_get(16)?),
+            inbox_pending: u32::try_from(row.try_get::<i64, _>(16)?).unwrap_or(u32::MAX),
         }),
     };
     if let Some(device) = row.try_get::<Option<&str>, _>(5)? {

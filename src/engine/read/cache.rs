@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicU32;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -29,6 +30,7 @@ use std::time::Instant;
 
 use moka::policy::EvictionPolicy;
 
+use crate::clock::CompactInstant;
 use crate::domain::id::NumberHasher;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
@@ -44,18 +46,22 @@ const SHARDS: usize = 64;
 #[derive(Debug)]
 pub struct Entry {
     pub record: UserRecord,
-    /// The record was complete at this instant, or later.
-    pub as_of: Instant,
+    as_of: CompactInstant,
     /// It came from the shared cache.
     pub from_l2: bool,
     /// The trust number at the start of its load.
-    trust: u64,
+    trust: u32,
 }
 
 impl Entry {
-    fn new(mut record: UserRecord, as_of: Instant, from_l2: bool, trust: u64) -> Self {
+    fn new(mut record: UserRecord, as_of: Instant, from_l2: bool, trust: u32) -> Self {
         record.routes.shrink_to_fit(); // one route needs no allocation of its own
-        Self { record, as_of, from_l2, trust }
+        Self { record, as_of: as_of.into(), from_l2, trust }
+    }
+
+    /// The record was complete at this instant, or later.
+    pub fn as_of(&self) -> Instant {
+        self.as_of.into()
     }
 }
 
@@ -64,7 +70,7 @@ struct UnderWay {
     loads: u32,
     writes: u32,
     /// The trust number when the first of the writes in progress began.
-    write_trust: u64,
+    write_trust: u32,
     floor: Version,
     /// The newest version that the shared cache is not known to hold; 0: none.
     lag: Version,
@@ -87,7 +93,7 @@ pub struct LoadTicket {
     user: UserId,
     /// What was known for sure before the load read anything.
     floor_before: Version,
-    trust: u64,
+    trust: u32,
     began: Instant,
 }
 
@@ -123,7 +129,7 @@ pub struct Cache {
     l1: L1,
     shards: Vec<Mutex<NumberMap<UserId, UnderWay>>>,
     /// Entries whose load began under a smaller number are not used.
-    trust: AtomicU64,
+    trust: AtomicU32,
     offers_rejected: AtomicU64,
     went_back: AtomicU64,
     /// Users with older versions may be missing in SQL.
@@ -137,7 +143,7 @@ impl Cache {
         let l1 = l1.build_with_hasher(BuildHasherDefault::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         let counter = || AtomicU64::new(0);
-        let (trust, offers_rejected, went_back, forgotten) = (counter(), counter(), counter(), counter());
+        let (trust, offers_rejected, went_back, forgotten) = (AtomicU32::new(0), counter(), counter(), counter());
         Arc::new(Self { l1, shards, trust, offers_rejected, went_back, forgotten })
     }
 

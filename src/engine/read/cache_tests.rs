@@ -41,6 +41,12 @@ fn a_record_in_memory_has_no_room_to_spare() {
     assert_eq!(room(), 1, "loaded");
 }
 
+#[test]
+fn a_user_with_one_device_takes_one_allocation_of_a_size_that_allocators_have() {
+    // 16 bytes count references; 192 is a size class of the usual allocators, and the next one is 224.
+    assert!(size_of::<Entry>() + 16 <= 192, "{}", size_of::<Entry>());
+}
+
 fn record(version: u64) -> UserRecord {
     UserRecord { version: Version(version), ..UserRecord::default() }
 }

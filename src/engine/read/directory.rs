@@ -228,7 +228,7 @@ impl Directory {
             return None;
         }
         let entry = self.cache.get(user)?;
-        let since = moment.at.saturating_duration_since(entry.as_of);
+        let since = moment.at.saturating_duration_since(entry.as_of());
         let (limit, age) = match (&self.settings.announcements, moment.complete) {
             (Announcements::NotNeeded, _) => (self.settings.l1_ttl, Duration::ZERO),
             (_, Some(complete)) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(moment.lives_age)),
@@ -238,7 +238,7 @@ impl Directory {
             return None;
         }
         let outlived = |route: &Route| {
-            let renewed = route.expires_at.is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of));
+            let renewed = route.expires_at.is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of()));
             renewed || moment.table.get(route.epoch).is_none()
         };
         if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {
@@ -266,7 +266,7 @@ impl Directory {
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
     fn outdated(&self, user: UserId, bound: Option<Duration>, moment: &Arc<Moment>) -> Option<Answer> {
         let entry = self.cache.get(user).filter(|_| !is_zero(bound))?;
-        let age = moment.at.saturating_duration_since(entry.as_of).max(moment.lives_age);
+        let age = moment.at.saturating_duration_since(entry.as_of()).max(moment.lives_age);
         if bound.is_some_and(|bound| age > bound) {
             return None;
         }
