@@ -121,8 +121,10 @@ impl Drop for LoadTicket {
 }
 
 /// Concurrent reads take no lock. What `insert` and `invalidate` did is seen by the next `get` of any thread; only the order of
-/// use and evictions follow later, so that L1 holds a little more than its capacity for a moment
-/// (<https://docs.rs/moka/latest/moka/sync/struct.Cache.html>, "Concurrent behaviors" of `moka`).
+/// use and evictions follow later, so L1 holds a little more than its capacity for a moment (moka's documentation,
+/// "Concurrent behaviors" of `moka::sync::Cache`: <https://docs.rs/moka/latest/moka/sync/struct.Cache.html>). When it is full,
+/// the least recently used entry goes, unless the new one was asked for less often lately (TinyLFU): then the new one does. By
+/// measurement that finds more users than LRU alone, also beside batches that ask for everybody once.
 type L1 = moka::sync::Cache<UserId, Arc<Entry>, BuildHasherDefault<NumberHasher>>;
 
 pub struct Cache {
@@ -139,7 +141,7 @@ pub struct Cache {
 impl Cache {
     /// Holds up to `capacity` users.
     pub fn new(capacity: u64) -> Arc<Self> {
-        let l1 = moka::sync::Cache::builder().max_capacity(capacity).eviction_policy(EvictionPolicy::lru());
+        let l1 = moka::sync::Cache::builder().max_capacity(capacity).eviction_policy(EvictionPolicy::tiny_lfu());
         let l1 = l1.build_with_hasher(BuildHasherDefault::default());
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         let counter = || AtomicU64::new(0);
