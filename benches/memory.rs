@@ -70,7 +70,7 @@ async fn measure(rounds: usize, users: u64) {
 
 async fn settings(db: &TestDb, redis: &RedisServer) -> Node {
     let port = redis.port.to_string();
-    let more = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port), ("ROUTE__L1_CAPACITY", "1100000")];
+    let more = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port)];
     Node::start(db.settings(&more)).await
 }
 

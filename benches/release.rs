@@ -65,8 +65,8 @@ impl Store {
     fn settings(&self, threads: &str) -> Settings {
         let port = self.redis.port.to_string();
         let redis = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port)];
-        let memory = [("ROUTE__L1_CAPACITY", "1100000"), ("ROUTE__L1_TTL", "3600")];
-        self.db.settings(&[&redis[..], &memory, &[("PRESENCE_SERVICE__THREAD_COUNT", threads)]].concat())
+        let more = [("ROUTE__L1_TTL", "3600"), ("PRESENCE_SERVICE__THREAD_COUNT", threads)];
+        self.db.settings(&[redis, more].concat())
     }
 }
 

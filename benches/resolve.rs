@@ -101,7 +101,7 @@ impl Field {
         let (plain_redis, redis) = (stores::PlainRedis::start(plan.users), RedisServer::start());
         let port = redis.port.to_string();
         let of_cluster = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port), L1_TTL];
-        let (one_thread, capacity) = (("PRESENCE_SERVICE__THREAD_COUNT", "1"), ("ROUTE__L1_CAPACITY", "1100000"));
+        let one_thread = ("PRESENCE_SERVICE__THREAD_COUNT", "1");
         let with = |more: &[(&'static str, &'static str)]| [&of_cluster[..], more].concat();
         let db = seed::users(plan.users, GATEWAYS).await;
         let pinned = contender::on_core(Some(SERVER), PROGRAM);
@@ -109,11 +109,11 @@ impl Field {
         let past_l1 = Node::start(db.settings(&with(&[NO_L1]))).await;
         let field = Self {
             past_l1,
-            alone: Node::start_as(pinned, db.settings(&with(&[one_thread, capacity]))).await,
+            alone: Node::start_as(pinned, db.settings(&with(&[one_thread]))).await,
             empty_alone: contender::empty(Some(SERVER), &[one_thread]).await,
             ready_alone: contender::ready(Some(SERVER), &[one_thread]).await,
-            node: Node::start(db.settings(&with(&[capacity]))).await,
-            one_runtime: contender::one_runtime(&db, &with(&[capacity])).await,
+            node: Node::start(db.settings(&with(&[]))).await,
+            one_runtime: contender::one_runtime(&db, &with(&[])).await,
             // It says hints: while a node is silent, the others keep nothing for longer than a second.
             past_l2: Node::start(db.settings(&[NO_L1, ("REDIS_QUEUE__PORT", &*port), L1_TTL])).await,
             redis: plain_redis,
