@@ -37,6 +37,8 @@ const SERVER: usize = 0;
 const LOADER: usize = 1;
 const HOT_USERS: u64 = 10_000;
 const GATEWAYS: u64 = 16;
+/// About as many as Redis answers in the time of a run.
+const MGETS_PER_MS: u64 = 2;
 
 fn main() {
     contender::serve_if_asked();
@@ -118,6 +120,7 @@ async fn measure(rounds: usize, time: Duration, users: u64) {
     let (store, nobody, redis) = (Store::with(users).await, Store::with(1).await, PlainRedis::start(users));
     let ours = Build::start(PROGRAM, users, &store, &nobody).await;
     let theirs = Build::start(&baseline, users, &store, &nobody).await;
+    let mgets = u64::try_from(time.as_millis()).expect("a short time") * MGETS_PER_MS;
     let mut rows = rows();
     rows[6].add(ours.bytes_per_user, theirs.bytes_per_user);
     for round in 0..=rounds {
@@ -125,7 +128,7 @@ async fn measure(rounds: usize, time: Duration, users: u64) {
         let (first, second) = if round % 2 == 0 { (&ours, &theirs) } else { (&theirs, &ours) };
         let (first, second) = (first.speeds(time, users).await, second.speeds(time, users).await);
         let (ours, theirs) = if round % 2 == 0 { (first, second) } else { (second, first) };
-        let mget = redis.mget(BATCH, (4, 4), 40 * time.as_millis() as u64 / 16).await;
+        let mget = redis.mget(BATCH, (4, 4), mgets).await;
         if round > 0 {
             // the first round warms up
             rows.iter_mut().zip(ours.into_iter().zip(theirs)).for_each(|(row, (ours, theirs))| row.add(ours, theirs));
