@@ -61,7 +61,7 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("route", "route_ttl" | "status_ttl") => 1..=YEAR_S,
         ("route", "max_retries") => 0..=MAX_RETRIES,
         ("route", "retry_interval") => 1..=HOUR_MS,
-        ("route", "l1_capacity") => 1..=MAX_USERS,
+        ("route", "l1_capacity") => 0..=MAX_USERS,
         ("route", "l1_ttl") => 1..=HOUR_S,
         ("route", "max_devices") => 1..=MAX_DEVICES,
         ("route", "per_platform") => 0..=MAX_DEVICES,

@@ -166,7 +166,7 @@ async fn a_bind_shows_on_the_other_node_at_once_and_no_answer_ever_goes_back() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_answer_goes_back_on_nodes_that_remember_nothing() {
     let _turn = heavy().await;
-    let cluster = Cluster::with_redis(2, &[("ROUTE__L1_CAPACITY", "1")]).await;
+    let cluster = Cluster::with_redis(2, &[("ROUTE__L1_CAPACITY", "0")]).await;
     let traffic = Traffic::start(&cluster, 100);
     traffic.goes_on(1_500).await;
     let (written, seen) = traffic.stop().await;
@@ -196,7 +196,7 @@ async fn what_a_node_does_not_remember_it_reads_from_redis_and_says_so() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_was_restarted_and_cannot_hold_its_users_reads_them_from_redis() {
     const USERS: i64 = 50;
-    let mut cluster = Cluster::with_redis(2, &[("ROUTE__L1_CAPACITY", "1")]).await;
+    let mut cluster = Cluster::with_redis(2, &[("ROUTE__L1_CAPACITY", "0")]).await;
     for user in 1..=USERS {
         cluster.nodes[user as usize % 2].bind(a_bind(user, PHONE, "c")).await;
     }

@@ -139,7 +139,7 @@ pub struct Cache {
 }
 
 impl Cache {
-    /// Holds up to `capacity` users.
+    /// Holds up to `capacity` users; with 0 nobody is held.
     pub fn new(capacity: u64) -> Arc<Self> {
         let l1 = moka::sync::Cache::builder().max_capacity(capacity).eviction_policy(EvictionPolicy::tiny_lfu());
         let l1 = l1.build_with_hasher(BuildHasherDefault::default());
