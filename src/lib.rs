@@ -6,12 +6,12 @@
 //! |---|---|
 //! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
-//! | [`engine`] | the product: the write path (`lanes`), the read path (`directory`), what keeps them consistent (`cache`); lives of gateways (`gateways`, `heartbeats`, `watch`, `sweep`); messages (`delivery`, `streams`, `acks`, `inbox`) |
+//! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`client`] is a library for gateways and message services, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!

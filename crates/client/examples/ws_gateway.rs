@@ -94,7 +94,7 @@ enum ToClient {
         delivery: String,
         id: String,
         #[serde(flatten)]
-        said: ClientFrame,
+        said: ChatMessage,
     },
     Outcome {
         id: String,
@@ -104,7 +104,7 @@ enum ToClient {
 
 /// What travels through im-presence.
 #[derive(Deserialize, Serialize)]
-struct ClientFrame {
+struct ChatMessage {
     from: i64,
     text: String,
 }
@@ -149,7 +149,7 @@ fn hand_over(sockets: &mut BTreeMap<Place, Socket>, delivery: &pb::Delivery, ack
             continue;
         }
         let said =
-            serde_json::from_str(&delivery.message).unwrap_or_else(|_| ClientFrame { from: 0, text: delivery.message.clone() });
+            serde_json::from_str(&delivery.message).unwrap_or_else(|_| ChatMessage { from: 0, text: delivery.message.clone() });
         let named = [&delivery.message_id, &delivery.delivery_id].into_iter().find(|id| !id.is_empty());
         let (delivery, id) = (delivery.delivery_id.clone(), named.cloned().unwrap_or_default());
         if socket.to_client.try_send(ToClient::Message { delivery: delivery.clone(), id, said }).is_ok() {
@@ -254,7 +254,7 @@ async fn send_all(chat: Arc<Chat>, from: i64, mut to_send: mpsc::Receiver<FromCl
         let FromClient::Message { id, to, text } = written else { continue };
         let request = pb::DeliverReq {
             user_id: to,
-            message: serde_json::to_string(&ClientFrame { from, text }).unwrap_or_default(),
+            message: serde_json::to_string(&ChatMessage { from, text }).unwrap_or_default(),
             message_type: "chat".to_owned(),
             message_id: id.clone(),
             ack_timeout_ms: ACK_TIMEOUT_MS,
