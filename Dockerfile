@@ -1,5 +1,6 @@
 # One node: gRPC on 6000, health and metrics on 6001, its embedded database in the volume unless IM_PRESENCE__STORE__URL
-# says otherwise. Both ports are open to the container's network without authentication: publish them with care.
+# says otherwise. Both ports listen on all addresses, so it starts only with IM_PRESENCE__AUTH__MODE, or with
+# IM_PRESENCE__AUTH__INSECURE=true.
 
 FROM rust:1.95-bookworm AS builder
 WORKDIR /build

@@ -5,6 +5,8 @@
     python3 -m grpc_tools.protoc -Iproto --python_out=. --grpc_python_out=. proto/mpim/common.proto proto/mpim/presence.proto proto/mpim/gateway.proto
     PYTHONPATH=. python3 examples/gateway.py gw-1:7000 42 43 --node 127.0.0.1:6000
 
+--token-file, --ca, --cert and --key say who it is, and which nodes it believes; files are read again for each stream.
+
 With several --node it goes on with its epoch on the next one when a stream ends, so its users stay online meanwhile. Only if
 a node says that its life is over (CODE_FENCED) does it begin a new one and bind everybody again. Ctrl-C ends it.
 """
@@ -25,16 +27,33 @@ PINGS = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 3000), 
 BEAT = 2**63  # as the seq of heartbeats; binds have that of their user
 
 
+class Credentials:
+    """What is shown to nodes, and what they have to show."""
+
+    def __init__(self, args):
+        self.token_file, self.files = args.token_file, (args.ca, args.key, args.cert)
+
+    def channel(self, node):
+        if not self.files[0]:
+            return grpc.insecure_channel(node, PINGS)
+        read = [open(file, "rb").read() if file else None for file in self.files]
+        return grpc.secure_channel(node, grpc.ssl_channel_credentials(*read), PINGS)
+
+    def metadata(self):
+        return [("authorization", f"Bearer {open(self.token_file).read().strip()}")] if self.token_file else []
+
+
 class Gateway:
-    def __init__(self, addr, users):
+    def __init__(self, addr, users, credentials):
         self.addr, self.users, self.since = addr, dict.fromkeys(users), time.monotonic()
-        self.epoch, self.bound = 0, set()
+        self.epoch, self.bound, self.credentials = 0, set(), credentials
 
     def attach(self, node):
         """Serves one stream to its end."""
         frames, stopped = queue.Queue(), threading.Event()
-        with grpc.insecure_channel(node, PINGS) as channel:
-            answers = calls.GatewayServiceStub(channel).Attach(iter(frames.get, None))
+        with self.credentials.channel(node) as channel:
+            stub, metadata = calls.GatewayServiceStub(channel), self.credentials.metadata()
+            answers = stub.Attach(iter(frames.get, None), metadata=metadata)
             try:
                 hello = gw.RegisterGatewayReq(gateway_addr=self.addr, gateway_epoch=self.epoch)
                 frames.put(gw.GatewayFrame(seq=1, hello=hello))
@@ -108,10 +127,11 @@ class Gateway:
 
     def deregister(self, nodes):
         for node in nodes:
-            with grpc.insecure_channel(node) as channel:
+            with self.credentials.channel(node) as channel:
                 request = gw.DeregisterGatewayReq(gateway_addr=self.addr, gateway_epoch=self.epoch)
+                stub, metadata = calls.GatewayServiceStub(channel), self.credentials.metadata()
                 try:
-                    return calls.GatewayServiceStub(channel).DeregisterGateway(request, timeout=3)
+                    return stub.DeregisterGateway(request, timeout=3, metadata=metadata)
                 except grpc.RpcError as error:
                     print(f"{node}: {error.details()}")
 
@@ -121,8 +141,12 @@ def main():
     args.add_argument("addr", help="where this gateway is found; its name")
     args.add_argument("users", metavar="USER", type=int, nargs="+")
     args.add_argument("--node", action="append", help="host:port of a node; may be given for each node")
+    args.add_argument("--token-file", help="the token to send")
+    args.add_argument("--ca", help="CAs of the nodes' certificates: speak TLS")
+    args.add_argument("--cert", help="the certificate to show, with --key")
+    args.add_argument("--key")
     args = args.parse_args()
-    gateway, nodes = Gateway(args.addr, args.users), args.node or ["127.0.0.1:6000"]
+    gateway, nodes = Gateway(args.addr, args.users, Credentials(args)), args.node or ["127.0.0.1:6000"]
     try:
         for node in itertools.cycle(nodes):
             try:

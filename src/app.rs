@@ -2,8 +2,10 @@
 
 mod admin_port;
 pub mod assemble;
+mod audit;
 mod files;
 mod neighbours;
+mod protection;
 pub mod serve;
 mod settings;
 pub mod threads;
@@ -18,6 +20,7 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::Signal;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio::time::timeout;
@@ -31,14 +34,18 @@ use tracing::warn;
 use crate::api::admin::Admin;
 use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
-use crate::api::listen;
 use crate::api::node::Caller;
 use crate::app::assemble::Daemon;
+use crate::app::protection::Protection;
 use crate::app::threads::Threads;
 use crate::config::Config;
 use crate::config::UNNAMED;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::messages::delivery::Deliveries;
+use crate::metrics::Metrics;
+use crate::security::audit::Audit;
+use crate::security::audit::Entry;
+use crate::security::files::Unusable;
 use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
@@ -73,13 +80,13 @@ pub enum StartError {
          another redis_queue.channel_prefix, or store.url = mysql://... to join the others"
     )]
     ChannelsTaken { store: String },
-    #[error("[{section}] asks for TLS, which this build does not have for Redis: put a tunnel before it, or use no TLS")]
-    NoTls { section: &'static str },
     #[error(
         "another node with node_id {node_id} is running at {other}; this one would be at {own}: give each node a name of its \
          own, or leave node_id empty"
     )]
     Twin { node_id: String, other: String, own: String },
+    #[error("[{section}] cannot be used: {cause}")]
+    Security { section: &'static str, cause: Unusable },
     #[error("{UNNAMED}")]
     Unnamed,
     #[error("cannot listen on {addr}: {cause}")]
@@ -110,9 +117,13 @@ pub struct App {
     deliveries: Arc<Deliveries>,
     own: NodeName,
     database: Arc<Database>,
+    audit: Audit,
+    /// None: there is nothing to be read again.
+    read_again: Option<Arc<Notify>>,
 }
 
-/// Runs the daemon until SIGTERM, SIGINT or SIGHUP (a terminal that went away). A second signal ends it at once.
+/// Runs the daemon until SIGTERM or SIGINT. A second signal ends it at once. SIGHUP reads certificates and tokens again; a node
+/// that has none ends, because then it is a terminal that went away.
 ///
 /// # Errors
 /// When it cannot start, or one of its tasks ended.
@@ -124,7 +135,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
     };
     let ended = app.stop.clone();
     tokio::select! {
-        () = signals.next() => {}
+        () = signals.next_but_reload(&app.read_again) => {}
         () = ended.cancelled() => {
             app.shutdown().await;
             return Err(StartError::TaskEnded);
@@ -146,12 +157,23 @@ impl Signals {
         Ok(Self([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]))
     }
 
+    /// The next one that does not ask for files to be read again.
+    async fn next_but_reload(&mut self, read_again: &Option<Arc<Notify>>) {
+        while let (true, Some(read_again)) = (self.next_is_hangup().await, read_again) {
+            read_again.notify_one();
+        }
+    }
+
     async fn next(&mut self) {
+        self.next_is_hangup().await;
+    }
+
+    async fn next_is_hangup(&mut self) -> bool {
         let [terminate, interrupt, hangup] = &mut self.0;
         tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-            _ = hangup.recv() => {}
+            _ = terminate.recv() => false,
+            _ = interrupt.recv() => false,
+            _ = hangup.recv() => true,
         }
     }
 }
@@ -162,53 +184,63 @@ impl App {
     /// # Errors
     /// When the database cannot be reached or used, or an address cannot be listened on.
     pub async fn start(config: Config) -> Result<Self, StartError> {
-        let max_connections = files::max_connections(&config);
+        let (max_connections, metrics) = (files::max_connections(&config), Metrics::new());
+        let mut protection = Protection::prepare(&config, &metrics)?;
         let database = Arc::new(open(&config).await?);
         let (data_listener, data) = bind(&config.presence_service.host, config.presence_service.port).await?;
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
         let (draining, closing, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
         let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
-        let mut engine = Daemon::start(&config, database, data, &mut tasks, &stop).await?;
+        let mut engine = Daemon::start(&config, database, data, metrics, &mut tasks, &stop).await?;
 
-        let (metrics, lanes, cache) = (engine.metrics.clone(), engine.lanes.clone(), engine.cache.clone());
-        let max_capacity = config.presence_service.max_capacity;
-        let operator = http::Operator {
-            metrics: metrics.clone(),
-            cache,
-            lanes,
-            streams: engine.streams.clone(),
-            memory: engine.memory.clone(),
-            lives: engine.lives.clone(),
-            hints: engine.hints.clone(),
-            max_capacity,
-            dropped_log_lines: telemetry::dropped_lines,
-            draining: draining.clone(),
-        };
-        let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone() };
-        let router = serve::admin_router(operator, for_operators);
-        tasks.spawn(admin_port::serve(admin_listener, router, engine.memory.clone(), stop.clone()));
-        let caller =
-            Caller { store_id: engine.database.store_id.clone(), peers: engine.peers.clone(), lives: engine.lives.clone() };
+        let read_again = protection.start(&config, &engine, &mut tasks, &stop);
+        let Protection { access, audit, peers, .. } = &protection;
+        let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone(), audit: audit.clone() };
+        let router = serve::admin_router(operator(&config, &engine, &draining), for_operators, access.clone());
         if let Some(calls) = engine.peer_calls.take() {
+            let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
+            let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
         let services = engine.services(&config, &draining, &attached);
-        let (health, service) = serve::data_service(services, engine.memory.clone()).await;
+        let (health, service) =
+            serve::data_service(services, engine.memory.clone(), access.clone(), config.auth.reflection).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
-        let (threads, desks) = started.map_err(StartError::Threads)?;
-        tasks.spawn(listen::accept(data_listener, max_connections, desks, metrics, closing.clone(), stop.clone()));
+        let (threads, serving) = started.map_err(StartError::Threads)?;
+        protection.announce(&config, !data.ip().is_loopback() || !admin.ip().is_loopback());
+        let Protection { data: entrance, admin: admin_entrance, audit, peers, .. } = protection;
+        tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, engine.memory.clone(), stop.clone()));
+        let accepting = threads.accept(data_listener, entrance, max_connections, serving, closing.clone(), stop.clone());
+        accepting.map_err(StartError::Threads)?;
 
-        announce(&config, &engine.database, data, admin).await;
+        announce(&config, &engine.database).await;
+        audit.note(Entry { action: "start".to_owned(), outcome: "ok", ..Entry::default() });
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.own.node_id,
-            "listening on {data}, admin on {admin}, store {}", config.store.url
+            "listening on {data}, admin on {admin}, store {}", config.store
         );
         if engine.database.engine == Engine::MySql {
-            tasks.spawn(neighbours::call_oneself(engine.own.clone(), engine.database.store_id.clone()));
+            tasks.spawn(neighbours::call_oneself(engine.own.clone(), engine.database.store_id.clone(), peers));
         }
         let (gateways, deliveries, own, database) = (engine.gateways, engine.deliveries, engine.own, engine.database);
-        Ok(Self { data, admin, health, draining, closing, attached, stop, threads, tasks, gateways, deliveries, own, database })
+        Ok(Self {
+            data,
+            admin,
+            health,
+            draining,
+            closing,
+            attached,
+            stop,
+            threads,
+            tasks,
+            gateways,
+            deliveries,
+            own,
+            database,
+            audit,
+            read_again,
+        })
     }
 
     /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
@@ -228,6 +260,7 @@ impl App {
             warn!("some calls took longer than {} s; their connections are closed", CALLS_DEADLINE.as_secs());
         }
         self.closing.cancel();
+        self.audit.note(Entry { action: "stop".to_owned(), outcome: "ok", ..Entry::default() });
         self.stop.cancel();
         let all = async {
             self.gateways.finish().await;
@@ -242,20 +275,38 @@ impl App {
     }
 }
 
+/// What the admin port looks at.
+fn operator(config: &Config, engine: &Daemon, draining: &CancellationToken) -> http::Operator {
+    http::Operator {
+        metrics: engine.metrics.clone(),
+        cache: engine.cache.clone(),
+        lanes: engine.lanes.clone(),
+        streams: engine.streams.clone(),
+        memory: engine.memory.clone(),
+        lives: engine.lives.clone(),
+        hints: engine.hints.clone(),
+        max_capacity: config.presence_service.max_capacity,
+        dropped_log_lines: telemetry::dropped_lines,
+        draining: draining.clone(),
+    }
+}
+
 /// Opens the database, with patience: in a cluster that starts it may come up later than we do.
 async fn open(config: &Config) -> Result<Database, StartError> {
-    let began = Instant::now();
+    let (began, mut said) = (Instant::now(), None);
     loop {
         let left = START_DEADLINE.saturating_sub(began.elapsed());
         let opened = timeout(left.max(START_RETRY), Database::open(&config.store)).await;
         let cause = match opened {
             Ok(Ok(database)) => return Ok(database),
             Ok(Err(error @ (OpenError::InUse(_) | OpenError::Lock { .. }))) => return Err(StartError::Store(error)),
-            Ok(Err(error)) => error,
-            Err(_) => OpenError::NoAnswer,
+            Ok(Err(error)) => Some(error),
+            Err(_) => None,
         };
+        said = cause.or(said); // what it said once says more than that it said nothing in the end
         if began.elapsed() + START_RETRY >= START_DEADLINE {
-            return Err(StartError::Unreachable { url: config.store.url.to_string(), cause });
+            let cause = said.unwrap_or(OpenError::NoAnswer);
+            return Err(StartError::Unreachable { url: config.store.to_string(), cause });
         }
         sleep(START_RETRY).await;
     }
@@ -269,18 +320,25 @@ async fn bind(host: &str, port: u16) -> Result<(TcpListener, SocketAddr), StartE
 }
 
 /// Says what the daemon rests on, and warns of what is weaker than it may look.
-async fn announce(config: &Config, database: &Database, data: SocketAddr, admin: SocketAddr) {
+async fn announce(config: &Config, database: &Database) {
     if let Ok(mut connection) = database.connect(Purpose::General).await
         && let Ok(durability) = database.durability(&mut connection).await
     {
         info!(store.id = database.store_id, "durable means: {}", durability.rests_on);
         durability.weaknesses.iter().for_each(|weakness| warn!("{weakness}"));
+        if let Ok(Some((cipher, is_verified))) = database.protection(&mut connection).await {
+            match (&*cipher, is_verified) {
+                ("", _) => info!("to the database: plaintext"),
+                (cipher, true) => info!("to the database: TLS ({cipher}), the server has proved who it is"),
+                (cipher, false) => warn!(
+                    "to the database: TLS ({cipher}), but nobody has verified the server: whoever stands between could read the \
+                     password; set store.ca_file, or store.tls = verify_full"
+                ),
+            }
+        }
     }
     let tiers = [("redis_cache", config.redis_cache.is_some()), ("redis_queue", config.redis_queue.is_some())];
     for (tier, _) in tiers.into_iter().filter(|(_, there)| !there) {
         info!("[{tier}] is not configured: this node runs without it");
-    }
-    if !data.ip().is_loopback() || !admin.ip().is_loopback() {
-        warn!("listening beyond this machine without authentication: whoever reaches the port can bind, query and unbind");
     }
 }

@@ -130,11 +130,17 @@ impl Clock {
     }
 }
 
-/// This machine's own clock, in Unix milliseconds: for what is shown to people, never for what is stored or compared.
+/// This machine's own clock, in Unix milliseconds: for what is shown to people, and for what is dated by the clocks of others,
+/// certificates and tokens; never for what is stored, or compared between nodes.
 #[allow(clippy::disallowed_methods)] // here is where it is asked
 pub fn unix_ms() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// The same in seconds.
+pub fn unix_s() -> u64 {
+    u64::try_from(unix_ms() / 1_000).unwrap_or(0)
 }
 
 /// An instant in eight bytes, for what there are millions of: nanoseconds since this process first asked, or before that.

@@ -4,23 +4,41 @@
 //! Every value is checked once, when it is loaded; all that is wrong is told at once, each with the file or variable it came
 //! from. Passwords show neither in errors nor in `Debug`, nor in `Display`, which is the effective configuration as TOML.
 
+mod database;
+mod forms;
 mod load;
 mod rules;
 mod schema;
+mod secret;
+mod security;
 
 use std::fmt;
+use std::io;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
-use serde::Deserializer;
 use serde::Serialize;
-use serde::Serializer;
+use serde_json::Value;
 
+pub use database::Store;
+pub use database::StoreTls;
+use forms::millis;
+use forms::or_empty;
+use forms::seconds;
 pub use load::ConfigError;
 pub use load::Problem;
 pub use rules::UNNAMED;
-
-const MASK: &str = "***";
+pub use secret::Secret;
+pub use secret::Url;
+pub use security::Audit;
+pub use security::Auth;
+pub use security::AuthMode;
+pub use security::Credential;
+pub use security::MtlsRule;
+pub use security::Peer;
+pub use security::Tls;
+pub use security::WhoReadsMetrics;
 
 /// Everything that can be configured, checked. A Redis section that is `None` is a tier that is not there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -29,6 +47,11 @@ pub struct Config {
     pub presence_service: PresenceService,
     pub admin: Admin,
     pub log: Log,
+    pub tls: Tls,
+    pub admin_tls: Tls,
+    pub peer: Peer,
+    pub auth: Auth,
+    pub audit: Audit,
     pub limits: Limits,
     pub route: Route,
     pub gateway: Gateway,
@@ -90,6 +113,10 @@ pub enum LogFormat {
 pub struct Limits {
     /// Of all calls under way and all that waits for gateways.
     pub memory_bytes: usize,
+    /// Of one caller; 0: no limit.
+    pub calls_per_s: u32,
+    pub users_per_s: u32,
+    pub streams: usize,
 }
 
 /// Routes, and the policy about a user's devices.
@@ -166,26 +193,6 @@ pub enum Payload {
     Envelope,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Store {
-    /// Begins with `sqlite:`, `mysql:` or `mariadb:`.
-    pub url: Url,
-    /// For reading.
-    pub connections: u32,
-    /// SQLite uses 1, whatever is said here.
-    pub lanes: usize,
-    /// Events per lane.
-    pub queue: usize,
-    #[serde(with = "millis")]
-    pub timeout: Duration,
-    #[serde(with = "millis")]
-    pub max_event_age: Duration,
-    /// Zero: never.
-    #[serde(with = "seconds")]
-    pub forget_users_after: Duration,
-}
-
 /// A Redis server: by `url`, or by all the other fields.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -200,10 +207,44 @@ pub struct Redis {
     pub username: Option<String>,
     #[serde(with = "or_empty")]
     pub password: Option<Secret>,
+    #[serde(with = "or_empty")]
+    pub password_file: Option<PathBuf>,
     pub tls: bool,
-    /// Given: the fields above, `timeout` excepted, have their defaults and say nothing.
+    /// Given: these CAs and no others.
+    #[serde(with = "or_empty")]
+    pub ca_file: Option<PathBuf>,
+    #[serde(with = "or_empty")]
+    pub cert_file: Option<PathBuf>,
+    #[serde(with = "or_empty")]
+    pub key_file: Option<PathBuf>,
+    /// Given: `host`, `port`, `database`, `username`, `password` and `tls` have their defaults and say nothing.
     #[serde(with = "or_empty")]
     pub url: Option<Url>,
+    #[serde(with = "or_empty")]
+    pub url_file: Option<PathBuf>,
+}
+
+impl Redis {
+    /// The URL, if one was given, here or in a file; the file is read now.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read_url(&self) -> io::Result<Option<Url>> {
+        self.url_file
+            .as_deref()
+            .map(|file| secret::read(file).map(Url::from))
+            .transpose()
+            .map(|read| read.or_else(|| self.url.clone()))
+    }
+
+    /// The password; the same.
+    ///
+    /// # Errors
+    /// The file cannot be read.
+    pub fn read_password(&self) -> io::Result<Option<Secret>> {
+        let read = self.password_file.as_deref().map(|file| secret::read(file).map(Secret::from)).transpose()?;
+        Ok(read.or_else(|| self.password.clone()))
+    }
 }
 
 /// The Redis that carries channels.
@@ -215,14 +256,6 @@ pub struct RedisQueue {
     pub channel_prefix: String,
 }
 
-/// A string that is never shown.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-pub struct Secret(String);
-
-/// A URL whose password is never shown.
-#[derive(Clone, PartialEq, Eq, Deserialize)]
-pub struct Url(String);
-
 impl fmt::Display for Config {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let tree = serde_json::to_value(self).map_err(|_| fmt::Error)?;
@@ -230,190 +263,21 @@ impl fmt::Display for Config {
         for (at, (section, keys)) in sections.filter_map(|(section, keys)| Some((section, keys.as_object()?))).enumerate() {
             writeln!(f, "{}[{section}]", if at == 0 { "" } else { "\n" })?;
             for (key, value) in keys {
-                writeln!(f, "{key} = {value}")?; // a number, a boolean or a quoted string is written alike in JSON and TOML
+                writeln!(f, "{key} = {}", in_toml(value))?;
             }
         }
         Ok(())
     }
 }
 
-impl Secret {
-    /// The string itself: for the server that asks for it, for nobody's eyes.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<String> for Secret {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(MASK)
-    }
-}
-
-impl Serialize for Secret {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.serialize_str(MASK)
-    }
-}
-
-impl Url {
-    /// The URL with its password: for connecting, not for logs.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl From<String> for Url {
-    fn from(text: String) -> Self {
-        Self(text)
-    }
-}
-
-/// Keys of a URL's query that hold no secret.
-const SHOWN_KEYS: [&str; 8] =
-    ["ssl-mode", "sslmode", "charset", "collation", "statement-cache-capacity", "mode", "vfs", "protocol"];
-/// Ports that are shown although no login stands before them. Another number may be a password whose server was forgotten; of a
-/// Redis, which is seldom given a user, only where no host stands.
-const USUAL_PORTS: [&str; 2] = ["3306", "6379"];
-
-/// Shows what cannot be a password: of a login the user, of a server its name and port, of a query known keys.
-impl fmt::Display for Url {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (scheme, rest) = self.0.split_once("://").map_or(("", &*self.0), |(scheme, rest)| (scheme, rest));
-        if !scheme.is_empty() {
-            write!(f, "{scheme}://")?;
+/// A number, a boolean or a quoted string is written alike in JSON and TOML.
+fn in_toml(value: &Value) -> String {
+    let joined = |items: Vec<String>| items.join(", ");
+    match value {
+        Value::Array(items) => format!("[{}]", joined(items.iter().map(in_toml).collect())),
+        Value::Object(keys) => {
+            format!("{{ {} }}", joined(keys.iter().map(|(key, value)| format!("{key} = {}", in_toml(value))).collect()))
         }
-        let (rest, query) = match rest.rfind('?').filter(|at| !rest[*at..].contains('@')) {
-            Some(at) => (&rest[..at], Some(&rest[at + 1..])),
-            None => (rest, None),
-        };
-        match rest.rsplit_once('@') {
-            _ if is_file(scheme, rest) => f.write_str(rest)?,
-            Some((login, server)) => {
-                let (user, mask) = login.split_once(':').map_or((login, ""), |(user, _)| (user, ":***"));
-                write!(f, "{user}{mask}@{}", without_password(server, |port| port.parse::<u16>().is_ok()))?;
-            }
-            None => {
-                let may_be_port =
-                    |port: &str| scheme.starts_with("redis") && !rest.starts_with(':') && port.parse::<u16>().is_ok();
-                f.write_str(&without_password(rest, |port| USUAL_PORTS.contains(&port) || may_be_port(port)))?;
-            }
-        }
-        match query {
-            Some(query) if is_shown(query) => write!(f, "?{query}"),
-            Some(_) => write!(f, "?{MASK}"),
-            None => Ok(()),
-        }
-    }
-}
-
-fn is_file(scheme: &str, rest: &str) -> bool {
-    scheme == "sqlite" || rest.starts_with("sqlite:") || scheme.ends_with("unix")
-}
-
-fn is_shown(query: &str) -> bool {
-    query.split('&').all(|pair| SHOWN_KEYS.contains(&pair.split('=').next().unwrap_or_default()))
-}
-
-/// `HOST:PORT/PATH`; or, if that is no such port, without what follows the host.
-fn without_password(server: &str, is_port: impl Fn(&str) -> bool) -> String {
-    let (authority, path) = server.split_once('/').map_or((server, String::new()), |(server, path)| (server, format!("/{path}")));
-    let host_end = if authority.starts_with('[') { authority.find(']').map_or(0, |end| end + 1) } else { 0 };
-    match authority[host_end..].split_once(':') {
-        Some((_, port)) if is_port(port) => format!("{authority}{path}"),
-        Some((host, _)) => format!("{}{host}:{MASK}", &authority[..host_end]),
-        None => format!("{authority}{path}"),
-    }
-}
-
-impl fmt::Debug for Url {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{self}")
-    }
-}
-
-impl Serialize for Url {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-/// A string of which the empty one means that there is none.
-mod or_empty {
-    use super::*;
-
-    pub fn serialize<T: Serialize, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
-        match value {
-            Some(value) => value.serialize(serializer),
-            None => "".serialize(serializer),
-        }
-    }
-
-    pub fn deserialize<'de, T: From<String>, D: Deserializer<'de>>(deserializer: D) -> Result<Option<T>, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        Ok((!text.is_empty()).then(|| text.into()))
-    }
-}
-
-mod seconds {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        value.as_secs().serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_secs)
-    }
-}
-
-mod millis {
-    use super::*;
-
-    pub fn serialize<S: Serializer>(value: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
-        value.as_millis().serialize(serializer)
-    }
-
-    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Duration, D::Error> {
-        u64::deserialize(deserializer).map(Duration::from_millis)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_url_hides_its_password() {
-        let check = |url: &str, shown: &str| assert_eq!(Url::from(url.to_owned()).to_string(), shown);
-        check("sqlite://im-presence.db", "sqlite://im-presence.db");
-        check("sqlite::memory:", "sqlite::memory:");
-        check("mysql://app@db/im", "mysql://app@db/im");
-        check("mysql://app:s3cret@db:3306/im?ssl-mode=required", "mysql://app:***@db:3306/im?ssl-mode=required");
-        check("mysql://app:p@ss:/w?rd@db/im", "mysql://app:***@db/im");
-        check("redis://:s3cret@cache", "redis://:***@cache");
-        check("redis+unix:///run/redis.sock?db=1&pass=s3cret", "redis+unix:///run/redis.sock?***");
-        check("redis://cache:6379?token=s3cret", "redis://cache:6379?***");
-        check("app:s3cret@db", "app:***@db");
-        check("mysql://app:s3cret", "mysql://app:***");
-        check("mysql://app:s3cret/im", "mysql://app:***");
-        check("redis://:s3cret", "redis://:***");
-        check("mysql://app:12345", "mysql://app:***");
-        check("redis://:12345", "redis://:***");
-        check("redis://cache:6380/1", "redis://cache:6380/1");
-        check("mysql://app:12345/im", "mysql://app:***");
-        check("mysql://app:s3cret:3306/im", "mysql://app:***");
-        check("mysql://app:s3cret?ssl-mode=required", "mysql://app:***?ssl-mode=required");
-        check("mysql://app@s3cret:x:3306/im", "mysql://app@s3cret:***");
-        check("mysql://db:3306/im", "mysql://db:3306/im");
-        check("redis://cache:6379/1", "redis://cache:6379/1");
-        check("redis://[::1]:6379", "redis://[::1]:6379");
-        check("redis://[::1]", "redis://[::1]");
+        value => value.to_string(),
     }
 }

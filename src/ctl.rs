@@ -1,24 +1,27 @@
 //! `im-presence ctl`: the calls of `PresenceService` from a shell, and what gateways hear. A plain client: it sees what any
 //! other client sees.
 
+mod credentials;
 mod gateway;
 mod gateways;
 mod listen;
 mod presence;
 mod print;
 
-use std::error::Error;
 use std::io;
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
 use clap::Subcommand;
-use tonic::transport::Channel;
-use tonic::transport::Endpoint;
 use tonic_types::StatusExt;
 
+use crate::client::security::Link;
+use crate::client::security::Security;
+use crate::client::security::root_cause;
+pub use crate::ctl::credentials::Credentials;
 use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
 use crate::ctl::listen::Listen;
@@ -69,6 +72,11 @@ pub struct Ctl {
     /// How long to wait, in milliseconds: for the connection, then for the answer
     #[arg(long, value_name = "MS", default_value_t = 5000, value_parser = clap::value_parser!(u64).range(1..), global = true)]
     timeout: u64,
+    /// File with the token to send
+    #[arg(long, value_name = "FILE", env = "IM_PRESENCE_TOKEN_FILE", global = true)]
+    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    credentials: Credentials,
     #[command(subcommand)]
     command: Command,
 }
@@ -138,8 +146,11 @@ impl Ctl {
                 request.set_timeout(self.patience()); // tells the node until when a retry makes sense
                 self.connect().await?.deliver(request).await.map(|answer| self.delivered(deliver, answer.get_ref()))
             }
-            Command::Gateways(gateways) => gateways.call(self.json, self.patience()).await?,
-            Command::Gateway(gateway) => return gateway.live(&self.addr, self.json, self.patience()).await,
+            Command::Gateways(gateways) => {
+                let link = link(gateways.addr(), self.patience(), "--admin", &self.security()?).await?;
+                gateways.call(link, self.json).await
+            }
+            Command::Gateway(gateway) => return gateway.live(&self.addr, self.json, self.patience(), self.security()?).await,
             Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
         answer.map_err(|status| self.failed(&status))
@@ -149,9 +160,13 @@ impl Ctl {
         Duration::from_millis(self.timeout)
     }
 
-    async fn connect(&self) -> Result<PresenceServiceClient<Channel>, Outcome> {
-        let channel = channel(&self.addr, self.patience(), "--addr").await?;
-        Ok(PresenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER_BYTES))
+    async fn connect(&self) -> Result<PresenceServiceClient<Link>, Outcome> {
+        let link = link(&self.addr, self.patience(), "--addr", &self.security()?).await?;
+        Ok(PresenceServiceClient::new(link).max_decoding_message_size(MAX_ANSWER_BYTES))
+    }
+
+    fn security(&self) -> Result<Security, Outcome> {
+        self.credentials.security(self.token_file.clone()).map_err(|text| Outcome { text, exit: BAD_USAGE })
     }
 
     /// Who is asked.
@@ -199,6 +214,9 @@ impl Ctl {
             (tonic::Code::Cancelled | tonic::Code::DeadlineExceeded, _) => {
                 (format!("no answer from {addr} within {timeout} ms: it may be done or not; see --timeout"), FAILED)
             }
+            (tonic::Code::Unauthenticated, _) => {
+                (format!("{addr} answers: {message}; see --token-file, --ca and --cert"), FAILED)
+            }
             (tonic::Code::Unimplemented, _) => {
                 (format!("{addr} does not offer this call; is it the right port? see --addr and --admin"), FAILED)
             }
@@ -210,11 +228,12 @@ impl Ctl {
 }
 
 /// Connects to the node at `addr`, which `option` names.
-async fn channel(addr: &str, timeout: Duration, option: &str) -> Result<Channel, Outcome> {
-    let endpoint = Endpoint::from_shared(format!("http://{addr}"))
-        .map_err(|_| Outcome { text: format!("{option} must be HOST:PORT, not {addr:?}"), exit: BAD_USAGE })?;
-    endpoint.connect_timeout(timeout).timeout(timeout).connect().await.map_err(|error| {
-        let why = root_cause(&error);
+async fn link(addr: &str, timeout: Duration, option: &str, security: &Security) -> Result<Link, Outcome> {
+    if let Err(error) = security.link(addr, timeout) {
+        return Err(Outcome { text: format!("{option}: {error}"), exit: BAD_USAGE });
+    }
+    security.connect(addr, timeout).await.map_err(|error| {
+        let why = root_cause(&*error);
         Outcome { text: format!("cannot reach {addr}: {why}; is the daemon running? see {option}"), exit: FAILED }
     })
 }
@@ -231,16 +250,6 @@ fn exit(code: Code, yes: bool) -> u8 {
         Code::Invalid => BAD_USAGE,
         Code::Internal | Code::Unavailable | Code::TooLarge => FAILED,
     }
-}
-
-/// The innermost error, without the number of the operating system.
-fn root_cause(error: &dyn Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    let text = cause.to_string();
-    text.split(" (os error").next().unwrap_or_default().to_lowercase()
 }
 
 #[cfg(test)]

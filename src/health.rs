@@ -6,10 +6,15 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Args;
+use tokio::io::AsyncRead;
 use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWrite;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+
+use crate::client::security::Security;
+use crate::ctl::Credentials;
 
 /// Much longer than an answer of `/readyz`.
 const MAX_ANSWER_BYTES: u64 = 64 * 1024;
@@ -23,6 +28,8 @@ pub struct Health {
     /// How long to wait for the answer, in milliseconds
     #[arg(long, value_name = "MS", default_value_t = 3000, value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
+    #[command(flatten)]
+    credentials: Credentials,
 }
 
 impl Health {
@@ -39,7 +46,8 @@ impl Health {
 
     async fn ask(&self) -> Result<String, String> {
         let (addr, limit) = (&self.addr, Duration::from_millis(self.timeout));
-        let answer = match timeout(limit, get_readyz(addr)).await {
+        let security = self.credentials.security(None)?;
+        let answer = match timeout(limit, get_readyz(addr, &security)).await {
             Ok(Ok(answer)) => answer,
             Ok(Err(error)) => return Err(format!("cannot ask {addr}: {error}")),
             Err(_) => return Err(format!("no answer from {addr} within {} ms", self.timeout)),
@@ -53,8 +61,14 @@ impl Health {
     }
 }
 
-async fn get_readyz(addr: &str) -> io::Result<String> {
-    let mut stream = TcpStream::connect(addr).await?;
+async fn get_readyz(addr: &str, security: &Security) -> io::Result<String> {
+    match security.ca_file {
+        Some(_) => ask_for_readyz(addr, security.connect_tls(addr, b"http/1.1").await?).await,
+        None => ask_for_readyz(addr, TcpStream::connect(addr).await?).await,
+    }
+}
+
+async fn ask_for_readyz(addr: &str, mut stream: impl AsyncRead + AsyncWrite + Unpin) -> io::Result<String> {
     stream.write_all(format!("GET /readyz HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n").as_bytes()).await?;
     let mut answer = Vec::new();
     stream.take(MAX_ANSWER_BYTES).read_to_end(&mut answer).await?;
@@ -69,7 +83,7 @@ mod tests {
     /// Asks a server that reads a request and then says `answer`.
     async fn ask(answer: &'static str) -> Result<String, String> {
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let health = Health { addr: server.local_addr().unwrap().to_string(), timeout: 200 };
+        let health = Health { addr: server.local_addr().unwrap().to_string(), timeout: 200, credentials: Credentials::default() };
         let serve = async {
             let (mut stream, _) = server.accept().await.unwrap();
             let mut request = [0; 512];
@@ -94,7 +108,7 @@ mod tests {
     #[tokio::test]
     async fn a_node_that_is_not_there_or_says_nothing_is_not_healthy() {
         let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let health = Health { addr: server.local_addr().unwrap().to_string(), timeout: 50 };
+        let health = Health { addr: server.local_addr().unwrap().to_string(), timeout: 50, credentials: Credentials::default() };
         let mute = health.ask().await.unwrap_err();
         assert!(mute.contains("within 50 ms"), "{mute}");
         drop(server);

@@ -9,9 +9,9 @@
 //! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
-//! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`telemetry`] | leaves that any floor but `domain` may use |
+//! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!
@@ -53,6 +53,8 @@ pub mod error;
 pub mod health;
 pub mod memory;
 pub mod metrics;
+pub mod new_token;
+pub mod security;
 pub mod store;
 pub mod telemetry;
 

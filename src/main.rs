@@ -13,6 +13,7 @@ use im_presence::app;
 use im_presence::config::Config;
 use im_presence::ctl::Ctl;
 use im_presence::health::Health;
+use im_presence::new_token::NewToken;
 use im_presence::telemetry;
 use tokio::runtime::Builder;
 
@@ -31,6 +32,7 @@ Examples:
   im-presence ctl query 42
   im-presence ctl deliver 42 hello
   im-presence health                              whether the node on this machine is ready
+  im-presence token new --role service --name chat   a token, and the entry for auth.tokens_file
 
 Environment:
   IM_PRESENCE__SECTION__KEY   overrides one key of the configuration: IM_PRESENCE__PRESENCE_SERVICE__PORT=7000,
@@ -57,7 +59,16 @@ enum Command {
     /// Print the configuration in force, without passwords; or all that is wrong with it, and exit with 2
     CheckConfig(ConfigFile),
     Ctl(Ctl),
+    /// Make a token
+    #[command(subcommand)]
+    Token(Token),
     Health(Health),
+}
+
+#[derive(Subcommand)]
+enum Token {
+    /// Print a new token, which is stored nowhere, and the entry for auth.tokens_file
+    New(NewToken),
 }
 
 #[derive(Args)]
@@ -76,6 +87,13 @@ fn main() -> ExitCode {
             ExitCode::SUCCESS
         }),
         Some(Command::Ctl(ctl)) => ctl.run(),
+        Some(Command::Token(Token::New(token))) => match token.make() {
+            Ok(text) => {
+                let _ = write!(io::stdout(), "{text}"); // nobody can use what nobody has read
+                ExitCode::SUCCESS
+            }
+            Err(error) => fail(BAD_USAGE, &error),
+        },
         Some(Command::Health(health)) => health.run(),
     }
 }

@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod per_thread;
+mod security;
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -21,6 +22,7 @@ use prometheus_client::registry::Registry;
 
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
+use crate::metrics::security::SecurityMetrics;
 
 /// One label with a fixed set of values.
 macro_rules! label {
@@ -44,6 +46,9 @@ label!(ByUse, r#use);
 label!(ByOutcome, outcome);
 label!(ByState, state);
 label!(ByStage, stage);
+label!(ByTls, tls);
+label!(ByMode, mode);
+label!(ByRole, role);
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ByGateway {
@@ -104,7 +109,8 @@ pub struct Metrics {
     pub outbox_rows: Gauge,
     shed: Family<ByWhat, Counter>,
     pub fenced: Family<ByWhat, Counter>,
-    pub connections: Gauge,
+    connections: Family<ByTls, Gauge>,
+    pub security: SecurityMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -166,7 +172,8 @@ impl Metrics {
             outbox_rows: r.add("outbox_rows", "batches not shown to the outside yet, counted once a minute", Gauge::default()),
             shed: r.family("shed", "turned away for overload, by what it was"),
             fenced: r.family("fenced", "refused because the gateway's life was over, by what it was"),
-            connections: r.add("connections", "client connections", Gauge::default()),
+            connections: r.gauges("connections", "client connections, with TLS or without"),
+            security: SecurityMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),
@@ -225,6 +232,10 @@ impl Metrics {
     /// The same, as counted elsewhere so far.
     pub fn rejected_so_far(&self, tier: &'static str, records: u64) {
         self.stale_offers_rejected.get_or_create(&ByTier { tier }).inner().store(records, Ordering::Relaxed);
+    }
+
+    pub fn connections(&self, is_encrypted: bool) -> Gauge {
+        self.connections.get_or_create(&ByTls { tls: if is_encrypted { "yes" } else { "no" } }).clone()
     }
 
     pub fn shed(&self, what: &'static str) {

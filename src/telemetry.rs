@@ -60,7 +60,8 @@ pub fn init_logging(log: &Log) -> Logging {
     let (writer, guard) =
         NonBlockingBuilder::default().lossy(true).buffered_lines_limit(QUEUE_LINES).thread_name("log").finish(io::stderr());
     let dropped = writer.error_counter();
-    let filter = EnvFilter::builder().parse_lossy(&log.level); // checked when the configuration was loaded
+    // Checked when the configuration was loaded. The audit is written whatever else is.
+    let filter = EnvFilter::builder().parse_lossy(format!("{},audit=info", log.level));
     let logger =
         tracing_subscriber::fmt().with_ansi(false).log_internal_errors(false).with_env_filter(filter).with_writer(writer);
     let json = match log.format {

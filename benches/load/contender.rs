@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use im_presence::api::listen;
 use im_presence::api::listen::ServingThread;
+use im_presence::api::transport::Entrance;
 use im_presence::app::assemble::Daemon;
 use im_presence::app::serve;
 use im_presence::app::threads::Threads;
@@ -84,19 +85,21 @@ pub fn serve_if_asked() {
 async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl PresenceService) {
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
     let (services, memory) = (serve::Services { presence: handler, more: None }, Memory::new(config.limits.memory_bytes));
-    let (_health, service) = serve::data_service(services, memory).await;
+    let (_health, service) = serve::data_service(services, memory, None, true).await;
     let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
     let (_threads, threads_): (_, Vec<ServingThread>) = started.expect("threads");
-    listen::accept(listener, config.presence_service.max_connections, threads_, Metrics::new(), draining, stop).await;
+    let entrance =
+        Entrance { tls: None, handshake_timeout: config.tls.handshake_timeout, accept_plain: false, metrics: Metrics::new() };
+    listen::accept(listener, entrance, config.presence_service.max_connections, threads_, draining, stop).await;
 }
 
 async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let database = Arc::new(Database::open(&config.store).await.expect("open the database"));
     let (mut tasks, stop) = (JoinSet::new(), CancellationToken::new());
     let addr = listener.local_addr().expect("an address");
-    let engine = Daemon::start(config, database, addr, &mut tasks, &stop).await.expect("start the engine");
+    let engine = Daemon::start(config, database, addr, Metrics::new(), &mut tasks, &stop).await.expect("start the engine");
     let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
-    let (_health, service) = serve::data_service(services, engine.memory.clone()).await;
+    let (_health, service) = serve::data_service(services, engine.memory.clone(), None, true).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     serve::data_server().serve_with_incoming(service, incoming).await.expect("serve");
 }

@@ -12,6 +12,7 @@ use std::io::Read;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::net::TcpStream;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
@@ -19,6 +20,10 @@ use nix::sched::CpuSet;
 use nix::sched::sched_setaffinity;
 use nix::unistd::Pid;
 use prost::Message;
+use rustls::ClientConfig;
+use rustls::ClientConnection;
+use rustls::StreamOwned;
+use rustls::pki_types::ServerName;
 
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
@@ -59,11 +64,42 @@ pub fn run<M: Message>(
     time: Duration,
     request: impl Fn(u64, u64) -> M + Sync,
 ) -> Done {
+    run_on(&Target { server, tls: None, token: None }, path, (connections, in_flight), time, request)
+}
+
+/// How a server is reached, and what is shown to it.
+#[derive(Clone)]
+pub struct Target {
+    pub server: SocketAddr,
+    /// None: in plaintext.
+    pub tls: Option<Arc<ClientConfig>>,
+    pub token: Option<String>,
+}
+
+/// [`run`] of a server that wants more than a connection.
+pub fn run_on<M: Message>(
+    target: &Target,
+    path: &'static str,
+    (connections, in_flight): (u64, u64),
+    time: Duration,
+    request: impl Fn(u64, u64) -> M + Sync,
+) -> Done {
+    let Target { server, tls, token } = target;
+    let mut headers = header_block(path, &server.to_string());
+    if let Some(token) = token {
+        literal(&mut headers, "authorization", &format!("Bearer {token}"));
+    }
     let began = Instant::now();
+    let one = |c: u64| {
+        let (request, headers) = (|n| request(c, n), headers.clone());
+        match tls {
+            None => Connection::with(plain(*server), headers).run(in_flight, began + time, request),
+            Some(config) => Connection::with(encrypted(*server, config), headers).run(in_flight, began + time, request),
+        }
+    };
     let results: Vec<Done> = std::thread::scope(|scope| {
-        let request = &request;
-        let start = |c| scope.spawn(move || Connection::open(server, path).run(in_flight, began + time, |n| request(c, n)));
-        let threads: Vec<_> = (0..connections).map(start).collect();
+        let one = &one;
+        let threads: Vec<_> = (0..connections).map(|c| scope.spawn(move || one(c))).collect();
         threads.into_iter().map(|thread| thread.join().expect("a loader thread panicked")).collect()
     });
     Done {
@@ -71,6 +107,21 @@ pub fn run<M: Message>(
         failed: results.iter().map(|done| done.failed).sum(),
         elapsed: began.elapsed(),
     }
+}
+
+fn plain(server: SocketAddr) -> TcpStream {
+    let stream = TcpStream::connect(server).expect("the daemon listens");
+    stream.set_nodelay(true).expect("TCP_NODELAY");
+    stream
+}
+
+pub fn encrypted(server: SocketAddr, config: &Arc<ClientConfig>) -> StreamOwned<ClientConnection, TcpStream> {
+    let name = ServerName::IpAddress(server.ip().into());
+    let mut tls = StreamOwned::new(ClientConnection::new(config.clone(), name).expect("a client"), plain(server));
+    while tls.conn.is_handshaking() {
+        tls.conn.complete_io(&mut tls.sock).expect("a handshake");
+    }
+    tls
 }
 
 /// Runs `work` on a thread of its own, whose threads all run on `core`, if one is given.
@@ -163,8 +214,8 @@ impl Stream {
     }
 }
 
-struct Connection {
-    stream: TcpStream,
+struct Connection<S = TcpStream> {
+    stream: S,
     headers: Vec<u8>,
     out: Vec<u8>,
     next_stream: u32,
@@ -172,14 +223,18 @@ struct Connection {
 
 impl Connection {
     fn open(server: SocketAddr, path: &str) -> Self {
-        let stream = TcpStream::connect(server).expect("the daemon listens");
-        stream.set_nodelay(true).expect("TCP_NODELAY");
+        Self::with(plain(server), header_block(path, &server.to_string()))
+    }
+}
+
+impl<S: Read + Write> Connection<S> {
+    fn with(stream: S, headers: Vec<u8>) -> Self {
         let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
         let mut settings = 4u16.to_be_bytes().to_vec(); // SETTINGS_INITIAL_WINDOW_SIZE
         settings.extend(LARGEST_WINDOW.to_be_bytes());
         frame(&mut out, SETTINGS, 0, 0, &settings);
         frame(&mut out, 8, 0, 0, &(LARGEST_WINDOW - 65_535).to_be_bytes()); // WINDOW_UPDATE of the connection
-        Self { stream, headers: header_block(path, &server.to_string()), out, next_stream: 1 }
+        Self { stream, headers, out, next_stream: 1 }
     }
 
     fn run<M: Message>(mut self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
@@ -191,7 +246,7 @@ impl Connection {
             sent += 1;
         }
         loop {
-            self.stream.write_all(&self.out).expect("the daemon reads");
+            self.stream.write_all(&self.out).and_then(|()| self.stream.flush()).expect("the daemon reads");
             self.out.clear();
             if ended_in_all == sent {
                 done.failed = ended_in_all - done.answered;
@@ -274,11 +329,16 @@ fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
 fn header_block(path: &str, authority: &str) -> Vec<u8> {
     let mut block = vec![0x83, 0x86];
     for (name, value) in [(":path", path), (":authority", authority), ("content-type", "application/grpc"), ("te", "trailers")] {
-        block.push(0);
-        for text in [name, value] {
-            block.push(u8::try_from(text.len()).expect("short"));
-            block.extend(text.as_bytes());
-        }
+        literal(&mut block, name, value);
     }
     block
+}
+
+fn literal(block: &mut Vec<u8>, name: &str, value: &str) {
+    block.push(0);
+    for text in [name, value] {
+        let length = u8::try_from(text.len()).ok().filter(|length| *length < 127);
+        block.push(length.expect("short"));
+        block.extend(text.as_bytes());
+    }
 }

@@ -8,6 +8,7 @@ use tonic::Request;
 use tonic::Response;
 use tonic::Status;
 
+use crate::api::access;
 use crate::api::convert;
 use crate::api::status::status;
 use crate::domain::gateway::LifeDetails;
@@ -20,6 +21,8 @@ use crate::engine::read::lives::Lives;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
+use crate::security::audit::Audit;
+use crate::security::audit::Entry;
 
 const MAX_REASON_BYTES: usize = 200;
 /// Epochs in one call.
@@ -32,6 +35,7 @@ const BESIDE_BYTES: usize = 1024;
 pub struct Admin {
     pub gateways: Arc<Registry>,
     pub lives: Arc<Lives>,
+    pub audit: Audit,
 }
 
 #[tonic::async_trait]
@@ -56,35 +60,53 @@ impl AdminService for Admin {
     }
 
     async fn purge_gateways(&self, request: Request<pb::PurgeGatewaysReq>) -> Result<Response<pb::PurgeGatewaysResp>, Status> {
-        let request = request.into_inner();
+        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
         convert::at_most("epochs", request.epochs.len(), MAX_EPOCHS, "epochs").map_err(|error| status(&error))?;
         if request.epochs.is_empty() && !request.held {
             let reason = "must be given, unless held is set".to_owned();
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
-        let epochs = request.epochs.into_iter().map(Epoch).collect();
-        let mut lives = self.gateways.purge(epochs).await.map_err(|error| status(&error))?;
-        let mut result = convert::result(pb::Code::Ok, "");
-        if request.held {
-            match self.gateways.confirm_hold().await.map_err(|error| status(&error))? {
-                Some(ended) => lives += ended,
-                None => result = convert::result(pb::Code::NotFound, "no hold is on"),
-            }
-        }
-        Ok(Response::new(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) }))
+        let args = format!("epochs {:?}, held {}", request.epochs, request.held);
+        let purged = self.purge(request).await;
+        self.note(Entry { action: "PurgeGateways".to_owned(), args, ..actor }, &purged);
+        purged.map(Response::new).map_err(|error| status(&error))
     }
 
     async fn hold_gateways(&self, request: Request<pb::HoldGatewaysReq>) -> Result<Response<pb::HoldGatewaysResp>, Status> {
-        let request = request.into_inner();
+        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let reason = format!("operator: {}", request.reason);
         let length = Duration::from_millis(request.for_ms.into());
-        self.gateways.hold(length, reason).await.map_err(|error| status(&error))?;
+        let held = self.gateways.hold(length, reason).await;
+        let args = format!("for {} ms", request.for_ms);
+        self.note(Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor }, &held);
+        held.map_err(|error| status(&error))?;
         Ok(Response::new(pb::HoldGatewaysResp { result: convert::result(pb::Code::Ok, "") }))
     }
 }
 
 impl Admin {
+    async fn purge(&self, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
+        let epochs = request.epochs.into_iter().map(Epoch).collect();
+        let mut lives = self.gateways.purge(epochs).await?;
+        let mut result = convert::result(pb::Code::Ok, "");
+        if request.held {
+            match self.gateways.confirm_hold().await? {
+                Some(ended) => lives += ended,
+                None => result = convert::result(pb::Code::NotFound, "no hold is on"),
+            }
+        }
+        Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
+    }
+
+    /// Takes down what an operator did, and whether it could be done.
+    fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
+        self.audit.note(match done {
+            Ok(_) => Entry { outcome: "ok", ..entry },
+            Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
+        });
+    }
+
     fn life(&self, listed: LifeDetails, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let LifeDetails { life, profile, load } = listed;
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;

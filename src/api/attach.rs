@@ -4,6 +4,7 @@
 //! Answers go before orders, and a gateway that does not read them is not read from: nothing here grows without bound.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -13,14 +14,17 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
+use tokio::time::sleep;
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::Status;
 use tonic::Streaming;
 
+use crate::api::access::Admission;
 use crate::api::binder::Binder;
 use crate::api::convert;
+use crate::api::status::status;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::session::Frame;
@@ -40,6 +44,7 @@ use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_frame::Body as Up;
 use crate::pb::node_frame::Body as Down;
+use crate::security::allowance::StreamSlot;
 
 /// Frames that wait for the transport; more only when the gateway reads.
 pub const OUTGOING: usize = 64;
@@ -51,6 +56,8 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The same, as it is told.
 const DRAIN_DEADLINE_MS: u32 = 1_000;
+/// The wall clock, by which credentials end, is looked at again after this.
+const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 
 /// What goes to the transport, with the room in the stream's queue that it takes until then.
 pub type Written = (Result<pb::NodeFrame, Status>, Option<HeldBytes>);
@@ -68,9 +75,26 @@ pub struct StreamContext {
     pub draining: CancellationToken,
 }
 
+/// On what a stream rests, if callers are asked who they are.
+pub struct Credential {
+    admission: Admission,
+    _slot: StreamSlot,
+}
+
+impl Credential {
+    /// # Errors
+    /// The caller has as many streams as it may.
+    pub fn new(admission: &Admission) -> Result<Self, Error> {
+        let slot = admission.identity.allowance.open_stream();
+        let slot = slot.ok_or_else(|| Error::overloaded("this caller has as many streams as it may (limits.streams)"))?;
+        Ok(Self { admission: admission.clone(), _slot: slot })
+    }
+}
+
 /// One gateway's stream.
 pub struct Stream {
     tools: Arc<StreamContext>,
+    credential: Option<Credential>,
     session: Session,
     attached: Option<Attached>,
     /// Polled inside this task: a task per request would cost more than the request itself.
@@ -80,9 +104,9 @@ pub struct Stream {
 }
 
 impl Stream {
-    pub fn new(tools: Arc<StreamContext>, out: Outgoing) -> Self {
+    pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        Self { tools, session, attached: None, in_flight, answers, out }
+        Self { tools, credential, session, attached: None, in_flight, answers, out }
     }
 
     /// Serves the gateway until one of both ends it.
@@ -103,6 +127,8 @@ impl Stream {
         let (tools, out) = (self.tools.clone(), self.out.clone());
         let hello_by = Instant::now() + HELLO_LIMIT;
         let mut drain_until: Option<Instant> = None;
+        let admission = self.credential.as_ref().map(|credential| credential.admission.clone());
+        let mut revoked = pin!(revoked(admission));
         loop {
             let may_read = self.in_flight.len() + self.answers.len() < MAX_IN_FLIGHT;
             let is_attached = self.attached.is_some();
@@ -110,6 +136,8 @@ impl Stream {
             tokio::select! {
                 biased;
                 () = replaced.cancelled() => return (End::Ours, Some(Status::aborted("a newer stream of this gateway, or the end of its life, ended this one"))),
+                // The lease stays: a slip of an operator must not take the gateway's users offline.
+                () = &mut revoked => return (End::Ours, Some(Status::unauthenticated("the credential of this stream is not valid any more"))),
                 () = tools.draining.cancelled(), if drain_until.is_none() => {
                     let reason = pb::Reason::Restart.into();
                     self.answers.push_back(frame(0, Down::Drain(pb::Drain { deadline_ms: DRAIN_DEADLINE_MS, reason })));
@@ -180,10 +208,7 @@ impl Stream {
         let illegal = |why: &dyn std::fmt::Display| Status::invalid_argument(format!("{name} (seq {seq}): {why}"));
         self.session.allows(kind).map_err(|why| illegal(&why))?;
         match frame.body {
-            Some(Up::Hello(hello)) => self.hello(seq, hello).await.map_err(|error| match error {
-                Error::Invalid { .. } => illegal(&error),
-                error => crate::api::status::status(&error),
-            }),
+            Some(Up::Hello(hello)) => self.hello(seq, hello).await,
             Some(Up::Heartbeat(beat)) => self.heartbeat(seq, beat).map_err(|why| illegal(&why)),
             Some(Up::Bind(bind)) => self.bind(seq, &bind).map_err(|why| illegal(&why)),
             Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
@@ -192,10 +217,17 @@ impl Stream {
         }
     }
 
-    async fn hello(&mut self, seq: u64, hello: pb::RegisterGatewayReq) -> Result<(), Error> {
-        let (profile, epoch) = convert::registration(hello)?;
+    async fn hello(&mut self, seq: u64, hello: pb::RegisterGatewayReq) -> Result<(), Status> {
+        let refused = |error| match error {
+            Error::Invalid { .. } => Status::invalid_argument(format!("hello (seq {seq}): {error}")),
+            error => status(&error),
+        };
+        let (profile, epoch) = convert::registration(hello).map_err(refused)?;
         let gateway = profile.gateway.clone();
-        let welcome = match self.tools.attaching.attach(profile, epoch).await? {
+        if let Some(credential) = &self.credential {
+            credential.admission.check_gateway(&gateway)?;
+        }
+        let welcome = match self.tools.attaching.attach(profile, epoch).await.map_err(refused)? {
             Ok((life, attached)) => {
                 self.session.attach(gateway, life.epoch, life.attach_no);
                 self.attached = Some(attached);
@@ -228,7 +260,9 @@ impl Stream {
     fn bind(&mut self, seq: u64, bind: &pb::BindRouteReq) -> Result<(), String> {
         let (gateway, epoch) = self.speaks_for(&bind.gateway_addr, bind.gateway_epoch)?;
         let (user, bind) = convert::bind_on(gateway.clone(), Some(epoch), bind).map_err(|error| error.to_string())?;
-        let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Bind(bind)));
+        let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission.take_call());
+        let binder = self.tools.binder.clone();
+        let begun = taken.and_then(|()| binder.begin(user, Change::Bind(bind)));
         self.answer(seq, async move { Down::Bound(binder.finish_bind(user, begun).await) });
         Ok(())
     }
@@ -236,7 +270,7 @@ impl Stream {
     fn unbind(&mut self, seq: u64, mut unbind: pb::UnbindRouteReq) -> Result<(), String> {
         let (gateway, epoch) = self.speaks_for(&unbind.gateway_addr, unbind.gateway_epoch)?;
         (unbind.gateway_addr, unbind.gateway_epoch) = (gateway.to_string(), epoch.0);
-        let (user, unbind) = convert::unbind(&unbind).map_err(|error| error.to_string())?;
+        let (user, unbind) = convert::unbind(&unbind, None).map_err(|error| error.to_string())?;
         let (binder, begun) = (self.tools.binder.clone(), self.tools.binder.begin(user, Change::Unbind(unbind)));
         self.answer(seq, async move { Down::Unbound(binder.finish_unbind(begun).await) });
         Ok(())
@@ -255,6 +289,18 @@ impl Stream {
     /// Answers with the same seq once it is known what to say.
     fn answer(&mut self, seq: u64, body: impl Future<Output = Down> + Send + 'static) {
         self.in_flight.push(async move { frame(seq, body.await) }.boxed());
+    }
+}
+
+/// Waits until the credential is not valid any more.
+async fn revoked(admission: Option<Admission>) {
+    let Some(Admission { access, identity, .. }) = admission else { return std::future::pending().await };
+    let mut changes = access.callers.changes();
+    while access.callers.still_knows(&identity) {
+        tokio::select! {
+            _ = changes.changed() => {}
+            () = sleep(identity.expires_in().unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)) => {}
+        }
     }
 }
 

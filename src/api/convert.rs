@@ -3,10 +3,12 @@
 use std::fmt;
 use std::fmt::Display;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
 
+use crate::domain::caller::Caller;
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
@@ -89,7 +91,8 @@ pub fn bind_on(gateway: GatewayAddr, epoch: Option<Epoch>, request: &pb::BindRou
     Ok((user_id(request.user_id)?, bind))
 }
 
-pub fn unbind(request: &pb::UnbindRouteReq) -> Result<(UserId, Unbind), Error> {
+/// `by`: who asks, if that is known.
+pub fn unbind(request: &pb::UnbindRouteReq, by: Option<&Arc<Caller>>) -> Result<(UserId, Unbind), Error> {
     let user = user_id(request.user_id)?;
     let device = DeviceId::parse(&request.device_id).map_err(invalid("device_id"))?;
     let conn = ConnId::parse(&request.conn_id).map_err(invalid("conn_id"))?;
@@ -103,7 +106,7 @@ pub fn unbind(request: &pb::UnbindRouteReq) -> Result<(UserId, Unbind), Error> {
         GatewayAddr::parse(&request.gateway_addr).map_err(invalid("gateway_addr"))?;
     }
     let bound_version = parse_route_key(user, &request.route_key)?;
-    Ok((user, Unbind::Exact { bound_version, conn, epoch }))
+    Ok((user, Unbind::Exact { bound_version, conn, epoch, by: by.cloned() }))
 }
 
 pub fn route_key(user: UserId, bound_version: Version) -> impl Display {

@@ -1,6 +1,7 @@
 //! `GatewayService`: leases, streams, acknowledgements, the inbox.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -11,7 +12,11 @@ use tonic::Response;
 use tonic::Status;
 use tonic::Streaming;
 use tonic::codegen::BoxStream;
+use tonic::codegen::http::Extensions;
 
+use crate::api::access;
+use crate::api::access::Admission;
+use crate::api::attach::Credential;
 use crate::api::attach::OUTGOING;
 use crate::api::attach::Stream;
 use crate::api::attach::StreamContext;
@@ -22,6 +27,7 @@ use crate::domain::id::UserId;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::messages::inbox::Inboxes;
+use crate::engine::read::directory::Directory;
 use crate::engine::read::lives::Lives;
 use crate::pb;
 use crate::pb::gateway_service_server::GatewayService;
@@ -35,6 +41,7 @@ pub struct Leases {
     pub heartbeats: Arc<Heartbeats>,
     pub lives: Arc<Lives>,
     pub inboxes: Arc<Inboxes>,
+    pub directory: Arc<Directory>,
     pub stream_tools: Arc<StreamContext>,
     /// Owns the streams; they end when the node drains.
     pub attached: TaskTracker,
@@ -46,7 +53,9 @@ impl GatewayService for Leases {
         &self,
         request: Request<pb::RegisterGatewayReq>,
     ) -> Result<Response<pb::RegisterGatewayResp>, Status> {
-        let (profile, epoch) = convert::registration(request.into_inner()).map_err(|error| status(&error))?;
+        let (_, extensions, request) = request.into_parts();
+        let (profile, epoch) = convert::registration(request).map_err(|error| status(&error))?;
+        access::check_gateway(&extensions, &profile.gateway)?;
         Ok(Response::new(match self.gateways.enter(profile, epoch).await.map_err(|error| status(&error))? {
             Ok(epoch) => convert::welcome(epoch, &self.gateways.terms),
             Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
@@ -55,6 +64,7 @@ impl GatewayService for Leases {
 
     async fn heartbeat(&self, request: Request<pb::HeartbeatReq>) -> Result<Response<pb::HeartbeatResp>, Status> {
         let (gateway, beat) = convert::beat(request.get_ref()).map_err(|error| status(&error))?;
+        access::check_gateway(request.extensions(), &gateway)?;
         let beaten = self.heartbeats.beat(gateway, beat).await.map_err(|error| status(&error))?;
         Ok(Response::new(match beaten {
             Ok(life) => convert::beaten(&life, self.lives.clock.now()),
@@ -66,8 +76,9 @@ impl GatewayService for Leases {
         &self,
         request: Request<pb::DeregisterGatewayReq>,
     ) -> Result<Response<pb::DeregisterGatewayResp>, Status> {
-        let request = request.get_ref();
+        let (_, extensions, request) = request.into_parts();
         let gateway = convert::gateway(&request.gateway_addr).map_err(|error| status(&error))?;
+        access::check_gateway(&extensions, &gateway)?;
         let epoch = convert::registered_epoch(request.gateway_epoch).map_err(|error| status(&error))?;
         let done = self.gateways.deregister(gateway, epoch).await.map_err(|error| status(&error))?;
         let result = done.map_or_else(convert::fenced, |()| convert::result(pb::Code::Ok, ""));
@@ -76,7 +87,8 @@ impl GatewayService for Leases {
 
     async fn attach(&self, request: Request<Streaming<pb::GatewayFrame>>) -> Result<Response<BoxStream<pb::NodeFrame>>, Status> {
         let (out, frames) = mpsc::channel(OUTGOING);
-        self.attached.spawn(Stream::new(self.stream_tools.clone(), out).run(request.into_inner()));
+        let credential = Admission::of(request.extensions()).map(Credential::new).transpose().map_err(|error| status(&error))?;
+        self.attached.spawn(Stream::new(self.stream_tools.clone(), credential, out).run(request.into_inner()));
         Ok(Response::new(Box::pin(ReceiverStream::new(frames).map(|(frame, _room)| frame))))
     }
 
@@ -89,8 +101,9 @@ impl GatewayService for Leases {
     }
 
     async fn pull_inbox(&self, request: Request<pb::PullInboxReq>) -> Result<Response<pb::PullInboxResp>, Status> {
-        let request = request.get_ref();
+        let (_, extensions, request) = request.into_parts();
         let (user, device) = inbox_of(request.user_id, &request.device_id)?;
+        self.check_user(&extensions, user).await?;
         convert::at_most("limit", request.limit as usize, MAX_PULLED, "messages").map_err(|error| status(&error))?;
         let limit = if request.limit == 0 { PULLED } else { request.limit as usize };
         let limits = (limit, convert::MAX_ANSWER_BYTES);
@@ -101,10 +114,26 @@ impl GatewayService for Leases {
     }
 
     async fn ack_inbox(&self, request: Request<pb::AckInboxReq>) -> Result<Response<pb::AckInboxResp>, Status> {
-        let request = request.get_ref();
+        let (_, extensions, request) = request.into_parts();
         let (user, device) = inbox_of(request.user_id, &request.device_id)?;
+        self.check_user(&extensions, user).await?;
         self.inboxes.read_up_to(user, request.up_to_seq, device).await.map_err(|error| status(&error))?;
         Ok(Response::new(pb::AckInboxResp { result: convert::result(pb::Code::Ok, "") }))
+    }
+}
+
+impl Leases {
+    /// A gateway reads the inboxes of those users only who are bound to it.
+    async fn check_user(&self, extensions: &Extensions, user: UserId) -> Result<(), Status> {
+        let Some(admission) = Admission::of(extensions).filter(|admission| admission.is_gateway()) else { return Ok(()) };
+        for bound in [None, Some(Duration::ZERO)] {
+            // The second look is at SQL: a bind of this moment may not be known here yet.
+            let answer = self.directory.look_up(user, bound).await.map_err(|error| status(&error))?;
+            if answer.live_routes().any(|route| admission.identity.caller.may_speak_for(route.gateway())) {
+                return Ok(());
+            }
+        }
+        Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for")))
     }
 }
 

@@ -1,5 +1,6 @@
 //! The protocols: gRPC for gateways and services, HTTP for operators. They translate and decide nothing.
 
+pub mod access;
 pub mod admin;
 pub mod answer;
 pub mod attach;
@@ -16,3 +17,4 @@ pub mod presence;
 pub mod queries;
 pub mod room;
 pub mod status;
+pub mod transport;

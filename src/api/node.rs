@@ -17,12 +17,13 @@ use tonic::Response;
 use tonic::Status;
 use tonic::codegen::http::HeaderMap;
 use tonic::metadata::AsciiMetadataValue;
-use tonic::transport::Channel;
-use tonic::transport::Endpoint;
 
 use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
+use crate::client::security::Link;
+use crate::client::security::Security;
+use crate::client::security::root_cause;
 use crate::domain::id::Epoch;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
@@ -124,9 +125,10 @@ pub fn check_caller(headers: &HeaderMap, own: &str) -> Result<usize, Status> {
     }
 }
 
-/// A call from a node of this store.
+/// A call from a node of this store. It is given up in time by itself.
 fn signed<T>(message: T, store_id: &str) -> Request<T> {
     let mut request = Request::new(message);
+    request.set_timeout(FORWARD_LIMIT);
     if let Ok(store_id) = AsciiMetadataValue::try_from(store_id) {
         request.metadata_mut().insert(STORE_HEADER, store_id);
     }
@@ -138,12 +140,13 @@ pub struct Caller {
     pub store_id: String,
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
+    pub security: Security,
 }
 
 /// A node that is called.
 #[derive(Clone)]
 struct Callee {
-    client: NodeServiceClient<Channel>,
+    client: NodeServiceClient<Link>,
     /// It has said that it knows contents that several orders share. One of the last release that took its place refuses such
     /// orders, and says so.
     shares: Arc<AtomicBool>,
@@ -162,10 +165,8 @@ struct Together {
 ///
 /// # Errors
 /// Why nobody does.
-pub async fn who_answers(addr: &str, store_id: &str) -> Result<String, String> {
-    let endpoint = Endpoint::from_shared(format!("http://{addr}")).map_err(|error| error.to_string())?;
-    let endpoint = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT);
-    let channel = endpoint.connect().await.map_err(|error| error.to_string())?;
+pub async fn who_answers(addr: &str, store_id: &str, security: &Security) -> Result<String, String> {
+    let channel = security.connect(addr, FORWARD_LIMIT).await.map_err(|error| root_cause(&*error))?;
     let hello = pb::ForwardReq { store_id: store_id.to_owned(), ..Default::default() };
     let hello = signed(hello, store_id);
     let answer = NodeServiceClient::new(channel).forward(hello).await.map_err(|status| status.message().to_owned())?;
@@ -197,9 +198,8 @@ impl Caller {
     }
 
     async fn call_node(self: Arc<Self>, addr: Arc<str>, mut queue: mpsc::Receiver<Call>) {
-        let Ok(endpoint) = Endpoint::from_shared(format!("http://{addr}")) else { return };
-        let channel = endpoint.connect_timeout(FORWARD_LIMIT).timeout(FORWARD_LIMIT).tcp_nodelay(true).connect_lazy();
-        let node = Callee { client: NodeServiceClient::new(channel), shares: Arc::default() };
+        let Ok(link) = self.security.link(&addr, FORWARD_LIMIT) else { return };
+        let node = Callee { client: NodeServiceClient::new(link), shares: Arc::default() };
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
         let (mut calls, mut waiting) = (JoinSet::new(), Vec::new());
         while queue.recv_many(&mut waiting, TOGETHER).await > 0 {
@@ -221,7 +221,7 @@ impl Caller {
         tokio::join!(self.forward_acks(node.client.clone(), &acks), self.forward(node, together));
     }
 
-    async fn forward_acks(&self, mut client: NodeServiceClient<Channel>, acks: &[Ack]) {
+    async fn forward_acks(&self, mut client: NodeServiceClient<Link>, acks: &[Ack]) {
         if !acks.is_empty() {
             let acks = acks.iter().map(convert::ack_to_pb).collect();
             let request = pb::ForwardAcksReq { store_id: self.store_id.clone(), acks };

@@ -7,6 +7,8 @@ use tonic::Request;
 use tonic::Response;
 use tonic::Status;
 
+use crate::api::access;
+use crate::api::access::Admission;
 use crate::api::binder::Binder;
 use crate::api::binder::not_bound_now;
 use crate::api::convert;
@@ -27,11 +29,16 @@ pub struct Presence {
 impl PresenceService for Presence {
     async fn bind_route(&self, request: Request<pb::BindRouteReq>) -> Result<Response<pb::BindRouteResp>, Status> {
         let (user, bind) = convert::bind(request.get_ref()).map_err(|error| status(&error))?;
+        access::check_gateway(request.extensions(), &bind.gateway)?;
         self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error))
     }
 
     async fn unbind_route(&self, request: Request<pb::UnbindRouteReq>) -> Result<Response<pb::UnbindRouteResp>, Status> {
-        let (user, unbind) = convert::unbind(request.get_ref()).map_err(|error| status(&error))?;
+        let by = Admission::of(request.extensions()).map(|admission| &admission.identity.caller);
+        let (user, unbind) = convert::unbind(request.get_ref(), by).map_err(|error| status(&error))?;
+        if let Ok(gateway) = convert::gateway(&request.get_ref().gateway_addr) {
+            access::check_gateway(request.extensions(), &gateway)?;
+        }
         self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error))
     }
 
@@ -44,6 +51,7 @@ impl PresenceService for Presence {
 
     async fn batch_deliver(&self, request: Request<pb::BatchDeliverReq>) -> Result<Response<pb::BatchDeliverResp>, Status> {
         let deadline = delivery::deadline(request.metadata());
+        access::take_users(request.extensions(), request.get_ref().user_ids.len())?;
         let (users, message) = delivery::batch_message(request.into_inner(), self.max_message_bytes)?;
         let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error))?;
         unless_all_failed(&reports)?;
@@ -54,9 +62,12 @@ impl PresenceService for Presence {
         &self,
         request: Request<pb::BatchBindRouteReq>,
     ) -> Result<Response<pb::BatchBindRouteResp>, Status> {
-        let binds = request.into_inner().binds;
+        let (_, extensions, request) = request.into_parts();
+        let binds = request.binds;
         convert::batch_size("binds", binds.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
+        access::take_users(&extensions, binds.len())?;
         let binds: Vec<_> = binds.iter().map(convert::bind).collect::<Result<_, _>>().map_err(|error| status(&error))?;
+        binds.iter().try_for_each(|(_, bind)| access::check_gateway(&extensions, &bind.gateway))?;
         let answers = self.binder.bind_many(binds).await;
         unless_all_failed(&answers)?;
         let mut results: Vec<_> =

@@ -18,6 +18,7 @@ use tonic::codegen::http;
 use tonic::server::Grpc;
 use tonic::server::UnaryService;
 
+use crate::api::access;
 use crate::api::answer;
 use crate::api::body::Arriving;
 use crate::api::body::Leaving;
@@ -106,7 +107,9 @@ impl Queries {
     }
 
     /// Where many users are.
-    async fn many(self, request: pb::BatchQueryRouteReq) -> Result<Response<Vec<u8>>, Status> {
+    async fn many(self, request: Request<pb::BatchQueryRouteReq>) -> Result<Response<Vec<u8>>, Status> {
+        access::take_users(request.extensions(), request.get_ref().user_ids.len())?;
+        let request = request.into_inner();
         let limit = if request.with_routes { convert::MAX_BATCH_WITH_ROUTES } else { convert::MAX_BATCH };
         let users = convert::user_ids(&request.user_ids, limit).map_err(|error| status(&error))?;
         let answers = self.0.directory.get_many(&users, bound(request.max_staleness_ms)).await;
@@ -161,6 +164,6 @@ impl UnaryService<pb::BatchQueryRouteReq> for Queries {
     type Future = BoxFuture<Response<Vec<u8>>, Status>;
 
     fn call(&mut self, request: Request<pb::BatchQueryRouteReq>) -> Self::Future {
-        Box::pin(self.clone().many(request.into_inner()))
+        Box::pin(self.clone().many(request))
     }
 }

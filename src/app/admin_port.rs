@@ -24,7 +24,6 @@ use hyper_util::rt::TokioExecutor;
 use hyper_util::rt::TokioIo;
 use hyper_util::rt::TokioTimer;
 use tokio::net::TcpListener;
-use tokio::net::TcpStream;
 use tokio::sync::SetOnce;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -33,9 +32,11 @@ use tokio_util::sync::CancellationToken;
 use tonic::codegen::Service;
 
 use crate::api::listen::ACCEPT_PAUSE;
-use crate::api::listen::speaks_http2;
 use crate::api::room::Guest;
 use crate::api::room::Room;
+use crate::api::transport::Entered;
+use crate::api::transport::Entrance;
+use crate::api::transport::Transport;
 use crate::memory::Memory;
 use crate::memory::Share;
 
@@ -53,33 +54,38 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves `router` until `stop`.
-pub async fn serve(listener: TcpListener, router: Router, memory: Arc<Memory>, stop: CancellationToken) {
+pub async fn serve(listener: TcpListener, entrance: Entrance, router: Router, memory: Arc<Memory>, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let router = router.layer(from_fn_with_state(memory, with_whole_body));
     let (newcomers, settled) = (Room::new(MAX_NEWCOMERS), Room::new(MAX_CONNECTIONS));
-    let mut connections = JoinSet::new();
+    let (mut connections, entrance) = (JoinSet::new(), Arc::new(entrance));
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
         while connections.try_join_next().is_some() {}
         while connections.len() > MAX_NEWCOMERS + MAX_CONNECTIONS {
             connections.join_next().await; // one that had to make room has not gone yet
         }
-        let Ok((stream, _)) = accepted else {
+        let Ok((stream, addr)) = accepted else {
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
         let (newcomer, settled, router) = (newcomers.enter(), settled.clone(), router.clone());
+        let entrance = entrance.clone();
         connections.spawn(async move {
             let newcomer = Arc::new(newcomer);
             tokio::select! {
                 () = newcomer.closed() => {}
-                () = connection(stream, newcomer.clone(), settled, router) => {}
+                () = async {
+                    if let Ok(entered) = entrance.enter(stream, addr).await {
+                        connection(entered, newcomer.clone(), settled, router).await;
+                    }
+                } => {}
             }
         });
     }
 }
 
-async fn connection(stream: TcpStream, newcomer: Arc<Guest>, settled: Arc<Room>, router: Router) {
-    let Ok(Ok(is_http2)) = timeout(HEAD_LIMIT, speaks_http2(&stream)).await else { return };
+async fn connection(entered: Entered, newcomer: Arc<Guest>, settled: Arc<Room>, router: Router) {
+    let Entered { transport, peer, is_http2 } = entered;
     let place = Arc::new(SetOnce::new()); // from its first request on
     let taken = place.clone();
     let answer = service_fn(move |request: hyper::Request<Incoming>| {
@@ -87,22 +93,23 @@ async fn connection(stream: TcpStream, newcomer: Arc<Guest>, settled: Arc<Room>,
             newcomer.leave();
             let _ = taken.set(settled.enter()); // one request is the first
         }
-        let mut router = router.clone();
-        async move { router.call(request.map(Body::new)).await }
+        let (mut router, mut request) = (router.clone(), request.map(Body::new));
+        request.extensions_mut().insert(peer.clone());
+        async move { router.call(request).await }
     });
     tokio::select! {
-        () = serve_http(stream, is_http2, answer) => {}
+        () = serve_http(transport, is_http2, answer) => {}
         () = async { place.wait().await.closed().await } => {} // it may not even read its answers
     }
 }
 
 /// Serves one connection. How it ends is the client's business.
-async fn serve_http<S>(stream: TcpStream, is_http2: bool, answer: S)
+async fn serve_http<S>(transport: Transport, is_http2: bool, answer: S)
 where
     S: hyper::service::Service<hyper::Request<Incoming>, Response = Response, Error = Infallible>,
     S::Future: Send + 'static,
 {
-    let io = TokioIo::new(stream);
+    let io = TokioIo::new(transport);
     let _ = match is_http2 {
         true => {
             let mut server = http2::Builder::new(TokioExecutor::new());

@@ -109,10 +109,11 @@ impl Daemon {
         config: &Config,
         database: Arc<Database>,
         data: SocketAddr,
+        metrics: Arc<Metrics>,
         tasks: &mut JoinSet<()>,
         stop: &CancellationToken,
     ) -> Result<Self, StartError> {
-        let mut base = Foundation::lay(config, database, data, tasks, stop).await?;
+        let mut base = Foundation::lay(config, database, data, metrics, tasks, stop).await?;
         base.listen().await;
         let (outlets, peer_calls) = base.outlets();
         let kicks = base.kicks(&outlets);
@@ -172,13 +173,14 @@ impl Daemon {
             draining: draining.clone(),
         });
         let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
-        let queries = Queries::new(directory, metrics, self.memory.clone());
+        let queries = Queries::new(directory.clone(), metrics, self.memory.clone());
         let max_message_bytes = config.delivery.max_message_bytes;
         let leases = Leases {
             gateways: self.gateways.clone(),
             heartbeats: self.heartbeats.clone(),
             lives: lives.clone(),
             inboxes: self.inboxes.clone(),
+            directory,
             stream_tools,
             attached: attached.clone(),
         };
@@ -195,6 +197,7 @@ impl<'a> Foundation<'a> {
         config: &'a Config,
         database: Arc<Database>,
         data: SocketAddr,
+        metrics: Arc<Metrics>,
         tasks: &'a mut JoinSet<()>,
         stop: &'a CancellationToken,
     ) -> Result<Self, StartError> {
@@ -210,7 +213,7 @@ impl<'a> Foundation<'a> {
         if is_given {
             neighbours::must_not_be_twins(&own, &database).await?;
         }
-        let (metrics, lives, cache) = (Metrics::new(), Lives::new(), Cache::new(config.route.l1_capacity));
+        let (lives, cache) = (Lives::new(), Cache::new(config.route.l1_capacity));
         let memory = Memory::new(config.limits.memory_bytes);
         let (bus, shared) = redis(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
@@ -358,17 +361,10 @@ async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>
 
 fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {
     let section = "redis_queue";
-    no_tls(&queue.server, section)?;
     Bus::new(queue).map_err(|cause| StartError::Redis { section, cause })
 }
 
 fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<SharedCache, StartError> {
     let section = "redis_cache";
-    no_tls(redis, section)?;
     SharedCache::new(redis, &config.route, store_id).map_err(|cause| StartError::Redis { section, cause })
-}
-
-fn no_tls(redis: &config::Redis, section: &'static str) -> Result<(), StartError> {
-    let tls = redis.tls || redis.url.as_ref().is_some_and(|url| url.expose().starts_with("rediss:"));
-    if tls { Err(StartError::NoTls { section }) } else { Ok(()) }
 }

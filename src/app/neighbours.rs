@@ -13,6 +13,7 @@ use tracing::warn;
 
 use crate::api::node::who_answers;
 use crate::app::StartError;
+use crate::client::security::Security;
 use crate::engine::gateways::reaper::NODE_TERM;
 use crate::store::bus::Bus;
 use crate::store::cluster::Claim;
@@ -78,8 +79,8 @@ pub async fn must_not_be_twins(own: &NodeName, database: &Database) -> Result<()
 }
 
 /// Calls this node by the address that others are told, and warns if they would not reach it.
-pub async fn call_oneself(own: NodeName, store_id: String) {
-    match who_answers(&own.addr, &store_id).await {
+pub async fn call_oneself(own: NodeName, store_id: String, security: Security) {
+    match who_answers(&own.addr, &store_id, &security).await {
         Ok(incarnation) if incarnation == own.incarnation => {}
         Ok(_) => warn!("at {}, where other nodes are told to find this one, another answers: see advertise", own.addr),
         Err(why) => warn!("at {}, where other nodes are told to find this one, nobody answers ({why}): see advertise", own.addr),

@@ -7,6 +7,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
+use axum::middleware::from_fn_with_state;
+use tokio::time::sleep;
 use tonic::body::Body;
 use tonic::codegen::BoxFuture;
 use tonic::codegen::Service;
@@ -16,6 +18,8 @@ use tonic::transport::Server;
 use tonic_health::server::HealthReporter;
 use tonic_health::server::health_reporter;
 
+use crate::api::access::Access;
+use crate::api::access::Refused;
 use crate::api::admin::Admin;
 use crate::api::body;
 use crate::api::body::Arriving;
@@ -73,6 +77,8 @@ struct Served<P> {
     memory: Arc<Memory>,
     /// None: there are no other nodes.
     store_id: Option<Arc<str>>,
+    /// None: everybody may do everything.
+    access: Option<Arc<Access>>,
 }
 
 impl<P> Clone for DataService<P> {
@@ -83,7 +89,7 @@ impl<P> Clone for DataService<P> {
 
 impl<P> DataService<P> {
     pub fn for_another_thread(&self) -> Self {
-        let Served { queries, presence, others, memory, store_id } = &*self.0;
+        let Served { queries, presence, others, memory, store_id, access } = &*self.0;
         let memory = memory.for_another_thread();
         Self(Arc::new(Served {
             queries: queries.as_ref().map(|queries| queries.for_another_thread(&memory)),
@@ -91,6 +97,7 @@ impl<P> DataService<P> {
             others: others.clone(),
             memory,
             store_id: store_id.clone(),
+            access: access.clone(),
         }))
     }
 }
@@ -104,8 +111,21 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
         Poll::Ready(Ok(())) // as all of them are
     }
 
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
         let served = &*self.0;
+        if let Some(access) = &served.access {
+            match access.admit(request.uri().path(), request.extensions().get(), request.headers()) {
+                Ok(None) => {}
+                Ok(Some(admission)) if admission.is_needed_later() => _ = request.extensions_mut().insert(admission),
+                Ok(Some(_)) => {}
+                Err(Refused { status, late }) => {
+                    return Box::pin(async move {
+                        sleep(late).await;
+                        Ok(status.into_http())
+                    });
+                }
+            }
+        }
         match (request.uri().path().strip_prefix(PRESENCE), served.queries.clone()) {
             (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request)),
             (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
@@ -150,7 +170,12 @@ fn is_stream(path: &str) -> bool {
     STREAMS.contains(&path) || !path.starts_with(OURS)
 }
 
-pub async fn data_service<P: PresenceService>(services: Services<P>, memory: Arc<Memory>) -> (HealthReporter, DataService<P>) {
+pub async fn data_service<P: PresenceService>(
+    services: Services<P>,
+    memory: Arc<Memory>,
+    access: Option<Arc<Access>>,
+    has_reflection: bool,
+) -> (HealthReporter, DataService<P>) {
     let (health, health_service) = health_reporter();
     health.set_serving::<PresenceServiceServer<P>>().await;
     let reflection =
@@ -166,14 +191,14 @@ pub async fn data_service<P: PresenceService>(services: Services<P>, memory: Arc
             .add_service(GatewayServiceServer::new(leases).max_decoding_message_size(MAX_MESSAGE_BYTES))
             .add_service(NodeServiceServer::new(nodes).max_decoding_message_size(node::MAX_FORWARD_BYTES));
     }
-    if let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
+    if has_reflection && let Ok(v1) = reflection(tonic_reflection::server::Builder::configure()).build_v1() {
         routes.add_service(v1);
     }
-    if let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
+    if has_reflection && let Ok(v1alpha) = reflection(tonic_reflection::server::Builder::configure()).build_v1alpha() {
         routes.add_service(v1alpha); // for clients of before 2023
     }
     let others = routes.routes().prepare();
-    (health, DataService(Arc::new(Served { queries, presence, others, memory, store_id })))
+    (health, DataService(Arc::new(Served { queries, presence, others, memory, store_id, access })))
 }
 
 /// The gRPC server of the data port.
@@ -189,9 +214,9 @@ pub fn data_server() -> Server {
 }
 
 /// What the admin port offers: HTTP for probes and collectors, gRPC for `ctl`.
-pub fn admin_router(operator: operators::Operator, admin: Admin) -> Router {
+pub fn admin_router(operator: operators::Operator, admin: Admin, access: Option<Arc<Access>>) -> Router {
     let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
-    operators::router(operator).merge(grpc)
+    operators::router(operator).merge(grpc).layer(from_fn_with_state(access, operators::guard))
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ use std::io;
 use std::num::NonZeroUsize;
 use std::thread;
 
+use tokio::net::TcpListener;
 use tokio::runtime::Builder;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
@@ -14,12 +15,15 @@ use tracing::error;
 
 use crate::api::listen::Admitted;
 use crate::api::listen::ServingThread;
+use crate::api::listen::accept;
+use crate::api::transport::Entrance;
 use crate::app::serve;
 use crate::app::serve::DataService;
 use crate::pb::presence_service_server::PresenceService;
 
 /// The serving threads, as long as one of them runs.
 pub struct Threads {
+    alive: Option<mpsc::Sender<()>>,
     running: mpsc::Receiver<()>,
 }
 
@@ -54,11 +58,43 @@ impl Threads {
             };
             thread::Builder::new().name(format!("serve-{number}")).spawn(work)?;
         }
-        Ok((Self { running }, serving))
+        Ok((Self { alive: Some(alive), running }, serving))
+    }
+
+    /// Accepts connections on a thread of its own: handshakes are work, and must hold up neither calls nor the lanes.
+    ///
+    /// # Errors
+    /// When the system gives no more threads.
+    pub fn accept(
+        &self,
+        listener: TcpListener,
+        entrance: Entrance,
+        max_connections: usize,
+        serving: Vec<ServingThread>,
+        draining: CancellationToken,
+        stop: CancellationToken,
+    ) -> io::Result<()> {
+        let (runtime, alive) = (Builder::new_current_thread().enable_all().build()?, self.alive.clone());
+        let listener = listener.into_std()?;
+        let work = move || {
+            let _alive = alive;
+            let stop_node = stop.clone().drop_guard();
+            let accepted = runtime.block_on(async {
+                let listener = TcpListener::from_std(listener)?;
+                accept(listener, entrance, max_connections, serving, draining, stop.clone()).await;
+                io::Result::Ok(())
+            });
+            match accepted {
+                Ok(()) => drop(stop_node.disarm()), // calls in progress are finished first
+                Err(error) => error!(%error, "cannot accept connections"),
+            }
+        };
+        thread::Builder::new().name("accept".to_owned()).spawn(work).map(|_| ())
     }
 
     /// Waits until all of them have ended.
     pub async fn ended(&mut self) {
+        self.alive = None;
         while self.running.recv().await.is_some() {}
     }
 }

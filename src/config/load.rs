@@ -16,8 +16,8 @@ use super::rules::Fault;
 use super::schema;
 
 const ENV_PREFIX: &str = "IM_PRESENCE__";
-/// What a Redis `url` says by itself.
-const SAID_BY_URL: [&str; 6] = ["host", "port", "database", "username", "password", "tls"];
+/// What a `url` says by itself.
+const SAID_BY_URL: [&str; 8] = ["host", "port", "database", "user", "username", "password", "password_file", "url_file"];
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, PartialEq, Eq)]
@@ -62,6 +62,18 @@ impl Config {
         Self::from_settings(settings, problems)
     }
 
+    /// Reads the defaults and the text of a file, whose name ends in .toml or .ini.
+    ///
+    /// # Errors
+    /// All that is wrong with it.
+    pub fn from_text(file: &str, text: &str) -> Result<Self, ConfigError> {
+        let format = if file.ends_with(".ini") { FileFormat::Ini } else { FileFormat::Toml };
+        match settings_of(file, text, format) {
+            Ok(settings) => Self::from_settings(settings, Vec::new()),
+            Err(reason) => Err(ConfigError { problems: vec![Problem { place: file.to_owned(), key: String::new(), reason }] }),
+        }
+    }
+
     fn from_settings(settings: Vec<Setting>, mut problems: Vec<Problem>) -> Result<Self, ConfigError> {
         let (schema, mut tree) = (schema::all(), schema::defaults());
         let mut given = Vec::new();
@@ -75,6 +87,9 @@ impl Config {
             }
         }
         problems.extend(said_twice(&given));
+        if ["host", "url_file"].iter().any(|key| is_given(&given, "store", key)) && !is_given(&given, "store", "url") {
+            tree["store"]["url"] = json!(""); // the default is meant for those who say nothing
+        }
         let config = serde_json::from_value::<Self>(tree).map_err(|error| ConfigError {
             problems: vec![Problem { place: "configuration".into(), key: String::new(), reason: error.to_string() }],
         })?;
@@ -120,10 +135,10 @@ fn read(file: &Path) -> Result<Vec<Setting>, Problem> {
         _ => return Err(problem("must end in .toml or .ini".into())),
     };
     let text = fs::read_to_string(file).map_err(|error| problem(format!("cannot be read: {error}")))?;
-    from_text(&place, &text, format).map_err(problem)
+    settings_of(&place, &text, format).map_err(problem)
 }
 
-fn from_text(place: &str, text: &str, format: FileFormat) -> Result<Vec<Setting>, String> {
+fn settings_of(place: &str, text: &str, format: FileFormat) -> Result<Vec<Setting>, String> {
     let mut settings = Vec::new();
     let setting =
         |section: &str, key: &str, value| Setting { place: place.into(), section: section.into(), key: key.into(), value };
@@ -161,11 +176,28 @@ fn lay(tree: &mut Value, schema: &Value, setting: &Setting, value: Value) {
     }
 }
 
+/// Of two keys that say the same, one has to be left out.
 fn said_twice(given: &[Setting]) -> Vec<Problem> {
-    let has_url = |section: &str| given.iter().any(|one| one.section == section && one.key == "url" && one.value != json!(""));
-    let in_redis = given.iter().filter(|one| one.section.starts_with("redis_") && SAID_BY_URL.contains(&&*one.key));
-    let twice = in_redis.filter(|one| has_url(&one.section));
-    twice.map(|one| one.problem(format!("{}.url says it too: give only one of them", one.section))).collect()
+    let is_given = |section: &str, key: &str| is_given(given, section, key);
+    let twice = given.iter().filter_map(|one| {
+        if one.value == json!("") || (one.section == "store" && one.key == "port") {
+            return None; // says nothing
+        }
+        let in_url = SAID_BY_URL.contains(&&*one.key) || (one.key == "tls" && one.section != "store");
+        let other = ["url", "url_file", "password"].into_iter().find(|other| {
+            let says_it = match *other {
+                "password" => one.key == "password_file",
+                other => in_url && one.key != other,
+            };
+            says_it && is_given(&one.section, other)
+        })?;
+        Some(one.problem(format!("{}.{other} says it too: give only one of them", one.section)))
+    });
+    twice.filter(|problem| !problem.key.is_empty()).collect()
+}
+
+fn is_given(given: &[Setting], section: &str, key: &str) -> bool {
+    given.iter().any(|one| one.section == section && one.key == key && one.value != json!(""))
 }
 
 /// Names the place that gave one of the fault's keys last.
@@ -190,7 +222,7 @@ mod tests {
 
     fn load(file: &str, text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let format = if file.ends_with(".ini") { FileFormat::Ini } else { FileFormat::Toml };
-        let mut settings = from_text(file, text, format).expect("the file can be parsed");
+        let mut settings = settings_of(file, text, format).expect("the file can be parsed");
         for (name, value) in variables {
             settings.extend(from_variable(name.into(), value.into()).expect("the variable is text"));
         }
@@ -300,9 +332,9 @@ mod tests {
 
     #[test]
     fn a_broken_file_is_refused_without_showing_its_lines() {
-        let reason = from_text("im.toml", "[redis_cache]\npassword = s3cret", FileFormat::Toml).map(|_| ()).unwrap_err();
+        let reason = settings_of("im.toml", "[redis_cache]\npassword = s3cret", FileFormat::Toml).map(|_| ()).unwrap_err();
         assert!(reason.contains("line 2") && !reason.contains("s3cret"), "{reason}");
-        let twice = from_text("im.ini", "[log]\nlevel=info\n[log]\nformat=json", FileFormat::Ini).map(|_| ()).unwrap_err();
+        let twice = settings_of("im.ini", "[log]\nlevel=info\n[log]\nformat=json", FileFormat::Ini).map(|_| ()).unwrap_err();
         assert_eq!(twice, "[log] appears twice");
         let missing = Config::load(Some(Path::new("/nowhere/im.yaml"))).unwrap_err().to_string();
         assert_eq!(missing, "/nowhere/im.yaml: must end in .toml or .ini");

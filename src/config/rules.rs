@@ -9,7 +9,10 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 
 use super::Config;
+use super::Credential;
 use super::Redis;
+use super::Store;
+use crate::security::san::SanRule;
 
 /// One lost heartbeat, and one that is late, are no death.
 const LEASE_IN_HEARTBEATS: u32 = 3;
@@ -35,10 +38,11 @@ const MAX_SQL_CONNECTIONS: u64 = 1000;
 /// Less would not hold what one call of the largest batch needs beside the others.
 const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
 const MAX_LANES: u64 = 64;
-/// What the database's driver understands in a URL.
-const MYSQL_URL_KEYS: [&str; 9] =
-    ["ssl-mode", "sslmode", "ssl-ca", "ssl-cert", "ssl-key", "socket", "charset", "collation", "statement-cache-capacity"];
+/// What a URL may say besides where the database is. TLS has keys of its own, which cannot be misspelt silently.
+const MYSQL_URL_KEYS: [&str; 1] = ["socket"];
 const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
+const MAX_PER_SECOND: u64 = 1_000_000_000;
+const MAX_KEEP_DAYS: u64 = 100 * 365;
 /// A shorter queue would refuse what one commit could have taken.
 const QUEUE: RangeInclusive<u64> = 1024..=1_000_000;
 /// Below the first a healthy server would time out; above the second no caller waits any more.
@@ -58,6 +62,11 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("presence_service", "max_connections") => 1..=MAX_CONNECTIONS,
         ("presence_service", "max_capacity") => 0..=MAX_USERS,
         ("limits", "memory_bytes") => MEMORY_BYTES,
+        ("limits", "calls_per_s" | "users_per_s") => 0..=MAX_PER_SECOND,
+        ("limits", "streams") => 0..=MAX_CONNECTIONS,
+        ("tls" | "admin_tls", "handshake_timeout") => TIMEOUT_MS,
+        ("audit", "keep_days") => 0..=MAX_KEEP_DAYS,
+        ("store", "port") => 1..=MAX_PORT,
         ("route", "route_ttl" | "status_ttl") => 1..=YEAR_S,
         ("route", "max_retries") => 0..=MAX_RETRIES,
         ("route", "retry_interval") => 1..=HOUR_MS,
@@ -95,10 +104,8 @@ impl Config {
         faults.unless(fits, &["delivery.inbox_max_bytes", "delivery.max_message_bytes"], || {
             "the inbox must hold at least one message: inbox_max_bytes >= max_message_bytes".into()
         });
-        faults.unless(has_scheme(self.store.url.expose(), &["sqlite:", "mysql:", "mariadb:"]), &["store.url"], || {
-            "must begin with sqlite:, mysql: or mariadb:".into()
-        });
-        self.check_store_url(&mut faults);
+        self.check_store(&mut faults);
+        self.check_security(&mut faults);
         self.check_forgetting(&mut faults);
         if let Some(redis) = &self.redis_cache {
             redis.check("redis_cache", &mut faults);
@@ -131,9 +138,82 @@ impl Config {
         faults.unless(data.advertise.as_deref().is_none_or(is_reachable), &["presence_service.advertise"], || {
             "must be HOST:PORT, the address at which other nodes reach this one: not 0.0.0.0, and not port 0".into()
         });
-        let alone = self.store.url.expose().starts_with("sqlite:");
-        let names_itself = alone || data.advertise.is_some() || !is_unspecified(&data.host);
+        let names_itself = self.store.is_of_one_node() || data.advertise.is_some() || !is_unspecified(&data.host);
         faults.unless(names_itself, &["presence_service.advertise", "presence_service.host"], || UNNAMED.into());
+    }
+
+    fn check_store(&self, faults: &mut Faults) {
+        let store = &self.store;
+        match store.connect_url() {
+            Ok(url) => {
+                faults.unless(has_scheme(&url, &["sqlite:", "mysql:", "mariadb:"]), &["store.url", "store.url_file"], || {
+                    "must begin with sqlite:, mysql: or mariadb:".into()
+                })
+            }
+            Err(error) => faults.unless(false, &["store.url_file", "store.password_file"], || error.to_string()),
+        }
+        let host_is_given = store.host.is_some();
+        faults.unless(store.host.as_deref().is_none_or(is_host), &["store.host"], not_a_host);
+        let named = !store.user.is_empty() && !store.database.is_empty();
+        faults.unless(!host_is_given || named, &["store.host"], || "store.user and store.database are needed, too".into());
+        let parts =
+            [("user", store.user.is_empty()), ("database", store.database.is_empty()), ("password", store.password.is_none())];
+        for (key, is_empty) in parts {
+            faults
+                .unless(host_is_given || is_empty, &[&format!("store.{key}")], || "goes with store.host, which is empty".into());
+        }
+        both_or_none(faults, "store", &store.cert_file, &store.key_file);
+        if !host_is_given && store.url_file.is_none() {
+            self.check_store_url(faults);
+        }
+    }
+
+    fn check_security(&self, faults: &mut Faults) {
+        for (section, tls) in [("tls", &self.tls), ("admin_tls", &self.admin_tls)] {
+            both_or_none(faults, section, &tls.cert_file, &tls.key_file);
+            let speaks = tls.cert_file.is_some();
+            let needs = |key: &str| format!("{section}.{key}");
+            let reason = || format!("needs {section}.cert_file");
+            faults.unless(speaks || tls.client_ca_file.is_none(), &[&needs("client_ca_file")], reason);
+            faults.unless(speaks || !tls.accept_plain, &[&needs("accept_plain")], reason);
+        }
+        both_or_none(faults, "peer", &self.peer.cert_file, &self.peer.key_file);
+        self.check_credentials(faults);
+        self.check_openness(faults);
+    }
+
+    fn check_credentials(&self, faults: &mut Faults) {
+        let (auth, modes) = (&self.auth, &self.auth.mode.0);
+        let (tokens, mtls) = (modes.contains(&Credential::Token), modes.contains(&Credential::Mtls));
+        faults.unless(!tokens || auth.tokens_file.is_some(), &["auth.tokens_file", "auth.mode"], || {
+            "auth.mode = token needs it: `im-presence token new` makes an entry".into()
+        });
+        let asks = self.tls.client_ca_file.is_some() || self.admin_tls.client_ca_file.is_some();
+        faults.unless(!mtls || asks, &["tls.client_ca_file", "auth.mode"], || "auth.mode = mtls needs it".into());
+        faults.unless(!mtls || !auth.mtls.is_empty(), &["auth.mtls", "auth.mode"], || {
+            "auth.mode = mtls needs a role for each kind of certificate".into()
+        });
+        for rule in &auth.mtls {
+            if let Err(why) = SanRule::new(&rule.san, &rule.role, &rule.gateways) {
+                faults.unless(false, &["auth.mtls"], || format!("{}: {why}", rule.san));
+            }
+        }
+        let nodes_prove_it = (tokens && self.peer.token_file.is_some()) || (mtls && self.tls.cert_file.is_some());
+        faults.unless(modes.is_empty() || self.store.is_of_one_node() || nodes_prove_it, &["peer.token_file", "auth.mode"], || {
+            "with auth.mode, nodes that share a store need a credential of the role node: peer.token_file, or mtls and tls.cert_file"
+                .into()
+        });
+    }
+
+    /// Whoever reaches a port may bind, query, kick and purge, unless somebody asks who it is.
+    fn check_openness(&self, faults: &mut Faults) {
+        let (data, admin) = (&self.presence_service, &self.admin);
+        for (section, host) in [("presence_service", &data.host), ("admin", &admin.host)] {
+            let is_closed = is_loopback(host) || !self.auth.mode.0.is_empty() || self.auth.insecure;
+            faults.unless(is_closed, &[&format!("{section}.host")], || {
+                "is reachable without authentication: set auth.mode, or auth.insecure = true".into()
+            });
+        }
     }
 
     /// A misspelt key would be ignored silently, and a store in memory is another one for each connection.
@@ -170,13 +250,40 @@ impl Config {
     }
 }
 
+impl Store {
+    /// A file is of one node alone.
+    fn is_of_one_node(&self) -> bool {
+        self.connect_url().is_ok_and(|url| url.starts_with("sqlite:"))
+    }
+}
+
 impl Redis {
     fn check(&self, section: &str, faults: &mut Faults) {
         faults.unless(is_host(&self.host), &[&format!("{section}.host")], not_a_host);
         let known = |url: &str| has_scheme(url, &["redis:", "rediss:", "redis+unix:", "unix:"]);
-        let fits = self.url.as_ref().is_none_or(|url| known(url.expose()));
+        both_or_none(faults, section, &self.cert_file, &self.key_file);
+        let url = match self.read_url().and_then(|url| self.read_password().map(|_| url)) {
+            Ok(url) => url,
+            Err(error) => {
+                let keys = [format!("{section}.url_file"), format!("{section}.password_file")];
+                return faults.unless(false, &[&keys[0], &keys[1]], || error.to_string());
+            }
+        };
+        let fits = url.as_ref().is_none_or(|url| known(url.expose()));
         faults.unless(fits, &[&format!("{section}.url")], || "must begin with redis:, rediss: or unix:".into());
+        let speaks_tls = self.tls || url.is_some_and(|url| url.expose().starts_with("rediss:"));
+        let has_files = self.ca_file.is_some() || self.cert_file.is_some();
+        faults.unless(speaks_tls || !has_files, &[&format!("{section}.ca_file"), &format!("{section}.cert_file")], || {
+            format!("needs {section}.tls = true, or a URL that begins with rediss:")
+        });
     }
+}
+
+fn both_or_none<T>(faults: &mut Faults, section: &str, cert: &Option<T>, key: &Option<T>) {
+    let keys = [format!("{section}.cert_file"), format!("{section}.key_file")];
+    faults.unless(cert.is_some() == key.is_some(), &[&keys[0], &keys[1]], || {
+        "a certificate needs its key, and a key its certificate: give both, or none".into()
+    });
 }
 
 /// Why a node needs `advertise`.
@@ -224,6 +331,12 @@ fn is_reachable(address: &str) -> bool {
 fn is_unspecified(host: &str) -> bool {
     let host = host.trim_start_matches('[').trim_end_matches(']');
     host.parse::<IpAddr>().is_ok_and(|ip| ip.to_canonical().is_unspecified()) || host.bytes().all(|byte| b"0.".contains(&byte))
+}
+
+/// Only this machine reaches it.
+fn is_loopback(host: &str) -> bool {
+    let ip = host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
+    host == "localhost" || ip.is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 
 fn not_a_host() -> String {

@@ -10,14 +10,15 @@ use tokio::sync::mpsc;
 use super::DONE;
 use super::FAILED;
 use super::Outcome;
-use super::channel;
 use super::code;
+use super::link;
 use super::print;
 use crate::client::gateway;
 use crate::client::gateway::Connection;
 use crate::client::gateway::Event;
 use crate::client::gateway::Options;
 use crate::client::gateway::Stopped;
+use crate::client::security::Security;
 use crate::pb;
 use crate::pb::Code;
 
@@ -38,9 +39,10 @@ pub struct Gateway {
 
 impl Gateway {
     /// Lives until Ctrl-C, then deregisters: its users are offline at once.
-    pub(super) async fn live(&self, addr: &str, json: bool, patience: Duration) -> Result<Outcome, Outcome> {
-        channel(addr, patience, "--addr").await?; // if nobody is there, that is said at once
-        let options = Options { nodes: vec![addr.to_owned()], gateway_addr: self.gateway.clone(), ..Options::default() };
+    pub(super) async fn live(&self, addr: &str, json: bool, patience: Duration, security: Security) -> Result<Outcome, Outcome> {
+        link(addr, patience, "--addr", &security).await?; // if nobody is there, that is said at once
+        let (nodes, gateway_addr) = (vec![addr.to_owned()], self.gateway.clone());
+        let options = Options { nodes, gateway_addr, security, ..Options::default() };
         let (this, (end, mut ended)) = (self.clone(), mpsc::channel(1));
         let on_event = move |event| {
             if let Err(why) = this.take(event, json) {

@@ -1,17 +1,14 @@
 //! `ctl gateways`: what an operator sees and does when gateways fall silent.
 
-use std::time::Duration;
-
 use clap::Args;
 use clap::Subcommand;
-use tonic::transport::Channel;
 
 use super::DONE;
 use super::NO;
 use super::Outcome;
-use super::channel;
 use super::code;
 use super::print;
+use crate::client::security::Link;
 use crate::pb;
 use crate::pb::admin_service_client::AdminServiceClient;
 
@@ -79,18 +76,18 @@ impl Gateways {
     }
 
     /// Makes the call.
-    pub(super) async fn call(&self, json: bool, patience: Duration) -> Result<Result<Outcome, tonic::Status>, Outcome> {
-        let mut client = AdminServiceClient::new(channel(&self.admin, patience, "--admin").await?);
-        Ok(match &self.command {
+    pub(super) async fn call(&self, link: Link, json: bool) -> Result<Outcome, tonic::Status> {
+        let mut client = AdminServiceClient::new(link);
+        match &self.command {
             None => list(&mut client, &List::default(), json).await,
             Some(Command::List(of)) => list(&mut client, of, json).await,
             Some(Command::Purge(of)) => purge(&mut client, of, json).await,
             Some(Command::Hold(of)) => hold(&mut client, of, json).await,
-        })
+        }
     }
 }
 
-async fn list(client: &mut AdminServiceClient<Channel>, list: &List, json: bool) -> Result<Outcome, tonic::Status> {
+async fn list(client: &mut AdminServiceClient<Link>, list: &List, json: bool) -> Result<Outcome, tonic::Status> {
     let mut request = pb::ListGatewaysReq { include_dead: list.dead, ..Default::default() };
     let mut answer = client.list_gateways(request.clone()).await?.into_inner();
     while !answer.next_page_token.is_empty() {
@@ -103,7 +100,7 @@ async fn list(client: &mut AdminServiceClient<Channel>, list: &List, json: bool)
     Ok(Outcome { text, exit: DONE })
 }
 
-async fn purge(client: &mut AdminServiceClient<Channel>, purge: &Purge, json: bool) -> Result<Outcome, tonic::Status> {
+async fn purge(client: &mut AdminServiceClient<Link>, purge: &Purge, json: bool) -> Result<Outcome, tonic::Status> {
     let request = pb::PurgeGatewaysReq { epochs: purge.epochs.clone(), held: purge.held };
     let answer = client.purge_gateways(request).await?.into_inner();
     let none = answer.lives == 0 && !(purge.held && code(&answer.result) == pb::Code::Ok);
@@ -111,7 +108,7 @@ async fn purge(client: &mut AdminServiceClient<Channel>, purge: &Purge, json: bo
     Ok(Outcome { text, exit: if none { NO } else { DONE } })
 }
 
-async fn hold(client: &mut AdminServiceClient<Channel>, hold: &Hold, json: bool) -> Result<Outcome, tonic::Status> {
+async fn hold(client: &mut AdminServiceClient<Link>, hold: &Hold, json: bool) -> Result<Outcome, tonic::Status> {
     let request = pb::HoldGatewaysReq { for_ms: hold.for_ms, reason: hold.reason.clone() };
     let answer = client.hold_gateways(request).await?.into_inner();
     let human = match hold.for_ms {

@@ -19,7 +19,7 @@ use super::DONE;
 use super::FAILED;
 use super::Outcome;
 use super::print;
-use super::root_cause;
+use crate::client::security::root_cause;
 use crate::clock::unix_ms;
 use crate::config::Url;
 use crate::domain::id::UserId;

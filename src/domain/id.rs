@@ -19,6 +19,12 @@ pub const MAX_ADDR_BYTES: usize = 255;
 #[error("{0}")]
 pub struct InvalidId(String);
 
+impl InvalidId {
+    pub fn new(reason: String) -> Self {
+        Self(reason)
+    }
+}
+
 /// A user, as the account service numbers them: above 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UserId(i64);

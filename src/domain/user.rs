@@ -1,8 +1,10 @@
 //! A user's record and the one function that changes it.
 
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
+use crate::domain::caller::Caller;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
@@ -59,7 +61,13 @@ pub struct Bind {
 #[derive(Clone, Debug, PartialEq)]
 pub enum Unbind {
     /// Exactly the bind that answered with this version.
-    Exact { bound_version: Version, conn: Option<ConnId>, epoch: Option<Epoch> },
+    Exact {
+        bound_version: Version,
+        conn: Option<ConnId>,
+        epoch: Option<Epoch>,
+        /// Whoever may speak for the route's gateway. None: anybody may.
+        by: Option<Arc<Caller>>,
+    },
     /// The device's route, if it is on this gateway.
     Device { device: DeviceId, gateway: GatewayAddr, conn: Option<ConnId>, epoch: Option<Epoch> },
 }
@@ -243,6 +251,12 @@ impl UserRecord {
             let here = context.lives.get(route.epoch).is_some_and(|life| life.gateway == *gateway);
             if !here {
                 return self.not_bound("the device is on another gateway");
+            }
+        }
+        if let Unbind::Exact { by: Some(caller), .. } = unbind {
+            let is_own = context.lives.get(route.epoch).is_some_and(|life| caller.may_speak_for(&life.gateway));
+            if !is_own {
+                return self.not_bound("the device is on a gateway that the caller may not speak for");
             }
         }
         let gone = route.bound_version;

@@ -328,8 +328,12 @@ fn check_unbind(unbind: Unbind, want: (&str, &str)) {
 #[test]
 fn an_unbind_removes_what_fits_all_that_it_says() {
     let conn = |conn: &str| Some(ConnId::parse(conn).unwrap());
-    let exact =
-        |version, conn, epoch: Option<u64>| Unbind::Exact { bound_version: Version(version), conn, epoch: epoch.map(Epoch) };
+    let exact = |version, conn, epoch: Option<u64>| Unbind::Exact {
+        bound_version: Version(version),
+        conn,
+        epoch: epoch.map(Epoch),
+        by: None,
+    };
     let device = |device: &str, life, conn, epoch: Option<u64>| Unbind::Device {
         device: DeviceId::parse(device).unwrap(),
         gateway: gateway(life),
@@ -449,7 +453,7 @@ impl World {
             Step::UnbindExact(nth) => {
                 let Some(bound_version) = bound.get(*nth).copied() else { return };
                 let there = self.record.routes.iter().any(|route| route.bound_version == bound_version);
-                let unbound = self.judged_unbind(&Unbind::Exact { bound_version, conn: None, epoch: None });
+                let unbound = self.judged_unbind(&Unbind::Exact { bound_version, conn: None, epoch: None, by: None });
                 assert_eq!(unbound, there, "a route key names one bind and no later one");
             }
             Step::Sweep => self.judge_sweep(),

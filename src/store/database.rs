@@ -27,8 +27,7 @@ pub struct Database {
     pub engine: Engine,
     /// Made with the tables: tells one store from another that uses the same Redis.
     pub store_id: String,
-    url: String,
-    deadline: Duration,
+    address: config::Store,
     /// SQLite's, held for this process alone.
     file: Option<DatabaseFile>,
 }
@@ -61,23 +60,38 @@ impl Database {
     /// Connects once, creates the tables that are missing, and reads the store's id. Any number of nodes may do so at once.
     pub async fn open(store: &config::Store) -> Result<Self, OpenError> {
         sqlx::any::install_default_drivers();
-        let url = store.url.expose();
+        let url = store.connect_url().map_err(|error| SqlError::Lost(error.to_string()))?;
         let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
         let (url, file) = match engine {
-            Engine::MySql => (url.to_owned(), None),
+            Engine::MySql => (url, None),
             Engine::Sqlite => {
-                let file = DatabaseFile::hold(url)?;
+                let file = DatabaseFile::hold(&url)?;
                 (file.url(), Some(file))
             }
         };
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
         schema::lay(connection.raw()).await?;
         let store_id = store_id(&mut connection).await?;
-        Ok(Self { engine, store_id, url, deadline: store.timeout, file })
+        Ok(Self { engine, store_id, address: store.clone(), file })
     }
 
     pub async fn connect(&self, purpose: Purpose) -> Result<Connection, SqlError> {
-        Connection::open(&self.url, self.engine, purpose, self.deadline).await
+        let url = match &self.file {
+            Some(file) => file.url(),
+            None => self.address.connect_url().map_err(|error| SqlError::Lost(error.to_string()))?,
+        };
+        Connection::open(&url, self.engine, purpose, self.address.timeout).await
+    }
+
+    /// How the connection to the server is protected: what it is encrypted with (empty: it is not), and whether the server had
+    /// to prove who it is. None: there is no server.
+    pub async fn protection(&self, connection: &mut Connection) -> Result<Option<(String, bool)>, SqlError> {
+        if self.engine == Engine::Sqlite {
+            return Ok(None);
+        }
+        let rows = connection.fetch(statement("SHOW SESSION STATUS LIKE 'Ssl_cipher'")).await?;
+        let cipher: String = rows.first().map_or(Ok(String::new()), |row| row.try_get(1))?;
+        Ok(Some((cipher, self.address.verifies_server())))
     }
 
     /// Whether the file that was opened is still the one that its name leads to. Always so for a server.

@@ -4,6 +4,7 @@
 //! may be dead; unless its caller was in a hurry, which must not cost the others theirs. Each connection has a number, so that what was found out about
 //! the server holds for that connection and no later one.
 
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
@@ -13,11 +14,13 @@ use std::time::Instant;
 
 use redis::AsyncConnectionConfig;
 use redis::Client;
+use redis::ClientTlsConfig;
 use redis::ConnectionAddr;
 use redis::FromRedisValue;
 use redis::IntoConnectionInfo;
 use redis::Pipeline;
 use redis::RedisError;
+use redis::TlsCertificates;
 use redis::aio::MultiplexedConnection;
 use redis::aio::PubSub;
 use tokio::runtime::Handle;
@@ -46,6 +49,8 @@ pub enum LinkError {
     Replica,
     #[error("{0}")]
     Redis(#[from] RedisError),
+    #[error("{0}")]
+    File(#[from] std::io::Error),
 }
 
 /// What a server says of itself.
@@ -60,7 +65,9 @@ pub struct Server {
 }
 
 pub struct Link {
-    client: Client,
+    /// Read again for each connection: whatever renews certificates and passwords need not tell anybody.
+    address: config::Redis,
+    database: i64,
     /// Where the connection lives, whoever needs it first: not on a thread that serves clients, and not only as long as it.
     runtime: Handle,
     timeout: Duration,
@@ -81,16 +88,11 @@ impl Link {
     /// # Errors
     /// When the address makes no sense.
     pub fn new(redis: &config::Redis) -> Result<Self, LinkError> {
-        let info = match &redis.url {
-            Some(url) => url.expose().into_connection_info()?,
-            None => address(redis)?,
-        };
-        let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
-        let client = Client::open(info.set_tcp_settings(tcp))?;
+        let database = client(redis)?.get_connection_info().redis_settings().db();
         let attempts = Attempts { backoff: Backoff::new(RECONNECT_PAUSES.0, RECONNECT_PAUSES.1), not_before: Instant::now() };
         let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::new(attempts));
         let (runtime, numbers) = (Handle::current(), AtomicU64::new(1));
-        Ok(Self { client, runtime, timeout: redis.timeout, current, connecting, numbers })
+        Ok(Self { address: redis.clone(), database, runtime, timeout: redis.timeout, current, connecting, numbers })
     }
 
     /// Runs commands in one round trip, within `limit`. Also connects, if need be.
@@ -109,7 +111,7 @@ impl Link {
         let is_over = match &result {
             LinkError::NoAnswer(limit) => *limit >= HURRY,
             LinkError::Redis(error) => error.is_unrecoverable_error() || error.is_timeout() || is_not_primary(error),
-            LinkError::Down | LinkError::Replica => false,
+            LinkError::Down | LinkError::Replica | LinkError::File(_) => false,
         };
         if is_over {
             self.give_up(number);
@@ -153,7 +155,7 @@ impl Link {
 
     /// The number of the database that keys are in.
     pub fn database(&self) -> i64 {
-        self.client.get_connection_info().redis_settings().db()
+        self.database
     }
 
     /// The longest that connecting and writing may take.
@@ -164,7 +166,8 @@ impl Link {
     /// A connection of its own, for subscriptions.
     pub async fn subscriber(&self) -> Result<PubSub, LinkError> {
         let limit = self.timeout;
-        Ok(timeout(limit, self.client.get_async_pubsub()).await.map_err(|_| LinkError::NoAnswer(limit))??)
+        let client = client(&self.address)?;
+        Ok(timeout(limit, client.get_async_pubsub()).await.map_err(|_| LinkError::NoAnswer(limit))??)
     }
 
     async fn connection(&self) -> Result<(u64, MultiplexedConnection), LinkError> {
@@ -182,8 +185,11 @@ impl Link {
             .set_connection_timeout(Some(self.timeout))
             .set_response_timeout(Some(self.timeout))
             .set_pipeline_buffer_size(PIPELINE_BUFFER);
-        let client = self.client.clone();
-        let connect = async move { client.get_multiplexed_async_connection_with_config(&config).await };
+        let address = self.address.clone();
+        let connect = async move {
+            let connected = client(&address)?.get_multiplexed_async_connection_with_config(&config).await?;
+            Ok::<_, LinkError>(connected)
+        };
         let connected = self.runtime.spawn(connect).await.map_err(|_| LinkError::Down)?;
         if connected.is_err() {
             attempts.not_before = Instant::now() + attempts.backoff.pause();
@@ -219,14 +225,37 @@ fn is_not_primary(error: &RedisError) -> bool {
     NOT_PRIMARY.iter().any(|code| error.code() == Some(code) || text.contains(code))
 }
 
+fn client(redis: &config::Redis) -> Result<Client, LinkError> {
+    let info = match redis.read_url()? {
+        Some(url) => url.expose().into_connection_info()?,
+        None => address(redis)?,
+    };
+    let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
+    let info = info.set_tcp_settings(tcp);
+    if !matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
+        return Ok(Client::open(info)?);
+    }
+    let read = |file: &Option<PathBuf>| file.as_ref().map(std::fs::read).transpose();
+    let client_tls = match (read(&redis.cert_file)?, read(&redis.key_file)?) {
+        (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig { client_cert, client_key }),
+        _ => None,
+    };
+    let root_cert = read(&redis.ca_file)?;
+    Ok(Client::build_with_tls(info, TlsCertificates { client_tls, root_cert })?)
+}
+
 fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {
-    let addr = ConnectionAddr::Tcp(redis.host.clone(), redis.port);
+    let (host, port) = (redis.host.clone(), redis.port);
+    let addr = match redis.tls {
+        true => ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None },
+        false => ConnectionAddr::Tcp(host, port),
+    };
     let info = addr.into_connection_info()?;
     let mut settings = info.redis_settings().clone().set_db(redis.database.into());
     if let Some(username) = &redis.username {
         settings = settings.set_username(username);
     }
-    if let Some(password) = &redis.password {
+    if let Some(password) = redis.read_password()? {
         settings = settings.set_password(password.expose());
     }
     Ok(info.set_redis_settings(settings))

@@ -1,5 +1,6 @@
 //! The outside: SQL, the only truth. Statements stand here and nowhere else; rows become domain values before they leave.
 
+pub mod audit;
 pub mod bus;
 pub mod cluster;
 pub mod codec;

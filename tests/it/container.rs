@@ -81,17 +81,28 @@ fn the_container_and_the_composition_say_nothing_that_the_daemon_does_not_know()
     let image = variables("Dockerfile");
     let both = [image.clone(), variables("compose.yaml")].concat();
     assert!(image.len() >= 2 && both.len() >= 7, "the variables were found: {both:?}");
-    for (name, value) in &both {
+    let checked = run(&["check-config"], &both);
+    let (text, why) = (String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
+    assert!(checked.status.success(), "{why}");
+    for (name, _) in &both {
         let (section, key) = name.trim_start_matches(PREFIX).split_once("__").expect("IM_PRESENCE__SECTION__KEY");
-        let checked = run(&["check-config"], &[(name.clone(), value.clone())]);
-        let (text, why) = (String::from_utf8_lossy(&checked.stdout), String::from_utf8_lossy(&checked.stderr));
-        assert!(checked.status.success(), "{why}");
         let section = format!("[{}]\n", section.to_lowercase());
         let in_force = text.split_once(&section).unwrap_or_else(|| panic!("{section}: {text}")).1.split("\n\n").next();
         let line = format!("{} = ", key.to_lowercase());
         assert!(in_force.is_some_and(|keys| keys.lines().any(|key| key.starts_with(&line))), "{name}: {text}");
     }
-    assert!(run(&["check-config"], &both).status.success(), "all of them together");
+    let open = run(&["check-config"], &image);
+    assert!(String::from_utf8_lossy(&open.stderr).contains("is reachable without authentication"), "{open:?}");
+}
+
+#[test]
+fn the_tokens_of_the_composition_are_known_to_its_nodes() {
+    let compose = read("compose.yaml");
+    let configs = compose.split_once("\nconfigs:\n").expect("configs").1;
+    for name in ["operator", "node"] {
+        let token = configs.split_once(&format!("  {name}:\n    content: \"")).expect("a token").1.split('"').next().expect("it");
+        assert!(configs.contains(&im_presence::security::tokens::to_hex(token)), "{name}: {token}");
+    }
 }
 
 #[tokio::test]

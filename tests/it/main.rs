@@ -1,5 +1,6 @@
 //! The features of im-presence, shown on real processes: nodes, MariaDB, Redis, and proxies that fail on demand.
 
+mod access;
 mod acks;
 mod bad_input;
 mod bind;
@@ -31,5 +32,8 @@ mod store_trouble;
 mod streams;
 mod surroundings;
 mod tidy;
+mod tls;
+mod tls_renewal;
+mod tls_stores;
 mod two_nodes;
 mod ws_gateways;

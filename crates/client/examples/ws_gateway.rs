@@ -5,7 +5,8 @@
 //!     cargo run --release -p im-presence-client --example ws_gateway -- 127.0.0.1:8002 127.0.0.1:6000
 //!
 //! Then open http://127.0.0.1:8001/?user=1 and http://127.0.0.1:8002/?user=2 and write to each other. Everything after the
-//! first address is a node; with several, one may be killed.
+//! first address is a node; with several, one may be killed. IM_PRESENCE_TOKEN_FILE, IM_PRESENCE_CA, IM_PRESENCE_CERT and
+//! IM_PRESENCE_KEY say who it is, and which nodes it believes.
 //!
 //! A client writes `{"id": "…", "to": 2, "text": "…"}` and is told `{"id": "…", "outcome": "delivered"}`, or `stored`, or
 //! `not sent`. It is told `{"delivery": "…", "id": "…", "from": 1, "text": "…"}`, says `{"got": "…"}` with the delivery once
@@ -37,6 +38,7 @@ use im_presence_client::gateway::Connection;
 use im_presence_client::gateway::Event;
 use im_presence_client::gateway::Gateway;
 use im_presence_client::gateway::Options;
+use im_presence_client::security::Security;
 use im_presence_proto as pb;
 use serde::Deserialize;
 use serde::Serialize;
@@ -117,11 +119,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     };
     let listener = TcpListener::bind(addr.parse::<SocketAddr>()?).await?;
     let sockets = Sockets::default();
-    let options = Options { nodes: nodes.clone(), gateway_addr: addr, ..Options::default() };
+    let security = Security::from_env(); // a token, certificates
+    let options = Options { nodes: nodes.clone(), gateway_addr: addr, security: security.clone(), ..Options::default() };
     let (told, shown) = (sockets.clone(), options.gateway_addr.clone());
     let gateway = Gateway::start(options, move |event| hear(&told, &shown, event))?;
     let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
-    let chat = Arc::new(Chat { sockets, gateway, caller: Caller::new(&nodes, CALL_LIMIT)? });
+    let chat = Arc::new(Chat { sockets, gateway, caller: Caller::with_security(&nodes, CALL_LIMIT, &security)? });
     let page = get(async || Html(include_str!("chat.html")));
     let router = Router::new().route("/", page).route("/ws", get(connect)).with_state(chat);
     Ok(axum::serve(listener, router).await?)

@@ -15,12 +15,12 @@ use tonic::Code;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
-use tonic::transport::Channel;
 use tonic_types::StatusExt;
 
 use crate::InvalidAddress;
-use crate::channel;
 use crate::jittered;
+use crate::security::Link;
+use crate::security::Security;
 
 /// 2,000 users with all their routes may be larger than tonic's 4 MiB.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
@@ -39,7 +39,8 @@ pub struct Caller {
 }
 
 struct Node {
-    client: PresenceServiceClient<Channel>,
+    link: Link,
+    client: PresenceServiceClient<Link>,
     avoided_until: Mutex<Instant>,
 }
 
@@ -50,12 +51,21 @@ impl Caller {
     /// # Errors
     /// An address makes no sense, or there is none.
     pub fn new(nodes: &[&str], timeout: Duration) -> Result<Self, InvalidAddress> {
+        Self::with_security(nodes, timeout, &Security::default())
+    }
+
+    /// The same, with a credential or over TLS.
+    ///
+    /// # Errors
+    /// An address makes no sense, or there is none.
+    pub fn with_security(nodes: &[&str], timeout: Duration, security: &Security) -> Result<Self, InvalidAddress> {
         if nodes.is_empty() {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
         let nodes = nodes.iter().map(|node| {
-            let client = PresenceServiceClient::new(channel(node, timeout)?).max_decoding_message_size(MAX_ANSWER_BYTES);
-            Ok(Node { client, avoided_until: Mutex::new(Instant::now()) })
+            let link = security.link(node, timeout)?;
+            let client = PresenceServiceClient::new(link.clone()).max_decoding_message_size(MAX_ANSWER_BYTES);
+            Ok(Node { link, client, avoided_until: Mutex::new(Instant::now()) })
         });
         Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
     }
@@ -74,7 +84,7 @@ impl Caller {
     /// What the last node tried said.
     pub async fn query_many(&self, mut request: pb::BatchQueryRouteReq) -> Result<pb::BatchQueryRouteResp, Status> {
         let deadline = self.deadline();
-        let call = async |client: &mut PresenceServiceClient<Channel>, request| client.batch_query_route(request).await;
+        let call = async |client: &mut PresenceServiceClient<Link>, request| client.batch_query_route(request).await;
         let mut answer = self.call(self.turn(), deadline, &request, call).await?;
         loop {
             let missing = answer.users.iter().filter(|user| user.code() == pb::Code::Unavailable);
@@ -105,7 +115,7 @@ impl Caller {
     /// What the last node tried said.
     pub async fn deliver_many(&self, mut request: pb::BatchDeliverReq) -> Result<pb::BatchDeliverResp, Status> {
         let deadline = self.deadline();
-        let call = async |client: &mut PresenceServiceClient<Channel>, request| client.batch_deliver(request).await;
+        let call = async |client: &mut PresenceServiceClient<Link>, request| client.batch_deliver(request).await;
         let mut answer = self.call(self.turn(), deadline, &request, call).await?;
         loop {
             let missing = answer.users.iter().filter(|user| is_unavailable(user));
@@ -137,7 +147,7 @@ impl Caller {
         turn: usize,
         deadline: Instant,
         request: &Q,
-        call: impl AsyncFn(&mut PresenceServiceClient<Channel>, Request<Q>) -> Result<Response<A>, Status>,
+        call: impl AsyncFn(&mut PresenceServiceClient<Link>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Status> {
         let mut tried = 0;
         loop {
@@ -154,6 +164,9 @@ impl Caller {
                 }
                 Err(status) => status,
             };
+            if status.code() == Code::Unauthenticated && node.link.renew() {
+                continue; // with what the files say now
+            }
             let broken = std::error::Error::source(&status).is_some(); // a node's own refusal has none
             if broken {
                 let time = (AVOIDED_TIMES * began.elapsed()).clamp(AVOIDED_FOR.0, AVOIDED_FOR.1);

@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 use tonic::Status;
 
 use crate::fields;
+use crate::security::Security;
 
 /// Calls and frames that wait to be sent.
 pub(crate) const QUEUE: usize = 4_096;
@@ -30,6 +31,8 @@ pub struct Options {
     pub region: String,
     pub capacity: u32,
     pub labels: HashMap<String, String>,
+    /// How it proves who it is, and which nodes it believes.
+    pub security: Security,
 }
 
 /// A client's connection. `conn_id` names it among all this gateway ever had.

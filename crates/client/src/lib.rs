@@ -7,23 +7,9 @@ mod event;
 pub mod fields;
 pub mod gateway;
 mod life;
+pub mod security;
 
 use std::time::Duration;
-
-use tonic::transport::Channel;
-use tonic::transport::Endpoint;
-
-/// A connection to a node that is made when it is needed.
-fn channel(node: &str, timeout: Duration) -> Result<Channel, InvalidAddress> {
-    let endpoint = Endpoint::from_shared(format!("http://{node}"));
-    let endpoint = endpoint.map_err(|_| InvalidAddress { of: "a node", address: node.to_owned() })?;
-    let endpoint = endpoint.http2_keep_alive_interval(KEEPALIVE).keep_alive_timeout(KEEPALIVE_LIMIT);
-    Ok(endpoint.connect_timeout(timeout).tcp_nodelay(true).connect_lazy())
-}
-
-/// A node that is gone without a word is noticed after both.
-const KEEPALIVE: Duration = Duration::from_secs(5);
-const KEEPALIVE_LIMIT: Duration = Duration::from_secs(5);
 
 /// No address, or none that makes sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -21,10 +21,8 @@ use tokio::time::timeout;
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Status;
 use tonic::Streaming;
-use tonic::transport::Channel;
 
 use crate::InvalidAddress;
-use crate::channel;
 use crate::connections::Connections;
 use crate::event::Acker;
 use crate::event::Call;
@@ -34,6 +32,7 @@ use crate::event::Options;
 use crate::event::QUEUE;
 use crate::event::refusal;
 use crate::jittered;
+use crate::security::Link;
 
 /// For connecting and for the welcome.
 const ATTACH_LIMIT: Duration = Duration::from_secs(3);
@@ -53,7 +52,7 @@ enum Asked {
 
 pub struct Life {
     options: Options,
-    nodes: Vec<Channel>,
+    nodes: Vec<Link>,
     node: usize,
     /// 0: none, or it is over.
     epoch: u64,
@@ -87,7 +86,7 @@ impl Life {
         calls: mpsc::WeakSender<Call>,
         on_event: Box<dyn Fn(Event) + Send + Sync>,
     ) -> Result<Self, InvalidAddress> {
-        let nodes = options.nodes.iter().map(|node| channel(node, ATTACH_LIMIT)).collect::<Result<Vec<_>, _>>()?;
+        let nodes = options.nodes.iter().map(|node| options.security.link(node, ATTACH_LIMIT)).collect::<Result<Vec<_>, _>>()?;
         if nodes.is_empty() {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
@@ -127,6 +126,9 @@ impl Life {
                 Ok(Err(status)) => status,
                 Err(_) => Status::deadline_exceeded("no welcome came in time"),
             };
+            if status.code() == tonic::Code::Unauthenticated {
+                self.nodes.iter().for_each(|node| _ = node.renew()); // with what the files say now
+            }
             (self.on_event)(Event::Detached(status));
             self.node += 1;
             if began.elapsed() < pause {

@@ -165,7 +165,7 @@ impl Dispatcher {
             return self.refused.insert((user, bound_version), ());
         }
         self.refused.invalidate(&(user, bound_version));
-        let unbind = Change::Unbind(Unbind::Exact { bound_version, conn: None, epoch: None });
+        let unbind = Change::Unbind(Unbind::Exact { bound_version, conn: None, epoch: None, by: None });
         let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
     }
 

@@ -11,6 +11,7 @@ use crate::clock::AtomicInstant;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Liveness;
+use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
@@ -102,6 +103,12 @@ pub struct LiveRoute<'a> {
     pub life: &'a Life,
     /// Not confirmed lately: still worth trying.
     pub suspect: bool,
+}
+
+impl LiveRoute<'_> {
+    pub fn gateway(&self) -> &GatewayAddr {
+        &self.life.gateway
+    }
 }
 
 impl Answer {

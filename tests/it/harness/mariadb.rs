@@ -41,6 +41,8 @@ static NEXT_NAME: AtomicU32 = AtomicU32::new(1);
 pub struct MariaDb {
     child: Mutex<Child>,
     directory: PathBuf,
+    /// Beyond what every server is started with.
+    options: Vec<String>,
     pub port: u16,
 }
 
@@ -51,14 +53,18 @@ impl MariaDb {
     }
 
     pub fn start() -> Self {
+        Self::start_with(Vec::new())
+    }
+
+    pub fn start_with(options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
         let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(&*TEMPLATE).arg(&directory).status();
         assert!(copied.is_ok_and(|status| status.success()), "cannot copy {:?} to {directory:?}", *TEMPLATE);
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
-            let mut child = launch(&directory, port);
+            let mut child = launch(&directory, port, &options);
             if answers(&mut child, port) {
-                return Self { child: Mutex::new(child), directory, port };
+                return Self { child: Mutex::new(child), directory, options, port };
             }
         }
         panic!("mariadbd does not start; its last words:\n{}", last_words(&directory));
@@ -87,7 +93,7 @@ impl MariaDb {
     /// After [`MariaDb::kill`]: the same data, the same port.
     pub fn restart(&self) {
         let mut child = self.child();
-        *child = launch(&self.directory, self.port);
+        *child = launch(&self.directory, self.port, &self.options);
         assert!(answers(&mut child, self.port), "mariadbd does not come back:\n{}", last_words(&self.directory));
     }
 
@@ -140,7 +146,7 @@ fn make_template() -> PathBuf {
     directory
 }
 
-fn launch(directory: &Path, port: u16) -> Child {
+fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
     let mut command = Command::new(find(SERVER));
     command
@@ -148,6 +154,7 @@ fn launch(directory: &Path, port: u16) -> Child {
         .arg(format!("--datadir={}", directory.display()))
         .arg(format!("--socket={}", directory.join("s").display()))
         .arg(format!("--port={port}"))
+        .args(options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log);

@@ -3,7 +3,9 @@
 pub mod cluster;
 pub mod gateway;
 pub mod mariadb;
+pub mod mysql_front;
 pub mod node;
+pub mod pki;
 pub mod process;
 pub mod proxy;
 pub mod redis;

@@ -106,8 +106,14 @@ impl Node {
 
     /// The status and body that the admin port answers `GET path` with.
     pub async fn http(&self, path: &str) -> (u16, String) {
+        self.http_as(path, None).await
+    }
+
+    /// The same, with this in the header `authorization`.
+    pub async fn http_as(&self, path: &str, authorization: Option<&str>) -> (u16, String) {
         let mut stream = TcpStream::connect(self.admin).await.expect("connect to the admin port");
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: close\r\n\r\n", self.admin);
+        let header = authorization.map(|value| format!("Authorization: {value}\r\n")).unwrap_or_default();
+        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{header}Connection: close\r\n\r\n", self.admin);
         stream.write_all(request.as_bytes()).await.expect("ask the admin port");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("hear the admin port");
@@ -176,6 +182,16 @@ impl Node {
 
     pub async fn ended(&mut self) -> ExitStatus {
         self.process.ended(STOP_DEADLINE).await
+    }
+
+    /// Ends it and starts it again on the same ports, with these settings besides.
+    pub async fn restart_with(&mut self, more: &[(&str, &str)]) {
+        self.terminate();
+        assert!(self.ended().await.success());
+        let replaced = |key: &str| more.iter().any(|(other, _)| *other == key);
+        self.settings.retain(|(key, _)| !replaced(key));
+        self.settings.extend(settings(more));
+        self.restart().await;
     }
 
     /// After it ended: with the same settings, on the same ports.

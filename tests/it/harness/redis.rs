@@ -42,18 +42,24 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 pub struct RedisServer {
     child: Mutex<Child>,
     directory: PathBuf,
+    /// Beyond what every server is started with.
+    options: Vec<String>,
     pub port: u16,
 }
 
 impl RedisServer {
     pub fn start() -> Self {
+        Self::start_with(Vec::new())
+    }
+
+    pub fn start_with(options: Vec<String>) -> Self {
         let directory = scratch("redis");
         fs::create_dir_all(&directory).expect("make a directory");
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
-            let mut child = launch(&directory, port);
+            let mut child = launch(&directory, port, &options);
             if answers(&mut child, port) {
-                return Self { child: Mutex::new(child), directory, port };
+                return Self { child: Mutex::new(child), directory, options, port };
             }
         }
         panic!("redis-server does not start; its last words:\n{}", last_words(&directory));
@@ -78,7 +84,7 @@ impl RedisServer {
     /// After [`RedisServer::kill`]: on the same port, with what was dumped last.
     pub fn restart(&self) {
         let mut child = self.child();
-        *child = launch(&self.directory, self.port);
+        *child = launch(&self.directory, self.port, &self.options);
         assert!(answers(&mut child, self.port), "redis-server does not come back:\n{}", last_words(&self.directory));
     }
 
@@ -253,7 +259,7 @@ impl Subscriber {
     }
 }
 
-fn launch(directory: &Path, port: u16) -> Child {
+fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
     let output = log.try_clone().expect("share the server's log");
     let mut command = Command::new("redis-server");
@@ -262,6 +268,7 @@ fn launch(directory: &Path, port: u16) -> Child {
         .arg("--dir")
         .arg(directory)
         .args(["--port", &port.to_string()])
+        .args(options)
         .stdin(Stdio::null())
         .stdout(output)
         .stderr(log);

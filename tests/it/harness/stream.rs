@@ -13,6 +13,7 @@ use im_presence::client::gateway;
 use im_presence::client::gateway::Connection;
 use im_presence::client::gateway::Event;
 use im_presence::client::gateway::Options;
+use im_presence::client::security::Security;
 use im_presence::pb;
 use im_presence::pb::Code;
 use im_presence::pb::gateway_frame::Body as Up;
@@ -72,7 +73,13 @@ impl TestGateway {
 
     /// The same, by the nodes' addresses.
     pub async fn at(nodes: Vec<String>, addr: &str, devices: Devices) -> Self {
-        let (log, options) = (Arc::<Log>::default(), Options { nodes, gateway_addr: addr.to_owned(), ..Default::default() });
+        Self::showing(&Security::default(), nodes, addr, devices).await
+    }
+
+    /// The same, with a credential or over TLS.
+    pub async fn showing(security: &Security, nodes: Vec<String>, addr: &str, devices: Devices) -> Self {
+        let (gateway_addr, security) = (addr.to_owned(), security.clone());
+        let (log, options) = (Arc::<Log>::default(), Options { nodes, gateway_addr, security, ..Default::default() });
         let told = log.clone();
         let gateway = gateway::Gateway::start(options, move |event| told.take(event, devices)).expect("addresses of nodes");
         let this = Self { addr: addr.to_owned(), gateway: Some(gateway), log };

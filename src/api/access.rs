@@ -1,0 +1,275 @@
+//! Who may make which call: one table. What is not in it is offered to nobody.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tonic::Status;
+use tonic::codegen::http::Extensions;
+use tonic::codegen::http::HeaderMap;
+
+use crate::api::status::status;
+use crate::domain::caller::Role;
+use crate::domain::id::GatewayAddr;
+use crate::error::Error;
+use crate::metrics::Metrics;
+use crate::security::audit::Audit;
+use crate::security::audit::Entry;
+use crate::security::callers::Callers;
+use crate::security::callers::Identity;
+use crate::security::peer::Peer;
+
+/// Sets of roles.
+const GATEWAY: u8 = 1;
+const SERVICE: u8 = 2;
+const VIEWER: u8 = 4;
+const OPERATOR: u8 = 8;
+const NODE: u8 = 16;
+/// Whoever reaches the port.
+const ANYBODY: u8 = 32;
+
+/// One call, and which roles may make it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// A gRPC method, or `GET /path`. One that ends in `*` stands for all that begin so.
+    pub call: &'static str,
+    roles: u8,
+    /// Counts towards `limits.calls_per_s`. Leases, unbinds and acknowledgements do not: to refuse them would make ghosts.
+    is_limited: bool,
+}
+
+const fn rule(call: &'static str, roles: u8) -> Rule {
+    Rule { call, roles, is_limited: true }
+}
+
+const fn unlimited(call: &'static str, roles: u8) -> Rule {
+    Rule { call, roles, is_limited: false }
+}
+
+/// The most frequent first.
+pub static RULES: [Rule; 28] = [
+    rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/BatchDeliver", GATEWAY | SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/BindRoute", GATEWAY | OPERATOR),
+    rule("/mpim.PresenceService/BatchBindRoute", GATEWAY | OPERATOR),
+    unlimited("/mpim.PresenceService/UnbindRoute", GATEWAY | OPERATOR),
+    unlimited("/mpim.GatewayService/Heartbeat", GATEWAY),
+    unlimited("/mpim.GatewayService/AckDelivery", GATEWAY),
+    unlimited("/mpim.GatewayService/RegisterGateway", GATEWAY),
+    unlimited("/mpim.GatewayService/DeregisterGateway", GATEWAY),
+    unlimited("/mpim.GatewayService/Attach", GATEWAY),
+    rule("/mpim.GatewayService/PullInbox", GATEWAY | SERVICE),
+    unlimited("/mpim.GatewayService/AckInbox", GATEWAY | SERVICE),
+    unlimited("/mpim.NodeService/Forward", NODE),
+    unlimited("/mpim.NodeService/ForwardAcks", NODE),
+    unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
+    unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
+    unlimited("/grpc.health.v1.Health/Check", ANYBODY),
+    unlimited("/grpc.health.v1.Health/List", ANYBODY),
+    unlimited("/grpc.health.v1.Health/Watch", ANYBODY),
+    unlimited("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANYBODY),
+    unlimited("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANYBODY),
+    unlimited("GET /livez", ANYBODY),
+    unlimited("GET /readyz", ANYBODY),
+    unlimited("GET /healthz", ANYBODY),
+    unlimited(METRICS, VIEWER | OPERATOR),
+];
+const METRICS: &str = "GET /metrics";
+const DELIVERIES: [&str; 2] = ["/mpim.PresenceService/Deliver", "/mpim.PresenceService/BatchDeliver"];
+
+/// Decides about each call before its body is read.
+pub struct Access {
+    pub callers: Arc<Callers>,
+    pub audit: Audit,
+    pub metrics: Arc<Metrics>,
+    pub gateway_may_deliver: bool,
+    pub metrics_are_open: bool,
+}
+
+/// A call that was let in, for whoever serves it.
+#[derive(Clone)]
+pub struct Admission {
+    pub access: Arc<Access>,
+    pub identity: Identity,
+    call: &'static str,
+}
+
+/// Why a call was not let in.
+pub struct Refused {
+    pub status: Status,
+    /// How long to wait before that is said.
+    pub late: Duration,
+}
+
+impl From<Status> for Refused {
+    fn from(status: Status) -> Self {
+        Self { status, late: Duration::ZERO }
+    }
+}
+
+impl Rule {
+    pub fn find(call: &str) -> Option<&'static Self> {
+        RULES.iter().find(|rule| rule.call == call)
+    }
+
+    /// Whether a caller with this role may make the call.
+    pub fn allows(&self, role: Role) -> bool {
+        let bit = match role {
+            Role::Gateway => GATEWAY,
+            Role::Service => SERVICE,
+            Role::Viewer => VIEWER,
+            Role::Operator => OPERATOR,
+            Role::Node => NODE,
+        };
+        self.roles & (bit | ANYBODY) != 0
+    }
+
+    pub fn is_open(&self) -> bool {
+        self.roles & ANYBODY != 0
+    }
+}
+
+impl Access {
+    /// Lets a call in, or not. None: anybody may make it, and nobody was asked.
+    ///
+    /// # Errors
+    /// The call is not offered, or not to this caller, or not now.
+    pub fn admit(
+        self: &Arc<Self>,
+        call: &str,
+        peer: Option<&Arc<Peer>>,
+        headers: &HeaderMap,
+    ) -> Result<Option<Admission>, Refused> {
+        let rule = Rule::find(call).ok_or_else(|| Status::unimplemented("there is no such call"))?;
+        if rule.is_open() || (rule.call == METRICS && self.metrics_are_open) {
+            return Ok(None);
+        }
+        let peer = peer.ok_or_else(|| Status::internal("a connection without its other end"))?;
+        let identity = self.callers.identify(peer, headers).map_err(|unknown| {
+            let status = Status::unauthenticated(
+                "a valid credential is needed: a token in the header authorization, or a client certificate",
+            );
+            Refused { status, late: unknown.late }
+        })?;
+        let admission = Admission { access: self.clone(), identity, call: rule.call };
+        let caller = &*admission.identity.caller;
+        let may_not_deliver = caller.role == Role::Gateway && !self.gateway_may_deliver && DELIVERIES.contains(&rule.call);
+        if !rule.allows(caller.role) || may_not_deliver {
+            return Err(admission.denied("the role may not make this call").into());
+        }
+        if rule.is_limited {
+            admission.take_call().map_err(|error| status(&error))?;
+        }
+        Ok(Some(admission))
+    }
+}
+
+impl Admission {
+    /// What was let in with a request.
+    pub fn of(extensions: &Extensions) -> Option<&Self> {
+        extensions.get()
+    }
+
+    /// # Errors
+    /// The caller is a gateway, and this is not one of its addresses.
+    pub fn check_gateway(&self, gateway: &GatewayAddr) -> Result<(), Status> {
+        match self.identity.caller.may_speak_for(gateway) {
+            true => Ok(()),
+            false => Err(self.denied(&format!("it may not speak for {gateway}"))),
+        }
+    }
+
+    /// Whether whoever serves the call looks at it. A single query does not, and comes by the hundred thousand.
+    pub fn is_needed_later(&self) -> bool {
+        self.call != RULES[0].call
+    }
+
+    pub fn is_gateway(&self) -> bool {
+        self.identity.caller.role == Role::Gateway
+    }
+
+    /// One more call, as those that come by themselves.
+    ///
+    /// # Errors
+    /// The caller has made more than it may.
+    pub fn take_call(&self) -> Result<(), Error> {
+        self.limited(self.identity.allowance.take_call(), "this caller makes more calls than it may (calls_per_s)")
+    }
+
+    /// # Errors
+    /// The caller has named more users than it may.
+    pub fn take_users(&self, users: usize) -> Result<(), Error> {
+        self.limited(self.identity.allowance.take_users(users), "this caller names more users than it may (users_per_s)")
+    }
+
+    fn limited(&self, taken: Result<(), Duration>, what: &'static str) -> Result<(), Error> {
+        taken.map_err(|retry_after| {
+            self.access.metrics.shed("caller");
+            Error::Overloaded { what, retry_after }
+        })
+    }
+
+    /// What a caller with a valid credential is told who may not do something. It is taken down.
+    pub fn denied(&self, why: &str) -> Status {
+        let Identity { caller, allowance, .. } = &self.identity;
+        let role = caller.role.name();
+        self.access.metrics.security.denied(role);
+        if allowance.take_denial() {
+            let entry = Entry { action: self.call.to_owned(), outcome: "denied", reason: why.to_owned(), ..self.actor() };
+            self.access.audit.note(entry);
+        }
+        Status::permission_denied(format!("{} as {role}: {why}", self.call))
+    }
+
+    fn actor(&self) -> Entry {
+        let Identity { caller, peer, .. } = &self.identity;
+        Entry { who: caller.name.to_string(), role: caller.role.name(), from_addr: peer.addr.to_string(), ..Entry::default() }
+    }
+}
+
+/// Who makes a call, for the audit. Without [auth] that is only an address.
+pub fn actor(extensions: &Extensions) -> Entry {
+    let from = || extensions.get::<Arc<Peer>>().map(|peer| peer.addr.to_string()).unwrap_or_default();
+    Admission::of(extensions).map_or_else(|| Entry { from_addr: from(), ..Entry::default() }, Admission::actor)
+}
+
+/// The same for a call with a body that names a gateway; without [auth] anybody speaks for any.
+///
+/// # Errors
+/// The caller is a gateway, and this is not one of its addresses.
+pub fn check_gateway(extensions: &Extensions, gateway: &GatewayAddr) -> Result<(), Status> {
+    Admission::of(extensions).map_or(Ok(()), |admission| admission.check_gateway(gateway))
+}
+
+/// A batch that names so many users.
+///
+/// # Errors
+/// The caller has named more users than it may.
+pub fn take_users(extensions: &Extensions, users: usize) -> Result<(), Status> {
+    Admission::of(extensions).map_or(Ok(()), |admission| admission.take_users(users).map_err(|error| status(&error)))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use prost_reflect::DescriptorPool;
+
+    use super::*;
+    use crate::pb;
+
+    #[test]
+    fn every_call_of_ours_is_in_the_table_and_nothing_else() {
+        let pool = DescriptorPool::decode(pb::DESCRIPTORS).expect("compiled in");
+        let methods = pool.services().flat_map(|service| service.methods().collect::<Vec<_>>());
+        let ours: BTreeSet<String> =
+            methods.map(|method| format!("/{}/{}", method.parent_service().full_name(), method.name())).collect();
+        let listed = RULES.iter().map(|rule| rule.call.to_owned()).filter(|call| call.starts_with("/mpim."));
+        assert_eq!(listed.collect::<BTreeSet<_>>(), ours);
+        assert!(RULES.iter().filter(|rule| rule.call.starts_with("/mpim.")).all(|rule| !rule.is_open()));
+        let distinct: BTreeSet<&str> = RULES.iter().map(|rule| rule.call).collect();
+        assert_eq!(distinct.len(), RULES.len(), "each once");
+    }
+}

@@ -1,0 +1,73 @@
+//! What is counted of those who come in.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+
+use super::ByMode;
+use super::ByOutcome;
+use super::ByResult;
+use super::ByRole;
+use super::Register;
+
+/// Something that is read again, and whether that went well.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ByReload {
+    pub what: &'static str,
+    pub result: &'static str,
+}
+
+/// Where a certificate is used, and which of its two ends it is: leaf or ca.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+pub struct ByCertificate {
+    pub r#use: &'static str,
+    pub which: &'static str,
+}
+
+pub struct SecurityMetrics {
+    handshakes: Family<ByResult, Counter>,
+    auth_failures: Family<ByMode, Counter>,
+    denied: Family<ByRole, Counter>,
+    reloads: Family<ByReload, Counter>,
+    certificate_not_after: Family<ByCertificate, Gauge>,
+    audit: Family<ByOutcome, Counter>,
+}
+
+impl SecurityMetrics {
+    pub(super) fn register(r: &mut Register<'_>) -> Self {
+        Self {
+            handshakes: r.family("handshakes", "TLS handshakes on either port, by what came of them"),
+            auth_failures: r.family("auth_failures", "calls without a valid credential, by the kind that was tried"),
+            denied: r.family("denied", "calls that the role of their caller may not make, or not for that gateway"),
+            reloads: r.family("reloads", "certificates and tokens that were read again because they had changed"),
+            certificate_not_after: r.gauges("certificate_not_after_seconds", "end of a certificate, in seconds since 1970"),
+            audit: r.family("audit", "lines of the audit"),
+        }
+    }
+
+    pub fn handshake(&self, result: &'static str) {
+        self.handshakes.get_or_create(&ByResult { result }).inc();
+    }
+
+    pub fn auth_failed(&self, mode: &'static str) {
+        self.auth_failures.get_or_create(&ByMode { mode }).inc();
+    }
+
+    pub fn denied(&self, role: &'static str) {
+        self.denied.get_or_create(&ByRole { role }).inc();
+    }
+
+    pub fn reloaded(&self, what: &'static str, result: &'static str) {
+        self.reloads.get_or_create(&ByReload { what, result }).inc();
+    }
+
+    /// `at_s`: in Unix seconds.
+    pub fn certificate_ends(&self, r#use: &'static str, which: &'static str, at_s: u64) {
+        self.certificate_not_after.get_or_create(&ByCertificate { r#use, which }).set(i64::try_from(at_s).unwrap_or(i64::MAX));
+    }
+
+    pub fn audited(&self, outcome: &'static str) {
+        self.audit.get_or_create(&ByOutcome { outcome }).inc();
+    }
+}

@@ -1,0 +1,53 @@
+//! What certificates say: whose they are, and until when. Whether that is true is for rustls to verify.
+
+use std::fmt::Write;
+
+use ring::digest;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_cert::Certificate;
+use x509_cert::der::Decode;
+use x509_cert::ext::pkix::SubjectAltName;
+use x509_cert::ext::pkix::name::GeneralName;
+
+use crate::security::files::Unusable;
+
+/// Bytes of a fingerprint that are shown: enough to compare by eye.
+const SHOWN_BYTES: usize = 8;
+
+/// The certificates of a PEM file, at least one.
+pub fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Unusable> {
+    let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
+    let found = found.map_err(|error| Unusable(format!("no PEM: {error}")))?;
+    if found.is_empty() { Err(Unusable("there is no certificate in it".to_owned())) } else { Ok(found) }
+}
+
+/// The end of a certificate's validity, in Unix seconds.
+pub fn not_after(der: &CertificateDer<'_>) -> Result<u64, Unusable> {
+    Ok(parse(der)?.tbs_certificate.validity.not_after.to_unix_duration().as_secs())
+}
+
+/// Names in the extension SubjectAltName: a URI as it is, a DNS name as `dns:NAME`. The common name does not count (RFC 9525).
+pub fn names(der: &CertificateDer<'_>) -> Vec<String> {
+    let Ok(certificate) = parse(der) else { return Vec::new() };
+    let Ok(Some((_, names))) = certificate.tbs_certificate.get::<SubjectAltName>() else { return Vec::new() };
+    let text = |name: GeneralName| match name {
+        GeneralName::UniformResourceIdentifier(uri) => Some(uri.to_string()),
+        GeneralName::DnsName(name) => Some(format!("dns:{}", name.as_str().to_ascii_lowercase())),
+        _ => None,
+    };
+    names.0.into_iter().filter_map(text).collect()
+}
+
+/// The beginning of the certificate's SHA-256, for log lines.
+pub fn fingerprint(der: &CertificateDer<'_>) -> String {
+    let digest = digest::digest(&digest::SHA256, der);
+    digest.as_ref()[..SHOWN_BYTES].iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // a String takes everything
+        text
+    })
+}
+
+fn parse(der: &CertificateDer<'_>) -> Result<Certificate, Unusable> {
+    Certificate::from_der(der).map_err(|error| Unusable(format!("no certificate: {error}")))
+}

@@ -1,0 +1,316 @@
+//! Who may make which call.
+
+use std::path::PathBuf;
+
+use im_presence::api::access::RULES;
+use im_presence::api::access::Rule;
+use im_presence::client::security::Link;
+use im_presence::client::security::Security;
+use im_presence::domain::caller::Role;
+use im_presence::pb;
+use im_presence::pb::Code;
+use im_presence::pb::gateway_service_client::GatewayServiceClient;
+use im_presence::pb::presence_service_client::PresenceServiceClient;
+use tokio_stream::iter;
+use tonic::Request;
+use tonic::Status;
+use tonic::client::Grpc;
+use tonic_prost::ProstCodec;
+
+use crate::harness::cluster::ALICE;
+use crate::harness::cluster::BOB;
+use crate::harness::cluster::Cluster;
+use crate::harness::cluster::GATEWAY;
+use crate::harness::cluster::OTHER_GATEWAY;
+use crate::harness::cluster::PHONE;
+use crate::harness::cluster::a_bind;
+use crate::harness::cluster::code;
+use crate::harness::cluster::retry_delay;
+use crate::harness::eventually;
+use crate::harness::node::Node;
+use crate::harness::pki::Pki;
+use crate::harness::pki::bears;
+use crate::harness::pki::link;
+use crate::harness::pki::token;
+
+/// A node that asks for tokens, and a token of each kind.
+struct Guarded {
+    pki: Pki,
+    cluster: Cluster,
+}
+
+impl Guarded {
+    async fn start(entries: &str, more: &[(&str, &str)]) -> Self {
+        let pki = Pki::new();
+        let mut all = entries.to_owned();
+        for role in Role::ALL {
+            let gateways = if role == Role::Gateway { format!("gateways = [\"{GATEWAY}\"]") } else { String::new() };
+            let (token, entry) = token(role.name(), role.name(), &gateways);
+            pki.write(role.name(), &format!("{token}\n"));
+            all.push_str(&entry);
+        }
+        let file = pki.write("tokens.toml", &all);
+        let settings = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", file.to_str().expect("a path"))];
+        let cluster = Cluster::sqlite(&[&settings, more].concat()).await;
+        Self { pki, cluster }
+    }
+
+    fn node(&self) -> &Node {
+        self.cluster.node()
+    }
+
+    fn bearer(&self, name: &str) -> Security {
+        bears(&self.pki.path(name))
+    }
+
+    fn presence(&self, name: &str) -> PresenceServiceClient<Link> {
+        PresenceServiceClient::new(link(&self.bearer(name), self.node().data))
+    }
+
+    fn gateways(&self, name: &str) -> GatewayServiceClient<Link> {
+        GatewayServiceClient::new(link(&self.bearer(name), self.node().data))
+    }
+}
+
+/// What a caller with these credentials is told: of a gRPC call with an empty message, or of a page.
+async fn told(node: &Node, rule: &Rule, security: &Security, header: Option<&str>) -> tonic::Code {
+    if let Some(path) = rule.call.strip_prefix("GET ") {
+        let token = security.token_file.as_ref().map(|file| std::fs::read_to_string(file).expect("a token"));
+        let header = token.map(|token| format!("Bearer {}", token.trim_end())).or(header.map(str::to_owned));
+        return match node.http_as(path, header.as_deref()).await.0 {
+            200 => tonic::Code::Ok,
+            401 => tonic::Code::Unauthenticated,
+            403 => tonic::Code::PermissionDenied,
+            other => panic!("{path}: {other}"),
+        };
+    }
+    let addr = if rule.call.contains("AdminService") { node.admin } else { node.data };
+    let mut grpc = Grpc::new(link(security, addr));
+    grpc.ready().await.expect("a node");
+    let mut request = Request::new(iter([pb::QueryRouteReq::default()]));
+    if let Some(header) = header {
+        request.metadata_mut().insert("authorization", header.parse().expect("a header"));
+    }
+    let codec = ProstCodec::<pb::QueryRouteReq, pb::QueryRouteReq>::default();
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static(rule.call);
+    match grpc.streaming(request, path, codec).await {
+        Ok(answers) => match answers.into_inner().message().await {
+            Ok(_) => tonic::Code::Ok,
+            Err(status) => status.code(),
+        },
+        Err(status) => status.code(),
+    }
+}
+
+#[tokio::test]
+async fn every_call_asks_for_the_role_that_the_table_says() {
+    let (expired, entry) = token("former", "operator", "expires = \"2020-01-01T00:00:00Z\"");
+    for metrics in ["open", "viewer"] {
+        let guarded = Guarded::start(&entry, &[("AUTH__METRICS", metrics)]).await;
+        let nobody = Security::default();
+        for rule in &RULES {
+            let is_open = rule.is_open() || (rule.call == "GET /metrics" && metrics == "open");
+            let strangers = [None, Some("Bearer imp_wrong"), Some("Basic b3BlcmF0b3I6"), Some(&*format!("Bearer {expired}"))];
+            for header in strangers {
+                let told = told(guarded.node(), rule, &nobody, header).await;
+                assert_eq!(told == tonic::Code::Unauthenticated, !is_open, "{rule:?} {header:?}: {told:?}");
+            }
+            for role in Role::ALL {
+                let told = told(guarded.node(), rule, &guarded.bearer(role.name()), None).await;
+                let is_denied = told == tonic::Code::PermissionDenied;
+                assert!(told != tonic::Code::Unauthenticated, "{rule:?} {role:?}");
+                assert_eq!(is_denied, !is_open && !rule.allows(role), "{rule:?} {role:?}: {told:?}");
+            }
+        }
+        assert!(guarded.node().metric("im_presence_auth_failures_total").await > 0.0 || metrics == "viewer");
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_in_the_table_is_offered_to_nobody() {
+    let guarded = Guarded::start("", &[]).await;
+    let token = std::fs::read_to_string(guarded.pki.path("operator")).expect("a token");
+    let header = format!("Bearer {}", token.trim_end());
+    for path in ["/", "/api/v1/gateways", "/metrics/", "/debug", "/mpim.AdminService/Nothing"] {
+        let (status, _) = guarded.node().http_as(path, Some(&header)).await;
+        assert!([404, 200].contains(&status), "{path}: {status}");
+        if status == 200 {
+            assert!(path.starts_with("/mpim."), "{path}"); // gRPC says it in a trailer
+        }
+    }
+}
+
+fn is_denied<T: std::fmt::Debug>(answer: Result<T, Status>) {
+    let status = answer.expect_err("it is somebody else's gateway");
+    assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status:?}");
+    assert!(status.message().contains("gateway"), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_gateway_speaks_for_its_own_addresses_only() {
+    let (other, entry) = token("other", "gateway", &format!("gateways = [\"{OTHER_GATEWAY}\"]"));
+    let guarded = Guarded::start(&entry, &[]).await;
+    guarded.pki.write("other", &other);
+    let (mut own, mut others) = (guarded.gateways("gateway"), guarded.gateways("other"));
+    let hello = |addr: &str| pb::RegisterGatewayReq { gateway_addr: addr.to_owned(), ..Default::default() };
+    let other_epoch = others.register_gateway(hello(OTHER_GATEWAY)).await.expect("a life").into_inner().gateway_epoch;
+    own.register_gateway(hello(GATEWAY)).await.expect("a life");
+    let on = |user, addr: &str| pb::BindRouteReq { gateway_addr: addr.to_owned(), ..a_bind(user, PHONE, "c") };
+    let bound = guarded.presence("other").bind_route(on(BOB, OTHER_GATEWAY)).await.expect("a bind").into_inner();
+    assert_eq!(code(&bound.result), Code::Ok, "{bound:?}");
+    let query = |user_id| pb::QueryRouteReq { user_id, max_staleness_ms: Some(0) };
+    let mut service = guarded.presence("service");
+    let before = service.query_route(query(BOB)).await.expect("a query").into_inner();
+
+    let mut presence = guarded.presence("gateway");
+    is_denied(own.register_gateway(hello(OTHER_GATEWAY)).await);
+    let addr = OTHER_GATEWAY.to_owned();
+    let beat = pb::HeartbeatReq { gateway_addr: addr.clone(), gateway_epoch: other_epoch, ..Default::default() };
+    is_denied(own.heartbeat(beat).await);
+    let leave = pb::DeregisterGatewayReq { gateway_addr: addr.clone(), gateway_epoch: other_epoch };
+    is_denied(own.deregister_gateway(leave).await);
+    is_denied(presence.bind_route(on(ALICE, OTHER_GATEWAY)).await);
+    let both = pb::BatchBindRouteReq { binds: vec![on(ALICE, GATEWAY), on(ALICE, OTHER_GATEWAY)] };
+    is_denied(presence.batch_bind_route(both).await);
+    let by_device = pb::UnbindRouteReq { user_id: BOB, device_id: PHONE.to_owned(), gateway_addr: addr, ..Default::default() };
+    is_denied(presence.unbind_route(by_device).await);
+    is_denied(own.pull_inbox(pb::PullInboxReq { user_id: BOB, ..Default::default() }).await);
+    is_denied(own.ack_inbox(pb::AckInboxReq { user_id: BOB, ..Default::default() }).await);
+    let frames = iter([pb::GatewayFrame { seq: 1, body: Some(pb::gateway_frame::Body::Hello(hello(OTHER_GATEWAY))) }]);
+    let mut stream = own.attach(frames).await.expect("a stream").into_inner();
+    is_denied(stream.message().await);
+
+    // A route_key names a route without its gateway. It is as if the route had gone.
+    let by_key = pb::UnbindRouteReq { user_id: BOB, route_key: bound.route_key, ..Default::default() };
+    let answer = presence.unbind_route(by_key.clone()).await.expect("an answer").into_inner();
+    assert!(!answer.unbound, "{answer:?}");
+    let claimed = pb::UnbindRouteReq { gateway_addr: GATEWAY.to_owned(), ..by_key.clone() };
+    let answer = presence.unbind_route(claimed).await.expect("an answer").into_inner();
+    assert!(!answer.unbound, "{answer:?}");
+
+    let after = service.query_route(query(BOB)).await.expect("a query").into_inner();
+    assert_eq!((after.version, after.is_online), (before.version, true), "nothing has changed");
+    let alice = service.query_route(query(ALICE)).await.expect("a query").into_inner();
+    assert!(!alice.is_online, "nor was half a batch bound");
+
+    let answer = guarded.presence("other").unbind_route(by_key).await.expect("an answer").into_inner();
+    assert!(answer.unbound, "its own gateway may: {answer:?}");
+}
+
+#[tokio::test]
+async fn a_gateway_reads_the_inboxes_of_users_that_are_bound_to_it() {
+    let guarded = Guarded::start("", &[]).await;
+    let mut gateways = guarded.gateways("gateway");
+    let hello = pb::RegisterGatewayReq { gateway_addr: GATEWAY.to_owned(), ..Default::default() };
+    gateways.register_gateway(hello).await.expect("a life");
+    let pull = pb::PullInboxReq { user_id: ALICE, device_id: PHONE.to_owned(), ..Default::default() };
+    is_denied(gateways.pull_inbox(pull.clone()).await);
+    guarded.presence("gateway").bind_route(a_bind(ALICE, PHONE, "c")).await.expect("a bind");
+    let pulled = gateways.pull_inbox(pull).await.expect("its own user's inbox").into_inner();
+    assert_eq!(code(&pulled.result), Code::Ok);
+}
+
+#[tokio::test]
+async fn a_caller_is_limited_by_its_name_and_leases_are_not() {
+    let (slow, entry) = token("slow", "gateway", &format!("gateways = [\"{GATEWAY}\"]\ncalls_per_s = 20"));
+    let guarded = Guarded::start(&entry, &[("LIMITS__USERS_PER_S", "100"), ("LIMITS__STREAMS", "1")]).await;
+    guarded.pki.write("slow", &slow);
+    let query = pb::QueryRouteReq { user_id: ALICE, max_staleness_ms: None };
+    // Two connections of one caller.
+    let clients = [guarded.presence("slow"), guarded.presence("slow")];
+    let calls = clients.iter().cycle().take(200).map(|client| {
+        let mut client = client.clone();
+        async move { client.query_route(query).await.err() }
+    });
+    let refused: Vec<Status> = futures_util::future::join_all(calls).await.into_iter().flatten().collect();
+    let refusal = refused.first().expect("more calls than it may make");
+    assert_eq!(refusal.code(), tonic::Code::ResourceExhausted);
+    assert!(retry_delay(refusal).is_some(), "{refusal:?}");
+    let mut gateways = guarded.gateways("slow");
+    let hello = pb::RegisterGatewayReq { gateway_addr: GATEWAY.to_owned(), ..Default::default() };
+    let epoch = gateways.register_gateway(hello.clone()).await.expect("a life").into_inner().gateway_epoch;
+    for _ in 0..50 {
+        let beat = pb::HeartbeatReq { gateway_addr: GATEWAY.to_owned(), gateway_epoch: epoch, ..Default::default() };
+        gateways.heartbeat(beat).await.expect("a lease is never refused");
+    }
+
+    let many = pb::BatchQueryRouteReq { user_ids: (1..=1_000).collect(), ..Default::default() };
+    let mut service = guarded.presence("service");
+    service.batch_query_route(many.clone()).await.expect("a batch is done as a whole");
+    let refusal = service.batch_query_route(many).await.expect_err("and paid for");
+    assert_eq!(refusal.code(), tonic::Code::ResourceExhausted, "{refusal:?}");
+    service.query_route(query).await.expect("single users are calls");
+
+    let frame = || pb::GatewayFrame { seq: 1, body: Some(pb::gateway_frame::Body::Hello(hello.clone())) };
+    let forever = |frame| tokio_stream::StreamExt::chain(iter([frame]), tokio_stream::pending());
+    let mut first = guarded.gateways("gateway").attach(forever(frame())).await.expect("a stream").into_inner();
+    first.message().await.expect("a welcome");
+    let second = guarded.gateways("gateway").attach(forever(frame())).await.err();
+    assert_eq!(second.map(|status| status.code()), Some(tonic::Code::ResourceExhausted));
+}
+
+#[tokio::test]
+async fn what_operators_do_and_what_others_are_denied_is_taken_down() {
+    let guarded = Guarded::start("", &[]).await;
+    let ctl = |role: &str, words: &[&str]| {
+        let file = guarded.pki.path(role);
+        let words = [&["--token-file", file.to_str().expect("a path")], words].concat();
+        guarded.node().ctl(&words)
+    };
+    let (exit, said) = ctl("operator", &["gateways", "hold", "1000", "--reason", "switch\nmaintenance"]);
+    assert_eq!(exit, 0, "{said}");
+    assert_eq!(ctl("viewer", &["gateways", "hold", "1000"]).0, 1);
+    assert_eq!(ctl("viewer", &["gateways"]).0, 0);
+    let count = |what: &str| format!("SELECT COUNT(*) FROM audit WHERE {what}");
+    let held = "who = 'operator' AND role = 'operator' AND action = 'HoldGateways' AND outcome = 'ok' \
+        AND args = 'for 1000 ms' AND reason = 'switchmaintenance' AND from_addr LIKE '127.0.0.1:%'";
+    let denied = "who = 'viewer' AND action LIKE '%HoldGateways' AND outcome = 'denied'";
+    let db = &guarded.cluster.db;
+    eventually("rows", std::time::Duration::from_secs(3), async || {
+        db.number(&count(held)).await == 1 && db.number(&count(denied)).await == 1
+    })
+    .await;
+    assert_eq!(db.number(&count("action = 'ListGateways'")).await, 0, "to look is not taken down");
+    assert_eq!(db.number(&count("action = 'start'")).await, 1);
+    let lines = guarded.node().log();
+    let audit: Vec<&String> = lines.iter().filter(|line| line.contains("\"target\":\"audit\"")).collect();
+    assert!(audit.iter().any(|line| line.contains("HoldGateways") && line.contains("\"who\":\"operator\"")), "{audit:?}");
+}
+
+/// A gateway's lease is not shortened when its credential is taken away, and its users stay online.
+#[tokio::test]
+async fn a_credential_that_is_taken_away_ends_its_streams_soon_and_nothing_else() {
+    let (second, entry) = token("second", "gateway", &format!("gateways = [\"{OTHER_GATEWAY}\"]"));
+    let guarded = Guarded::start(&entry, &[]).await;
+    let tokens = guarded.pki.path("tokens.toml");
+    guarded.pki.write("second", &second);
+    let attach = async |name: &str, addr: &str| {
+        let hello = pb::RegisterGatewayReq { gateway_addr: addr.to_owned(), ..Default::default() };
+        let frame = pb::GatewayFrame { seq: 1, body: Some(pb::gateway_frame::Body::Hello(hello)) };
+        let frames = tokio_stream::StreamExt::chain(iter([frame]), tokio_stream::pending());
+        let mut stream = guarded.gateways(name).attach(frames).await.expect("a stream").into_inner();
+        stream.message().await.expect("a frame").expect("a welcome");
+        stream
+    };
+    let (mut revoked, mut kept) = (attach("second", OTHER_GATEWAY).await, attach("gateway", GATEWAY).await);
+    let on = pb::BindRouteReq { gateway_addr: OTHER_GATEWAY.to_owned(), ..a_bind(BOB, PHONE, "c") };
+    guarded.presence("second").bind_route(on).await.expect("a bind");
+    let mut ages = guarded.presence("second");
+    let text = std::fs::read_to_string(&tokens).expect("the tokens");
+    let began = std::time::Instant::now();
+    guarded.pki.write("tokens.toml", &text.replace("name = \"second\"", "name = \"third\""));
+    let ended = revoked.message().await.expect_err("the stream ends");
+    assert_eq!(ended.code(), tonic::Code::Unauthenticated, "a name that changes is another caller: {ended:?}");
+    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+    let nothing: PathBuf = guarded.pki.write("tokens.toml", &text.replace(&entry, ""));
+    assert!(nothing.exists());
+    let query = pb::QueryRouteReq { user_id: BOB, max_staleness_ms: Some(0) };
+    eventually("the token is worth nothing", std::time::Duration::from_secs(10), async || {
+        ages.query_route(query).await.is_err_and(|status| status.code() == tonic::Code::Unauthenticated)
+    })
+    .await;
+    let bob = guarded.presence("service").query_route(query).await.expect("a query").into_inner();
+    assert!(bob.is_online, "an operator's slip takes nobody offline");
+    let idle = tokio::time::timeout(std::time::Duration::from_millis(200), kept.message()).await;
+    assert!(idle.is_err(), "the other stream goes on: {idle:?}");
+}
