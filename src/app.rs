@@ -329,7 +329,10 @@ async fn announce(config: &Config, database: &Database) {
         if let Ok(Some((cipher, is_verified))) = database.protection(&mut connection).await {
             match (&*cipher, is_verified) {
                 ("", _) => info!("to the database: plaintext"),
-                (cipher, true) => info!("to the database: TLS ({cipher}), the server has proved who it is"),
+                (cipher, true) => {
+                    let ca = config.store.ca_file.as_ref().map_or(String::new(), |file| format!(" or {}", file.display()));
+                    info!("to the database: TLS ({cipher}), the server has proved who it is by the system's CAs{ca}");
+                }
                 (cipher, false) => warn!(
                     "to the database: TLS ({cipher}), but nobody has verified the server: whoever stands between could read the \
                      password; set store.ca_file, or store.tls = verify_full"
@@ -337,8 +340,15 @@ async fn announce(config: &Config, database: &Database) {
             }
         }
     }
-    let tiers = [("redis_cache", config.redis_cache.is_some()), ("redis_queue", config.redis_queue.is_some())];
-    for (tier, _) in tiers.into_iter().filter(|(_, there)| !there) {
-        info!("[{tier}] is not configured: this node runs without it");
+    let queue = config.redis_queue.as_ref().map(|queue| &queue.server);
+    for (tier, redis) in [("redis_cache", config.redis_cache.as_ref()), ("redis_queue", queue)] {
+        match redis {
+            None => info!("[{tier}] is not configured: this node runs without it"),
+            Some(redis) if redis.speaks_tls() => {
+                let ca = redis.ca_file.as_ref().map_or("the system's CAs".into(), |file| file.display().to_string());
+                info!("to [{tier}]: TLS, the server has to prove who it is by {ca}");
+            }
+            Some(_) => info!("to [{tier}]: plaintext"),
+        }
     }
 }

@@ -237,6 +237,11 @@ impl Redis {
             .map(|read| read.or_else(|| self.url.clone()))
     }
 
+    /// Whether the connection is encrypted. The server then has to prove who it is.
+    pub fn speaks_tls(&self) -> bool {
+        self.tls || self.read_url().is_ok_and(|url| url.is_some_and(|url| url.expose().starts_with("rediss:")))
+    }
+
     /// The password; the same.
     ///
     /// # Errors

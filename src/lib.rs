@@ -11,7 +11,7 @@
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!
@@ -45,6 +45,7 @@ pub mod api;
 pub mod app;
 pub mod backoff;
 pub mod clock;
+pub mod command_line;
 pub mod config;
 pub mod ctl;
 pub mod domain;

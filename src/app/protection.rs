@@ -27,6 +27,7 @@ use crate::security::audit::Audit;
 use crate::security::audit::Entry;
 use crate::security::callers::Callers;
 use crate::security::callers::Mode;
+use crate::security::certificate;
 use crate::security::files::READ_INTERVAL;
 use crate::security::files::Reloader;
 use crate::security::files::Unusable;
@@ -61,6 +62,7 @@ impl Protection {
         let data = entrance("data", &config.tls, GRPC, metrics, &mut reloader).map_err(failed("tls"))?;
         let admin = entrance("admin", &config.admin_tls, GRPC_AND_HTTP, metrics, &mut reloader).map_err(failed("admin_tls"))?;
         let access = access(config, metrics, &audit, &mut reloader).map_err(failed("auth"))?;
+        watch_ends(config, metrics, &mut reloader).map_err(failed("peer], [store] or [redis"))?;
         let reloader = Arc::new(reloader);
         Ok(Self { data, admin, access, peers: peers(config), audit, audit_rows: Some(audit_rows), reloader })
     }
@@ -131,6 +133,27 @@ fn entrance(
     let tls = server::load(what, files, metrics.clone())?;
     reloader.add(&tls);
     Ok(Entrance { tls: Some(tls), handshake_timeout, accept_plain, metrics })
+}
+
+/// Certificates for the links to others. Whoever makes such a link reads them by himself.
+fn watch_ends(config: &Config, metrics: &Arc<Metrics>, reloader: &mut Reloader) -> Result<(), Unusable> {
+    let redis = |redis: &config::Redis| (redis.cert_file.clone(), redis.ca_file.clone());
+    let cache = config.redis_cache.as_ref().map(redis).unwrap_or_default();
+    let queue = config.redis_queue.as_ref().map(|queue| redis(&queue.server)).unwrap_or_default();
+    let links = [
+        ("peer", (config.peer.cert_file.clone(), config.peer.ca_file.clone())),
+        ("store", (config.store.cert_file.clone(), config.store.ca_file.clone())),
+        ("redis_cache", cache),
+        ("redis_queue", queue),
+    ];
+    for (r#use, (cert, ca)) in links {
+        for (which, file) in [("leaf", cert), ("ca", ca)] {
+            if let Some(file) = file {
+                reloader.add(&certificate::watch(r#use, which, file, metrics.clone())?);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn access(

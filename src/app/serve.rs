@@ -116,8 +116,7 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
         if let Some(access) = &served.access {
             match access.admit(request.uri().path(), request.extensions().get(), request.headers()) {
                 Ok(None) => {}
-                Ok(Some(admission)) if admission.is_needed_later() => _ = request.extensions_mut().insert(admission),
-                Ok(Some(_)) => {}
+                Ok(Some(admission)) => _ = request.extensions_mut().insert(admission),
                 Err(Refused { status, late }) => {
                     return Box::pin(async move {
                         sleep(late).await;

@@ -271,9 +271,8 @@ impl Redis {
         };
         let fits = url.as_ref().is_none_or(|url| known(url.expose()));
         faults.unless(fits, &[&format!("{section}.url")], || "must begin with redis:, rediss: or unix:".into());
-        let speaks_tls = self.tls || url.is_some_and(|url| url.expose().starts_with("rediss:"));
         let has_files = self.ca_file.is_some() || self.cert_file.is_some();
-        faults.unless(speaks_tls || !has_files, &[&format!("{section}.ca_file"), &format!("{section}.cert_file")], || {
+        faults.unless(self.speaks_tls() || !has_files, &[&format!("{section}.ca_file"), &format!("{section}.cert_file")], || {
             format!("needs {section}.tls = true, or a URL that begins with rediss:")
         });
     }

@@ -97,18 +97,12 @@ impl Callers {
         Self { modes, tokens, rules, limits, generation, allowances, failures, metrics }
     }
 
-    /// Who calls. What was found for the connection before holds as long as nothing was read again.
+    /// What `then` makes of who calls. What was found for the connection before holds as long as nothing was read again.
     ///
     /// # Errors
     /// No valid credential is there.
-    pub fn identify(&self, peer: &Arc<Peer>, headers: &HeaderMap) -> Result<Identity, Unknown> {
+    pub fn identify<T>(&self, peer: &Peer, headers: &HeaderMap, then: impl FnOnce(&Decided) -> T) -> Result<T, Unknown> {
         let header = headers.get(AUTHORIZATION);
-        let identity = |decided: &Decided| Identity {
-            caller: decided.caller.clone(),
-            allowance: decided.allowance.clone(),
-            peer: peer.clone(),
-            header: header.cloned(),
-        };
         let generation = self.generation.now();
         let mut decided = peer.decided.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(known) = &*decided
@@ -116,13 +110,12 @@ impl Callers {
             && known.header.as_ref() == header
             && !has_expired(&known.caller)
         {
-            return Ok(identity(known));
+            return Ok(then(known));
         }
         match self.decide(peer, header) {
             Ok(caller) => {
                 let allowance = self.allowance(&caller);
-                let now = decided.insert(Decided { generation, header: header.cloned(), caller, allowance });
-                Ok(identity(now))
+                Ok(then(decided.insert(Decided { generation, header: header.cloned(), caller, allowance })))
             }
             Err((mode, why)) => {
                 *decided = None;
@@ -225,6 +218,11 @@ impl Callers {
 }
 
 impl Identity {
+    pub fn of(decided: &Decided, peer: &Arc<Peer>) -> Self {
+        let Decided { header, caller, allowance, .. } = decided.clone();
+        Self { caller, allowance, peer: peer.clone(), header }
+    }
+
     /// In how long the credential ends by itself.
     pub fn expires_in(&self) -> Option<Duration> {
         self.caller.expires_s.map(|at| Duration::from_secs(at.saturating_sub(clock::unix_s())))

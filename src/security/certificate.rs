@@ -1,6 +1,9 @@
 //! What certificates say: whose they are, and until when. Whether that is true is for rustls to verify.
 
+use std::fmt;
 use std::fmt::Write;
+use std::path::PathBuf;
+use std::sync::Arc;
 
 use ring::digest;
 use rustls::pki_types::CertificateDer;
@@ -10,6 +13,8 @@ use x509_cert::der::Decode;
 use x509_cert::ext::pkix::SubjectAltName;
 use x509_cert::ext::pkix::name::GeneralName;
 
+use crate::metrics::Metrics;
+use crate::security::files::Reloaded;
 use crate::security::files::Unusable;
 
 /// Bytes of a fingerprint that are shown: enough to compare by eye.
@@ -20,6 +25,33 @@ pub fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Unusable> {
     let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
     let found = found.map_err(|error| Unusable(format!("no PEM: {error}")))?;
     if found.is_empty() { Err(Unusable("there is no certificate in it".to_owned())) } else { Ok(found) }
+}
+
+/// The earliest end of certificates that somebody else uses, and reads by himself.
+pub struct Ends(u64);
+
+/// Shows when the certificates of a file end.
+///
+/// # Errors
+/// There are none in it.
+pub fn watch(
+    r#use: &'static str,
+    which: &'static str,
+    file: PathBuf,
+    metrics: Arc<Metrics>,
+) -> Result<Arc<Reloaded<Ends>>, Unusable> {
+    Reloaded::new(r#use, vec![file], move |contents| {
+        let ends = chain(&contents.concat())?.iter().map(not_after).collect::<Result<Vec<_>, _>>()?;
+        let earliest = ends.into_iter().min().unwrap_or_default();
+        metrics.security.certificate_ends(r#use, which, earliest);
+        Ok(Ends(earliest))
+    })
+}
+
+impl fmt::Display for Ends {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "certificates until {} (Unix seconds)", self.0)
+    }
 }
 
 /// The end of a certificate's validity, in Unix seconds.

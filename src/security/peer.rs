@@ -34,11 +34,12 @@ pub(super) struct Shown {
     pub listener: Arc<Reloaded<ServerTls>>,
 }
 
+/// Who is at the other end, as far as is known.
 #[derive(Clone)]
-pub(super) struct Decided {
+pub struct Decided {
     /// Of what was read again until then.
-    pub generation: u64,
-    pub header: Option<HeaderValue>,
+    pub(super) generation: u64,
+    pub(super) header: Option<HeaderValue>,
     pub caller: Arc<Caller>,
     pub allowance: Arc<Allowance>,
 }
