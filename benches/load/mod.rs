@@ -85,16 +85,15 @@ pub fn run_on<M: Message>(
     request: impl Fn(u64, u64) -> M + Sync,
 ) -> Done {
     let Target { server, tls, token } = target;
-    let mut headers = header_block(path, &server.to_string());
-    if let Some(token) = token {
-        literal(&mut headers, "authorization", &format!("Bearer {token}"));
-    }
+    let headers = header_block(path, &server.to_string());
     let began = Instant::now();
     let one = |c: u64| {
-        let (request, headers) = (|n| request(c, n), headers.clone());
+        let (request, headers, token) = (|n| request(c, n), headers.clone(), token.as_deref());
         match tls {
-            None => Connection::with(plain(*server), headers).run(in_flight, began + time, request),
-            Some(config) => Connection::with(encrypted(*server, config), headers).run(in_flight, began + time, request),
+            None => Connection::with(plain(*server), headers).showing(token).run(in_flight, began + time, request),
+            Some(config) => {
+                Connection::with(encrypted(*server, config), headers).showing(token).run(in_flight, began + time, request)
+            }
         }
     };
     let results: Vec<Done> = std::thread::scope(|scope| {
@@ -216,6 +215,8 @@ impl Stream {
 
 struct Connection<S = TcpStream> {
     stream: S,
+    /// Of the first call, if it says more than the others.
+    first_headers: Option<Vec<u8>>,
     headers: Vec<u8>,
     out: Vec<u8>,
     next_stream: u32,
@@ -234,7 +235,22 @@ impl<S: Read + Write> Connection<S> {
         settings.extend(LARGEST_WINDOW.to_be_bytes());
         frame(&mut out, SETTINGS, 0, 0, &settings);
         frame(&mut out, 8, 0, 0, &(LARGEST_WINDOW - 65_535).to_be_bytes()); // WINDOW_UPDATE of the connection
-        Self { stream, headers, out, next_stream: 1 }
+        Self { stream, first_headers: None, headers, out, next_stream: 1 }
+    }
+
+    /// Shows a token: the first call spells it out, the others name it by its number, as clients do.
+    fn showing(mut self, token: Option<&str>) -> Self {
+        const WITH_INDEXING: u8 = 0x40;
+        const FIRST_DYNAMIC: u8 = 0x80 | 62;
+        if let Some(token) = token {
+            let mut first = self.headers.clone();
+            let at = first.len();
+            literal(&mut first, "authorization", &format!("Bearer {token}"));
+            first[at] = WITH_INDEXING;
+            self.first_headers = Some(first);
+            self.headers.push(FIRST_DYNAMIC);
+        }
+        self
     }
 
     fn run<M: Message>(mut self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
@@ -270,7 +286,8 @@ impl<S: Read + Write> Connection<S> {
     fn call(&mut self, message: &impl Message) {
         let id = self.next_stream;
         self.next_stream += 2;
-        frame(&mut self.out, HEADERS, END_HEADERS, id, &self.headers);
+        let headers = self.first_headers.take();
+        frame(&mut self.out, HEADERS, END_HEADERS, id, headers.as_ref().unwrap_or(&self.headers));
         self.message(id, message, END_STREAM);
     }
 

@@ -93,7 +93,8 @@ pub async fn accept(
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let (newcomer, slots, entrance, serving) = (newcomers.enter(), slots.clone(), entrance.clone(), serving.clone());
+        let (newcomer, slots, entrance, serving) =
+            (newcomers.enter_in_turn().await, slots.clone(), entrance.clone(), serving.clone());
         waiting.spawn(async move {
             let entered = tokio::select! {
                 () = newcomer.closed() => return entrance.metrics.shed("connections"),

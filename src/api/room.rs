@@ -1,13 +1,21 @@
 //! Room for so many connections: when one more comes, the one that has been there longest has had its chance, and makes room.
-//! So those who do nothing keep nobody out who does.
+//! So those who do nothing keep nobody out who does. Where many come at the same instant, each has its [`CHANCE`] nevertheless.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::time::Duration;
+use std::time::Instant;
 
+use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+
+/// So long nobody has to make room for one who waits at the door: longer than a handshake takes.
+const CHANCE: Duration = Duration::from_millis(20);
+/// Between looks whether there is room.
+const LOOK_INTERVAL: Duration = Duration::from_millis(1);
 
 pub struct Room {
     limit: usize,
@@ -17,7 +25,7 @@ pub struct Room {
 #[derive(Default)]
 struct Guests {
     last: u64,
-    by_arrival: BTreeMap<u64, CancellationToken>,
+    by_arrival: BTreeMap<u64, (Instant, CancellationToken)>,
 }
 
 /// One of them, until it is dropped or has left.
@@ -36,13 +44,27 @@ impl Room {
         let (mut guests, closed) = (self.lock(), CancellationToken::new());
         guests.last += 1;
         let number = guests.last;
-        guests.by_arrival.insert(number, closed.clone());
+        guests.by_arrival.insert(number, (Instant::now(), closed.clone()));
         if guests.by_arrival.len() > self.limit
-            && let Some((_, oldest)) = guests.by_arrival.pop_first()
+            && let Some((_, (_, oldest))) = guests.by_arrival.pop_first()
         {
             oldest.cancel();
         }
         Guest { room: self.clone(), number, closed }
+    }
+
+    /// The same, once whoever has been there longest has had its chance.
+    pub async fn enter_in_turn(self: &Arc<Self>) -> Guest {
+        while self.is_full_of_the_young() {
+            sleep(LOOK_INTERVAL).await;
+        }
+        self.enter()
+    }
+
+    fn is_full_of_the_young(&self) -> bool {
+        let guests = self.lock();
+        let oldest = guests.by_arrival.first_key_value().map(|(_, (since, _))| since.elapsed());
+        guests.by_arrival.len() >= self.limit && oldest.is_some_and(|age| age < CHANCE)
     }
 
     fn lock(&self) -> MutexGuard<'_, Guests> {
@@ -84,5 +106,16 @@ mod tests {
         drop(third);
         let _fifth = room.enter();
         assert_eq!(room.lock().by_arrival.len(), 2);
+    }
+
+    #[tokio::test]
+    async fn of_many_that_come_at_once_each_has_its_chance() {
+        let room = Room::new(1);
+        let (first, began) = (room.enter(), Instant::now());
+        let second = room.enter_in_turn().await;
+        assert!(first.closed.is_cancelled() && began.elapsed() >= CHANCE);
+        drop(second);
+        let third = room.enter_in_turn().await;
+        assert!(!third.closed.is_cancelled(), "there was room");
     }
 }

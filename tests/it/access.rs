@@ -176,6 +176,8 @@ async fn a_gateway_speaks_for_its_own_addresses_only() {
     is_denied(presence.unbind_route(by_device).await);
     is_denied(own.pull_inbox(pb::PullInboxReq { user_id: BOB, ..Default::default() }).await);
     is_denied(own.ack_inbox(pb::AckInboxReq { user_id: BOB, ..Default::default() }).await);
+    let ack = pb::DeliveryAck { delivery_id: "n-1".to_owned(), user_id: BOB, device_id: PHONE.to_owned(), ..Default::default() };
+    is_denied(own.ack_delivery(pb::AckDeliveryReq { acks: vec![ack] }).await);
     let frames = iter([pb::GatewayFrame { seq: 1, body: Some(pb::gateway_frame::Body::Hello(hello(OTHER_GATEWAY))) }]);
     let mut stream = own.attach(frames).await.expect("a stream").into_inner();
     is_denied(stream.message().await);
