@@ -37,6 +37,7 @@ use crate::harness::node::settings;
 use crate::harness::percentile;
 use crate::harness::pki::Ca;
 use crate::harness::pki::Pki;
+use crate::harness::pki::text;
 use crate::harness::pki::token;
 use crate::load::Target;
 use crate::load::contender;
@@ -78,10 +79,6 @@ struct Nodes {
     bearer: String,
     _dbs: Vec<TestDb>,
     _pki: Pki,
-}
-
-fn text(path: &std::path::Path) -> &str {
-    path.to_str().expect("a path")
 }
 
 /// Makes a whole handshake each time.

@@ -197,7 +197,7 @@ impl App {
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
         let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone(), audit: audit.clone() };
-        let router = serve::admin_router(operator(&config, &engine, &draining), for_operators, access.clone());
+        let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
@@ -209,8 +209,8 @@ impl App {
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, serving) = started.map_err(StartError::Threads)?;
         protection.announce(&config, !data.ip().is_loopback() || !admin.ip().is_loopback());
-        let Protection { data: entrance, admin: admin_entrance, audit, peers, .. } = protection;
-        tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, engine.memory.clone(), stop.clone()));
+        let Protection { data: entrance, admin: admin_entrance, access, audit, peers, .. } = protection;
+        tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, access, engine.memory.clone(), stop.clone()));
         let accepting = threads.accept(data_listener, entrance, max_connections, serving, closing.clone(), stop.clone());
         accepting.map_err(StartError::Threads)?;
 

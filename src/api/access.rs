@@ -231,6 +231,19 @@ impl Admission {
     }
 }
 
+/// Takes down what an operator has changed by a call that others make, too.
+pub fn note_operator<T>(extensions: &Extensions, target: impl FnOnce() -> String, done: &Result<T, Status>) {
+    let Some(admission) = Admission::of(extensions) else { return };
+    if admission.identity.caller.role == Role::Operator {
+        let (outcome, reason) = match done {
+            Ok(_) => ("ok", String::new()),
+            Err(status) => ("failed", status.message().to_owned()),
+        };
+        let action = admission.call.rsplit('/').next().unwrap_or_default().to_owned();
+        admission.access.audit.note(Entry { action, target: target(), outcome, reason, ..admission.actor() });
+    }
+}
+
 /// Who makes a call, for the audit. Without [auth] that is only an address.
 pub fn actor(extensions: &Extensions) -> Entry {
     let from = || extensions.get::<Arc<Peer>>().map(|peer| peer.addr.to_string()).unwrap_or_default();

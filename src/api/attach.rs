@@ -25,6 +25,7 @@ use crate::api::access::Admission;
 use crate::api::binder::Binder;
 use crate::api::convert;
 use crate::api::status::status;
+use crate::domain::caller::GatewayPatterns;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::session::Frame;
@@ -32,6 +33,7 @@ use crate::domain::session::Session;
 use crate::engine::gateways::attaching::Attaching;
 use crate::engine::gateways::attaching::End;
 use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Attached;
@@ -96,6 +98,8 @@ pub struct Stream {
     tools: Arc<StreamContext>,
     credential: Option<Credential>,
     session: Session,
+    /// For whom it acknowledges, once it is attached.
+    speaker: Option<Arc<GatewayPatterns>>,
     attached: Option<Attached>,
     /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
@@ -106,7 +110,7 @@ pub struct Stream {
 impl Stream {
     pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        Self { tools, credential, session, attached: None, in_flight, answers, out }
+        Self { tools, credential, session, speaker: None, attached: None, in_flight, answers, out }
     }
 
     /// Serves the gateway until one of both ends it.
@@ -229,6 +233,7 @@ impl Stream {
         }
         let welcome = match self.tools.attaching.attach(profile, epoch).await.map_err(refused)? {
             Ok((life, attached)) => {
+                self.speaker = Some(Arc::new(GatewayPatterns::exactly(&gateway)));
                 self.session.attach(gateway, life.epoch, life.attach_no);
                 self.attached = Some(attached);
                 convert::welcome(life.epoch, &self.tools.attaching.terms())
@@ -277,7 +282,7 @@ impl Stream {
     }
 
     fn ack(&self, ack: &pb::DeliveryAck) -> Result<(), String> {
-        let ack = convert::ack(ack).map_err(|error| error.to_string())?;
+        let ack = Ack { by: self.speaker.clone(), ..convert::ack(ack).map_err(|error| error.to_string())? };
         self.tools.peers.take_acks(&self.tools.acks, vec![ack]);
         Ok(())
     }
@@ -292,14 +297,19 @@ impl Stream {
     }
 }
 
-/// Waits until the credential is not valid any more.
+/// Waits until the credential is not valid any more: what it rests on was read again, or its time is over.
 async fn revoked(admission: Option<Admission>) {
     let Some(Admission { access, identity, .. }) = admission else { return std::future::pending().await };
     let mut changes = access.callers.changes();
     while access.callers.still_knows(&identity) {
+        let ended = async {
+            while let Some(left) = identity.expires_in().filter(|left| !left.is_zero()) {
+                sleep(left.min(LONGEST_SLEEP)).await;
+            }
+        };
         tokio::select! {
             _ = changes.changed() => {}
-            () = sleep(identity.expires_in().unwrap_or(LONGEST_SLEEP).min(LONGEST_SLEEP)) => {}
+            () = ended, if identity.expires_in().is_some() => return,
         }
     }
 }

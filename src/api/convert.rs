@@ -285,7 +285,7 @@ pub fn beaten(life: &Life, now: Timestamp) -> pb::HeartbeatResp {
 pub fn ack(ack: &pb::DeliveryAck) -> Result<Ack, Error> {
     at_most("delivery_id", ack.delivery_id.len(), MAX_DELIVERY_ID_BYTES, "bytes")?;
     let device = DeviceId::parse(&ack.device_id).map_err(invalid("device_id"))?;
-    Ok(Ack { delivery_id: ack.delivery_id.clone(), user: user_id(ack.user_id)?, device, not_here: ack.not_here })
+    Ok(Ack { delivery_id: ack.delivery_id.clone(), user: user_id(ack.user_id)?, device, not_here: ack.not_here, by: None })
 }
 
 pub fn ack_to_pb(ack: &Ack) -> pb::DeliveryAck {

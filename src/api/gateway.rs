@@ -30,6 +30,7 @@ use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::Inboxes;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::lives::Lives;
+use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_service_server::GatewayService;
 
@@ -96,9 +97,15 @@ impl GatewayService for Leases {
     async fn ack_delivery(&self, request: Request<pb::AckDeliveryReq>) -> Result<Response<pb::AckDeliveryResp>, Status> {
         let (_, extensions, pb::AckDeliveryReq { acks }) = request.into_parts();
         convert::batch_size("acks", acks.len(), convert::MAX_BATCH).map_err(|error| status(&error))?;
-        let acks = acks.iter().map(convert::ack).collect::<Result<_, _>>().map_err(|error| status(&error))?;
-        let acks = self.own_acks(&extensions, acks).await?;
-        self.stream_tools.peers.take_acks(&self.stream_tools.acks, acks);
+        let admission = Admission::of(&extensions).filter(|admission| admission.is_gateway());
+        let by = admission.map(|admission| admission.identity.caller.gateways.clone());
+        let acks = acks.iter().map(|ack| Ok(Ack { by: by.clone(), ..convert::ack(ack)? })).collect::<Result<Vec<_>, _>>();
+        let acks = acks.map_err(|error: Error| status(&error))?;
+        let all = acks.len();
+        let not_theirs = self.stream_tools.peers.take_acks(&self.stream_tools.acks, acks);
+        if let Some(admission) = admission.filter(|_| not_theirs > 0 && not_theirs == all) {
+            return Err(admission.denied("these messages were handed to gateways that it may not speak for"));
+        }
         Ok(Response::new(pb::AckDeliveryResp { result: convert::result(pb::Code::Ok, "") }))
     }
 
@@ -128,37 +135,14 @@ impl Leases {
     /// A gateway reads the inboxes of those users only who are bound to it.
     async fn check_user(&self, extensions: &Extensions, user: UserId) -> Result<(), Status> {
         let Some(admission) = Admission::of(extensions).filter(|admission| admission.is_gateway()) else { return Ok(()) };
-        match self.is_bound_to(admission, user).await? {
-            true => Ok(()),
-            false => Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for"))),
-        }
-    }
-
-    /// What a gateway may acknowledge: its own users' messages. Who has moved on meanwhile is passed over; that somebody is not
-    /// there may always be said, by whoever was handed the message and so knows its id.
-    async fn own_acks(&self, extensions: &Extensions, acks: Vec<Ack>) -> Result<Vec<Ack>, Status> {
-        let Some(admission) = Admission::of(extensions).filter(|admission| admission.is_gateway()) else { return Ok(acks) };
-        let (mut own, all) = (Vec::with_capacity(acks.len()), acks.len());
-        for ack in acks {
-            if ack.not_here || self.is_bound_to(admission, ack.user).await? {
-                own.push(ack);
-            }
-        }
-        match own.is_empty() && all > 0 {
-            true => Err(admission.denied("none of these users is bound to a gateway that it may speak for")),
-            false => Ok(own),
-        }
-    }
-
-    async fn is_bound_to(&self, admission: &Admission, user: UserId) -> Result<bool, Status> {
         for bound in [None, Some(Duration::ZERO)] {
             // The second look is at SQL: a bind of this moment may not be known here yet.
             let answer = self.directory.look_up(user, bound).await.map_err(|error| status(&error))?;
             if answer.live_routes().any(|route| admission.identity.caller.may_speak_for(route.gateway())) {
-                return Ok(true);
+                return Ok(());
             }
         }
-        Ok(false)
+        Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for")))
     }
 }
 

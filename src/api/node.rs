@@ -12,6 +12,7 @@ use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tonic::Code;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -24,6 +25,7 @@ use crate::api::convert;
 use crate::client::security::Link;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
+use crate::domain::caller::GatewayPatterns;
 use crate::domain::id::Epoch;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
@@ -82,8 +84,12 @@ impl NodeService for Node {
     async fn forward_acks(&self, request: Request<pb::ForwardAcksReq>) -> Result<Response<pb::ForwardAcksResp>, Status> {
         let request = request.into_inner();
         self.check_store(&request.store_id)?;
-        for ack in request.acks.iter().filter_map(|ack| convert::ack(ack).ok()) {
-            self.acks.take(ack);
+        let speakers = request.speakers.iter().map(String::as_str).chain(std::iter::repeat(""));
+        for (ack, speaker) in request.acks.iter().zip(speakers) {
+            let by = (!speaker.is_empty()).then(|| Arc::new(GatewayPatterns::read(speaker)));
+            if let Ok(ack) = convert::ack(ack) {
+                self.acks.take(Ack { by, ..ack });
+            }
         }
         Ok(Response::new(pb::ForwardAcksResp { result: convert::result(pb::Code::Ok, "") }))
     }
@@ -146,6 +152,7 @@ pub struct Caller {
 /// A node that is called.
 #[derive(Clone)]
 struct Callee {
+    link: Link,
     client: NodeServiceClient<Link>,
     /// It has said that it knows contents that several orders share. One of the last release that took its place refuses such
     /// orders, and says so.
@@ -199,7 +206,7 @@ impl Caller {
 
     async fn call_node(self: Arc<Self>, addr: Arc<str>, mut queue: mpsc::Receiver<Call>) {
         let Ok(link) = self.security.link(&addr, FORWARD_LIMIT) else { return };
-        let node = Callee { client: NodeServiceClient::new(link), shares: Arc::default() };
+        let node = Callee { client: NodeServiceClient::new(link.clone()), link, shares: Arc::default() };
         let in_flight = Arc::new(Semaphore::new(IN_FLIGHT));
         let (mut calls, mut waiting) = (JoinSet::new(), Vec::new());
         while queue.recv_many(&mut waiting, TOGETHER).await > 0 {
@@ -223,8 +230,9 @@ impl Caller {
 
     async fn forward_acks(&self, mut client: NodeServiceClient<Link>, acks: &[Ack]) {
         if !acks.is_empty() {
-            let acks = acks.iter().map(convert::ack_to_pb).collect();
-            let request = pb::ForwardAcksReq { store_id: self.store_id.clone(), acks };
+            let speaker = |ack: &Ack| ack.by.as_ref().map(|by| by.to_string()).unwrap_or_default();
+            let (speakers, acks) = (acks.iter().map(speaker).collect(), acks.iter().map(convert::ack_to_pb).collect());
+            let request = pb::ForwardAcksReq { store_id: self.store_id.clone(), acks, speakers };
             let _ = client.forward_acks(signed(request, &self.store_id)).await; // lost: repeated
         }
     }
@@ -266,7 +274,15 @@ impl Caller {
             Ok(pb::Handed::Full) => Handed::Full,
             Ok(pb::Handed::NotHere | pb::Handed::Unspecified) | Err(_) => Handed::NotHere,
         };
-        let answer = node.client.forward(signed(request, &self.store_id)).await.ok()?.into_inner();
+        let answer = match node.client.forward(signed(request, &self.store_id)).await {
+            Ok(answer) => answer.into_inner(),
+            Err(status) => {
+                if status.code() == Code::Unauthenticated {
+                    node.link.renew(); // with the certificate of now
+                }
+                return None;
+            }
+        };
         node.shares.store(answer.shares_contents, Ordering::Relaxed);
         (answer.outcomes.len() == sent).then(|| answer.outcomes.into_iter().map(handed).collect())
     }

@@ -30,7 +30,10 @@ impl PresenceService for Presence {
     async fn bind_route(&self, request: Request<pb::BindRouteReq>) -> Result<Response<pb::BindRouteResp>, Status> {
         let (user, bind) = convert::bind(request.get_ref()).map_err(|error| status(&error))?;
         access::check_gateway(request.extensions(), &bind.gateway)?;
-        self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error))
+        let target = format!("user {user} on {}", bind.gateway);
+        let bound = self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error));
+        access::note_operator(request.extensions(), || target, &bound);
+        bound
     }
 
     async fn unbind_route(&self, request: Request<pb::UnbindRouteReq>) -> Result<Response<pb::UnbindRouteResp>, Status> {
@@ -39,21 +42,28 @@ impl PresenceService for Presence {
         if let Ok(gateway) = convert::gateway(&request.get_ref().gateway_addr) {
             access::check_gateway(request.extensions(), &gateway)?;
         }
-        self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error))
+        let unbound = self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error));
+        access::note_operator(request.extensions(), || format!("user {user}"), &unbound);
+        unbound
     }
 
     async fn deliver(&self, request: Request<pb::DeliverReq>) -> Result<Response<pb::DeliverResp>, Status> {
-        let deadline = delivery::deadline(request.metadata());
-        let (user, message) = delivery::message(request.into_inner(), self.max_message_bytes, &self.deliveries)?;
-        let reports = self.deliveries.deliver(&[user], &message, deadline).await.map_err(|error| status(&error))?;
-        delivery::delivered(reports).map(Response::new)
+        let (metadata, extensions, request) = request.into_parts();
+        let deadline = delivery::deadline(&metadata);
+        let (user, message) = delivery::message(request, self.max_message_bytes, &self.deliveries)?;
+        let reports = self.deliveries.deliver(&[user], &message, deadline).await.map_err(|error| status(&error));
+        access::note_operator(&extensions, || format!("user {user}"), &reports);
+        delivery::delivered(reports?).map(Response::new)
     }
 
     async fn batch_deliver(&self, request: Request<pb::BatchDeliverReq>) -> Result<Response<pb::BatchDeliverResp>, Status> {
-        let deadline = delivery::deadline(request.metadata());
-        access::take_users(request.extensions(), request.get_ref().user_ids.len())?;
-        let (users, message) = delivery::batch_message(request.into_inner(), self.max_message_bytes)?;
-        let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error))?;
+        let (metadata, extensions, request) = request.into_parts();
+        let deadline = delivery::deadline(&metadata);
+        access::take_users(&extensions, request.user_ids.len())?;
+        let (users, message) = delivery::batch_message(request, self.max_message_bytes)?;
+        let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error));
+        access::note_operator(&extensions, || format!("{} users", users.len()), &reports);
+        let reports = reports?;
         unless_all_failed(&reports)?;
         Ok(Response::new(delivery::batch_delivered(&users, &reports)))
     }
@@ -68,8 +78,11 @@ impl PresenceService for Presence {
         access::take_users(&extensions, binds.len())?;
         let binds: Vec<_> = binds.iter().map(convert::bind).collect::<Result<_, _>>().map_err(|error| status(&error))?;
         binds.iter().try_for_each(|(_, bind)| access::check_gateway(&extensions, &bind.gateway))?;
+        let users = binds.len();
         let answers = self.binder.bind_many(binds).await;
-        unless_all_failed(&answers)?;
+        let done = unless_all_failed(&answers);
+        access::note_operator(&extensions, || format!("{users} users"), &done);
+        done?;
         let mut results: Vec<_> =
             answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
         leave_kicked_out(&mut results);

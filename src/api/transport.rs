@@ -9,6 +9,7 @@ use std::task::Context;
 use std::task::Poll;
 use std::time::Duration;
 
+use tokio::io::AsyncBufReadExt;
 use tokio::io::AsyncRead;
 use tokio::io::AsyncWrite;
 use tokio::io::ReadBuf;
@@ -32,7 +33,8 @@ const FIRST_WORDS_LIMIT: Duration = Duration::from_secs(10);
 const PEEK_INTERVAL: Duration = Duration::from_millis(20);
 const HTTP2: &[u8] = b"h2";
 
-/// The way in to one port.
+/// The way in to one port. With TLS the first words within it are waited for as well, as a part of the handshake: whoever
+/// never speaks must not hold a slot.
 pub struct Entrance {
     pub tls: Option<Arc<Reloaded<ServerTls>>>,
     pub handshake_timeout: Duration,
@@ -92,7 +94,10 @@ impl Entrance {
 }
 
 async fn handshake(tls: &Arc<Reloaded<ServerTls>>, stream: TcpStream, addr: SocketAddr) -> io::Result<Entered> {
-    let stream = tls.current().acceptor().accept(Socket::Here(stream)).await?;
+    let mut stream = tls.current().acceptor().accept(Socket::Here(stream)).await?;
+    if stream.fill_buf().await?.is_empty() {
+        return Err(io::ErrorKind::UnexpectedEof.into()); // it said nothing within
+    }
     let (_, connection) = stream.get_ref();
     let peer = Peer::encrypted(addr, connection.peer_certificates().unwrap_or_default(), tls.clone());
     let is_http2 = connection.alpn_protocol() == Some(HTTP2);

@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::body::to_bytes;
 use axum::extract::Request;
 use axum::extract::State;
+use axum::http::Method;
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::middleware::from_fn_with_state;
@@ -31,6 +32,8 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::codegen::Service;
 
+use crate::api::access::Access;
+use crate::api::http::guard;
 use crate::api::listen::ACCEPT_PAUSE;
 use crate::api::room::Guest;
 use crate::api::room::Room;
@@ -54,9 +57,17 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(30);
 const KEEPALIVE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Serves `router` until `stop`.
-pub async fn serve(listener: TcpListener, entrance: Entrance, router: Router, memory: Arc<Memory>, stop: CancellationToken) {
+pub async fn serve(
+    listener: TcpListener,
+    entrance: Entrance,
+    router: Router,
+    access: Option<Arc<Access>>,
+    memory: Arc<Memory>,
+    stop: CancellationToken,
+) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let router = router.layer(from_fn_with_state(memory, with_whole_body));
+    // Who asks is known before a body is read.
+    let router = router.layer(from_fn_with_state(memory, with_whole_body)).layer(from_fn_with_state(access, guard));
     let (newcomers, settled) = (Room::new(MAX_NEWCOMERS), Room::new(MAX_CONNECTIONS));
     let (mut connections, entrance) = (JoinSet::new(), Arc::new(entrance));
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {
@@ -125,6 +136,9 @@ where
 
 /// No request is begun before all of it is there.
 async fn with_whole_body(State(memory): State<Arc<Memory>>, request: Request, next: Next) -> Response {
+    if request.method() == Method::GET {
+        return next.run(request).await; // whatever body it has is not read
+    }
     let (head, body) = request.into_parts();
     let bytes = if body.is_end_stream() { 0 } else { MAX_BODY_BYTES };
     let Some(_held) = memory.take(Share::Leases, bytes) else {

@@ -41,12 +41,20 @@ pub async fn keep_writing(
                 }
             }
         }
+        let mut at_once = ROWS_AT_ONCE;
         while !batch.is_empty() {
-            match add_audit(&mut slot, &node_id, seq, &batch).await {
+            let rows = &batch[..at_once.min(batch.len())];
+            match add_audit(&mut slot, &node_id, seq, rows).await {
                 Ok(()) => {
-                    seq += i64::try_from(batch.len()).unwrap_or(i64::MAX);
-                    batch.clear();
+                    let written = rows.len();
+                    seq += i64::try_from(written).unwrap_or(i64::MAX);
+                    batch.drain(..written);
                 }
+                Err(error @ SqlError::Failed(_)) if at_once == 1 => {
+                    warn!(%error, "a row of the audit cannot be stored; the log has it");
+                    batch.remove(0);
+                }
+                Err(SqlError::Failed(_)) => at_once = 1, // about one of them: the others must not wait for it
                 Err(error) => {
                     warn!(%error, "rows of the audit wait for the database; the log has them");
                     if stop.run_until_cancelled(sleep(AUDIT_RETRY)).await.is_none() {

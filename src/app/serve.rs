@@ -7,7 +7,6 @@ use std::task::Poll;
 use std::time::Duration;
 
 use axum::Router;
-use axum::middleware::from_fn_with_state;
 use tokio::time::sleep;
 use tonic::body::Body;
 use tonic::codegen::BoxFuture;
@@ -45,6 +44,8 @@ const PRESENCE: &str = "/mpim.PresenceService/";
 const NODES: &str = "/mpim.NodeService/";
 /// Our calls with more than one message.
 const STREAMS: [&str; 1] = ["/mpim.GatewayService/Attach"];
+/// Largest message to a service that is not ours: health and reflection are asked for names.
+const MAX_FOREIGN_BYTES: usize = 16 * 1024;
 /// What a call takes beside its message and its answer, roughly.
 const CALL_BYTES: usize = 4 * 1024;
 /// Calls in progress on one connection.
@@ -128,6 +129,7 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
         match (request.uri().path().strip_prefix(PRESENCE), served.queries.clone()) {
             (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request)),
             (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
+            _ if !request.uri().path().starts_with(OURS) => served.call_foreign(request),
             _ if is_stream(request.uri().path()) => {
                 let request = request.map(|body| Body::new(Arriving::stream(body, &served.memory)));
                 Box::pin(served.others.clone().call(request))
@@ -138,6 +140,17 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
 }
 
 impl<P: PresenceService> Served<P> {
+    /// A call of health or reflection, which anybody may make: its messages are small, and it is counted until its answers have
+    /// left.
+    fn call_foreign(&self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
+        let Some(call) = self.memory.take(Share::Streams, CALL_BYTES).map(Arc::new) else {
+            return Box::pin(async { Ok(body::out_of_memory().into_http()) });
+        };
+        let arriving = |body| Body::new(Arriving::stream(body, &self.memory).with_limit(MAX_FOREIGN_BYTES));
+        let answer = self.others.clone().call(request.map(arriving));
+        Box::pin(async move { Ok(answer.await?.map(|body| Body::new(Leaving::new(body, call)))) })
+    }
+
     /// A call with one message and one answer. Its memory is taken from when it comes until its answer has left.
     fn call_counted(&self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
         let path = request.uri().path();
@@ -213,9 +226,9 @@ pub fn data_server() -> Server {
 }
 
 /// What the admin port offers: HTTP for probes and collectors, gRPC for `ctl`.
-pub fn admin_router(operator: operators::Operator, admin: Admin, access: Option<Arc<Access>>) -> Router {
+pub fn admin_router(operator: operators::Operator, admin: Admin) -> Router {
     let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
-    operators::router(operator).merge(grpc).layer(from_fn_with_state(access, operators::guard))
+    operators::router(operator).merge(grpc)
 }
 
 #[cfg(test)]

@@ -79,10 +79,9 @@ impl Store {
     /// # Errors
     /// A file cannot be read.
     pub fn connect_url(&self) -> io::Result<String> {
-        let mut url = match (&self.host, &self.url_file) {
-            (Some(host), _) => self.server_url(host)?,
-            (None, Some(file)) => secret::read(file)?,
-            (None, None) => self.url.expose().to_owned(),
+        let mut url = match &self.host {
+            Some(host) => self.server_url(host)?,
+            None => self.given_url()?,
         };
         if !url.starts_with("sqlite:") {
             let files = [("ssl-ca", &self.ca_file), ("ssl-cert", &self.cert_file), ("ssl-key", &self.key_file)];
@@ -93,6 +92,11 @@ impl Store {
             }
         }
         Ok(url)
+    }
+
+    /// The URL as it was given, here or in a file.
+    pub(super) fn given_url(&self) -> io::Result<String> {
+        self.url_file.as_deref().map_or_else(|| Ok(self.url.expose().to_owned()), secret::read)
     }
 
     fn server_url(&self, host: &str) -> io::Result<String> {

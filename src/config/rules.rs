@@ -163,8 +163,8 @@ impl Config {
                 .unless(host_is_given || is_empty, &[&format!("store.{key}")], || "goes with store.host, which is empty".into());
         }
         both_or_none(faults, "store", &store.cert_file, &store.key_file);
-        if !host_is_given && store.url_file.is_none() {
-            self.check_store_url(faults);
+        if !host_is_given && let Ok(url) = store.given_url() {
+            check_store_url(&url, faults);
         }
     }
 
@@ -198,7 +198,8 @@ impl Config {
                 faults.unless(false, &["auth.mtls"], || format!("{}: {why}", rule.san));
             }
         }
-        let nodes_prove_it = (tokens && self.peer.token_file.is_some()) || (mtls && self.tls.cert_file.is_some());
+        let shows_certificate = self.tls.cert_file.is_some() && self.tls.client_ca_file.is_some() && !self.peer.plain;
+        let nodes_prove_it = (tokens && self.peer.token_file.is_some()) || (mtls && shows_certificate);
         faults.unless(modes.is_empty() || self.store.is_of_one_node() || nodes_prove_it, &["peer.token_file", "auth.mode"], || {
             "with auth.mode, nodes that share a store need a credential of the role node: peer.token_file, or mtls and tls.cert_file"
                 .into()
@@ -216,27 +217,6 @@ impl Config {
         }
     }
 
-    /// A misspelt key would be ignored silently, and a store in memory is another one for each connection.
-    fn check_store_url(&self, faults: &mut Faults) {
-        let url = self.store.url.expose();
-        let query = url.rsplit_once('@').map_or(url, |(_, server)| server).split_once('?').map_or("", |(_, query)| query);
-        let pairs: Vec<(&str, &str)> =
-            query.split('&').filter(|pair| !pair.is_empty()).map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
-        let known: &[&str] = if url.starts_with("sqlite:") { &SQLITE_URL_KEYS } else { &MYSQL_URL_KEYS };
-        faults.unless(pairs.iter().all(|(key, _)| known.contains(key)), &["store.url"], || {
-            format!("may have these keys after the question mark, and no others: {}", known.join(", "))
-        });
-        if let Some(path) = url.strip_prefix("sqlite:") {
-            let path = path.trim_start_matches("//").split('?').next().unwrap_or_default();
-            let is_file = !path.is_empty() && !path.starts_with(':') && !path.starts_with("file:");
-            let writable = pairs.iter().all(|(key, mode)| *key != "mode" || ["rw", "rwc"].contains(mode));
-            faults.unless(is_file && writable, &["store.url"], || {
-                "must name a file that can be written, as in sqlite://im-presence.db: what is only in memory cannot be kept"
-                    .into()
-            });
-        }
-    }
-
     fn check_gateways(&self, faults: &mut Faults) {
         let (lease, heartbeat) = (self.gateway.lease, self.gateway.heartbeat_interval);
         faults.unless(lease >= heartbeat * LEASE_IN_HEARTBEATS, &["gateway.lease", "gateway.heartbeat_interval"], || {
@@ -247,6 +227,28 @@ impl Config {
             .unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || "stream_grace must not be above lease".into());
         let share = self.gateway.doubt_share;
         faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || "must be from 0 to 1".into());
+    }
+}
+
+/// A misspelt key would be ignored silently, and a store in memory is another one for each connection.
+fn check_store_url(url: &str, faults: &mut Faults) {
+    let query = url.rsplit_once('@').map_or(url, |(_, server)| server).split_once('?').map_or("", |(_, query)| query);
+    let pairs: Vec<(&str, &str)> =
+        query.split('&').filter(|pair| !pair.is_empty()).map(|pair| pair.split_once('=').unwrap_or((pair, ""))).collect();
+    let known: &[&str] = if url.starts_with("sqlite:") { &SQLITE_URL_KEYS } else { &MYSQL_URL_KEYS };
+    faults.unless(pairs.iter().all(|(key, _)| known.contains(key)), &["store.url", "store.url_file"], || {
+        format!("may have these keys after the question mark, and no others: {}", known.join(", "))
+    });
+    faults.unless(url.starts_with("sqlite:") || !url.contains('#'), &["store.url", "store.url_file"], || {
+        "must have no #: in a password it is %23".into()
+    });
+    if let Some(path) = url.strip_prefix("sqlite:") {
+        let path = path.trim_start_matches("//").split('?').next().unwrap_or_default();
+        let is_file = !path.is_empty() && !path.starts_with(':') && !path.starts_with("file:");
+        let writable = pairs.iter().all(|(key, mode)| *key != "mode" || ["rw", "rwc"].contains(mode));
+        faults.unless(is_file && writable, &["store.url", "store.url_file"], || {
+            "must name a file that can be written, as in sqlite://im-presence.db: what is only in memory cannot be kept".into()
+        });
     }
 }
 

@@ -1,5 +1,8 @@
 //! Who calls, and for which gateways a caller may speak.
 
+use std::fmt;
+use std::sync::Arc;
+
 use compact_str::CompactString;
 
 use crate::domain::id::GatewayAddr;
@@ -53,7 +56,7 @@ pub struct Caller {
     pub name: CompactString,
     pub role: Role,
     /// Only of the role gateway.
-    pub gateways: GatewayPatterns,
+    pub gateways: Arc<GatewayPatterns>,
     /// From then on the credential is worth nothing: Unix seconds on this machine's clock, as for certificates.
     pub expires_s: Option<u64>,
     /// Calls per second, instead of `limits.calls_per_s`.
@@ -93,12 +96,29 @@ impl GatewayPatterns {
         Self(vec![CompactString::from(host), compact_str::format_compact!("{host}:*")])
     }
 
+    /// This address alone. If it contains a `*`, whoever was let in under it has a pattern that stands for as much.
+    pub fn exactly(gateway: &GatewayAddr) -> Self {
+        Self(vec![CompactString::from(gateway.as_str())])
+    }
+
+    /// What [`fmt::Display`] has written.
+    pub fn read(text: &str) -> Self {
+        Self(text.split(' ').map(CompactString::from).collect())
+    }
+
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
     pub fn cover(&self, gateway: &GatewayAddr) -> bool {
         self.0.iter().any(|pattern| pattern == "*" || matches(pattern.as_bytes(), gateway.as_str().as_bytes()))
+    }
+}
+
+/// Separated by spaces.
+impl fmt::Display for GatewayPatterns {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0.join(" "))
     }
 }
 
@@ -161,7 +181,7 @@ mod tests {
     fn only_gateways_are_bound_to_addresses() {
         let gateway = GatewayAddr::parse("gw-2:7000").unwrap();
         for role in Role::ALL {
-            let gateways = GatewayPatterns::host("gw-1");
+            let gateways = Arc::new(GatewayPatterns::host("gw-1"));
             let caller = Caller { name: "x".into(), role, gateways, expires_s: None, calls_per_s: None };
             assert_eq!(caller.may_speak_for(&gateway), role != Role::Gateway);
         }

@@ -6,9 +6,9 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 
 use super::ByMode;
-use super::ByOutcome;
 use super::ByResult;
 use super::ByRole;
+use super::HotCounter;
 use super::Register;
 
 /// Something that is read again, and whether that went well.
@@ -25,13 +25,26 @@ pub struct ByCertificate {
     pub which: &'static str,
 }
 
+/// What was done, and what came of it.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByAction {
+    action: String,
+    outcome: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByCaller {
+    caller: String,
+}
+
 pub struct SecurityMetrics {
     handshakes: Family<ByResult, Counter>,
     auth_failures: Family<ByMode, Counter>,
     denied: Family<ByRole, Counter>,
     reloads: Family<ByReload, Counter>,
     certificate_not_after: Family<ByCertificate, Gauge>,
-    audit: Family<ByOutcome, Counter>,
+    audit: Family<ByAction, Counter>,
+    caller_calls: Family<ByCaller, HotCounter>,
 }
 
 impl SecurityMetrics {
@@ -42,7 +55,9 @@ impl SecurityMetrics {
             denied: r.family("denied", "calls that the role of their caller may not make, or not for that gateway"),
             reloads: r.family("reloads", "certificates and tokens that were read again because they had changed"),
             certificate_not_after: r.gauges("certificate_not_after_seconds", "end of a certificate, in seconds since 1970"),
-            audit: r.family("audit", "lines of the audit"),
+            audit: r.family("audit", "lines of the audit, by what was done and what came of it"),
+            caller_calls: r
+                .family("caller_calls", "calls by the name of their caller's token, or by the role of its certificate"),
         }
     }
 
@@ -67,7 +82,13 @@ impl SecurityMetrics {
         self.certificate_not_after.get_or_create(&ByCertificate { r#use, which }).set(i64::try_from(at_s).unwrap_or(i64::MAX));
     }
 
-    pub fn audited(&self, outcome: &'static str) {
-        self.audit.get_or_create(&ByOutcome { outcome }).inc();
+    /// `action`: of a fixed set.
+    pub fn audited(&self, action: &str, outcome: &'static str) {
+        self.audit.get_or_create(&ByAction { action: action.to_owned(), outcome }).inc();
+    }
+
+    /// `caller`: of a set that is configured.
+    pub fn calls_of(&self, caller: &str) -> HotCounter {
+        self.caller_calls.get_or_create(&ByCaller { caller: caller.to_owned() }).clone()
     }
 }

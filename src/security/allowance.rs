@@ -7,6 +7,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use crate::metrics::HotCounter;
+
 /// What may be used at once beyond the rate: as much as comes together in so long.
 const BURST: Duration = Duration::from_secs(1);
 
@@ -22,11 +24,13 @@ pub struct Limits {
 }
 
 pub struct Allowance {
+    /// How many calls were let in so far.
+    counted: HotCounter,
     calls: Pace,
     users: Pace,
     denials: Pace,
     streams: AtomicUsize,
-    max_streams: usize,
+    max_streams: AtomicUsize,
 }
 
 /// One of a caller's streams, until it is dropped.
@@ -36,16 +40,29 @@ pub struct StreamSlot(Arc<Allowance>);
 struct Pace {
     began: Instant,
     /// Nanoseconds that one unit takes; 0: no limit.
-    cost: u64,
+    cost: AtomicU64,
     /// When all that was taken is paid for, in nanoseconds after `began`.
     paid_until: AtomicU64,
 }
 
 impl Allowance {
-    pub fn new(limits: Limits) -> Arc<Self> {
+    pub fn new(limits: Limits, counted: HotCounter) -> Arc<Self> {
         let Limits { calls_per_s, users_per_s, streams } = limits;
         let (calls, users, denials) = (Pace::new(calls_per_s), Pace::new(users_per_s), Pace::new(DENIALS_PER_S));
-        Arc::new(Self { calls, users, denials, streams: AtomicUsize::new(0), max_streams: streams })
+        let (open, max_streams) = (AtomicUsize::new(0), AtomicUsize::new(streams));
+        Arc::new(Self { counted, calls, users, denials, streams: open, max_streams })
+    }
+
+    /// From now on these limits hold.
+    pub fn set(&self, limits: Limits) {
+        let Limits { calls_per_s, users_per_s, streams } = limits;
+        self.calls.cost.store(cost(calls_per_s), Ordering::Relaxed);
+        self.users.cost.store(cost(users_per_s), Ordering::Relaxed);
+        self.max_streams.store(streams, Ordering::Relaxed);
+    }
+
+    pub fn count_call(&self) {
+        self.counted.inc();
     }
 
     /// # Errors
@@ -71,7 +88,8 @@ impl Allowance {
     pub fn open_stream(self: &Arc<Self>) -> Option<StreamSlot> {
         let open = self.streams.fetch_add(1, Ordering::Relaxed);
         let slot = StreamSlot(self.clone());
-        (self.max_streams == 0 || open < self.max_streams).then_some(slot)
+        let most = self.max_streams.load(Ordering::Relaxed);
+        (most == 0 || open < most).then_some(slot)
     }
 }
 
@@ -83,25 +101,31 @@ impl Drop for StreamSlot {
 
 impl Pace {
     fn new(per_second: u32) -> Self {
-        let cost = if per_second == 0 { 0 } else { 1_000_000_000 / u64::from(per_second) };
+        let cost = AtomicU64::new(cost(per_second));
         Self { began: Instant::now(), cost, paid_until: AtomicU64::new(0) }
     }
 
     fn take(&self, units: u64) -> Result<(), Duration> {
-        if self.cost == 0 {
+        if self.cost.load(Ordering::Relaxed) == 0 {
             return Ok(());
         }
         self.take_at(units, u64::try_from(self.began.elapsed().as_nanos()).unwrap_or(u64::MAX))
     }
 
     fn take_at(&self, units: u64, now: u64) -> Result<(), Duration> {
-        let latest = now + BURST.as_nanos() as u64 - self.cost.min(BURST.as_nanos() as u64);
-        let next = |paid: u64| (paid <= latest).then(|| paid.max(now).saturating_add(units.saturating_mul(self.cost)));
+        let (cost, burst) = (self.cost.load(Ordering::Relaxed), BURST.as_nanos() as u64);
+        let latest = now + burst - cost.min(burst);
+        let next = |paid: u64| (paid <= latest).then(|| paid.max(now).saturating_add(units.saturating_mul(cost)));
         match self.paid_until.fetch_update(Ordering::Relaxed, Ordering::Relaxed, next) {
             Ok(_) => Ok(()),
             Err(paid) => Err(Duration::from_nanos(paid - latest)),
         }
     }
+}
+
+/// Nanoseconds of one unit.
+fn cost(per_second: u32) -> u64 {
+    if per_second == 0 { 0 } else { 1_000_000_000 / u64::from(per_second) }
 }
 
 #[cfg(test)]
@@ -134,7 +158,7 @@ mod tests {
 
     #[test]
     fn a_stream_that_ends_makes_room() {
-        let allowance = Allowance::new(Limits { streams: 2, ..Limits::default() });
+        let allowance = Allowance::new(Limits { streams: 2, ..Limits::default() }, HotCounter::default());
         let (first, _second) = (allowance.open_stream(), allowance.open_stream());
         assert!(first.is_some() && allowance.open_stream().is_none());
         drop(first);

@@ -12,6 +12,8 @@ use crate::metrics::Metrics;
 pub const QUEUE: usize = 1_024;
 /// What others have written, such as an operator's reason, is cut here, in bytes.
 const MAX_TEXT_BYTES: usize = 1_000;
+/// The same for names: certificates may have longer ones.
+const MAX_NAME_BYTES: usize = 255;
 
 /// One thing that was done, or denied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -46,21 +48,22 @@ impl Audit {
     pub fn note(&self, entry: Entry) {
         let cut = |text: String| text.chars().filter(|c| !c.is_control()).collect::<String>();
         let entry = Entry {
-            target: shortened(cut(entry.target)),
-            args: shortened(cut(entry.args)),
-            reason: shortened(cut(entry.reason)),
+            who: shortened(cut(entry.who), MAX_NAME_BYTES),
+            target: shortened(cut(entry.target), MAX_TEXT_BYTES),
+            args: shortened(cut(entry.args), MAX_TEXT_BYTES),
+            reason: shortened(cut(entry.reason), MAX_TEXT_BYTES),
             ..entry
         };
         let Entry { who, role, from_addr, action, target, args, outcome, reason, .. } = &entry;
         info!(target: "audit", who, role, from = from_addr, action, on = target, args, outcome, reason, "{action} {outcome}");
-        self.metrics.security.audited(outcome);
+        self.metrics.security.audited(action, outcome);
         if self.rows.try_send(entry).is_err() {
             self.metrics.shed("audit");
         }
     }
 }
 
-fn shortened(mut text: String) -> String {
-    text.truncate(text.floor_char_boundary(MAX_TEXT_BYTES));
+fn shortened(mut text: String, bytes: usize) -> String {
+    text.truncate(text.floor_char_boundary(bytes));
     text
 }

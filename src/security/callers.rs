@@ -110,11 +110,13 @@ impl Callers {
             && known.header.as_ref() == header
             && !has_expired(&known.caller)
         {
+            known.allowance.count_call();
             return Ok(then(known));
         }
         match self.decide(peer, header) {
-            Ok(caller) => {
-                let allowance = self.allowance(&caller);
+            Ok((mode, caller)) => {
+                let allowance = self.allowance(mode, &caller);
+                allowance.count_call();
                 Ok(then(decided.insert(Decided { generation, header: header.cloned(), caller, allowance })))
             }
             Err((mode, why)) => {
@@ -130,7 +132,7 @@ impl Callers {
 
     /// Whether a caller that came in earlier would be let in now, as the same.
     pub fn still_knows(&self, identity: &Identity) -> bool {
-        self.decide(&identity.peer, identity.header.as_ref()).is_ok_and(|now| {
+        self.decide(&identity.peer, identity.header.as_ref()).is_ok_and(|(_, now)| {
             let before = &*identity.caller;
             (&now.name, now.role, &now.gateways) == (&before.name, before.role, &before.gateways)
         })
@@ -142,17 +144,17 @@ impl Callers {
     }
 
     /// The caller, or which kind of credential failed and why.
-    fn decide(&self, peer: &Peer, header: Option<&HeaderValue>) -> Result<Arc<Caller>, (&'static str, &'static str)> {
+    fn decide(&self, peer: &Peer, header: Option<&HeaderValue>) -> Result<(Mode, Arc<Caller>), (&'static str, &'static str)> {
         for mode in &self.modes {
             match mode {
                 Mode::Mtls => {
                     if let Some(caller) = self.of_certificate(peer) {
-                        return caller.map_err(|why| ("mtls", why));
+                        return caller.map(|caller| (*mode, caller)).map_err(|why| ("mtls", why));
                     }
                 }
                 Mode::Token => {
                     if let Some(header) = header {
-                        return self.of_header(header).map_err(|why| ("token", why));
+                        return self.of_header(header).map(|caller| (*mode, caller)).map_err(|why| ("token", why));
                     }
                 }
             }
@@ -165,7 +167,8 @@ impl Callers {
         let shown = peer.shown.as_ref()?;
         let leaf = shown.chain.first()?;
         let names = certificate::names(leaf);
-        let expires_s = certificate::not_after(leaf).ok()?;
+        let ends = shown.chain.iter().map(certificate::not_after).collect::<Result<Vec<_>, _>>().ok()?;
+        let expires_s = ends.into_iter().min()?;
         let caller = self.rules.iter().find_map(|rule| names.iter().find_map(|name| rule.caller(name, expires_s)))?;
         // The handshake verified it with the CAs of then.
         Some(match shown.listener.current().trusts(&shown.chain) {
@@ -182,14 +185,18 @@ impl Callers {
     }
 
     /// One for each name, whichever of its credentials is used.
-    fn allowance(&self, caller: &Caller) -> Arc<Allowance> {
+    fn allowance(&self, mode: Mode, caller: &Caller) -> Arc<Allowance> {
         let mut allowances = lock(&self.allowances);
+        let limits = Limits { calls_per_s: caller.calls_per_s.unwrap_or(self.limits.calls_per_s), ..self.limits };
         if let Some(known) = allowances.get(&*caller.name).and_then(Weak::upgrade) {
+            known.set(limits); // they may have been changed meanwhile
             return known;
         }
         allowances.retain(|_, one| one.strong_count() > 0);
-        let calls_per_s = caller.calls_per_s.unwrap_or(self.limits.calls_per_s);
-        let allowance = Allowance::new(Limits { calls_per_s, ..self.limits });
+        // Whoever signs certificates makes up their names.
+        let shown = if mode == Mode::Token { &*caller.name } else { caller.role.name() };
+        let counted = self.metrics.security.calls_of(shown);
+        let allowance = Allowance::new(limits, counted);
         allowances.insert(caller.name.to_string(), Arc::downgrade(&allowance));
         allowance
     }
@@ -202,13 +209,19 @@ impl Callers {
             warn!(%from, "{} calls without a valid credential; of the last one: {why}", failures.unsaid);
             (failures.said, failures.unsaid) = (Some(now), 0);
         }
-        if failures.by_address.len() >= MAX_ADDRESSES {
-            failures.by_address.retain(|_, (_, since)| now - *since < PATIENCE.1);
-            if failures.by_address.len() >= MAX_ADDRESSES {
-                failures.by_address.clear(); // so many at once are not held up by this
+        failures.note(from, now)
+    }
+}
+
+impl Failures {
+    fn note(&mut self, from: IpAddr, now: Instant) -> Duration {
+        if self.by_address.len() >= MAX_ADDRESSES && !self.by_address.contains_key(&from) {
+            self.by_address.retain(|_, (_, since)| now - *since < PATIENCE.1);
+            if self.by_address.len() >= MAX_ADDRESSES {
+                self.by_address.clear(); // so many at once are not held up by this
             }
         }
-        let (count, since) = failures.by_address.entry(from).or_insert((0, now));
+        let (count, since) = self.by_address.entry(from).or_insert((0, now));
         if now - *since >= PATIENCE.1 {
             (*count, *since) = (0, now);
         }
@@ -241,4 +254,21 @@ fn has_expired(caller: &Caller) -> bool {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_fails_again_and_again_is_answered_late_and_not_for_ever() {
+        let (mut failures, now) = (Failures::default(), Instant::now());
+        let address = |n: u32| IpAddr::from(n.to_be_bytes());
+        let late = |failures: &mut Failures, n, now| !failures.note(address(n), now).is_zero();
+        assert_eq!((0..30).filter(|_| late(&mut failures, 1, now)).count(), 10);
+        assert!(!late(&mut failures, 2, now), "others are not held up");
+        assert!(!late(&mut failures, 1, now + PATIENCE.1), "nor is it, later");
+        (10..20_000).for_each(|n| _ = failures.note(address(n), now));
+        assert!(failures.by_address.len() <= MAX_ADDRESSES, "a crowd is not remembered");
+    }
 }

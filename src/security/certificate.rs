@@ -23,7 +23,8 @@ const SHOWN_BYTES: usize = 8;
 /// The certificates of a PEM file, at least one.
 pub fn chain(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, Unusable> {
     let found = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>();
-    let found = found.map_err(|error| Unusable(format!("no PEM: {error}")))?;
+    // What the parser says shows the line that it stumbled over, which may be of a key.
+    let found = found.map_err(|_| Unusable("is no PEM".to_owned()))?;
     if found.is_empty() { Err(Unusable("there is no certificate in it".to_owned())) } else { Ok(found) }
 }
 
@@ -82,4 +83,19 @@ pub fn fingerprint(der: &CertificateDer<'_>) -> String {
 
 fn parse(der: &CertificateDer<'_>) -> Result<Certificate, Unusable> {
     Certificate::from_der(der).map_err(|error| Unusable(format!("no certificate: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As secret stores like to make them: the line ends are lost, and the parser takes all of it for a label.
+    #[test]
+    fn nothing_of_a_file_shows_in_what_is_wrong_with_it() {
+        for text in ["-----BEGIN PRIVATE KEY-----s3cret-----END PRIVATE KEY-----", "-----BEGIN s3cret\n", "s3cret"] {
+            let why = chain(text.as_bytes()).expect_err("no certificate").to_string();
+            let bytes = b"s3cret".map(|byte| byte.to_string()).join(", ");
+            assert!(!why.contains("s3cret") && !why.contains(&bytes), "{why}");
+        }
+    }
 }

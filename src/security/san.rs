@@ -1,5 +1,7 @@
 //! Which role a certificate's name stands for.
 
+use std::sync::Arc;
+
 use compact_str::CompactString;
 
 use crate::domain::caller::Caller;
@@ -16,7 +18,7 @@ pub struct SanRule {
     /// Which gap is the gateway's address.
     gateway_gap: Option<usize>,
     role: Role,
-    gateways: GatewayPatterns,
+    gateways: Arc<GatewayPatterns>,
 }
 
 impl SanRule {
@@ -41,14 +43,19 @@ impl SanRule {
         if marked.matches('\0').count() > 1 {
             return Err(format!("san must have {GATEWAY} once"));
         }
-        Ok(Self { pieces: marked.split(['*', '\0']).map(str::to_owned).collect(), gateway_gap, role, gateways })
+        Ok(Self {
+            pieces: marked.split(['*', '\0']).map(str::to_owned).collect(),
+            gateway_gap,
+            role,
+            gateways: Arc::new(gateways),
+        })
     }
 
     /// Who this is. None: the rule is not about such a name.
     pub fn caller(&self, name: &str, expires_s: u64) -> Option<Caller> {
         let gaps = self.gaps(name)?;
         let gateways = match self.gateway_gap {
-            Some(gap) => GatewayPatterns::host(gaps.get(gap)?),
+            Some(gap) => Arc::new(GatewayPatterns::host(gaps.get(gap)?)),
             None => self.gateways.clone(),
         };
         Some(Caller { name: CompactString::new(name), role: self.role, gateways, expires_s: Some(expires_s), calls_per_s: None })

@@ -58,7 +58,8 @@ fn make(files: &Files, contents: &[Vec<u8>]) -> Result<ServerTls, Unusable> {
     if not_after <= clock::unix_s() {
         return Err(Unusable(format!("{}: the certificate has expired", files.cert.display())));
     }
-    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| Unusable(format!("{}: {error}", files.key.display())))?;
+    let key = PrivateKeyDer::from_pem_slice(key)
+        .map_err(|_| Unusable(format!("{}: there is no private key in it, as PEM", files.key.display())))?;
     let cas = client_ca.first().map(|pem| certificate::chain(pem)).transpose()?;
     let verifier = cas.as_ref().map(|cas| verifier(cas, files.require_client_cert)).transpose()?;
     let provider = Arc::new(rustls::crypto::ring::default_provider());

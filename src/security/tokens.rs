@@ -116,6 +116,7 @@ impl Entry {
         if self.calls_per_s == Some(0) {
             return Err("calls_per_s must be at least 1".to_owned());
         }
+        let gateways = Arc::new(gateways);
         Ok((digest, Caller { name: CompactString::new(&self.name), role, gateways, expires_s, calls_per_s: self.calls_per_s }))
     }
 }

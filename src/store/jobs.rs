@@ -10,6 +10,9 @@ use crate::store::connection::statement;
 
 /// No job is claimed for longer.
 const LONGEST_MS: i64 = 60_000;
+/// The clock counts microseconds, and what is stored is rounded to the next millisecond: a claim of this instant ends that much
+/// later than it can.
+const ROUNDING_MS: i64 = 1;
 /// Stands where a process's name would, when a job is done for good.
 const DONE: &str = "done";
 /// Nodes of the last release know no such mark: for them it is a claim that ends in the year 3000.
@@ -26,7 +29,7 @@ impl Connection {
         };
         let claim = format!(
             "UPDATE jobs SET node_id = ?, until = {now} + ? WHERE name = ? \
-             AND node_id <> '{DONE}' AND (node_id = ? OR until < {now} OR until > {now} + {LONGEST_MS})"
+             AND node_id <> '{DONE}' AND (node_id = ? OR until < {now} OR until > {now} + {LONGEST_MS} + {ROUNDING_MS})"
         );
         let term = i64::try_from(term.as_millis()).unwrap_or(i64::MAX);
         let claim = statement(claim).bind(claimant.to_owned()).bind(term).bind(job.to_owned()).bind(claimant.to_owned());

@@ -1,6 +1,7 @@
 //! Who may make which call.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use im_presence::api::access::RULES;
 use im_presence::api::access::Rule;
@@ -21,6 +22,7 @@ use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
 use crate::harness::cluster::GATEWAY;
+use crate::harness::cluster::LAPTOP;
 use crate::harness::cluster::OTHER_GATEWAY;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
@@ -32,6 +34,8 @@ use crate::harness::pki::Pki;
 use crate::harness::pki::bears;
 use crate::harness::pki::link;
 use crate::harness::pki::token;
+use crate::harness::stream::Devices;
+use crate::harness::stream::TestGateway;
 
 /// A node that asks for tokens, and a token of each kind.
 struct Guarded {
@@ -176,8 +180,6 @@ async fn a_gateway_speaks_for_its_own_addresses_only() {
     is_denied(presence.unbind_route(by_device).await);
     is_denied(own.pull_inbox(pb::PullInboxReq { user_id: BOB, ..Default::default() }).await);
     is_denied(own.ack_inbox(pb::AckInboxReq { user_id: BOB, ..Default::default() }).await);
-    let ack = pb::DeliveryAck { delivery_id: "n-1".to_owned(), user_id: BOB, device_id: PHONE.to_owned(), ..Default::default() };
-    is_denied(own.ack_delivery(pb::AckDeliveryReq { acks: vec![ack] }).await);
     let frames = iter([pb::GatewayFrame { seq: 1, body: Some(pb::gateway_frame::Body::Hello(hello(OTHER_GATEWAY))) }]);
     let mut stream = own.attach(frames).await.expect("a stream").into_inner();
     is_denied(stream.message().await);
@@ -197,6 +199,39 @@ async fn a_gateway_speaks_for_its_own_addresses_only() {
 
     let answer = guarded.presence("other").unbind_route(by_key).await.expect("an answer").into_inner();
     assert!(answer.unbound, "its own gateway may: {answer:?}");
+}
+
+/// It learns the delivery's id, because another device of the user is on it.
+#[tokio::test]
+async fn a_gateway_acknowledges_only_what_was_handed_to_it_for_that_device() {
+    let (other, entry) = token("other", "gateway", &format!("gateways = [\"{OTHER_GATEWAY}\"]"));
+    let guarded = Guarded::start(&entry, &[]).await;
+    guarded.pki.write("other", &other);
+    let nodes = || vec![guarded.node().data.to_string()];
+    let own = TestGateway::showing(&guarded.bearer("gateway"), nodes(), GATEWAY, Devices::AreSilent).await;
+    let others = TestGateway::showing(&guarded.bearer("other"), nodes(), OTHER_GATEWAY, Devices::AreSilent).await;
+    own.bind(BOB, LAPTOP, "c1").await;
+    others.bind(BOB, PHONE, "c2").await;
+    let query = pb::QueryRouteReq { user_id: BOB, max_staleness_ms: Some(0) };
+    let mut asking = guarded.presence("service");
+    let before = asking.query_route(query).await.expect("a query").into_inner().version;
+    for text in ["once", "twice"] {
+        let mut service = guarded.presence("service");
+        let message = pb::DeliverReq { user_id: BOB, message: text.to_owned(), ack_timeout_ms: 1_000, ..Default::default() };
+        let delivered = tokio::spawn(async move { service.deliver(message).await });
+        let heard = || own.deliveries().into_iter().find(|delivery| delivery.message == text);
+        eventually("it is handed over", Duration::from_secs(5), async || heard().is_some()).await;
+        let delivery_id = heard().expect("a delivery").delivery_id;
+        for not_here in [true, false] {
+            let (device_id, delivery_id) = (PHONE.to_owned(), delivery_id.clone());
+            let ack = pb::DeliveryAck { delivery_id, user_id: BOB, device_id, not_here };
+            is_denied(guarded.gateways("gateway").ack_delivery(pb::AckDeliveryReq { acks: vec![ack] }).await);
+        }
+        let report = delivered.await.expect("a caller").expect("an answer").into_inner();
+        assert!(!report.delivered && report.acked_devices.is_empty(), "{report:?}");
+    }
+    let after = asking.query_route(query).await.expect("a query").into_inner();
+    assert_eq!((after.version, after.routes.len()), (before, 2), "nothing was unbound");
 }
 
 #[tokio::test]
@@ -268,7 +303,7 @@ async fn what_operators_do_and_what_others_are_denied_is_taken_down() {
         AND args = 'for 1000 ms' AND reason = 'switchmaintenance' AND from_addr LIKE '127.0.0.1:%'";
     let denied = "who = 'viewer' AND action LIKE '%HoldGateways' AND outcome = 'denied'";
     let db = &guarded.cluster.db;
-    eventually("rows", std::time::Duration::from_secs(3), async || {
+    eventually("rows", Duration::from_secs(3), async || {
         db.number(&count(held)).await == 1 && db.number(&count(denied)).await == 1
     })
     .await;
@@ -303,16 +338,16 @@ async fn a_credential_that_is_taken_away_ends_its_streams_soon_and_nothing_else(
     guarded.pki.write("tokens.toml", &text.replace("name = \"second\"", "name = \"third\""));
     let ended = revoked.message().await.expect_err("the stream ends");
     assert_eq!(ended.code(), tonic::Code::Unauthenticated, "a name that changes is another caller: {ended:?}");
-    assert!(began.elapsed() < std::time::Duration::from_secs(10), "{:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
     let nothing: PathBuf = guarded.pki.write("tokens.toml", &text.replace(&entry, ""));
     assert!(nothing.exists());
     let query = pb::QueryRouteReq { user_id: BOB, max_staleness_ms: Some(0) };
-    eventually("the token is worth nothing", std::time::Duration::from_secs(10), async || {
+    eventually("the token is worth nothing", Duration::from_secs(10), async || {
         ages.query_route(query).await.is_err_and(|status| status.code() == tonic::Code::Unauthenticated)
     })
     .await;
     let bob = guarded.presence("service").query_route(query).await.expect("a query").into_inner();
     assert!(bob.is_online, "an operator's slip takes nobody offline");
-    let idle = tokio::time::timeout(std::time::Duration::from_millis(200), kept.message()).await;
+    let idle = tokio::time::timeout(Duration::from_millis(200), kept.message()).await;
     assert!(idle.is_err(), "the other stream goes on: {idle:?}");
 }

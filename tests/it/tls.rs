@@ -30,20 +30,16 @@ use crate::harness::node::settings;
 use crate::harness::pki::Ca;
 use crate::harness::pki::Pair;
 use crate::harness::pki::Pki;
+use crate::harness::pki::ROLES;
 use crate::harness::pki::bears;
 use crate::harness::pki::link;
 use crate::harness::pki::shows;
+use crate::harness::pki::text;
 use crate::harness::pki::token;
 use crate::harness::stream::Devices;
 use crate::harness::stream::TestGateway;
 
 const HERE: [&str; 2] = ["127.0.0.1", "localhost"];
-const ROLES: &str = "[{ san = \"spiffe://im/gateway/{gateway}\", role = \"gateway\" }, { san = \"spiffe://im/service\", role = \
-    \"service\" }, { san = \"spiffe://im/node\", role = \"node\" }, { san = \"spiffe://im/operator\", role = \"operator\" }]";
-
-fn text(path: &std::path::Path) -> &str {
-    path.to_str().expect("a path")
-}
 
 /// TLS on the gRPC port.
 fn tls(pair: &Pair) -> Settings {

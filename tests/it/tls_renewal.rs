@@ -24,8 +24,10 @@ use crate::harness::node::settings;
 use crate::harness::pki::Ca;
 use crate::harness::pki::Pair;
 use crate::harness::pki::Pki;
+use crate::harness::pki::ROLES;
 use crate::harness::pki::link;
 use crate::harness::pki::shows;
+use crate::harness::pki::text;
 use crate::harness::pki::token;
 use crate::harness::stream::Devices;
 use crate::harness::stream::TestGateway;
@@ -35,12 +37,6 @@ const RENEWED_WITHIN: Duration = Duration::from_secs(10);
 const GATEWAYS: usize = 100;
 const CALLERS: u64 = 20;
 const CALLS_PER_CALLER_AND_SECOND: u32 = 100;
-const ROLES: &str = "[{ san = \"spiffe://im/gateway/{gateway}\", role = \"gateway\" }, { san = \"spiffe://im/service\", role = \
-    \"service\" }]";
-
-fn text(path: &std::path::Path) -> &str {
-    path.to_str().expect("a path")
-}
 
 /// A node with mutual TLS and tokens, whose files stand in one directory.
 struct Renewed {

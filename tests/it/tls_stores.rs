@@ -20,15 +20,12 @@ use crate::harness::node::Node;
 use crate::harness::node::PROGRAM;
 use crate::harness::node::settings;
 use crate::harness::pki::Pki;
+use crate::harness::pki::text;
 use crate::harness::pki::token;
 use crate::harness::redis::RedisServer;
 
 /// Has what URLs and shells stumble over.
 const PASSWORD: &str = "p@ss:/w?rd#%20s3cret";
-
-fn text(path: &std::path::Path) -> &str {
-    path.to_str().expect("a path")
-}
 
 /// A server that takes no plaintext, with a user whose password is [`PASSWORD`].
 async fn secure_mariadb(pki: &Pki, names: &[&str]) -> (MariaDb, TestDb) {

@@ -185,7 +185,9 @@ impl Security {
         let config = versions.map_err(io::Error::other)?.with_root_certificates(roots);
         match (&self.cert_file, &self.key_file) {
             (Some(_), Some(key)) => {
-                let key_der = PrivateKeyDer::from_pem_file(key).map_err(|error| unusable(key, &error))?;
+                // What the parser says shows the line that it stumbled over.
+                let key_der = PrivateKeyDer::from_pem_slice(&read(key)?)
+                    .map_err(|_| unusable(key, &"there is no private key in it, as PEM"))?;
                 config.with_client_auth_cert(certificates(self.cert_file.as_deref())?, key_der).map_err(io::Error::other)
             }
             _ => Ok(config.with_no_client_auth()),
@@ -238,9 +240,13 @@ impl Service<http::Request<Body>> for Link {
 
 fn certificates(file: Option<&Path>) -> io::Result<Vec<CertificateDer<'static>>> {
     let Some(path) = file else { return Ok(Vec::new()) };
-    let read = CertificateDer::pem_file_iter(path).and_then(|found| found.collect::<Result<Vec<_>, _>>());
-    let found = read.map_err(|error| unusable(path, &error))?;
+    let found = CertificateDer::pem_slice_iter(&read(path)?).collect::<Result<Vec<_>, _>>();
+    let found = found.map_err(|_| unusable(path, &"is no PEM"))?;
     if found.is_empty() { Err(unusable(path, &"there is no certificate in it")) } else { Ok(found) }
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    fs::read(path).map_err(|error| unusable(path, &error))
 }
 
 fn unusable(path: &Path, why: &dyn std::fmt::Display) -> io::Error {

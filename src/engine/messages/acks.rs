@@ -1,6 +1,7 @@
 //! Deliveries of this node that wait for a device to acknowledge them. A delivery's id names the node that sent it, so an
 //! acknowledgement that comes to another node finds its way.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::collections::HashMap;
 use std::hash::BuildHasher;
@@ -16,7 +17,9 @@ use std::time::Instant;
 use tokio::sync::Notify;
 use tokio::time::timeout_at;
 
+use crate::domain::caller::GatewayPatterns;
 use crate::domain::id::DeviceId;
+use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::metrics::ByResult;
 use crate::metrics::Metrics;
@@ -29,6 +32,18 @@ pub struct Ack {
     pub device: DeviceId,
     /// The device is not on this gateway any more.
     pub not_here: bool,
+    /// For which gateways whoever says it may speak. None: for any.
+    pub by: Option<Arc<GatewayPatterns>>,
+}
+
+/// What an acknowledgement came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    Counted,
+    /// Nobody waits for it, or not from this user's device.
+    Unknown,
+    /// The message was not handed to a gateway that the sender may speak for.
+    NotTheirs,
 }
 
 /// Which devices have answered.
@@ -40,8 +55,8 @@ pub struct Answered {
 
 struct Waiting {
     user: UserId,
-    /// Who is expected to answer.
-    devices: BTreeSet<DeviceId>,
+    /// Who is expected to answer, and through which gateways: those that the message was handed to.
+    devices: BTreeMap<DeviceId, Vec<GatewayAddr>>,
     answered: Answered,
     changed: Arc<Notify>,
 }
@@ -85,25 +100,29 @@ impl Acks {
     }
 
     /// From now on `devices` may acknowledge the delivery.
-    pub fn wait_for(&self, delivery_id: &str, user: UserId, devices: BTreeSet<DeviceId>) -> Expected<'_> {
+    pub fn wait_for(&self, delivery_id: &str, user: UserId, devices: BTreeMap<DeviceId, GatewayAddr>) -> Expected<'_> {
         let (changed, answered) = (Arc::new(Notify::new()), Answered::default());
+        let devices = devices.into_iter().map(|(device, gateway)| (device, vec![gateway])).collect();
         let waiting = Waiting { user, devices, answered, changed: changed.clone() };
         self.lock().insert(delivery_id.to_owned(), waiting);
         Expected { acks: self, delivery_id: delivery_id.to_owned(), changed }
     }
 
-    /// Takes what a gateway says. What nobody waits for, or what is about another user or device, changes nothing.
-    pub fn take(&self, ack: Ack) {
+    /// Takes what a gateway says. What nobody waits for, or what is about another user, device or gateway, changes nothing.
+    pub fn take(&self, ack: Ack) -> Taken {
         let mut waiting = self.lock();
         let entry = waiting.get_mut(&ack.delivery_id);
-        let expected = entry.filter(|waiting| waiting.user == ack.user && waiting.devices.contains(&ack.device));
-        let result = match (&expected, ack.not_here) {
-            (None, _) => "unknown",
-            (Some(_), true) => "not_here",
-            (Some(_), false) => "acked",
+        let expected = entry.filter(|waiting| waiting.user == ack.user && waiting.devices.contains_key(&ack.device));
+        let speaks = |gateway: &GatewayAddr| ack.by.as_ref().is_none_or(|by| by.cover(gateway));
+        let is_theirs = expected.as_ref().is_some_and(|waiting| waiting.devices[&ack.device].iter().any(speaks));
+        let (result, taken) = match (&expected, is_theirs, ack.not_here) {
+            (None, ..) => ("unknown", Taken::Unknown),
+            (Some(_), false, _) => ("unknown", Taken::NotTheirs),
+            (Some(_), true, true) => ("not_here", Taken::Counted),
+            (Some(_), true, false) => ("acked", Taken::Counted),
         };
         self.metrics.acks.get_or_create(&ByResult { result }).inc();
-        if let Some(waiting) = expected {
+        if let Some(waiting) = expected.filter(|_| is_theirs) {
             let answered = &mut waiting.answered;
             if ack.not_here {
                 answered.not_here.insert(ack.device)
@@ -112,6 +131,7 @@ impl Acks {
             };
             waiting.changed.notify_one();
         }
+        taken
     }
 
     pub fn len(&self) -> usize {
@@ -129,9 +149,18 @@ impl Acks {
 
 impl Expected<'_> {
     /// The message goes out again, to `devices`. What was acknowledged stays so; who was not there is asked anew.
-    pub fn again(&self, devices: BTreeSet<DeviceId>) {
+    pub fn again(&self, devices: BTreeMap<DeviceId, GatewayAddr>) {
         if let Some(waiting) = self.acks.lock().get_mut(&self.delivery_id) {
-            waiting.devices = devices;
+            let mut before = std::mem::take(&mut waiting.devices);
+            waiting.devices = devices
+                .into_iter()
+                .map(|(device, gateway)| {
+                    let mut gateways = before.remove(&device).unwrap_or_default();
+                    gateways.retain(|known| *known != gateway);
+                    gateways.push(gateway);
+                    (device, gateways)
+                })
+                .collect();
             waiting.answered.not_here.clear();
         }
     }
@@ -171,7 +200,7 @@ impl Waiting {
     /// Every device has answered.
     fn is_complete(&self) -> bool {
         let answered = &self.answered;
-        self.devices.iter().all(|device| answered.acked.contains(device) || answered.not_here.contains(device))
+        self.devices.keys().all(|device| answered.acked.contains(device) || answered.not_here.contains(device))
     }
 }
 
@@ -193,14 +222,19 @@ mod tests {
     }
 
     fn ack(delivery_id: &str, user: i64, name: &str) -> Ack {
-        Ack { delivery_id: delivery_id.to_owned(), user: UserId::parse(user).unwrap(), device: device(name), not_here: false }
+        let (user, device) = (UserId::parse(user).unwrap(), device(name));
+        Ack { delivery_id: delivery_id.to_owned(), user, device, not_here: false, by: None }
+    }
+
+    fn on_gateway(names: &[&str]) -> BTreeMap<DeviceId, GatewayAddr> {
+        names.iter().map(|name| (device(name), GatewayAddr::parse("gw-1:7000").unwrap())).collect()
     }
 
     #[tokio::test]
     async fn only_the_right_device_of_the_right_user_acknowledges() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]));
         for wrong in [ack("node-1-77", 1, "phone"), ack(&id, 2, "phone"), ack(&id, 1, "laptop")] {
             acks.take(wrong);
         }
@@ -219,15 +253,32 @@ mod tests {
     async fn a_second_attempt_keeps_what_was_acknowledged_and_asks_the_others_anew() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), BTreeSet::from([device("phone"), device("pad")]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]));
         acks.take(ack(&id, 1, "phone"));
         acks.take(Ack { not_here: true, ..ack(&id, 1, "pad") });
-        expected.again(BTreeSet::from([device("pad")]));
+        expected.again(on_gateway(&["pad"]));
         let soon = Instant::now() + Duration::from_millis(5);
         let answered = Answered { acked: BTreeSet::from([device("phone")]), ..Answered::default() };
         assert_eq!(expected.answers(soon).await, answered);
         acks.take(ack(&id, 1, "pad"));
         assert_eq!(expected.acked().len(), 2);
+    }
+
+    #[tokio::test]
+    async fn only_a_gateway_that_was_handed_the_message_speaks_for_its_device() {
+        let acks = Acks::new("node-1", Metrics::new());
+        let id = acks.next_id();
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone"]));
+        let by = |host: &str, not_here| {
+            let by = Some(Arc::new(GatewayPatterns::host(host)));
+            Ack { by, not_here, ..ack(&id, 1, "phone") }
+        };
+        assert_eq!(acks.take(by("gw-2", false)), Taken::NotTheirs);
+        assert_eq!(acks.take(by("gw-2", true)), Taken::NotTheirs);
+        let long_ago = Instant::now();
+        assert_eq!(expected.answers(long_ago).await, Answered::default());
+        expected.again(BTreeMap::from([(device("phone"), GatewayAddr::parse("gw-3:7000").unwrap())]));
+        assert_eq!(acks.take(by("gw-1", false)), Taken::Counted, "it was handed to the first one, too");
     }
 
     #[test]

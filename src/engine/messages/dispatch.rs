@@ -67,7 +67,7 @@ impl Dispatcher {
     pub async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
-            let devices = targets.routes.keys().cloned().collect();
+            let devices = targets.routes.iter().map(|(device, (_, gateway))| (device.clone(), gateway.clone())).collect();
             match &parcel.expected {
                 Some(expected) => expected.again(devices),
                 None => parcel.expected = Some(self.acks.wait_for(&parcel.report.delivery_id, parcel.user, devices)),
@@ -152,7 +152,7 @@ impl Dispatcher {
         let answers = if parcel.inbox_seq > 0 { expected.first(until).await } else { expected.answers(until).await };
         let Answered { acked, not_here } = answers;
         self.metrics.delivery_stage("acknowledged", handed.elapsed());
-        for version in not_here.iter().filter_map(|device| targets.routes.get(device)) {
+        for (version, _) in not_here.iter().filter_map(|device| targets.routes.get(device)) {
             self.note_refused(parcel.user, *version).await;
         }
         parcel.report.acked.extend(acked);

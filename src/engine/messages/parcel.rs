@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::messages::acks::Expected;
@@ -35,7 +36,7 @@ pub(super) struct Parcel<'a> {
 #[derive(Default)]
 pub(super) struct Targets {
     /// Live routes to the devices in question that have not acknowledged.
-    pub routes: BTreeMap<DeviceId, Version>,
+    pub routes: BTreeMap<DeviceId, (Version, GatewayAddr)>,
     pub streams: BTreeMap<Epoch, Arc<str>>,
     /// There are gateways without a stream among them.
     pub channel: bool,
@@ -83,7 +84,7 @@ impl Targets {
             if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
                 continue;
             }
-            targets.routes.insert(device.clone(), live.route.bound_version);
+            targets.routes.insert(device.clone(), (live.route.bound_version, live.life.gateway.clone()));
             targets.all_suspect &= live.suspect;
             targets.none_attaches &= live.life.attach_no == 0;
             match Outlets::stream_of(live.life) {

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use crate::domain::id::Epoch;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
+use crate::engine::messages::acks::Taken;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::store::cluster::NodeName;
@@ -93,16 +94,18 @@ impl Peers {
         }
     }
 
-    /// Gives each acknowledgement to the node that waits for it; `own` waits here.
-    pub fn take_acks(&self, own: &Acks, acks: Vec<Ack>) {
+    /// Gives each acknowledgement to the node that waits for it; `own` waits here. Returns how many were not their sender's.
+    pub fn take_acks(&self, own: &Acks, acks: Vec<Ack>) -> usize {
+        let mut not_theirs = 0;
         let mut elsewhere: HashMap<String, Vec<Ack>> = HashMap::new();
         for ack in acks {
             match Acks::origin(&ack.delivery_id) {
                 Some(node) if !own.is_own(&ack.delivery_id) => elsewhere.entry(node.to_owned()).or_default().push(ack),
-                _ => own.take(ack), // of nobody: counted as unknown
+                _ => not_theirs += usize::from(own.take(ack) == Taken::NotTheirs), // of nobody: counted as unknown
             }
         }
         elsewhere.into_iter().for_each(|(node, acks)| self.pass_acks(&node, acks));
+        not_theirs
     }
 
     /// Passes acknowledgements to another node. If they are lost, the delivery is repeated.

@@ -17,6 +17,10 @@ use rcgen::SanType;
 
 use crate::harness::mariadb::scratch;
 
+/// Roles of the certificates that tests issue, for `auth.mtls`.
+pub const ROLES: &str = "[{ san = \"spiffe://im/gateway/{gateway}\", role = \"gateway\" }, \
+    { san = \"spiffe://im/service\", role = \"service\" }, { san = \"spiffe://im/node\", role = \"node\" }, \
+    { san = \"spiffe://im/operator\", role = \"operator\" }]";
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 
 /// A directory with what a test's certificates need.
@@ -107,6 +111,10 @@ pub fn token(name: &str, role: &str, more: &str) -> (String, String) {
     let token = tokens::generate().expect("random numbers");
     let entry = format!("[[token]]\nname = \"{name}\"\nrole = \"{role}\"\nsha256 = \"{}\"\n{more}\n", tokens::to_hex(&token));
     (token, entry)
+}
+
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a path")
 }
 
 /// What a client shows.
