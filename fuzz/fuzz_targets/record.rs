@@ -5,6 +5,7 @@
 use im_presence::domain::id::Version;
 use im_presence::store::codec::Envelope;
 use im_presence::store::codec::Hint;
+use im_presence::store::codec::KickOrder;
 use im_presence::store::codec::OutboxBody;
 use im_presence::store::codec::StoredRecord;
 use libfuzzer_sys::fuzz_target;
@@ -20,8 +21,9 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(body) = OutboxBody::decode(data) {
         let _ = (body.users(), body.stored.iter().map(|notice| notice.as_json().len()).sum::<usize>());
     }
-    if let Ok(envelope) = Envelope::decode(data) {
-        let _ = envelope.order();
+    if let Ok(kick) = KickOrder::decode(data) {
+        let _ = kick.encode_to_vec();
     }
+    let _ = Envelope::decode(data);
     let _ = Hint::decode(data);
 });
