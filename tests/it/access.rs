@@ -12,6 +12,9 @@ use im_presence::pb;
 use im_presence::pb::Code;
 use im_presence::pb::gateway_service_client::GatewayServiceClient;
 use im_presence::pb::presence_service_client::PresenceServiceClient;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
 use tokio_stream::iter;
 use tonic::Request;
 use tonic::Status;
@@ -350,4 +353,50 @@ async fn a_credential_that_is_taken_away_ends_its_streams_soon_and_nothing_else(
     assert!(bob.is_online, "an operator's slip takes nobody offline");
     let idle = tokio::time::timeout(Duration::from_millis(200), kept.message()).await;
     assert!(idle.is_err(), "the other stream goes on: {idle:?}");
+}
+
+#[tokio::test]
+async fn nothing_is_kept_for_somebody_who_has_not_said_who_it_is() {
+    let guarded = Guarded::start("", &[]).await;
+    let before = guarded.node().metric("im_presence_held_bytes").await;
+    let mut strangers = Vec::new();
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(guarded.node().admin).await.expect("connect");
+        let head = "POST /mpim.AdminService/ListGateways HTTP/1.1\r\nHost: node\r\nContent-Length: 200000\r\n\r\nno more";
+        stream.write_all(head.as_bytes()).await.expect("ask");
+        let mut said = [0; 12];
+        stream.read_exact(&mut said).await.expect("an answer before the body is there");
+        strangers.push(stream);
+    }
+    assert_eq!(guarded.node().metric("im_presence_held_bytes").await, before);
+    drop(strangers);
+
+    // Health and reflection may be asked by anybody, with small messages.
+    let mut health = Grpc::new(link(&Security::default(), guarded.node().data));
+    health.ready().await.expect("a node");
+    let large = pb::DeliverReq { message: "x".repeat(100_000), ..Default::default() };
+    let path = tonic::codegen::http::uri::PathAndQuery::from_static("/grpc.health.v1.Health/Check");
+    let codec = ProstCodec::<pb::DeliverReq, pb::DeliverResp>::default();
+    let refused = health.unary(Request::new(large), path, codec).await.expect_err("too large");
+    assert!(refused.message().contains("16384 bytes"), "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_limit_that_is_changed_in_the_file_holds_for_connections_that_are_there() {
+    let (bearer, entry) = token("busy", "service", "");
+    let guarded = Guarded::start(&entry, &[]).await;
+    guarded.pki.write("busy", &bearer);
+    let mut busy = guarded.presence("busy");
+    let query = pb::QueryRouteReq { user_id: ALICE, max_staleness_ms: None };
+    let mut refusals = async || {
+        let mut refused = 0;
+        for _ in 0..50 {
+            refused += usize::from(busy.query_route(query).await.is_err());
+        }
+        refused
+    };
+    assert_eq!(refusals().await, 0);
+    let text = std::fs::read_to_string(guarded.pki.path("tokens.toml")).expect("the tokens");
+    guarded.pki.write("tokens.toml", &text.replace("name = \"busy\"", "name = \"busy\"\ncalls_per_s = 5"));
+    eventually("it is limited", Duration::from_secs(10), async || refusals().await > 0).await;
 }

@@ -262,3 +262,40 @@ async fn a_crowd_that_never_finishes_its_handshake_keeps_nobody_out() {
     drop(crowd);
     assert!(node.metric("im_presence_handshakes_total{result=\"failed\"}").await > 0.0);
 }
+
+#[tokio::test]
+async fn whoever_says_nothing_after_its_handshake_holds_no_slot() {
+    let (pki, db) = (Pki::new(), TestDb::sqlite());
+    let ca = pki.ca("ca");
+    let mut all = db.settings(&[("PRESENCE_SERVICE__MAX_CONNECTIONS", "4"), ("TLS__HANDSHAKE_TIMEOUT", "2000")]);
+    all.extend(tls(&ca.issue("node", &HERE)));
+    let node = Node::start(all).await;
+    let (security, mut silent) = (shows(&ca, None, None), Vec::new());
+    for _ in 0..10 {
+        silent.push(security.connect_tls(&node.data.to_string(), b"h2").await.expect("a handshake"));
+    }
+    asks(&node, &security).await.expect("there is a slot");
+}
+
+/// As long as a certificate can have it, and longer than a row has room for.
+#[tokio::test]
+async fn a_long_name_in_a_certificate_does_not_stop_the_audit() {
+    let (pki, db) = (Pki::new(), TestDb::mariadb(MariaDb::shared()).await);
+    let ca = pki.ca("ca");
+    let mut all = db.settings(&[]);
+    let pair = ca.issue("node", &["127.0.0.1", "spiffe://im/node"]);
+    all.extend(mutual_tls(&pair, &ca));
+    let long = format!("spiffe://im/{}", "x".repeat(400));
+    let rules = format!("[{{ san = \"{long}\", role = \"viewer\" }}, {{ san = \"spiffe://im/service\", role = \"service\" }}]");
+    all.extend(settings(&[("AUTH__MTLS", &rules)]));
+    let node = Node::start(all).await;
+    let service = ca.issue("service", &["spiffe://im/service"]);
+    for pair in [ca.issue("long", &[&long]), service] {
+        let mut presence = PresenceServiceClient::new(link(&shows(&ca, Some(&pair), None), node.data));
+        presence.bind_route(a_bind(ALICE, PHONE, "c")).await.expect_err("neither binds");
+    }
+    eventually("both rows are there", Duration::from_secs(5), async || {
+        db.number("SELECT COUNT(*) FROM audit WHERE outcome = 'denied' AND CHAR_LENGTH(who) <= 255").await == 2
+    })
+    .await;
+}
