@@ -100,8 +100,8 @@ pub async fn accept(
                 () = newcomer.closed() => return entrance.metrics.shed("connections"),
                 entered = entrance.enter(stream, addr) => entered,
             };
-            if let Ok(entered) = entered.map(|entered| Some(entered).filter(|entered| entered.is_http2)) {
-                drop(newcomer);
+            drop(newcomer);
+            if let Some(entered) = entered.ok().filter(|entered| entered.is_http2) {
                 admit(entered, &entrance, slots, &serving).await;
             }
         });
@@ -110,8 +110,8 @@ pub async fn accept(
 }
 
 /// Hands a connection that speaks HTTP/2 to a thread, if there is a slot.
-async fn admit(entered: Option<Entered>, entrance: &Entrance, slots: Arc<Semaphore>, serving: &[ServingThread]) {
-    let Some(Entered { mut transport, peer, .. }) = entered else { return };
+async fn admit(entered: Entered, entrance: &Entrance, slots: Arc<Semaphore>, serving: &[ServingThread]) {
+    let Entered { mut transport, peer, .. } = entered;
     let Ok(permit) = slots.try_acquire_owned() else { return entrance.metrics.shed("connections") };
     let least_loaded = serving.iter().min_by_key(|thread| thread.connections.load(Ordering::Relaxed));
     if let (Some(thread), Ok(())) = (least_loaded, transport.detach()) {

@@ -62,7 +62,7 @@ impl Protection {
         let data = entrance("data", &config.tls, GRPC, metrics, &mut reloader).map_err(failed("tls"))?;
         let admin = entrance("admin", &config.admin_tls, GRPC_AND_HTTP, metrics, &mut reloader).map_err(failed("admin_tls"))?;
         let access = access(config, metrics, &audit, &mut reloader).map_err(failed("auth"))?;
-        watch_ends(config, metrics, &mut reloader).map_err(failed("peer], [store] or [redis"))?;
+        watch_ends(config, metrics, &mut reloader)?;
         let reloader = Arc::new(reloader);
         Ok(Self { data, admin, access, peers: peers(config), audit, audit_rows: Some(audit_rows), reloader })
     }
@@ -136,7 +136,7 @@ fn entrance(
 }
 
 /// Certificates for the links to others. Whoever makes such a link reads them by himself.
-fn watch_ends(config: &Config, metrics: &Arc<Metrics>, reloader: &mut Reloader) -> Result<(), Unusable> {
+fn watch_ends(config: &Config, metrics: &Arc<Metrics>, reloader: &mut Reloader) -> Result<(), StartError> {
     let redis = |redis: &config::Redis| (redis.cert_file.clone(), redis.ca_file.clone());
     let cache = config.redis_cache.as_ref().map(redis).unwrap_or_default();
     let queue = config.redis_queue.as_ref().map(|queue| redis(&queue.server)).unwrap_or_default();
@@ -149,7 +149,8 @@ fn watch_ends(config: &Config, metrics: &Arc<Metrics>, reloader: &mut Reloader) 
     for (r#use, (cert, ca)) in links {
         for (which, file) in [("leaf", cert), ("ca", ca)] {
             if let Some(file) = file {
-                reloader.add(&certificate::watch(r#use, which, file, metrics.clone())?);
+                let failed = |cause| StartError::Security { section: r#use, cause };
+                reloader.add(&certificate::watch(r#use, which, file, metrics.clone()).map_err(failed)?);
             }
         }
     }
