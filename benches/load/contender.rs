@@ -127,6 +127,7 @@ fn answer() -> pb::QueryRouteResp {
         bound_at_ms: 1_800_000_000_000,
         route_key: "user:route:123456:1800000000000000".to_owned(),
         state: pb::RouteState::Live.into(),
+        idle: false,
     };
     pb::QueryRouteResp {
         result: Some(pb::Result { code: pb::Code::Ok.into(), msg: String::new() }),
@@ -138,5 +139,7 @@ fn answer() -> pb::QueryRouteResp {
         last_seen_ms: 1_800_000_000_000,
         source: pb::Source::Local.into(),
         age_ms: 1_000,
+        status_text: String::new(),
+        status_since_ms: 1_800_000_000_000,
     }
 }

@@ -205,7 +205,7 @@ impl Stream {
             Some(Up::Bind(_)) => (Frame::Bind, "bind"),
             Some(Up::Unbind(_)) => (Frame::Unbind, "unbind"),
             Some(Up::Ack(_)) => (Frame::Ack, "ack"),
-            None => {
+            Some(Up::Watch(_) | Up::Status(_)) | None => {
                 return Err(Status::invalid_argument(format!("frame {seq}: it is empty, or of a kind this node does not know")));
             }
         };
@@ -217,7 +217,7 @@ impl Stream {
             Some(Up::Bind(bind)) => self.bind(seq, &bind).map_err(|why| illegal(&why)),
             Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
             Some(Up::Ack(ack)) => self.ack(&ack).map_err(|why| illegal(&why)),
-            None => Ok(()),
+            Some(Up::Watch(_) | Up::Status(_)) | None => Ok(()),
         }
     }
 

@@ -252,6 +252,7 @@ pub fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
         bound_at_ms: route.bound_at.0,
         route_key: route_key(user, route.bound_version).to_string(),
         state: pb::RouteState::Unspecified.into(),
+        idle: false,
     }
 }
 

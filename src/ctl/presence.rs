@@ -135,6 +135,7 @@ impl Bind {
             gateway_epoch: self.epoch,
             conn_id: self.conn.clone(),
             connected_ms_ago: self.connected_ms_ago,
+            idle: false,
         }
     }
 }

@@ -282,7 +282,7 @@ impl Life {
                 (self.on_event)(Event::Delivery(delivery, Acker { calls, delivery_id, user_id, wanted }));
             }
             Some(Down::Kick(kick)) => self.kick(kick),
-            Some(Down::Drain(_) | Down::Welcome(_)) | None => {}
+            Some(Down::Drain(_) | Down::Welcome(_) | Down::Watched(_) | Down::Status(_)) | None => {}
         }
     }
 
