@@ -196,7 +196,13 @@ impl App {
 
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
-        let for_operators = Admin { gateways: engine.gateways.clone(), lives: engine.lives.clone(), audit: audit.clone() };
+        let for_operators = Admin {
+            gateways: engine.gateways.clone(),
+            lives: engine.lives.clone(),
+            audit: audit.clone(),
+            lanes: engine.lanes.clone(),
+            history: engine.history.clone(),
+        };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());

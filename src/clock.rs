@@ -36,6 +36,8 @@ pub struct Clock {
     slack_until_ms: AtomicI64,
     /// Since when the database has taken a beat each second, on its own clock.
     continuous_since_ms: AtomicI64,
+    /// What it showed when it had been set last, either way.
+    set_at_ms: AtomicI64,
 }
 
 impl Default for Clock {
@@ -48,6 +50,7 @@ impl Default for Clock {
             slack_ms: AtomicI64::new(0),
             slack_until_ms: AtomicI64::new(0),
             continuous_since_ms: AtomicI64::new(i64::MAX),
+            set_at_ms: AtomicI64::new(0),
         }
     }
 }
@@ -69,6 +72,7 @@ impl Clock {
             *anchor = Some((now, asked));
         }
         if is_step {
+            self.set_at_ms.store(now.0, Ordering::Relaxed);
             self.stepped.set(answered);
         }
         is_step.then_some(step)
@@ -78,6 +82,12 @@ impl Clock {
     pub fn learn_step(&self, ms: i64, at: Timestamp, longest: Duration) {
         self.slack_ms.store(ms, Ordering::Relaxed);
         self.slack_until_ms.store(at.plus(longest).0, Ordering::Relaxed);
+        self.set_at_ms.fetch_max(at.0, Ordering::Relaxed);
+    }
+
+    /// When the clock was set last, by what it said then: of what began before, nobody knows how long it took.
+    pub fn set_at(&self) -> Timestamp {
+        Timestamp(self.set_at_ms.load(Ordering::Relaxed))
     }
 
     /// What ends by then is over.

@@ -7,6 +7,7 @@
 mod database;
 mod forms;
 mod load;
+mod presence;
 mod rules;
 mod schema;
 mod secret;
@@ -28,6 +29,9 @@ use forms::or_empty;
 use forms::seconds;
 pub use load::ConfigError;
 pub use load::Problem;
+pub use presence::History;
+pub use presence::Status;
+pub use presence::Watch;
 pub use rules::UNNAMED;
 pub use secret::Secret;
 pub use secret::Url;
@@ -56,6 +60,9 @@ pub struct Config {
     pub route: Route,
     pub gateway: Gateway,
     pub delivery: Delivery,
+    pub status: Status,
+    pub watch: Watch,
+    pub history: History,
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,

@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod per_thread;
+mod presence;
 mod security;
 
 use std::collections::HashSet;
@@ -22,6 +23,7 @@ use prometheus_client::registry::Registry;
 
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
+use crate::metrics::presence::PresenceMetrics;
 use crate::metrics::security::SecurityMetrics;
 
 /// One label with a fixed set of values.
@@ -49,6 +51,7 @@ label!(ByStage, stage);
 label!(ByTls, tls);
 label!(ByMode, mode);
 label!(ByRole, role);
+label!(ByShown, shown);
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ByGateway {
@@ -111,6 +114,7 @@ pub struct Metrics {
     pub fenced: Family<ByWhat, Counter>,
     connections: Family<ByTls, Gauge>,
     pub security: SecurityMetrics,
+    pub presence: PresenceMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -174,6 +178,7 @@ impl Metrics {
             fenced: r.family("fenced", "refused because the gateway's life was over, by what it was"),
             connections: r.gauges("connections", "client connections, with TLS or without"),
             security: SecurityMetrics::register(&mut r),
+            presence: PresenceMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),

@@ -8,6 +8,7 @@ use tonic::codegen::http::Extensions;
 use tonic::codegen::http::HeaderMap;
 
 use crate::api::status::status;
+use crate::domain::caller::GatewayPatterns;
 use crate::domain::caller::Role;
 use crate::domain::id::GatewayAddr;
 use crate::error::Error;
@@ -47,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 28] = [
+pub static RULES: [Rule; 33] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -55,6 +56,10 @@ pub static RULES: [Rule; 28] = [
     rule("/mpim.PresenceService/BindRoute", GATEWAY | OPERATOR),
     rule("/mpim.PresenceService/BatchBindRoute", GATEWAY | OPERATOR),
     unlimited("/mpim.PresenceService/UnbindRoute", GATEWAY | OPERATOR),
+    rule("/mpim.PresenceService/SetStatus", GATEWAY | SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/Watch", GATEWAY | SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/GetStatusHistory", SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/GetOnlineTime", SERVICE | VIEWER | OPERATOR),
     unlimited("/mpim.GatewayService/Heartbeat", GATEWAY),
     unlimited("/mpim.GatewayService/AckDelivery", GATEWAY),
     unlimited("/mpim.GatewayService/RegisterGateway", GATEWAY),
@@ -67,6 +72,7 @@ pub static RULES: [Rule; 28] = [
     unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
+    unlimited("/mpim.AdminService/ForgetUser", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),
@@ -86,6 +92,7 @@ pub struct Access {
     pub audit: Audit,
     pub metrics: Arc<Metrics>,
     pub gateway_may_deliver: bool,
+    pub gateway_may_watch_any: bool,
     pub metrics_are_open: bool,
 }
 
@@ -192,6 +199,11 @@ impl Admission {
         self.identity.caller.role == Role::Gateway
     }
 
+    /// For which gateways the users have to be bound whom the caller watches. None: it may watch anybody.
+    pub fn watches_only(&self) -> Option<Arc<GatewayPatterns>> {
+        (self.is_gateway() && !self.access.gateway_may_watch_any).then(|| self.identity.caller.gateways.clone())
+    }
+
     /// One more call, as those that come by themselves.
     ///
     /// # Errors
@@ -248,6 +260,17 @@ pub fn note_operator<T>(extensions: &Extensions, target: impl FnOnce() -> String
 pub fn actor(extensions: &Extensions) -> Entry {
     let from = || extensions.get::<Arc<Peer>>().map(|peer| peer.addr.to_string()).unwrap_or_default();
     Admission::of(extensions).map_or_else(|| Entry { from_addr: from(), ..Entry::default() }, Admission::actor)
+}
+
+/// What changes something is for operators; viewers only see what it would do.
+///
+/// # Errors
+/// The caller is no operator.
+pub fn check_operator(extensions: &Extensions) -> Result<(), Status> {
+    match Admission::of(extensions) {
+        Some(admission) if admission.identity.caller.role != Role::Operator => Err(admission.denied("only with dry_run")),
+        _ => Ok(()),
+    }
 }
 
 /// The same for a call with a body that names a gateway; without [auth] anybody speaks for any.

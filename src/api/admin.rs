@@ -11,13 +11,17 @@ use tonic::Status;
 use crate::api::access;
 use crate::api::convert;
 use crate::api::status::status;
+use crate::domain::event::Outcome;
 use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::registry::Registry;
+use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
+use crate::engine::write::change::Change;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
@@ -36,6 +40,8 @@ pub struct Admin {
     pub gateways: Arc<Registry>,
     pub lives: Arc<Lives>,
     pub audit: Audit,
+    pub lanes: Arc<Lanes>,
+    pub history: Arc<History>,
 }
 
 #[tonic::async_trait]
@@ -82,6 +88,24 @@ impl AdminService for Admin {
         self.note(Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor }, &held);
         held.map_err(|error| status(&error))?;
         Ok(Response::new(pb::HoldGatewaysResp { result: convert::result(pb::Code::Ok, "") }))
+    }
+
+    async fn forget_user(&self, request: Request<pb::ForgetUserReq>) -> Result<Response<pb::ForgetUserResp>, Status> {
+        let user = convert::user_id(request.get_ref().user_id).map_err(|error| status(&error))?;
+        if request.get_ref().dry_run {
+            let rows = self.history.count_rows(user).await.map_err(|error| status(&error))?;
+            return Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }));
+        }
+        access::check_operator(request.extensions())?;
+        let forgotten = match self.lanes.submit(user, Change::Forget).await {
+            Ok(Outcome::Forgotten { rows, .. }) => Ok(rows),
+            Ok(_) => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
+            Err(error) => Err(error),
+        };
+        let target = format!("user {user}");
+        self.note(Entry { action: "ForgetUser".to_owned(), target, ..access::actor(request.extensions()) }, &forgotten);
+        let rows = forgotten.map_err(|error| status(&error))?;
+        Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
     }
 }
 

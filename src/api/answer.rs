@@ -44,6 +44,8 @@ pub fn about_one(user: UserId, answer: &Answer) -> Vec<u8> {
     wire.signed(7, answer.last_seen().0);
     wire.number(8, code(convert::source_to_pb(answer.source)));
     wire.number(9, convert::millis(answer.age).into());
+    wire.text(10, answer.text(shown));
+    wire.signed(11, answer.status_since(shown).0);
     wire.0
 }
 
@@ -73,7 +75,7 @@ pub fn about_many(users: &[UserId], answers: &[Result<Answer, Error>], with_rout
 /// The live route that was bound last, and what others are shown.
 fn standing(answer: &Answer) -> (Option<LiveRoute<'_>>, Status) {
     let newest = answer.newest();
-    let shown = answer.status(newest.is_some());
+    let shown = answer.status();
     (newest, shown)
 }
 
@@ -91,6 +93,8 @@ impl Wire {
                 wire.routes(user, answer);
             }
             wire.number(6, code(if newest.is_some() { pb::Code::Ok } else { pb::Code::NotFound }));
+            wire.signed(7, answer.last_seen().0);
+            wire.text(8, answer.text(shown));
         });
     }
 
@@ -130,6 +134,7 @@ impl Wire {
         self.signed(8, route.bound_at.0);
         self.printed(9, convert::route_key(user, route.bound_version));
         self.number(10, code(convert::state_to_pb(live)));
+        self.number(11, route.idle.into());
     }
 
     fn number(&mut self, tag: u32, value: u64) {
@@ -221,6 +226,7 @@ mod tests {
             bound_version: Version(u64::MAX),
             bound_at: Timestamp(-1),
             expires_at: None,
+            idle: true,
         };
         let mut wire = Wire(Vec::new());
         let user = UserId::parse(i64::MAX).expect("an id");

@@ -14,18 +14,22 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::Status;
 use tonic::Streaming;
 
-use crate::api::access::Admission;
 use crate::api::binder::Binder;
 use crate::api::convert;
+use crate::api::credential::Credential;
+use crate::api::credential::revoked;
 use crate::api::status::status;
+use crate::api::statuses;
+use crate::api::watch;
+use crate::api::watch::WatchContext;
 use crate::domain::caller::GatewayPatterns;
+use crate::domain::event::SetStatus;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::session::Frame;
@@ -40,13 +44,16 @@ use crate::engine::messages::streams::Attached;
 use crate::engine::messages::streams::HeldBytes;
 use crate::engine::messages::streams::Order;
 use crate::engine::messages::streams::Queued;
+use crate::engine::presence::statuses::Statuses;
+use crate::engine::presence::watches::Told;
+use crate::engine::presence::watches::Watch;
+use crate::engine::presence::watches::Watches;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::gateway_frame::Body as Up;
 use crate::pb::node_frame::Body as Down;
-use crate::security::allowance::StreamSlot;
 
 /// Frames that wait for the transport; more only when the gateway reads.
 pub const OUTGOING: usize = 64;
@@ -58,8 +65,6 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The same, as it is told.
 const DRAIN_DEADLINE_MS: u32 = 1_000;
-/// The wall clock, by which credentials end, is looked at again after this.
-const LONGEST_SLEEP: Duration = Duration::from_secs(5);
 
 /// What goes to the transport, with the room in the stream's queue that it takes until then.
 pub type Written = (Result<pb::NodeFrame, Status>, Option<HeldBytes>);
@@ -73,24 +78,11 @@ pub struct StreamContext {
     pub acks: Arc<Acks>,
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
+    pub statuses: Arc<Statuses>,
+    pub watches: Arc<Watches>,
+    pub watching: Arc<WatchContext>,
     /// This node stops: streams end, leases stay.
     pub draining: CancellationToken,
-}
-
-/// On what a stream rests, if callers are asked who they are.
-pub struct Credential {
-    admission: Admission,
-    _slot: StreamSlot,
-}
-
-impl Credential {
-    /// # Errors
-    /// The caller has as many streams as it may.
-    pub fn new(admission: &Admission) -> Result<Self, Error> {
-        let slot = admission.identity.allowance.open_stream();
-        let slot = slot.ok_or_else(|| Error::overloaded("this caller has as many streams as it may (limits.streams)"))?;
-        Ok(Self { admission: admission.clone(), _slot: slot })
-    }
 }
 
 /// One gateway's stream.
@@ -101,6 +93,10 @@ pub struct Stream {
     /// For whom it acknowledges, once it is attached.
     speaker: Option<Arc<GatewayPatterns>>,
     attached: Option<Attached>,
+    /// What its clients want to know of others. None: nobody has asked.
+    watch: Option<Watch>,
+    /// Frames that asked for that, in the order in which they are answered.
+    watching: VecDeque<u64>,
     /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
@@ -110,7 +106,8 @@ pub struct Stream {
 impl Stream {
     pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        Self { tools, credential, session, speaker: None, attached: None, in_flight, answers, out }
+        let (watch, watching) = (None, VecDeque::new());
+        Self { tools, credential, session, speaker: None, attached: None, watch, watching, in_flight, answers, out }
     }
 
     /// Serves the gateway until one of both ends it.
@@ -131,10 +128,11 @@ impl Stream {
         let (tools, out) = (self.tools.clone(), self.out.clone());
         let hello_by = Instant::now() + HELLO_LIMIT;
         let mut drain_until: Option<Instant> = None;
-        let admission = self.credential.as_ref().map(|credential| credential.admission.clone());
+        let admission = self.credential.as_ref().map(|credential| credential.admission().clone());
         let mut revoked = pin!(revoked(admission));
         loop {
-            let may_read = self.in_flight.len() + self.answers.len() < MAX_IN_FLIGHT;
+            let takes_more = self.watch.as_ref().is_none_or(Watch::takes_more);
+            let may_read = takes_more && self.in_flight.len() + self.answers.len() < MAX_IN_FLIGHT;
             let is_attached = self.attached.is_some();
             let replaced = self.attached.as_ref().map(|attached| attached.replaced.clone()).unwrap_or_default();
             tokio::select! {
@@ -169,8 +167,12 @@ impl Stream {
                     Some(Err(status)) => return (End::Theirs, Some(unreadable(status))),
                     None => return (End::Theirs, None),
                 },
-                order = next_order(&out, self.attached.as_mut()), if is_attached => match order {
-                    Some((permit, (order, place))) => permit.send((Ok(frame(0, told(order))), Some(place))),
+                order = next_order(&out, self.attached.as_mut(), self.watch.as_ref()), if is_attached => match order {
+                    Some((permit, ToGateway::Order((order, place)))) => permit.send((Ok(frame(0, told(order))), Some(place))),
+                    Some((permit, ToGateway::Told(told))) => {
+                        let seq = if let Told::Done(_) = told { self.watching.pop_front().unwrap_or(0) } else { 0 };
+                        permit.send((Ok(frame(seq, Down::Watched(tools.watching.told(told)))), None));
+                    }
                     None => return (End::Theirs, None),
                 },
             }
@@ -205,7 +207,9 @@ impl Stream {
             Some(Up::Bind(_)) => (Frame::Bind, "bind"),
             Some(Up::Unbind(_)) => (Frame::Unbind, "unbind"),
             Some(Up::Ack(_)) => (Frame::Ack, "ack"),
-            Some(Up::Watch(_) | Up::Status(_)) | None => {
+            Some(Up::Watch(_)) => (Frame::Watch, "watch"),
+            Some(Up::Status(_)) => (Frame::Status, "status"),
+            None => {
                 return Err(Status::invalid_argument(format!("frame {seq}: it is empty, or of a kind this node does not know")));
             }
         };
@@ -217,7 +221,9 @@ impl Stream {
             Some(Up::Bind(bind)) => self.bind(seq, &bind).map_err(|why| illegal(&why)),
             Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
             Some(Up::Ack(ack)) => self.ack(&ack).map_err(|why| illegal(&why)),
-            Some(Up::Watch(_) | Up::Status(_)) | None => Ok(()),
+            Some(Up::Watch(wanted)) => self.watch(seq, &wanted).await.map_err(|why| illegal(&why)),
+            Some(Up::Status(set)) => self.status(seq, &set).map_err(|why| illegal(&why)),
+            None => Ok(()),
         }
     }
 
@@ -229,7 +235,7 @@ impl Stream {
         let (profile, epoch) = convert::registration(hello).map_err(refused)?;
         let gateway = profile.gateway.clone();
         if let Some(credential) = &self.credential {
-            credential.admission.check_gateway(&gateway)?;
+            credential.admission().check_gateway(&gateway)?;
         }
         let welcome = match self.tools.attaching.attach(profile, epoch).await.map_err(refused)? {
             Ok((life, attached)) => {
@@ -265,7 +271,7 @@ impl Stream {
     fn bind(&mut self, seq: u64, bind: &pb::BindRouteReq) -> Result<(), String> {
         let (gateway, epoch) = self.speaks_for(&bind.gateway_addr, bind.gateway_epoch)?;
         let (user, bind) = convert::bind_on(gateway.clone(), Some(epoch), bind).map_err(|error| error.to_string())?;
-        let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission.take_call());
+        let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission().take_call());
         let binder = self.tools.binder.clone();
         let begun = taken.and_then(|()| binder.begin(user, Change::Bind(bind)));
         self.answer(seq, async move { Down::Bound(binder.finish_bind(user, begun).await) });
@@ -287,6 +293,37 @@ impl Stream {
         Ok(())
     }
 
+    async fn watch(&mut self, seq: u64, request: &pb::WatchReq) -> Result<(), String> {
+        let wanted = watch::wanted(request).map_err(|error| error.to_string())?;
+        let watch = match self.watch.take().map_or_else(|| self.tools.watches.open(), Ok) {
+            Ok(watch) => self.watch.insert(watch),
+            Err(error) => {
+                let refused = watch::refused(request.seq, error.to_string());
+                self.answers.push_back(frame(seq, Down::Watched(refused)));
+                return Ok(());
+            }
+        };
+        self.watching.push_back(seq);
+        let caller = self.credential.as_ref().map(Credential::admission);
+        self.tools.watching.change(watch, caller, wanted).await;
+        Ok(())
+    }
+
+    fn status(&mut self, seq: u64, set: &pb::SetStatusReq) -> Result<(), String> {
+        let statuses = self.tools.statuses.clone();
+        let (user, set) = statuses::set_status(set, statuses.max_text_bytes).map_err(|error| error.to_string())?;
+        let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission().take_call());
+        let begun = taken.and_then(|()| statuses.begin(user, SetStatus { by: self.speaker.clone(), ..set }));
+        self.answer(seq, async move {
+            let outcome = match begun {
+                Ok(begun) => statuses.finish(begun).await,
+                Err(error) => Err(error),
+            };
+            Down::Status(statuses::status_set_or_code(outcome))
+        });
+        Ok(())
+    }
+
     fn speaks_for(&self, addr: &str, claimed: u64) -> Result<(&GatewayAddr, Epoch), String> {
         self.session.speaks_for(addr, claimed).map_err(|illegal| illegal.to_string())
     }
@@ -297,27 +334,30 @@ impl Stream {
     }
 }
 
-/// Waits until the credential is not valid any more: what it rests on was read again, or its time is over.
-async fn revoked(admission: Option<Admission>) {
-    let Some(Admission { access, identity, .. }) = admission else { return std::future::pending().await };
-    let mut changes = access.callers.changes();
-    while access.callers.still_knows(&identity) {
-        let ended = async {
-            while let Some(left) = identity.expires_in().filter(|left| !left.is_zero()) {
-                sleep(left.min(LONGEST_SLEEP)).await;
-            }
-        };
-        tokio::select! {
-            _ = changes.changed() => {}
-            () = ended, if identity.expires_in().is_some() => return,
-        }
-    }
+/// What comes to a gateway by itself.
+enum ToGateway {
+    Order(Queued),
+    Told(Told),
 }
 
-/// The next order, once it may be sent. None: the gateway is gone.
-async fn next_order<'a>(out: &'a Outgoing, attached: Option<&mut Attached>) -> Option<(mpsc::Permit<'a, Written>, Queued)> {
+/// The next of it, once it may be sent: orders and what clients watch in turn. None: the gateway is gone.
+async fn next_order<'a>(
+    out: &'a Outgoing,
+    attached: Option<&mut Attached>,
+    watch: Option<&Watch>,
+) -> Option<(mpsc::Permit<'a, Written>, ToGateway)> {
     let (permit, attached) = (out.reserve().await.ok()?, attached?);
-    Some((permit, attached.next().await?))
+    let told = async {
+        match watch {
+            Some(watch) => watch.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    let next = tokio::select! {
+        order = attached.next() => ToGateway::Order(order?),
+        told = told => ToGateway::Told(told),
+    };
+    Some((permit, next))
 }
 
 /// What a gateway is told of a frame that cannot be read. If it is gone, nobody hears it.

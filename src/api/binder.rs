@@ -7,9 +7,9 @@ use crate::api::convert;
 use crate::api::status::item_code;
 use crate::domain::id::UserId;
 use crate::domain::policy::Reason;
-use crate::domain::user::Bind;
-use crate::domain::user::Outcome;
-use crate::domain::user::Unbind;
+use crate::domain::event::Bind;
+use crate::domain::event::Outcome;
+use crate::domain::event::Unbind;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Begun;
@@ -91,7 +91,7 @@ impl Binder {
             }
             Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
             Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
-            Outcome::Unbound { .. } | Outcome::NotBound { .. } | Outcome::Swept { .. } | Outcome::Inbox(_) => {
+            _ => {
                 not_bound_now(&Error::internal("a bind had the outcome of another change"))
             }
         }
@@ -154,5 +154,6 @@ fn reason_label(reason: Reason) -> &'static str {
         Reason::Replaced => "replaced",
         Reason::DeviceLimit => "device_limit",
         Reason::PlatformLimit => "platform_limit",
+        Reason::Operator => "operator",
     }
 }

@@ -26,8 +26,8 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
-use crate::domain::user::Bind;
-use crate::domain::user::Unbind;
+use crate::domain::event::Bind;
+use crate::domain::event::Unbind;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::StoredMessage;
@@ -87,6 +87,7 @@ pub fn bind_on(gateway: GatewayAddr, epoch: Option<Epoch>, request: &pb::BindRou
         client_ip: client_ip(&request.client_ip)?,
         client_port: client_port(request.client_port)?,
         connected_ago: (request.connected_ms_ago > 0).then(|| Duration::from_millis(request.connected_ms_ago.into())),
+        idle: request.idle,
     };
     Ok((user_id(request.user_id)?, bind))
 }
@@ -252,7 +253,7 @@ pub fn route(user: UserId, route: &Route, gateway_addr: String) -> pb::Route {
         bound_at_ms: route.bound_at.0,
         route_key: route_key(user, route.bound_version).to_string(),
         state: pb::RouteState::Unspecified.into(),
-        idle: false,
+        idle: route.idle,
     }
 }
 

@@ -16,11 +16,11 @@ use tonic::codegen::http::Extensions;
 
 use crate::api::access;
 use crate::api::access::Admission;
-use crate::api::attach::Credential;
 use crate::api::attach::OUTGOING;
 use crate::api::attach::Stream;
 use crate::api::attach::StreamContext;
 use crate::api::convert;
+use crate::api::credential::Credential;
 use crate::api::status::status;
 use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;

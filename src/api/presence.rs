@@ -1,20 +1,34 @@
-//! `PresenceService`: bind, unbind, deliver. What is asked by the hundred thousand is answered in `queries`.
+//! `PresenceService`: bind, unbind, deliver, status, watch. What is asked by the hundred thousand is answered in `queries`.
 
 use std::sync::Arc;
 
 use prost::Message;
 use tonic::Request;
 use tonic::Response;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::task::TaskTracker;
 use tonic::Status;
+use tonic::Streaming;
+use tonic::codegen::BoxStream;
 
 use crate::api::access;
 use crate::api::access::Admission;
 use crate::api::binder::Binder;
 use crate::api::binder::not_bound_now;
 use crate::api::convert;
+use crate::api::credential::Credential;
 use crate::api::delivery;
 use crate::api::status::status;
+use crate::api::statuses;
+use crate::api::watch;
+use crate::api::watch::WatchCall;
+use crate::api::watch::WatchContext;
+use crate::domain::event::Outcome;
 use crate::engine::messages::delivery::Deliveries;
+use crate::engine::presence::history::History;
+use crate::engine::presence::statuses::Statuses;
+use crate::engine::presence::watches::Watches;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;
@@ -23,6 +37,12 @@ pub struct Presence {
     pub binder: Arc<Binder>,
     pub deliveries: Arc<Deliveries>,
     pub max_message_bytes: usize,
+    pub statuses: Arc<Statuses>,
+    pub history: Arc<History>,
+    pub watches: Arc<Watches>,
+    pub watching: Arc<WatchContext>,
+    /// Owns the watches; they end when the node drains.
+    pub attached: TaskTracker,
 }
 
 #[tonic::async_trait]
@@ -87,6 +107,49 @@ impl PresenceService for Presence {
             answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
         leave_kicked_out(&mut results);
         Ok(Response::new(pb::BatchBindRouteResp { results }))
+    }
+
+    async fn set_status(&self, request: Request<pb::SetStatusReq>) -> Result<Response<pb::SetStatusResp>, Status> {
+        let set = statuses::set_status(request.get_ref(), self.statuses.max_text_bytes);
+        let (user, mut set) = set.map_err(|error| status(&error))?;
+        let gateway = Admission::of(request.extensions()).filter(|admission| admission.is_gateway());
+        set.by = gateway.map(|admission| admission.identity.caller.gateways.clone());
+        let outcome = match self.statuses.begin(user, set) {
+            Ok(begun) => self.statuses.finish(begun).await,
+            Err(error) => Err(error),
+        };
+        if let (Ok(Outcome::NotTheirs), Some(admission)) = (&outcome, gateway) {
+            return Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for")));
+        }
+        let answer = statuses::status_set(outcome).map(Response::new).map_err(|error| status(&error));
+        access::note_operator(request.extensions(), || format!("user {user}"), &answer);
+        answer
+    }
+
+    async fn get_status_history(
+        &self,
+        request: Request<pb::GetStatusHistoryReq>,
+    ) -> Result<Response<pb::GetStatusHistoryResp>, Status> {
+        let page = statuses::log_page(request.get_ref()).map_err(|error| status(&error))?;
+        let log = self.history.log(page).await.map_err(|error| status(&error))?;
+        Ok(Response::new(statuses::log(log)))
+    }
+
+    async fn get_online_time(&self, request: Request<pb::GetOnlineTimeReq>) -> Result<Response<pb::GetOnlineTimeResp>, Status> {
+        let request = request.get_ref();
+        let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
+        let days = statuses::days(request, self.history.today()).map_err(|error| status(&error))?;
+        let time = self.history.online_time(user, days, request.include_hidden).await.map_err(|error| status(&error))?;
+        Ok(Response::new(statuses::online_time(time, request.include_hidden)))
+    }
+
+    async fn watch(&self, request: Request<Streaming<pb::WatchReq>>) -> Result<Response<BoxStream<pb::WatchResp>>, Status> {
+        let credential = Admission::of(request.extensions()).map(Credential::new).transpose().map_err(|error| status(&error))?;
+        let watch = self.watches.open().map_err(|error| status(&error))?;
+        let (out, told) = mpsc::channel(watch::OUTGOING);
+        let call = WatchCall { tools: self.watching.clone(), watch, credential, out };
+        self.attached.spawn(call.run(request.into_inner()));
+        Ok(Response::new(Box::pin(ReceiverStream::new(told))))
     }
 }
 

@@ -15,6 +15,7 @@ use crate::api::gateway::Leases;
 use crate::api::node::Node;
 use crate::api::presence::Presence;
 use crate::api::queries::Queries;
+use crate::api::watch::WatchContext;
 use crate::app::StartError;
 use crate::app::neighbours;
 use crate::app::serve::Services;
@@ -36,8 +37,15 @@ use crate::engine::messages::outlets::Outlets;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Streams;
+use crate::engine::presence::history::History;
+use crate::engine::presence::pruning::Pruning;
+use crate::engine::presence::status_ends::StatusEnds;
+use crate::engine::presence::statuses::Statuses;
+use crate::engine::presence::teller::Teller;
+use crate::engine::presence::watches::Watches;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::directory::Directory;
+use crate::engine::read::feed::Feed;
 use crate::engine::read::hints::Hints;
 use crate::engine::read::l2::L2;
 use crate::engine::read::l2::L2Check;
@@ -85,6 +93,9 @@ pub struct Daemon {
     pub hints: Option<Arc<Hints>>,
     pub directory: Arc<Directory>,
     pub deliveries: Arc<Deliveries>,
+    pub statuses: Arc<Statuses>,
+    pub history: Arc<History>,
+    pub watches: Arc<Watches>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -96,6 +107,7 @@ struct Foundation<'a> {
     memory: Arc<Memory>,
     lives: Arc<Lives>,
     cache: Arc<Cache>,
+    feed: Arc<Feed>,
     bus: Option<Arc<Bus>>,
     l2: Option<Arc<L2>>,
     hints: Option<Arc<Hints>>,
@@ -134,6 +146,7 @@ impl Daemon {
             settings::delivery(config),
         );
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
+        let (statuses, history, watches) = base.presence(&directory, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
@@ -156,6 +169,9 @@ impl Daemon {
             hints,
             directory,
             deliveries,
+            statuses,
+            history,
+            watches,
         })
     }
 
@@ -163,6 +179,9 @@ impl Daemon {
     pub fn services(&self, config: &Config, draining: &CancellationToken, attached: &TaskTracker) -> Services<Presence> {
         let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
         let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
+        let watching =
+            Arc::new(WatchContext { directory: self.directory.clone(), lives: lives.clone(), draining: draining.clone() });
+        let (statuses, watches, history) = (self.statuses.clone(), self.watches.clone(), self.history.clone());
         let stream_tools = Arc::new(attach::StreamContext {
             attaching: self.attaching.clone(),
             heartbeats: self.heartbeats.clone(),
@@ -170,6 +189,9 @@ impl Daemon {
             acks: self.acks.clone(),
             peers: self.peers.clone(),
             lives: lives.clone(),
+            statuses: statuses.clone(),
+            watches: watches.clone(),
+            watching: watching.clone(),
             draining: draining.clone(),
         });
         let (directory, deliveries) = (self.directory.clone(), self.deliveries.clone());
@@ -186,7 +208,16 @@ impl Daemon {
         };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         Services {
-            presence: Presence { binder, deliveries, max_message_bytes },
+            presence: Presence {
+                binder,
+                deliveries,
+                max_message_bytes,
+                statuses,
+                history,
+                watches,
+                watching,
+                attached: attached.clone(),
+            },
             more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
         }
     }
@@ -218,8 +249,9 @@ impl<'a> Foundation<'a> {
         let (bus, shared) = redis(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&own, &*database.store_id);
-        let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), metrics.clone()));
-        Ok(Self { config, own, database, metrics, memory, lives, cache, bus, l2, hints, tasks, stop })
+        let feed = Arc::<Feed>::default();
+        let hints = bus.clone().map(|bus| Hints::new(bus, ids, cache.clone(), lives.clone(), feed.clone(), metrics.clone()));
+        Ok(Self { config, own, database, metrics, memory, lives, cache, feed, bus, l2, hints, tasks, stop })
     }
 
     fn spawn(&mut self, task: impl Future<Output = ()> + Send + 'static) {
@@ -293,6 +325,7 @@ impl<'a> Foundation<'a> {
             database: self.database.clone(),
             cache: self.cache.clone(),
             lives: self.lives.clone(),
+            feed: self.feed.clone(),
             metrics: self.metrics.clone(),
             publisher,
             inboxes: inbox_queue.clone(),
@@ -322,6 +355,24 @@ impl<'a> Foundation<'a> {
         let warm_up = WarmUp::new(database, directory.clone(), self.config.route.l1_capacity);
         self.spawn(warm_up.run(self.stop.clone()));
         directory
+    }
+
+    fn presence(&mut self, directory: &Arc<Directory>, lanes: &Arc<Lanes>) -> (Arc<Statuses>, Arc<History>, Arc<Watches>) {
+        let (config, database, lives, metrics) =
+            (self.config, self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let pace = (config.status.rate, config.status.burst);
+        let statuses = Statuses::new(lanes.clone(), pace, config.status.text_bytes, metrics.clone());
+        let history = History::new(database.clone(), directory.clone(), lives.clone());
+        let watches = Watches::new(settings::watches(config), self.feed.clone(), lives.clone(), metrics);
+        let teller = Teller::new(watches.clone(), directory.clone(), self.cache.clone());
+        self.spawn(teller.run(self.stop.clone()));
+        let claimant = self.own.incarnation.clone();
+        let ends = StatusEnds::new(database.clone(), lanes.clone(), lives.clone(), &claimant);
+        self.spawn(upkeep::keep_ending_statuses(ends, self.stop.clone()));
+        let keep = Duration::from_secs(86_400) * config.history.keep_days;
+        let pruning = Pruning::new(database, lives, &claimant, keep, config.history.keep_rows.into());
+        self.spawn(upkeep::keep_pruning(pruning, self.stop.clone()));
+        (Arc::new(statuses), Arc::new(history), watches)
     }
 
     fn inboxes(

@@ -185,6 +185,7 @@ fn access(
         audit: audit.clone(),
         metrics: metrics.clone(),
         gateway_may_deliver: auth.gateway_may_deliver,
+        gateway_may_watch_any: auth.gateway_may_watch_any,
         metrics_are_open: auth.metrics == WhoReadsMetrics::Open,
     })))
 }

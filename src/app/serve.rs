@@ -43,7 +43,7 @@ const OURS: &str = "/mpim.";
 const PRESENCE: &str = "/mpim.PresenceService/";
 const NODES: &str = "/mpim.NodeService/";
 /// Our calls with more than one message.
-const STREAMS: [&str; 1] = ["/mpim.GatewayService/Attach"];
+const STREAMS: [&str; 2] = ["/mpim.GatewayService/Attach", "/mpim.PresenceService/Watch"];
 /// Largest message to a service that is not ours: health and reflection are asked for names.
 const MAX_FOREIGN_BYTES: usize = 16 * 1024;
 /// What a call takes beside its message and its answer, roughly.
@@ -131,8 +131,12 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
             (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
             _ if !request.uri().path().starts_with(OURS) => served.call_foreign(request),
             _ if is_stream(request.uri().path()) => {
+                let is_presence = request.uri().path().starts_with(PRESENCE);
                 let request = request.map(|body| Body::new(Arriving::stream(body, &served.memory)));
-                Box::pin(served.others.clone().call(request))
+                match is_presence {
+                    true => served.presence.clone().call(request),
+                    false => Box::pin(served.others.clone().call(request)),
+                }
             }
             _ => served.call_counted(request),
         }

@@ -7,12 +7,15 @@ use crate::config::Config;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
+use crate::config::Watch;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
+use crate::engine::presence::watches;
+use crate::engine::presence::watches::Damping;
 use crate::engine::read::directory;
 use crate::engine::read::directory::Announcements;
 use crate::engine::read::hints::Hints;
@@ -45,7 +48,15 @@ pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
         route_ttl: config.route.route_ttl,
         heartbeat_interval: config.gateway.heartbeat_interval,
         forget_users_after: Some(config.store.forget_users_after).filter(|after| !after.is_zero()),
+        keeps_history: config.history.enabled,
+        session_gap: config.history.session_gap,
     }
+}
+
+pub fn watches(config: &Config) -> watches::Settings {
+    let Watch { offline_delay, min_interval, max_users_per_stream, max_users, max_streams, resync_rate } = config.watch;
+    let damping = Damping { offline_delay, min_interval };
+    watches::Settings { damping, max_users_per_stream, max_users, max_streams, resync_rate }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

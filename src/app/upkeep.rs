@@ -6,6 +6,7 @@ use tokio::time::MissedTickBehavior;
 use tokio::time::interval;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
+use tracing::debug;
 use tracing::warn;
 
 use crate::engine::gateways::reaper::Reaper;
@@ -14,6 +15,10 @@ use crate::engine::gateways::sweep::SWEEP_INTERVAL;
 use crate::engine::gateways::sweep::Sweep;
 use crate::engine::messages::inbox::Inboxes;
 use crate::engine::messages::inbox::LOOK_INTERVAL;
+use crate::engine::presence::pruning::PRUNE_INTERVAL;
+use crate::engine::presence::pruning::Pruning;
+use crate::engine::presence::status_ends;
+use crate::engine::presence::status_ends::StatusEnds;
 use crate::engine::write::repair::REPAIR_INTERVAL;
 use crate::engine::write::repair::Repair;
 use crate::engine::write::repair::log_repair;
@@ -48,6 +53,28 @@ pub async fn keep_looking(inboxes: Arc<Inboxes>, stop: CancellationToken) {
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Some(Err(error)) = stop.run_until_cancelled(inboxes.look()).await {
             warn!(%error, "looking for stored messages failed; next try in {LOOK_INTERVAL:?}");
+        }
+    }
+}
+
+pub async fn keep_ending_statuses(mut ends: StatusEnds, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(status_ends::LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(ends.step()).await {
+            debug!(%error, "statuses whose time is over cannot be ended yet");
+        }
+    }
+}
+
+pub async fn keep_pruning(mut pruning: Pruning, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(PRUNE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(pruning.step()).await {
+            warn!(%error, "old history cannot be removed; next try in {PRUNE_INTERVAL:?}");
         }
     }
 }

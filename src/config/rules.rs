@@ -12,6 +12,7 @@ use super::Config;
 use super::Credential;
 use super::Redis;
 use super::Store;
+use crate::domain::status::MAX_TEXT_BYTES;
 use crate::security::san::SanRule;
 
 /// One lost heartbeat, and one that is late, are no death.
@@ -34,6 +35,10 @@ const MAX_DEVICES: u64 = 1000;
 const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
 const MAX_INBOX_MESSAGES: u64 = 1_000_000;
 const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
+const MAX_STATUS_CHANGES: u64 = 1000;
+const MAX_DELAY_MS: u64 = 60_000;
+const MAX_PAIRS: u64 = 100_000_000;
+const MAX_KEPT_ROWS: u64 = 10_000_000;
 const MAX_SQL_CONNECTIONS: u64 = 1000;
 /// Less would not hold what one call of the largest batch needs beside the others.
 const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
@@ -82,6 +87,16 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("delivery", "inbox_max_messages") => 1..=MAX_INBOX_MESSAGES,
         ("delivery", "inbox_max_bytes") => 1..=MAX_INBOX_BYTES,
         ("delivery", "inbox_ttl") => 1..=YEAR_S,
+        ("status", "rate") => 0..=MAX_STATUS_CHANGES,
+        ("status", "burst") => 1..=MAX_STATUS_CHANGES,
+        ("status", "text_bytes") => 0..=MAX_TEXT_BYTES as u64,
+        ("watch", "offline_delay" | "min_interval") => 0..=MAX_DELAY_MS,
+        ("watch", "max_users_per_stream" | "max_users") => 1..=MAX_PAIRS,
+        ("watch", "max_streams") => 1..=MAX_CONNECTIONS,
+        ("watch", "resync_rate") => 100..=MAX_USERS,
+        ("history", "keep_days") => 1..=MAX_KEEP_DAYS,
+        ("history", "keep_rows") => 100..=MAX_KEPT_ROWS,
+        ("history", "session_gap") => 0..=HOUR_S,
         ("store", "connections") => 1..=MAX_SQL_CONNECTIONS,
         ("store", "lanes") => 1..=MAX_LANES,
         ("store", "queue") => QUEUE,

@@ -60,6 +60,7 @@ pub struct Auth {
     pub reflection: bool,
     pub metrics: WhoReadsMetrics,
     pub gateway_may_deliver: bool,
+    pub gateway_may_watch_any: bool,
 }
 
 /// Kinds of credentials, of which the first that applies decides; none: everybody may do everything.

@@ -102,14 +102,20 @@ ascii_id!(
     ConnId, 0, MAX_NAME_BYTES
 );
 
+/// Between a version and the next one. What is shown of a user also changes without a change of the record, when gateways die:
+/// these numbers are for it.
+pub const VERSION_GAP: u64 = 64;
+
 /// The number of a user's newest change. Grows with every committed change and never repeats, not even after the user was
-/// erased and made again, or the database was set back: it is the larger of the former version + 1 and the database's clock
-/// in microseconds. Below 2^53, so scripts and browsers read it exactly. 0: no such user.
+/// erased and made again, or the database was set back: it is the larger of the former version + [`VERSION_GAP`] and the
+/// database's clock in microseconds. Below 2^53, so scripts and browsers read it exactly. 0: no such user.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Version(pub u64);
 
 impl Version {
     pub const NONE: Version = Version(0);
+    /// Greater than any that there is.
+    pub const MAX: Version = Version(1 << 53);
 
     /// Changes made before `time` have smaller versions, as far as the database's clock was right.
     pub fn at(time: Timestamp) -> Self {
@@ -118,7 +124,7 @@ impl Version {
 
     /// The version after this one, at `clock` or later.
     pub fn next(self, clock: Version) -> Version {
-        Version((self.0 + 1).max(clock.0))
+        Version((self.0 + VERSION_GAP).max(clock.0))
     }
 }
 
@@ -208,7 +214,8 @@ mod tests {
     #[test]
     fn a_version_follows_the_clock_but_never_stands_still() {
         assert_eq!(Version(5).next(Version(100)), Version(100));
-        assert_eq!(Version(100).next(Version(100)), Version(101));
-        assert_eq!(Version(100).next(Version(7)), Version(101));
+        assert_eq!(Version(100).next(Version(100)), Version(164));
+        assert_eq!(Version(100).next(Version(7)), Version(164));
+        assert_eq!(Version(100).next(Version(163)), Version(164));
     }
 }

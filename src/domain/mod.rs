@@ -2,7 +2,9 @@
 
 pub mod caller;
 pub mod doubt;
+pub mod event;
 pub mod gateway;
+pub mod history;
 pub mod id;
 pub mod inbox;
 pub mod policy;

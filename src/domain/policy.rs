@@ -20,12 +20,13 @@ pub struct DevicePolicy {
     pub on_overflow: OnOverflow,
 }
 
-/// Why a route was removed by another device's bind.
+/// Why a route was removed by others than its gateway.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     Replaced,
     DeviceLimit,
     PlatformLimit,
+    Operator,
 }
 
 /// Why a bind was refused. Nothing changed.

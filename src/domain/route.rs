@@ -51,6 +51,8 @@ pub struct Route {
     pub bound_at: Timestamp,
     /// Only on unmanaged lives: when the route ends unless it is bound again.
     pub expires_at: Option<Timestamp>,
+    /// Nobody has used the device for a while.
+    pub idle: bool,
 }
 
 /// A list with room for one within the record: most users have one device, and finding it costs no look elsewhere.

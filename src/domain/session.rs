@@ -1,6 +1,6 @@
 //! The protocol of a gateway's stream, pure: which frame may come when.
 //!
-//! | | hello | heartbeat, bind, unbind, ack |
+//! | | hello | heartbeat, bind, unbind, ack, watch, status |
 //! |---|---|---|
 //! | fresh | attaches, or is refused and may be tried again | illegal |
 //! | attached | illegal | legal, for this gateway's own life only |
@@ -17,6 +17,8 @@ pub enum Frame {
     Bind,
     Unbind,
     Ack,
+    Watch,
+    Status,
 }
 
 /// Why a frame ends the stream.
@@ -104,7 +106,7 @@ mod tests {
             assert_eq!(session.end(), None);
             session
         };
-        let others = [Frame::Heartbeat, Frame::Bind, Frame::Unbind, Frame::Ack];
+        let others = [Frame::Heartbeat, Frame::Bind, Frame::Unbind, Frame::Ack, Frame::Watch, Frame::Status];
         for frame in others {
             assert_eq!(Session::Fresh.allows(frame), Err(Illegal::NotAttached), "{frame:?}");
             assert_eq!(attached().allows(frame), Ok(()), "{frame:?}");

@@ -2,6 +2,9 @@
 
 use std::time::Duration;
 
+use time::Date;
+use time::Month;
+
 /// What is later than it can be by more than this was written when the clock was wrong.
 pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
@@ -26,4 +29,40 @@ impl Timestamp {
 
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Of 1970-01-01.
+const FIRST_JULIAN_DAY: i32 = 2_440_588;
+
+/// The day of UTC that is written so, since 1970: `2026-11-26`.
+pub fn parse_day(raw: &str) -> Option<i32> {
+    let mut parts = raw.split('-');
+    let mut part = |digits: usize| parts.next().filter(|part| part.len() == digits)?.parse::<u16>().ok();
+    let (year, month, day) = (part(4)?, part(2)?, part(2)?);
+    let month = Month::try_from(u8::try_from(month).ok()?).ok()?;
+    let date = Date::from_calendar_date(year.into(), month, u8::try_from(day).ok()?).ok()?;
+    parts.next().is_none().then(|| date.to_julian_day() - FIRST_JULIAN_DAY)
+}
+
+/// How a day since 1970 is written.
+pub fn written_day(day: i32) -> String {
+    match Date::from_julian_day(day.saturating_add(FIRST_JULIAN_DAY)) {
+        Ok(date) => format!("{:04}-{:02}-{:02}", date.year(), u8::from(date.month()), date.day()),
+        Err(_) => day.to_string(), // beyond the year 9999
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn days_are_written_as_dates_and_read_again() {
+        for (raw, day) in [("1970-01-01", 0), ("2024-02-29", 19_782), ("2026-11-26", 20_783), ("1969-12-31", -1)] {
+            assert_eq!((parse_day(raw), written_day(day).as_str()), (Some(day), raw));
+        }
+        for raw in ["", "2026-11", "2026-11-26-1", "2026-02-29", "26-11-26", "2026-13-01", "2026-1-1", "+026-11-26", "today"] {
+            assert_eq!(parse_day(raw), None, "{raw}");
+        }
+    }
 }

@@ -1,19 +1,21 @@
 //! A user's record and the one function that changes it.
 
-use std::net::IpAddr;
-use std::sync::Arc;
+mod settling;
+mod wish;
+
 use std::time::Duration;
 
-use crate::domain::caller::Caller;
-use crate::domain::gateway::Fence;
+use crate::domain::event::Bind;
+use crate::domain::event::Event;
+use crate::domain::event::Outcome;
+use crate::domain::event::Unbind;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Liveness;
-use crate::domain::id::ConnId;
-use crate::domain::id::DeviceId;
-use crate::domain::id::Epoch;
-use crate::domain::id::GatewayAddr;
+use crate::domain::history::Chronicle;
+use crate::domain::history::OnlineSession;
+use crate::domain::history::Rules;
 use crate::domain::id::Version;
 use crate::domain::inbox::Inbox;
 use crate::domain::inbox::InboxChange;
@@ -22,10 +24,9 @@ use crate::domain::inbox::Limits;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::policy::Reason;
 use crate::domain::policy::Refusal;
-use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::route::Routes;
-use crate::domain::status::Status;
+use crate::domain::status::Wish;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
 
@@ -33,66 +34,27 @@ use crate::domain::time::Timestamp;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UserRecord {
     pub version: Version,
-    pub status: Status,
+    /// None: the default, as most users have it.
+    pub wish: Option<Box<Wish>>,
     pub last_seen: Timestamp,
     pub routes: Routes,
+    pub shown: LastShown,
+    pub session: OnlineSession,
     /// The greatest number that a stored message of the user ever had.
     pub inbox_seq: u64,
     /// How many messages are stored.
     pub inbox_pending: u32,
 }
 
-/// A gateway says that a device has connected to it.
-#[derive(Clone, Debug)]
-pub struct Bind {
-    pub gateway: GatewayAddr,
-    /// The life the gateway says it lives. None: whatever life it has now.
-    pub epoch: Option<Epoch>,
-    pub device: DeviceId,
-    pub platform: Platform,
-    pub conn: ConnId,
-    pub client_ip: Option<IpAddr>,
-    pub client_port: u16,
-    /// How long before the call the client connected. None: just now.
-    pub connected_ago: Option<Duration>,
-}
-
-/// A gateway says that a device has gone. Every given field has to fit, or nothing happens.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Unbind {
-    /// Exactly the bind that answered with this version.
-    Exact {
-        bound_version: Version,
-        conn: Option<ConnId>,
-        epoch: Option<Epoch>,
-        /// Whoever may speak for the route's gateway. None: anybody may.
-        by: Option<Arc<Caller>>,
-    },
-    /// The device's route, if it is on this gateway.
-    Device { device: DeviceId, gateway: GatewayAddr, conn: Option<ConnId>, epoch: Option<Epoch> },
-}
-
-impl Unbind {
-    /// The life that its gateway claims to live.
-    pub fn epoch(&self) -> Option<Epoch> {
-        match self {
-            Self::Exact { epoch, .. } | Self::Device { epoch, .. } => *epoch,
-        }
-    }
-}
-
-/// One change asked of a user.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// `life` is the one the bind's gateway lives now; `waited` is how long the event waited before it came here.
-    Bind {
-        bind: &'a Bind,
-        life: &'a Life,
-        waited: Duration,
-    },
-    Unbind(&'a Unbind),
-    /// Remove the routes that are not live.
-    Sweep,
+/// The last change that others could see. While the user is INVISIBLE nothing moves it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LastShown {
+    /// The record's version after it. A change of the inbox alone is none.
+    pub version: Version,
+    /// When a device last connected or went.
+    pub seen: Timestamp,
+    /// When the status became what it is.
+    pub since: Timestamp,
 }
 
 /// What the rules look at besides the record. All of it is read inside the transaction that holds the user's lock.
@@ -108,32 +70,7 @@ pub struct Context<'a> {
     pub slack: Duration,
     /// Whether the clock can be believed so far that something is removed for its age.
     pub clock_is_steady: bool,
-}
-
-/// What came of an event.
-#[derive(Clone, Debug, PartialEq)]
-pub enum Outcome {
-    Bound {
-        bound_version: Version,
-        version: Version,
-        epoch: Epoch,
-        kicked: Vec<(Route, Reason)>,
-    },
-    Refused(Refusal),
-    /// The life the gateway claims is over, or never was.
-    Fenced(Fence),
-    Unbound {
-        version: Version,
-    },
-    /// There was nothing to unbind: the reason, to be read by a person.
-    NotBound {
-        version: Version,
-        why: &'static str,
-    },
-    Swept {
-        routes: usize,
-    },
-    Inbox(InboxOutcome),
+    pub history: Rules,
 }
 
 /// The outcome, and the record to store if it differs from the one before.
@@ -141,11 +78,17 @@ pub enum Outcome {
 pub struct Applied {
     pub outcome: Outcome,
     pub next: Option<UserRecord>,
+    /// What goes into the user's history.
+    pub chronicle: Chronicle,
 }
 
 impl Applied {
-    fn unchanged(outcome: Outcome) -> Self {
-        Self { outcome, next: None }
+    pub fn unchanged(outcome: Outcome) -> Self {
+        Self { outcome, next: None, chronicle: Chronicle::default() }
+    }
+
+    fn changed(outcome: Outcome, next: UserRecord) -> Self {
+        Self { outcome, next: Some(next), chronicle: Chronicle::default() }
     }
 }
 
@@ -153,11 +96,15 @@ impl UserRecord {
     /// Applies `event` and says what came of it. Repeating an event that was applied changes nothing; a change always
     /// carries a higher version.
     pub fn apply(&self, event: &Event<'_>, context: &Context<'_>) -> Applied {
-        match event {
+        let applied = match event {
             Event::Bind { bind, life, waited } => self.bind(bind, life, *waited, context),
             Event::Unbind(unbind) => self.unbind(unbind, context),
             Event::Sweep => self.sweep(context),
-        }
+            Event::SetStatus(set) => self.set_status(set, context),
+            Event::EndStatus => self.end_status(context),
+            Event::Forget => return self.forget(context),
+        };
+        self.settled(applied, event, context)
     }
 
     fn bind(&self, bind: &Bind, life: &Life, waited: Duration, context: &Context<'_>) -> Applied {
@@ -189,6 +136,7 @@ impl UserRecord {
             bound_version: version,
             bound_at: context.now,
             expires_at: context.expiry(life),
+            idle: bind.idle,
         };
         self.seat(new, holder, version, context)
     }
@@ -211,7 +159,7 @@ impl UserRecord {
         let epoch = new.epoch;
         routes.push(new);
         let next = self.changed(version, context.now, routes);
-        Applied { outcome: Outcome::Bound { bound_version: version, version, epoch, kicked }, next: Some(next) }
+        Applied::changed(Outcome::Bound { bound_version: version, version, epoch, kicked }, next)
     }
 
     /// The same bind again: nothing changes but the time to live of a route on an unmanaged life.
@@ -226,7 +174,7 @@ impl UserRecord {
         for route in next.routes.iter_mut().filter(|route| route.bound_version == bound_version) {
             route.expires_at = expires_at;
         }
-        Applied { outcome, next: Some(next) }
+        Applied::changed(outcome, next)
     }
 
     fn unbind(&self, unbind: &Unbind, context: &Context<'_>) -> Applied {
@@ -261,9 +209,9 @@ impl UserRecord {
         }
         let gone = route.bound_version;
         let version = self.version.next(context.clock);
-        let routes = self.routes.iter().filter(|route| route.bound_version != gone).cloned().collect();
+        let routes = self.live(context).filter(|route| route.bound_version != gone).cloned().collect();
         let next = self.changed(version, context.now, routes);
-        Applied { outcome: Outcome::Unbound { version }, next: Some(next) }
+        Applied::changed(Outcome::Unbound { version }, next)
     }
 
     fn not_bound(&self, why: &'static str) -> Applied {
@@ -285,15 +233,19 @@ impl UserRecord {
         }
         let version = self.version.next(context.clock);
         // The user was last seen when the route was still good, not when somebody tidied up.
-        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| context.end_of(route));
-        let last_seen = ends.max().unwrap_or_default().min(context.now).max(self.last_seen);
-        let next = self.changed(version, last_seen, routes);
-        Applied { outcome: Outcome::Swept { routes: swept }, next: Some(next) }
+        let next = self.changed(version, self.last_end(context), routes);
+        Applied::changed(Outcome::Swept { routes: swept }, next)
     }
 
     fn changed(&self, version: Version, last_seen: Timestamp, routes: Routes) -> Self {
-        let Self { status, inbox_seq, inbox_pending, .. } = *self;
-        Self { version, status, last_seen, routes, inbox_seq, inbox_pending }
+        let Self { shown, session, inbox_seq, inbox_pending, .. } = *self;
+        Self { version, wish: self.wish.clone(), last_seen, routes, shown, session, inbox_seq, inbox_pending }
+    }
+
+    /// When the last of the routes that are over ended, or the user was seen after that.
+    fn last_end(&self, context: &Context<'_>) -> Timestamp {
+        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| context.end_of(route));
+        ends.max().unwrap_or_default().min(context.now).max(self.last_seen)
     }
 
     /// Changes the inbox, and notes in the record that it has changed: readers have to know whether messages wait.
@@ -311,7 +263,7 @@ impl UserRecord {
             inbox_pending: pending,
             ..self.clone()
         });
-        Applied { outcome: Outcome::Inbox(outcome), next }
+        Applied { outcome: Outcome::Inbox(outcome), next, chronicle: Chronicle::default() }
     }
 
     fn live<'a>(&'a self, context: &'a Context<'_>) -> impl Iterator<Item = &'a Route> {

@@ -12,5 +12,6 @@
 
 pub mod gateways;
 pub mod messages;
+pub mod presence;
 pub mod read;
 pub mod write;

@@ -14,6 +14,8 @@ use tokio_stream::StreamExt;
 
 use crate::config;
 use crate::domain::id::UserId;
+use crate::domain::status::Status;
+use crate::store::codec::status_word;
 use crate::store::codec::Hint;
 use crate::store::codec::LivesHint;
 use crate::store::keys::Channels;
@@ -83,6 +85,19 @@ impl Bus {
         let mut publish = redis::pipe();
         for (user, gateway) in changes {
             publish.cmd("PUBLISH").arg(&channel).arg(format!("{user}:{}", gateway.unwrap_or_default()));
+        }
+        self.link.run::<Vec<i64>>(&publish, ASIDE_LIMIT).await.map(|_| ())
+    }
+
+    /// Tells anyone what users are shown as now.
+    pub async fn statuses_changed(&self, changes: impl Iterator<Item = (UserId, Status)>) -> Result<(), LinkError> {
+        if !self.is_up() {
+            return Err(LinkError::Down);
+        }
+        let channel = self.channels.presence_status();
+        let mut publish = redis::pipe();
+        for (user, status) in changes {
+            publish.cmd("PUBLISH").arg(&channel).arg(format!("{user}:{}", status_word(status)));
         }
         self.link.run::<Vec<i64>>(&publish, ASIDE_LIMIT).await.map(|_| ())
     }

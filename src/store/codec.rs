@@ -1,13 +1,14 @@
 //! How domain values are written down: small numbers in columns, and the body of an outbox row.
 
 use std::collections::BTreeMap;
-use std::collections::BTreeSet;
 
 use bytes::Bytes;
 use prost::Message;
 
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::LifeKind;
+use crate::domain::history::Cause;
+use crate::domain::history::OnlineSession;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -16,8 +17,12 @@ use crate::domain::id::Version;
 use crate::domain::policy::Reason;
 use crate::domain::route::Platform;
 use crate::domain::route::Route;
+use crate::domain::status::MAX_TEXT_BYTES;
 use crate::domain::status::Status;
+use crate::domain::status::StatusText;
+use crate::domain::status::Wish;
 use crate::domain::time::Timestamp;
+use crate::domain::user::LastShown;
 use crate::domain::user::UserRecord;
 
 /// What a committed batch still has to show to the outside.
@@ -33,6 +38,9 @@ pub struct OutboxBody {
     /// Messages that were stored.
     #[prost(message, repeated, tag = "4")]
     pub stored: Vec<StoredNotice>,
+    /// Users of whom others were shown something new.
+    #[prost(int64, repeated, tag = "5")]
+    pub shown: Vec<i64>,
 }
 
 /// Tells push services of a stored message.
@@ -75,6 +83,24 @@ pub struct ChangedUser {
     pub user_id: i64,
     #[prost(uint64, tag = "2")]
     pub version: u64,
+    /// Of what others are shown; 0: as `version`.
+    #[prost(uint64, tag = "3")]
+    pub shown_version: u64,
+}
+
+impl ChangedUser {
+    pub fn of(user: UserId, record: &UserRecord) -> Self {
+        Self { user_id: user.get(), version: record.version.0, shown_version: record.shown.version.0 }
+    }
+
+    pub fn user(&self) -> Option<UserId> {
+        UserId::parse(self.user_id).ok()
+    }
+
+    /// The version of what others are shown. A node of the last release does not say it.
+    pub fn shown(&self) -> Version {
+        Version(if self.shown_version == 0 { self.version } else { self.shown_version })
+    }
 }
 
 /// What a gateway says of itself when it registers, as it stands in a column.
@@ -112,6 +138,21 @@ pub struct StoredRecord {
     inbox_seq: u64,
     #[prost(uint64, tag = "5")]
     inbox_pending: u64,
+    #[prost(string, tag = "6")]
+    text: String,
+    #[prost(int64, optional, tag = "7")]
+    until_ms: Option<i64>,
+    /// 0: a node of the last release wrote the record, and says nothing of what is shown.
+    #[prost(uint64, tag = "8")]
+    shown_version: u64,
+    #[prost(int64, tag = "9")]
+    shown_seen_ms: i64,
+    #[prost(int64, tag = "10")]
+    status_since_ms: i64,
+    #[prost(int64, tag = "11")]
+    online_since_ms: i64,
+    #[prost(bool, tag = "12")]
+    session_is_counted: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -136,6 +177,8 @@ struct StoredRoute {
     bound_at_ms: i64,
     #[prost(int64, optional, tag = "10")]
     expires_at_ms: Option<i64>,
+    #[prost(bool, tag = "11")]
+    idle: bool,
 }
 
 impl From<&UserRecord> for StoredRecord {
@@ -143,11 +186,18 @@ impl From<&UserRecord> for StoredRecord {
         let routes = record.routes.iter().map(StoredRoute::from).collect();
         let UserRecord { inbox_seq, inbox_pending, .. } = *record;
         Self {
-            status: status_to_i32(record.status),
+            status: status_to_i32(record.wanted()),
             last_seen_ms: record.last_seen.0,
             routes,
             inbox_seq,
             inbox_pending: inbox_pending.into(),
+            text: record.text().to_owned(),
+            until_ms: record.wish.as_ref().and_then(|wish| wish.until).map(|until| until.0),
+            shown_version: record.shown.version.0,
+            shown_seen_ms: record.shown.seen.0,
+            status_since_ms: record.shown.since.0,
+            online_since_ms: record.session.since.0,
+            session_is_counted: record.session.is_counted,
         }
     }
 }
@@ -165,18 +215,31 @@ impl From<&Route> for StoredRoute {
             bound_version: route.bound_version.0,
             bound_at_ms: route.bound_at.0,
             expires_at_ms: route.expires_at.map(|end| end.0),
+            idle: route.idle,
         }
     }
 }
 
 impl StoredRecord {
-    /// None: this is no record of ours.
+    /// None: this is no record of ours, or it does not say what is shown.
     pub fn into_record(self, version: Version) -> Option<UserRecord> {
-        let routes = self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?;
-        let (status, last_seen) = (status_from_i32(self.status)?, Timestamp(self.last_seen_ms));
-        let Self { inbox_seq, inbox_pending, .. } = self;
-        let inbox_pending = u32::try_from(inbox_pending).unwrap_or(u32::MAX);
-        Some(UserRecord { version, status, last_seen, routes, inbox_seq, inbox_pending })
+        if self.shown_version == 0 && version != Version::NONE {
+            return None;
+        }
+        let (text, until) = (StatusText::parse(&self.text, MAX_TEXT_BYTES).ok()?, self.until_ms.map(Timestamp));
+        let wish = Wish { status: status_from_i32(self.status)?, text, until };
+        let (seen, since) = (Timestamp(self.shown_seen_ms), Timestamp(self.status_since_ms));
+        let session = OnlineSession { since: Timestamp(self.online_since_ms), is_counted: self.session_is_counted };
+        Some(UserRecord {
+            version,
+            wish: wish.boxed(),
+            last_seen: Timestamp(self.last_seen_ms),
+            routes: self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?,
+            shown: LastShown { version: Version(self.shown_version), seen, since },
+            session,
+            inbox_seq: self.inbox_seq,
+            inbox_pending: u32::try_from(self.inbox_pending).unwrap_or(u32::MAX),
+        })
     }
 }
 
@@ -193,6 +256,7 @@ impl StoredRoute {
             bound_version: Version(self.bound_version),
             bound_at: Timestamp(self.bound_at_ms),
             expires_at: self.expires_at_ms.map(Timestamp),
+            idle: self.idle,
         })
     }
 }
@@ -302,12 +366,12 @@ pub struct KickOrder {
 }
 
 impl OutboxBody {
-    pub fn changed(&mut self, user: UserId, version: Version) {
-        self.changes.push(ChangedUser { user_id: user.get(), version: version.0 });
+    pub fn changed(&mut self, user: UserId, record: &UserRecord) {
+        self.changes.push(ChangedUser::of(user, record));
     }
 
-    pub fn users(&self) -> BTreeSet<i64> {
-        self.changes.iter().map(|change| change.user_id).collect()
+    pub fn users(&self) -> impl Iterator<Item = UserId> {
+        self.changes.iter().filter_map(ChangedUser::user)
     }
 }
 
@@ -339,4 +403,28 @@ numbered!(
 );
 numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
-numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3);
+numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3, Operator = 4);
+numbered!(
+    cause_to_i32,
+    cause_from_i32,
+    Cause,
+    Login = 1,
+    Logout = 2,
+    Expired = 3,
+    Kicked = 4,
+    Operator = 5,
+    Set = 6,
+    Idle = 7,
+    Active = 8,
+    StatusEnded = 9
+);
+
+/// As other services read it.
+pub fn status_word(status: Status) -> &'static str {
+    match status {
+        Status::Online => "online",
+        Status::Away => "away",
+        Status::Busy => "busy",
+        Status::Invisible | Status::Offline => "offline",
+    }
+}

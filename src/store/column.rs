@@ -54,3 +54,7 @@ pub(super) fn bind_epochs(mut statement: Statement, chunk: &[Epoch], fill: usize
     }
     statement
 }
+
+pub(super) fn user_id(raw: i64) -> Result<UserId, SqlError> {
+    UserId::parse(raw).map_err(|error| corrupt("user_id", error))
+}

@@ -59,6 +59,11 @@ impl Channels {
         format!("{}presence:route", self.prefix)
     }
 
+    /// `<user_id>:<online|away|busy|offline>` for each change of what a user is shown as.
+    pub fn presence_status(&self) -> String {
+        format!("{}presence:status", self.prefix)
+    }
+
     /// JSON for each stored message, for push services.
     pub fn presence_offline(&self) -> String {
         format!("{}presence:offline", self.prefix)

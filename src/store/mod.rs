@@ -9,6 +9,7 @@ pub mod connection;
 pub mod database;
 mod database_file;
 pub mod ended_lives;
+pub mod history;
 pub mod inbox;
 pub mod jobs;
 pub mod keys;
@@ -21,6 +22,7 @@ mod schema;
 pub mod shared;
 mod sql_error;
 mod statement;
+mod user_row;
 pub mod users;
 
 #[cfg(test)]

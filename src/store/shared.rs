@@ -19,6 +19,7 @@ use crate::domain::id::Version;
 use crate::domain::status::Status;
 use crate::domain::user::UserRecord;
 use crate::store::codec::StoredRecord;
+use crate::store::codec::status_word;
 use crate::store::keys;
 use crate::store::link::Link;
 use crate::store::link::LinkError;
@@ -38,7 +39,7 @@ const DIGITS: usize = 20;
 const HEADER_BYTES: usize = 2 * DIGITS + 36;
 
 /// KEYS: record, route, status. ARGV: record, its TTL; `fill`, `project` or `record`; address, its TTL; status, its TTL.
-/// A TTL of 0 is none. Writes the record if it is newer (a projection: not older) and only then the two keys, so that all
+/// A TTL of 0 is none, an empty value no key. Writes the record if it is newer (a projection: not older) and only then the two keys, so that all
 /// three always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the generation that is there:
 /// a record of that one is no sign that anything newer is known.
 const WRITE: &str = r"
@@ -53,7 +54,8 @@ if ARGV[3] ~= 'project' then return 1 end
 if ARGV[4] == '' then redis.call('DEL', KEYS[2])
 elseif ARGV[5] == '0' then redis.call('SET', KEYS[2], ARGV[4])
 else redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5]) end
-if ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
+if ARGV[6] == '' then redis.call('DEL', KEYS[3])
+elseif ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
 else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
 return 1";
 
@@ -109,7 +111,8 @@ enum Unfit {
 pub struct Shown {
     /// The gateway that was bound last. None: offline.
     pub gateway: Option<String>,
-    pub status: Status,
+    /// None: nothing is known of the user, and no key is kept.
+    pub status: Option<Status>,
     /// Whether the route ends by itself.
     pub unmanaged: bool,
 }
@@ -258,7 +261,7 @@ impl SharedCache {
         let mut call = self.script.key(keys::user_record(user));
         call.key(keys::user_route(user)).key(keys::user_status(user));
         call.arg(bytes).arg(seconds(ttl)).arg(mode).arg(gateway).arg(route_ttl);
-        call.arg(status_word(shown.map_or(Status::Offline, |shown| shown.status))).arg(status_ttl);
+        call.arg(shown.and_then(|shown| shown.status).map_or("", status_word)).arg(status_ttl);
         pipe.invoke_script(&call);
     }
 
@@ -287,14 +290,5 @@ impl SharedCache {
             return Err(Unfit::Outdated);
         }
         Ok((Version(number(version).ok_or(Unfit::Unreadable)?), body))
-    }
-}
-
-fn status_word(status: Status) -> &'static str {
-    match status {
-        Status::Online => "online",
-        Status::Away => "away",
-        Status::Busy => "busy",
-        Status::Invisible | Status::Offline => "offline",
     }
 }

@@ -1,33 +1,34 @@
 //! Users and their routes: the statements of a lane's transaction, and loading.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
 
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
-use crate::domain::id::ConnId;
-use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
-use crate::domain::route::Routes;
 use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
-use crate::store::codec;
 use crate::store::column::bind_epochs;
 use crate::store::column::bind_users;
 use crate::store::column::clock_micros;
-use crate::store::column::corrupt;
 use crate::store::column::signed;
 use crate::store::column::unsigned;
+use crate::store::column::user_id;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::user_row::ROUTE_COLUMNS;
+use crate::store::user_row::USER_COLUMNS;
+use crate::store::user_row::bind_route;
+use crate::store::user_row::bind_user;
+use crate::store::user_row::read_record;
+use crate::store::user_row::read_route;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
@@ -117,8 +118,9 @@ impl Connection {
     pub async fn load_users(&mut self, users: &[UserId]) -> Result<Loaded, SqlError> {
         let head = format!(
             "SELECT u.user_id, u.version, u.status, u.last_seen_ms, {}, r.device_id, r.platform, r.epoch, r.conn_id, \
-             r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms, \
-             u.inbox_seq, u.inbox_pending FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
+             r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms, r.idle, \
+             u.inbox_seq, u.inbox_pending, u.shown_version, u.shown_for, u.shown_seen_ms, u.status_since_ms, \
+             u.status_until_ms, u.status_text, u.online_since_ms, u.session_counted FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
              ON r.user_id = u.user_id WHERE u.user_id IN (",
             clock_micros(self.engine())
         );
@@ -180,24 +182,10 @@ impl Connection {
     }
 
     async fn upsert_routes(&mut self, routes: &[(UserId, &Route)]) -> Result<(), SqlError> {
-        const HEAD: &str = "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, \
-            bound_version, bound_at_ms, expires_at_ms) VALUES ";
-        let tail = match self.engine() {
-            Engine::MySql => {
-                " ON DUPLICATE KEY UPDATE platform = VALUES(platform), epoch = VALUES(epoch), conn_id = VALUES(conn_id), \
-                 connected_at_ms = VALUES(connected_at_ms), client_ip = VALUES(client_ip), client_port = VALUES(client_port), \
-                 bound_version = VALUES(bound_version), bound_at_ms = VALUES(bound_at_ms), expires_at_ms = VALUES(expires_at_ms)"
-            }
-            Engine::Sqlite => {
-                " ON CONFLICT (user_id, device_id) DO UPDATE SET platform = excluded.platform, epoch = excluded.epoch, \
-                 conn_id = excluded.conn_id, connected_at_ms = excluded.connected_at_ms, client_ip = excluded.client_ip, \
-                 client_port = excluded.client_port, bound_version = excluded.bound_version, \
-                 bound_at_ms = excluded.bound_at_ms, expires_at_ms = excluded.expires_at_ms"
-            }
-        };
+        let head = format!("INSERT INTO routes (user_id, device_id, {}) VALUES ", ROUTE_COLUMNS.join(", "));
+        let tail = self.on_conflict("user_id, device_id", &ROUTE_COLUMNS);
         for (chunk, fill) in chunks(routes) {
-            let sql = repeated(HEAD, "(?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, tail);
-            let mut insert = statement(sql);
+            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for (user, route) in filled(chunk, fill) {
                 insert = bind_route(insert, *user, route);
             }
@@ -207,28 +195,26 @@ impl Connection {
     }
 
     async fn upsert_users(&mut self, changes: &[UserChange<'_>]) -> Result<(), SqlError> {
-        let tail = match self.engine() {
-            Engine::MySql => {
-                " ON DUPLICATE KEY UPDATE version = VALUES(version), status = VALUES(status), last_seen_ms = VALUES(last_seen_ms), \
-                 inbox_seq = VALUES(inbox_seq), inbox_pending = VALUES(inbox_pending)"
-            }
-            Engine::Sqlite => {
-                " ON CONFLICT (user_id) DO UPDATE SET version = excluded.version, status = excluded.status, \
-                 last_seen_ms = excluded.last_seen_ms, inbox_seq = excluded.inbox_seq, inbox_pending = excluded.inbox_pending"
-            }
-        };
+        let head = format!("INSERT INTO users (user_id, {}) VALUES ", USER_COLUMNS.join(", "));
+        let tail = self.on_conflict("user_id", &USER_COLUMNS);
         for (chunk, fill) in chunks(changes) {
-            let head = "INSERT INTO users (user_id, version, status, last_seen_ms, inbox_seq, inbox_pending) VALUES ";
-            let mut insert = statement(repeated(head, "(?,?,?,?,?,?)", chunk.len() + fill, tail));
+            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for change in filled(chunk, fill) {
-                let after = change.after;
-                insert = insert.bind(change.user.get()).bind(signed(after.version.0));
-                insert = insert.bind(codec::status_to_i32(after.status)).bind(after.last_seen.0);
-                insert = insert.bind(signed(after.inbox_seq)).bind(i64::from(after.inbox_pending));
+                insert = bind_user(insert, change.user, change.after);
             }
             self.execute(insert).await?;
         }
         Ok(())
+    }
+
+    /// The end of an insert that overwrites `columns` of rows that are there.
+    fn on_conflict(&self, key: &str, columns: &[&str]) -> String {
+        let (head, new) = match self.engine() {
+            Engine::MySql => (" ON DUPLICATE KEY UPDATE ".to_owned(), ("VALUES(", ")")),
+            Engine::Sqlite => (format!(" ON CONFLICT ({key}) DO UPDATE SET "), ("excluded.", "")),
+        };
+        let sets: Vec<String> = columns.iter().map(|column| format!("{column} = {}{column}{}", new.0, new.1)).collect();
+        head + &sets.join(", ")
     }
 
     /// Up to `limit` users with a route that ended before `now`, those that ended first first.
@@ -243,23 +229,25 @@ impl Connection {
         self.users_of(statement(SQL).bind(latest.0).bind(limit)).await
     }
 
-    /// Looks at the next `page` users after `after`, and forgets those with nothing whose last change is older than `before`.
-    /// Returns how many these were, and the last that was looked at: none if there was nobody.
-    pub async fn forget_users(&mut self, after: i64, before: Version, page: i64) -> Result<(u64, Option<i64>), SqlError> {
+    /// Looks at the next `page` users after `after`, and forgets those with nothing whose last change is older than `before`, but
+    /// not that they want to be INVISIBLE; and those who were erased before `erased`. Returns how many these were, and the last
+    /// that was looked at: none if there was nobody.
+    pub async fn forget_users(&mut self, after: i64, before: Version, erased: Version, page: i64) -> Result<(u64, Option<i64>), SqlError> {
         const LAST: &str =
             "SELECT MAX(user_id) FROM (SELECT user_id FROM users WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
-        const OLD: &str = "version > 0 AND version < ? AND inbox_pending = 0 \
+        const OLD: &str = "version > 0 AND inbox_pending = 0 \
+            AND (version < ? AND status <> 4 OR version < ? AND last_seen_ms = 0 AND status = 1 AND status_text = '') \
             AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.user_id = users.user_id) \
             AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.user_id = users.user_id)";
         let rows = self.fetch(statement(LAST).bind(after).bind(page)).await?;
         let Some(last) = rows.first().map_or(Ok(None), |row| row.try_get::<Option<i64>, _>(0))? else { return Ok((0, None)) };
         let find = statement(format!("SELECT user_id FROM users WHERE user_id > ? AND user_id <= ? AND {OLD}"));
-        let old = self.users_of(find.bind(after).bind(last).bind(signed(before.0))).await?; // locks nobody
+        let old = self.users_of(find.bind(after).bind(last).bind(signed(before.0)).bind(signed(erased.0))).await?; // locks nobody
         let mut forgotten = 0;
         for (chunk, fill) in chunks(&old) {
             let tail = format!(") AND {OLD}"); // still: a change may have come meanwhile
             let delete = repeated("DELETE FROM users WHERE user_id IN (", "?", chunk.len() + fill, &tail);
-            forgotten += self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0))).await?;
+            forgotten += self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0)).bind(signed(erased.0))).await?;
         }
         Ok((forgotten, Some(last)))
     }
@@ -319,34 +307,12 @@ impl Connection {
     }
 }
 
-fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
-    insert
-        .bind(user.get())
-        .bind(route.device.to_string())
-        .bind(codec::platform_to_i32(route.platform))
-        .bind(signed(route.epoch.0))
-        .bind(route.conn.to_string())
-        .bind(route.connected_at.0)
-        .bind(route.client_ip.map(|ip| ip.to_string()).unwrap_or_default())
-        .bind(i32::from(route.client_port))
-        .bind(signed(route.bound_version.0))
-        .bind(route.bound_at.0)
-        .bind(route.expires_at.map(|end| end.0))
-}
-
 fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
     let user = user_id(row.try_get(0)?)?;
     loaded.clock = loaded.clock.later(DatabaseClock::from_micros(row.try_get(4)?));
     let record = match loaded.records.entry(user) {
         std::collections::hash_map::Entry::Occupied(there) => there.into_mut(),
-        std::collections::hash_map::Entry::Vacant(free) => free.insert(UserRecord {
-            version: Version(unsigned(row.try_get(1)?)),
-            status: codec::status_from_i32(row.try_get(2)?).unwrap_or_default(),
-            last_seen: Timestamp(row.try_get(3)?),
-            routes: Routes::new(),
-            inbox_seq: unsigned(row.try_get(15)?),
-            inbox_pending: u32::try_from(row.try_get::<i64, _>(16)?).unwrap_or(u32::MAX),
-        }),
+        std::collections::hash_map::Entry::Vacant(free) => free.insert(read_record(row)?),
     };
     if let Some(device) = row.try_get::<Option<&str>, _>(5)? {
         record.routes.push(read_route(row, device)?);
@@ -354,28 +320,8 @@ fn read_row(row: &AnyRow, loaded: &mut Loaded) -> Result<(), SqlError> {
     Ok(())
 }
 
-fn read_route(row: &AnyRow, device: &str) -> Result<Route, SqlError> {
-    let ip: &str = row.try_get(10)?;
-    Ok(Route {
-        device: DeviceId::parse(device).map_err(|error| corrupt("device_id", error))?,
-        platform: codec::platform_from_i32(row.try_get(6)?).unwrap_or_default(),
-        epoch: Epoch(unsigned(row.try_get(7)?)),
-        conn: ConnId::parse(row.try_get(8)?).map_err(|error| corrupt("conn_id", error))?,
-        connected_at: Timestamp(row.try_get(9)?),
-        client_ip: if ip.is_empty() { None } else { ip.parse::<IpAddr>().ok() },
-        client_port: u16::try_from(row.try_get::<i32, _>(11)?).unwrap_or_default(),
-        bound_version: Version(unsigned(row.try_get(12)?)),
-        bound_at: Timestamp(row.try_get(13)?),
-        expires_at: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
-    })
-}
-
 impl DatabaseClock {
     fn later(self, other: Self) -> Self {
         Self { micros: self.micros.max(other.micros) }
     }
-}
-
-fn user_id(raw: i64) -> Result<UserId, SqlError> {
-    UserId::parse(raw).map_err(|error| corrupt("user_id", error))
 }

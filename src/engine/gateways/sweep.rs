@@ -22,7 +22,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
-use crate::domain::user::Outcome;
+use crate::domain::event::Outcome;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::lanes::Lanes;
@@ -49,6 +49,8 @@ const MEMORY: Duration = Duration::from_secs(3600);
 const OTHERS_AHEAD: Duration = Duration::from_secs(86_400);
 /// Looks for unused lives within the life of a route.
 const UNUSED_LOOKS: u32 = 4;
+/// An erased user's last version is kept for so long: by then nobody knows a newer one.
+const ERASED_FOR: Duration = Duration::from_secs(86_400);
 /// Users of one page when those to be forgotten are looked for.
 const USERS_PAGE: i64 = 10_000;
 /// How often a node looks for what nobody expects, and counts users and outbox rows.
@@ -187,11 +189,12 @@ impl Sweep {
         }
     }
 
-    /// One page of users: those go who have nothing and whose last change was before `before`.
+    /// One page of users: those go who have nothing and whose last change was before `before`, and those who were erased.
     async fn forget_users(&mut self, connection: &mut Connection, before: Timestamp) -> Result<(), SqlError> {
-        let (forgotten, last) = connection.forget_users(self.users_after, Version::at(before), USERS_PAGE).await?;
+        let erased = Version::at(self.tools.lives.clock.over_by().minus(ERASED_FOR));
+        let (forgotten, last) = connection.forget_users(self.users_after, Version::at(before), erased, USERS_PAGE).await?;
         if forgotten > 0 {
-            info!(users = forgotten, "users forgotten who were not there for store.forget_users_after");
+            info!(users = forgotten, "users forgotten who were erased, or not there for store.forget_users_after");
         }
         self.users_after = last.unwrap_or(0);
         Ok(())
@@ -212,9 +215,7 @@ impl Sweep {
             if self.tools.lives.clock.is_steady() {
                 connection.forget_lives(MEMORY).await?;
                 connection.forget_nodes(MEMORY).await?;
-                if let Some(before) = forgotten {
-                    self.forget_users(&mut connection, before).await?;
-                }
+                self.forget_users(&mut connection, forgotten.unwrap_or_default()).await?;
             }
             match connection.reopen_orphaned_lives().await? {
                 0 => {}

@@ -10,7 +10,7 @@ use prost::Message as _;
 
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
-use crate::domain::user::Unbind;
+use crate::domain::event::Unbind;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::acks::Answered;
 use crate::engine::messages::message::Message;

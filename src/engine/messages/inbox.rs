@@ -23,7 +23,7 @@ use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::is_for;
-use crate::domain::user::Outcome;
+use crate::domain::event::Outcome;
 use crate::engine::messages::delivery::Deliveries;
 use crate::engine::messages::streams::ORDER_BYTES;
 use crate::engine::read::directory::Directory;

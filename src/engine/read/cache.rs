@@ -154,6 +154,11 @@ impl Cache {
         self.l1.get(&user).filter(|entry| entry.trust == self.trust.load(Ordering::Acquire))
     }
 
+    /// Changes whenever what was in memory before is not used any more.
+    pub fn trust(&self) -> u32 {
+        self.trust.load(Ordering::Acquire)
+    }
+
     /// From now on nothing is used whose load began before this call.
     pub fn distrust(&self) {
         self.trust.fetch_add(1, Ordering::AcqRel);
@@ -277,7 +282,9 @@ impl Cache {
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         if from_sql && version < ticket.floor_before && under_way.floor == ticket.floor_before {
-            let is_forgotten = version == Version::NONE && ticket.floor_before.0 < self.forgotten.load(Ordering::Relaxed);
+            let was_erased = || self.l1.get(&user).is_some_and(|entry| entry.record.is_blank());
+            let is_old = ticket.floor_before.0 < self.forgotten.load(Ordering::Relaxed);
+            let is_forgotten = version == Version::NONE && (is_old || was_erased());
             if !is_forgotten && ticket.trust == self.trust.load(Ordering::Acquire) {
                 self.went_back.fetch_add(1, Ordering::Relaxed);
                 self.distrust();

@@ -11,10 +11,14 @@ use crate::clock::AtomicInstant;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Liveness;
+use crate::domain::history::OnlineSession;
+use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::domain::id::VERSION_GAP;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
+use crate::domain::status::Activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::engine::read::cache::Cache;
@@ -127,9 +131,56 @@ impl Answer {
         self.live_routes().max_by_key(|live| live.route.bound_version)
     }
 
-    /// What others are shown. `is_live`: whether there is a live route.
-    pub fn status(&self, is_live: bool) -> Status {
-        self.entry.record.status.shown(is_live)
+    /// What others are shown.
+    pub fn status(&self) -> Status {
+        let record = &self.entry.record;
+        record.wanted().shown(Activity::of(self.live_routes().map(|live| live.route.idle)))
+    }
+
+    /// What the user says of themselves; nothing is said of users who are shown as `OFFLINE`.
+    pub fn text(&self, shown: Status) -> &str {
+        if shown == Status::Offline { "" } else { self.entry.record.text() }
+    }
+
+    /// Since when `shown` is what others are shown.
+    pub fn status_since(&self, shown: Status) -> Timestamp {
+        let record = &self.entry.record;
+        let has_died = shown == Status::Offline && record.standing().shown() != shown;
+        if has_died { self.ended_at().max(record.shown.since) } else { record.shown.since }
+    }
+
+    /// When the last of the record's routes was good last.
+    pub fn ended_at(&self) -> Timestamp {
+        let end = |route: &Route| route.expires_at.or_else(|| Some(self.moment.table.get(route.epoch)?.last_beat));
+        self.entry.record.routes.iter().filter_map(end).max().unwrap_or_default().max(self.entry.record.last_seen)
+    }
+
+    /// Live ones or not.
+    pub fn has_routes(&self) -> bool {
+        !self.entry.record.routes.is_empty()
+    }
+
+    /// Whether the user is INVISIBLE.
+    pub fn is_hidden(&self) -> bool {
+        self.entry.record.is_hidden()
+    }
+
+    /// The part of the running session that is not in the user's days.
+    pub fn session(&self) -> OnlineSession {
+        self.entry.record.session
+    }
+
+    /// The version of what is shown. It grows with each change that others could see, also when a life ends with routes on it.
+    pub fn token(&self) -> u64 {
+        let record = &self.entry.record;
+        let is_over = |route: &Route| self.moment.table.get(route.epoch).is_some_and(|life| !life.is_alive());
+        let ended = if record.is_hidden() { 0 } else { record.dead_routes(is_over) };
+        record.shown.version.0 + ended.min(VERSION_GAP - 1)
+    }
+
+    /// Lives that the record's routes are on.
+    pub fn epochs(&self) -> impl Iterator<Item = Epoch> {
+        self.entry.record.routes.iter().map(|route| route.epoch)
     }
 
     /// Whether messages wait in the user's inbox.
@@ -141,8 +192,9 @@ impl Answer {
         self.entry.record.version
     }
 
+    /// When a device last connected or went, as far as others could see it.
     pub fn last_seen(&self) -> Timestamp {
-        self.entry.record.last_seen
+        self.entry.record.shown.seen
     }
 }
 
@@ -217,12 +269,23 @@ impl Directory {
         loads.take()
     }
 
-    fn moment(&self, at: Instant) -> Moment {
-        let complete = match &self.settings.announcements {
+    /// How long ago all changes made until then were known. None: some may be missing.
+    pub fn complete_since(&self, at: Instant) -> Option<Duration> {
+        match &self.settings.announcements {
             Announcements::NotNeeded => Some(Duration::ZERO),
             Announcements::Missing => None,
             Announcements::Hints(hints) => hints.complete_since(at),
-        };
+        }
+    }
+
+    /// Whether changes reach this node late: it cannot hear the others, or does not read the database.
+    pub fn is_behind(&self) -> bool {
+        let now = Instant::now();
+        self.complete_since(now).is_none() || self.lives.age(now) > SUSPECT_AFTER
+    }
+
+    fn moment(&self, at: Instant) -> Moment {
+        let complete = self.complete_since(at);
         let (table, heartbeat_interval) = (self.lives.glance(), self.settings.heartbeat_interval);
         let now = self.lives.clock.at(at);
         let (slack, lives_age) = (self.lives.clock.slack(now), self.lives.age(at));

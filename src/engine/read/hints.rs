@@ -25,9 +25,9 @@ use tracing::warn;
 use crate::backoff::Backoff;
 use crate::clock::AtomicInstant;
 use crate::domain::id::Epoch;
-use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::read::cache::Cache;
+use crate::engine::read::feed::Feed;
 use crate::engine::read::lives::Lives;
 use crate::engine::read::lives::SUSPECT_AFTER;
 use crate::metrics::Metrics;
@@ -72,6 +72,7 @@ pub struct Hints {
     heard: Mutex<HashMap<String, (String, u64)>>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
+    feed: Arc<Feed>,
     metrics: Arc<Metrics>,
 }
 
@@ -81,6 +82,7 @@ impl Hints {
         (own, store_id): (&NodeName, &str),
         cache: Arc<Cache>,
         lives: Arc<Lives>,
+        feed: Arc<Feed>,
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         Arc::new(Self {
@@ -97,6 +99,7 @@ impl Hints {
             heard: Mutex::default(),
             cache,
             lives,
+            feed,
             metrics,
         })
     }
@@ -136,8 +139,7 @@ impl Hints {
     }
 
     /// Tells the other nodes who has changed. If it is lost, they see the gap.
-    pub async fn tell(&self, users: &[(UserId, Version)]) {
-        let users = users.iter().map(|(user, version)| ChangedUser { user_id: user.get(), version: version.0 }).collect();
+    pub async fn tell(&self, users: Vec<ChangedUser>) {
         self.metrics.hint("sent");
         let mut sent = self.sent.lock().await;
         if !self.bus.is_up() {
@@ -253,11 +255,9 @@ impl Hints {
             }
             self.cache.distrust();
         }
-        for changed in &hint.users {
-            if let Ok(user) = UserId::parse(changed.user_id) {
-                self.cache.hint(user, Version(changed.version));
-            }
-        }
+        let changed = || hint.users.iter().filter_map(|changed| Some((changed.user()?, changed)));
+        changed().for_each(|(user, changed)| self.cache.hint(user, Version(changed.version)));
+        self.feed.push(changed().map(|(user, changed)| (user, changed.shown()))); // memory has let go of what is older
         self.note_heard(hint);
     }
 

@@ -2,6 +2,7 @@
 
 pub mod cache;
 pub mod directory;
+pub mod feed;
 pub mod hints;
 pub mod l2;
 pub mod lives;

@@ -12,11 +12,13 @@ use crate::domain::id::UserId;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::Limits;
 use crate::domain::policy::DevicePolicy;
-use crate::domain::user::Bind;
-use crate::domain::user::Outcome;
-use crate::domain::user::Unbind;
+use crate::domain::event::Bind;
+use crate::domain::event::Outcome;
+use crate::domain::event::SetStatus;
+use crate::domain::event::Unbind;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::cache::WriteGuard;
+use crate::engine::read::feed::Feed;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::health::WriteHealth;
 use crate::engine::write::inbox_queue::InboxQueue;
@@ -37,6 +39,11 @@ pub enum Change {
     /// Remove the routes that are not live.
     Sweep,
     Inbox(InboxChange),
+    SetStatus(SetStatus),
+    /// The wish returns to the default, if its time is over.
+    EndStatus,
+    /// Erase what is known of the user.
+    Forget,
 }
 
 impl Change {
@@ -44,7 +51,7 @@ impl Change {
     pub(super) fn bytes(&self) -> usize {
         match self {
             Self::Inbox(InboxChange::Store(message)) => SMALL_BYTES + message.body.len(),
-            Self::Bind(_) | Self::Unbind(_) | Self::Sweep | Self::Inbox(_) => SMALL_BYTES,
+            _ => SMALL_BYTES,
         }
     }
 
@@ -53,7 +60,7 @@ impl Change {
         match self {
             Self::Bind(bind) => bind.epoch,
             Self::Unbind(unbind) => unbind.epoch(),
-            Self::Sweep | Self::Inbox(_) => None,
+            _ => None,
         }
     }
 }
@@ -72,6 +79,9 @@ pub struct Settings {
     pub heartbeat_interval: Duration,
     /// None: no user is forgotten.
     pub forget_users_after: Option<Duration>,
+    /// What is shown of users, and for how long they were online, is written down.
+    pub keeps_history: bool,
+    pub session_gap: Duration,
 }
 
 /// What the lanes work with.
@@ -82,6 +92,8 @@ pub struct LaneContext {
     pub database: Arc<Database>,
     pub cache: Arc<Cache>,
     pub lives: Arc<Lives>,
+    /// Told of what this node commits.
+    pub feed: Arc<Feed>,
     pub metrics: Arc<Metrics>,
     pub publisher: Arc<Publisher>,
     /// Gateways that nobody has registered.

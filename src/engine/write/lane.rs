@@ -29,7 +29,7 @@ use tracing::info;
 use tracing::warn;
 
 use crate::backoff::Backoff;
-use crate::domain::user::Outcome;
+use crate::domain::event::Outcome;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;
 use crate::engine::write::lane::recovery::Part;
@@ -40,6 +40,7 @@ use crate::engine::write::transaction::Committed;
 use crate::engine::write::transaction::Failure;
 use crate::engine::write::transaction::Transaction;
 use crate::error::Error;
+use crate::store::codec::ChangedUser;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
@@ -247,6 +248,7 @@ impl Lane {
         for (user, record) in &committed.records {
             self.tools.cache.committed(*user, record.clone(), committed.complete_at, publisher.l2.is_some());
         }
+        self.tools.feed.push(committed.records.iter().map(|(user, record)| (*user, record.shown.version)));
         for (user, _) in committed.records.iter().filter(|(_, record)| record.inbox_pending > 0 && !record.routes.is_empty()) {
             self.tools.inboxes.wake(*user);
         }
@@ -267,16 +269,16 @@ impl Lane {
         }
         let (in_l2, confirmed) = oneshot::channel();
         let committed_at = Instant::now();
-        let versions: Vec<_> = committed.records.iter().map(|(user, record)| (*user, record.version)).collect();
-        let (records, kicks, stored) = (committed.records, committed.kicks, committed.stored);
-        self.projector.hand_over(Batch { records, kicks, stored, outbox, committed: committed_at, in_l2 });
+        let changed: Vec<_> = committed.records.iter().map(|(user, record)| ChangedUser::of(*user, record)).collect();
+        let Committed { records, kicks, stored, seen, .. } = committed;
+        self.projector.hand_over(Batch { records, kicks, stored, seen, outbox, committed: committed_at, in_l2 });
         let Some(l2) = publisher.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
         self.answering.spawn(async move {
             let is_in_l2 = l2.is_usable() && timeout(L2_PATIENCE, confirmed).await.is_ok_and(|told| told.is_ok());
             // The change is durable either way. Other nodes hear of it now: who could say when L2 answers?
             if let Some(hints) = publisher.hints.as_ref().filter(|_| !is_in_l2) {
-                let _ = timeout(HINT_PATIENCE, hints.tell(&versions)).await; // lost, it leaves a gap, and others see that
+                let _ = timeout(HINT_PATIENCE, hints.tell(changed)).await; // lost, it leaves a gap, and others see that
             }
             answer(answers.into_iter());
         });

@@ -21,7 +21,7 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::UserId;
-use crate::domain::user::Outcome;
+use crate::domain::event::Outcome;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;

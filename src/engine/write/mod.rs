@@ -11,3 +11,4 @@ pub mod publisher;
 pub mod rate;
 pub mod repair;
 mod transaction;
+mod work;

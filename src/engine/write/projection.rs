@@ -16,10 +16,10 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::UserId;
-use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
 use crate::engine::write::publisher::Publisher;
 use crate::engine::write::publisher::ShownRecord;
+use crate::store::codec::ChangedUser;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::StoredNotice;
 use crate::store::connection::SqlError;
@@ -36,6 +36,8 @@ pub struct Batch {
     pub records: Vec<(UserId, UserRecord)>,
     pub kicks: Vec<KickedRoute>,
     pub stored: Vec<StoredNotice>,
+    /// Of whom others are shown something new.
+    pub seen: BTreeSet<UserId>,
     pub outbox: OutboxId,
     pub committed: Instant,
     /// Told when L2 has it.
@@ -118,26 +120,33 @@ impl Projector {
             return None;
         }
         let publisher = &self.publisher;
-        let versions: Vec<(UserId, Version)> = batch.records.iter().map(|(user, record)| (*user, record.version)).collect();
+        let changed: Vec<ChangedUser> = batch.records.iter().map(|(user, record)| ChangedUser::of(*user, record)).collect();
+        let users = batch.records.iter().map(|(user, _)| *user).collect();
         let records: Vec<_> = batch.records.into_iter().map(|(user, record)| publisher.shown(user, record)).collect();
         let winners = publisher.write_l2(&records).await;
         if winners.is_some() {
             let _ = batch.in_l2.send(()); // the callers may have been answered already
         }
         if let Some(hints) = &publisher.hints {
-            hints.tell(&versions).await;
+            hints.tell(changed).await;
         }
         let kicked = publisher.kick(&batch.kicks).await; // gateways that attach hear it whatever is missing
         let winners = winners?;
         publisher.announce(&records, &winners).await;
+        publisher.announce_statuses(&records, &winners, &batch.seen).await;
         kicked?;
         publisher.notify_stored(&batch.stored).await?;
-        self.show_overtaken(&records, &winners).await.ok()?;
-        Some(ShownRow { id: batch.outbox, users: versions.into_iter().map(|(user, _)| user).collect() })
+        self.show_overtaken(&records, &winners, &batch.seen).await.ok()?;
+        Some(ShownRow { id: batch.outbox, users })
     }
 
     /// Shows those winners anew who have a newer record by now: what was said of them may have crossed what others said.
-    async fn show_overtaken(&mut self, records: &[ShownRecord], winners: &BTreeSet<UserId>) -> Result<(), SqlError> {
+    async fn show_overtaken(
+        &mut self,
+        records: &[ShownRecord],
+        winners: &BTreeSet<UserId>,
+        seen: &BTreeSet<UserId>,
+    ) -> Result<(), SqlError> {
         let users: Vec<UserId> = winners.iter().copied().collect();
         if users.is_empty() || self.publisher.is_empty() {
             return Ok(());
@@ -155,6 +164,6 @@ impl Projector {
             (winners.contains(user) && now.get(user).is_none_or(|now| *now > record.version)).then_some(*user)
         };
         let overtaken: Vec<UserId> = records.iter().filter_map(newer).collect();
-        if overtaken.is_empty() { Ok(()) } else { self.publisher.show_with(&mut self.connection, &overtaken).await }
+        if overtaken.is_empty() { Ok(()) } else { self.publisher.show_with(&mut self.connection, &overtaken, seen).await }
     }
 }

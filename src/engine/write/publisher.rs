@@ -15,6 +15,8 @@ use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
+use crate::domain::status::Activity;
+use crate::domain::status::Status;
 use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::hints::Hints;
@@ -22,6 +24,7 @@ use crate::engine::read::l2::L2;
 use crate::engine::read::lives::Lives;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
+use crate::store::codec::ChangedUser;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::StoredNotice;
 use crate::store::connection::Connection;
@@ -36,6 +39,9 @@ pub const MAX_CONFIRMED: usize = 1_000;
 const MAX_LOOKS: usize = 5;
 /// What nobody waits for has to be told within this time.
 const NOTICE_TIMEOUT: Duration = Duration::from_millis(200);
+
+/// Of whom nothing is known to have changed.
+pub const NOBODY: BTreeSet<UserId> = BTreeSet::new();
 
 /// A user, the record, and what other services are to see of it.
 pub type ShownRecord = (UserId, UserRecord, Shown);
@@ -89,6 +95,16 @@ impl Publisher {
         }
     }
 
+    /// Tells anyone who listens what these users are shown as, as far as they won.
+    pub async fn announce_statuses(&self, records: &[ShownRecord], winners: &BTreeSet<UserId>, changed: &BTreeSet<UserId>) {
+        let Some(bus) = &self.bus else { return };
+        let told = records.iter().filter(|(user, ..)| winners.contains(user) && changed.contains(user));
+        let statuses: Vec<_> = told.map(|(user, _, shown)| (*user, shown.status.unwrap_or(Status::Offline))).collect();
+        if !statuses.is_empty() && bus.statuses_changed(statuses.into_iter()).await.is_err() {
+            self.metrics.redis_error("queue");
+        }
+    }
+
     /// Tells gateways to close the connections of routes that other devices' binds removed.
     pub async fn kick(&self, kicks: &[KickedRoute]) -> Option<()> {
         self.gateways.kick(kicks).await.ok()
@@ -124,17 +140,18 @@ impl Publisher {
 
     /// Shows `users` as SQL has them now, and looks again until nothing has changed meanwhile.
     pub async fn show_now(&self, users: &[UserId]) -> Result<(), SqlError> {
-        self.show_with(&mut ConnectionSlot::new(self.database.clone()), users).await
+        self.show_with(&mut ConnectionSlot::new(self.database.clone()), users, &NOBODY).await
     }
 
-    pub async fn show_with(&self, slot: &mut ConnectionSlot, users: &[UserId]) -> Result<(), SqlError> {
+    pub async fn show_with(&self, slot: &mut ConnectionSlot, users: &[UserId], seen: &BTreeSet<UserId>) -> Result<(), SqlError> {
         let mut connection = slot.take().await?;
-        self.show_on(&mut connection, users).await?;
+        self.show_on(&mut connection, users, seen).await?;
         slot.give_back(connection);
         Ok(())
     }
 
-    pub async fn show_on(&self, connection: &mut Connection, users: &[UserId]) -> Result<(), SqlError> {
+    /// The same on one connection. `seen`: of these, also what they are shown as may have changed.
+    pub async fn show_on(&self, connection: &mut Connection, users: &[UserId], seen: &BTreeSet<UserId>) -> Result<(), SqlError> {
         let mut users = if self.is_empty() { Vec::new() } else { users.to_vec() };
         for _ in 0..MAX_LOOKS {
             if users.is_empty() {
@@ -145,10 +162,11 @@ impl Publisher {
                 return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
             }
             if let Some(hints) = &self.hints {
-                hints.tell(&records.iter().map(|(user, record, _)| (*user, record.version)).collect::<Vec<_>>()).await;
+                hints.tell(records.iter().map(|(user, record, _)| ChangedUser::of(*user, record)).collect()).await;
             }
             let everybody = users.iter().copied().collect();
             self.announce(&records, &everybody).await;
+            self.announce_statuses(&records, &everybody, seen).await;
             let shown: HashMap<UserId, Version> = records.into_iter().map(|(user, record, _)| (user, record.version)).collect();
             let now = connection.load_users(&users).await?.records;
             users.retain(|user| now.get(user).map(|record| record.version) != shown.get(user).copied());
@@ -167,11 +185,12 @@ impl Publisher {
         let (table, now) = (self.lives.table(), self.lives.clock.now());
         let slack = self.lives.clock.slack(now);
         let is_live = |route: &&Route| route.liveness(&table, now, slack, self.heartbeat_interval) != Liveness::Over;
-        let live = record.routes.iter().filter(is_live);
-        let newest = live.max_by_key(|route| route.bound_version).and_then(|route| table.get(route.epoch));
+        let live = || record.routes.iter().filter(is_live);
+        let newest = live().max_by_key(|route| route.bound_version).and_then(|route| table.get(route.epoch));
+        let status = record.wanted().shown(Activity::of(live().map(|route| route.idle)));
         let shown = Shown {
             gateway: newest.map(|life| life.gateway.to_string()),
-            status: record.status.shown(newest.is_some()),
+            status: (!record.is_blank()).then_some(status),
             unmanaged: newest.is_some_and(|life| life.kind == LifeKind::Unmanaged),
         };
         (user, record, shown)

@@ -12,6 +12,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::engine::read::l2::L2;
 use crate::engine::write::publisher::MAX_CONFIRMED;
+use crate::engine::write::publisher::NOBODY;
 use crate::engine::write::publisher::Publisher;
 use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
@@ -98,10 +99,10 @@ impl Repair {
 
     /// A user in many rows is shown once.
     async fn repair(&mut self, connection: &mut Connection, rows: Vec<(OutboxId, OutboxBody)>) -> Result<(), SqlError> {
-        let named = rows.iter().flat_map(|(_, body)| body.users());
-        let users: BTreeSet<UserId> = named.filter_map(|raw| UserId::parse(raw).ok()).collect();
+        let users: BTreeSet<UserId> = rows.iter().flat_map(|(_, body)| body.users()).collect();
+        let seen = rows.iter().flat_map(|(_, body)| &body.shown).filter_map(|raw| UserId::parse(*raw).ok()).collect();
         for page in users.into_iter().collect::<Vec<_>>().chunks(MAX_CONFIRMED) {
-            self.publisher.show_on(connection, page).await?;
+            self.publisher.show_on(connection, page, &seen).await?;
         }
         for (id, body) in rows {
             let told =
@@ -132,13 +133,13 @@ impl Repair {
             let users = connection.users_with_routes(after, PAGE).await?;
             let Some(last) = users.last() else { break };
             after = last.get();
-            self.publisher.show_on(connection, &users).await?;
+            self.publisher.show_on(connection, &users, &NOBODY).await?;
             connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
         }
         let mut cursor = 0;
         loop {
             let page = l2.shared().scan_routes(cursor).await.map_err(|error| SqlError::Lost(error.to_string()))?;
-            self.publisher.show_on(connection, &page.1).await?;
+            self.publisher.show_on(connection, &page.1, &NOBODY).await?;
             connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
             cursor = page.0;
             if cursor == 0 {
@@ -162,7 +163,7 @@ impl Repair {
             l2.searched();
         }
         let missing = l2.shared().without_keys(&users).await.map_err(|error| SqlError::Lost(error.to_string()))?;
-        self.publisher.show_on(connection, &missing).await
+        self.publisher.show_on(connection, &missing, &NOBODY).await
     }
 
     /// What this node could not write into L2 itself may have been written by others, or made void: that shows when nothing

@@ -7,40 +7,34 @@ use std::collections::HashMap;
 use std::panic::AssertUnwindSafe;
 use std::panic::catch_unwind;
 use std::sync::Arc;
-use std::time::Duration;
 use std::time::Instant;
 
 use tracing::error;
 
-use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeTable;
+use crate::domain::history::Rules;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::inbox::Inbox;
 use crate::domain::inbox::InboxChange;
-use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::Limits;
-use crate::domain::inbox::NewMessage;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Applied;
-use crate::domain::user::Bind;
 use crate::domain::user::Context;
-use crate::domain::user::Event;
-use crate::domain::user::Outcome;
-use crate::domain::user::Unbind;
+use crate::domain::event::Event;
+use crate::domain::event::Outcome;
 use crate::domain::user::UserRecord;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;
 use crate::engine::write::projection::ShownRow;
+use crate::engine::write::work::Work;
 use crate::error::Error;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::OutboxBody;
 use crate::store::codec::StoredNotice;
-use crate::store::codec::reason_to_i32;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::inbox::Addition;
@@ -77,6 +71,8 @@ pub(super) struct Committed {
     pub outbox: Option<OutboxId>,
     pub kicks: Vec<KickedRoute>,
     pub stored: Vec<StoredNotice>,
+    /// Of whom others are shown something new.
+    pub seen: BTreeSet<UserId>,
     /// Rows of this lane were taken over by another node while it stood still: these users have to be shown again.
     pub overtaken: Vec<UserId>,
 }
@@ -84,7 +80,7 @@ pub(super) struct Committed {
 impl Committed {
     fn nothing() -> Self {
         let (outcomes, records, kicks, stored, overtaken) = (Vec::new(), Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, stored, overtaken }
+        Self { outcomes, records, complete_at: Instant::now(), outbox: None, kicks, stored, seen: BTreeSet::new(), overtaken }
     }
 }
 
@@ -110,20 +106,20 @@ impl Transaction<'_> {
             return Err(SqlError::Lost(what).into());
         }
         let current = self.read_lives(events, &loaded.records).await?;
-        let before = &loaded.records;
-        let (now, clock) = (loaded.clock.now(), &self.tools.lives.clock);
-        let (clock_is_steady, slack) = (clock.is_steady_at(now), clock.slack(now));
-        let inboxes = self.load_inboxes(events, now.minus(slack)).await?;
-        let (after, kicks, messages) = (Records::default(), Vec::new(), Vec::new());
-        let mut work = Work { current, before, after, kicks, inboxes, messages, clock_is_steady, slack };
-        let outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
-        if work.after.is_empty() {
+        let now = loaded.clock.now();
+        let inboxes = self.load_inboxes(events, now.minus(self.tools.lives.clock.slack(now))).await?;
+        let mut work = Work::new(&loaded.records, current, inboxes);
+        let mut outcomes: Vec<_> = events.iter().map(|event| self.apply(event, loaded.clock, &mut work)).collect();
+        if work.changes_nothing() {
             self.connection.rollback().await?;
             return Ok(Committed { outcomes, ..Committed::nothing() });
         }
+        self.erase(&work, events, &mut outcomes).await?;
         let stored = self.write_inboxes(&mut work, loaded.clock).await?;
+        self.write_history(&work).await?;
         let after: BTreeMap<UserId, UserRecord> = work.after.into_iter().collect();
-        let body = OutboxBody { kicks: work.kicks.clone(), stored: stored.clone(), ..OutboxBody::default() };
+        let shown = work.seen.iter().map(|user| user.get()).collect();
+        let body = OutboxBody { kicks: work.kicks.clone(), stored: stored.clone(), shown, ..OutboxBody::default() };
         let (outbox, overtaken) = self.write(&loaded.records, &after, body).await?;
         let is_stranger = |user: &UserId| loaded.records.get(user).is_none_or(|record| record.version == Version::NONE);
         users.retain(|user| is_stranger(user) && !after.contains_key(user));
@@ -136,8 +132,8 @@ impl Transaction<'_> {
         let complete_at = Instant::now();
         match self.connection.commit().await {
             Ok(()) => {
-                let (records, kicks) = (after.into_iter().collect(), work.kicks);
-                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, stored, overtaken })
+                let (records, kicks, seen) = (after.into_iter().collect(), work.kicks, work.seen);
+                Ok(Committed { outcomes, records, complete_at, outbox: Some(outbox), kicks, stored, seen, overtaken })
             }
             Err(SqlError::Deadlock) => Err(Failure::Sql(SqlError::Deadlock)),
             Err(error) => Err(Failure::Uncertain(error)),
@@ -151,7 +147,7 @@ impl Transaction<'_> {
             match &event.change {
                 Change::Inbox(InboxChange::Store(message)) => to_add.push((event.user, &*message.message_id)),
                 Change::Inbox(_) => drop(whole.insert(event.user)),
-                Change::Bind(_) | Change::Unbind(_) | Change::Sweep => {}
+                _ => {}
             }
         }
         to_add.retain(|(user, _)| !whole.contains(user));
@@ -198,48 +194,76 @@ impl Transaction<'_> {
             return None;
         }
         let table = self.tools.lives.table();
-        let settings = &self.tools.settings;
+        let (settings, now, known) = (&self.tools.settings, clock.now(), &self.tools.lives.clock);
         let context = Context {
             policy: &settings.policy,
             lives: &table,
-            now: clock.now(),
+            now,
             clock: clock.version(),
             route_ttl: settings.route_ttl,
             heartbeat_interval: settings.heartbeat_interval,
-            slack: work.slack,
-            clock_is_steady: work.clock_is_steady,
+            slack: known.slack(now),
+            clock_is_steady: known.is_steady_at(now),
+            history: Rules { session_gap: settings.session_gap, clock_set_at: known.set_at() },
         };
         let record = work.record(event.user);
-        let applied = match &event.change {
+        let applied = catch_unwind(AssertUnwindSafe(|| match &event.change {
             Change::Bind(bind) => match work.life_of(bind, &table) {
-                Some(life) => {
-                    let waited = event.received.elapsed();
-                    catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Bind { bind, life: &life, waited }, &context)))
-                }
-                None => Ok(Applied { outcome: work.fenced(&bind.gateway), next: None }),
+                Some(life) => record.apply(&Event::Bind { bind, life: &life, waited: event.received.elapsed() }, &context),
+                None => Applied::unchanged(work.fenced(&bind.gateway)),
             },
-            Change::Unbind(unbind) => {
-                let applied = catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Unbind(unbind), &context)));
-                applied.map(|applied| work.fenced_unbind(unbind, applied, &table))
+            Change::Unbind(unbind) => work.fenced_unbind(unbind, record.apply(&Event::Unbind(unbind), &context), &table),
+            Change::Sweep => record.apply(&Event::Sweep, &context),
+            Change::SetStatus(set) => record.apply(&Event::SetStatus(set), &context),
+            Change::EndStatus => record.apply(&Event::EndStatus, &context),
+            Change::Forget => {
+                work.forget(event.user);
+                record.apply(&Event::Forget, &context)
             }
-            Change::Sweep => catch_unwind(AssertUnwindSafe(|| record.apply(&Event::Sweep, &context))),
             Change::Inbox(change) => {
                 let inbox = work.inboxes.entry(event.user).or_default();
                 let limits = &Limits { slack: context.slack, keeps_what_is_over: !context.clock_is_steady, ..settings.inbox };
-                let applied = catch_unwind(AssertUnwindSafe(|| record.change_inbox(change, inbox, limits, &context)));
-                if let (InboxChange::Store(message), Ok(applied)) = (change, &applied) {
+                let applied = record.change_inbox(change, inbox, limits, &context);
+                if let InboxChange::Store(message) = change {
                     work.note_stored(event.user, message, &applied.outcome);
                 }
                 applied
             }
-        };
+        }));
         Some(match applied {
-            Ok(applied) => Ok(work.keep(event.user, applied)),
+            Ok(applied) => Ok(work.keep(event.user, applied, &table)),
             Err(_) => {
                 error!(user.id = %event.user, "the rules panicked on a change of this user; the change was dropped");
                 Err(Error::Internal { what: "this change cannot be made" })
             }
         })
+    }
+
+    /// Erases those who are to be forgotten, before anything is written that came after that.
+    async fn erase(
+        &mut self,
+        work: &Work<'_>,
+        events: &[Pending],
+        outcomes: &mut [Option<Result<Outcome, Error>>],
+    ) -> Result<(), SqlError> {
+        for user in &work.forgotten {
+            let erased = self.connection.erase(*user).await?;
+            let asked = events.iter().zip(outcomes.iter_mut()).find(|(event, _)| event.user == *user && matches!(event.change, Change::Forget));
+            if let Some((_, Some(Ok(Outcome::Forgotten { rows, .. })))) = asked {
+                *rows += erased;
+            }
+        }
+        Ok(())
+    }
+
+    async fn write_history(&mut self, work: &Work<'_>) -> Result<(), SqlError> {
+        if self.tools.settings.keeps_history {
+            self.connection.add_log(&work.log).await?;
+            self.connection.add_days(&work.days).await?;
+            self.tools.metrics.presence.history_rows.inc_by((work.log.len() + work.days.len()) as u64);
+            self.tools.metrics.presence.history_skipped.inc_by(work.skipped);
+        }
+        Ok(())
     }
 
     /// Writes down which messages came and went. Returns what push services are to be told.
@@ -279,73 +303,8 @@ impl Transaction<'_> {
         let all_deleted = self.connection.delete_outbox(&rows).await? == rows.len();
         let overtaken = if all_deleted { Vec::new() } else { self.shown.iter().flat_map(|row| row.users.clone()).collect() };
         for change in &changes {
-            body.changed(change.user, change.after.version);
+            body.changed(change.user, change.after);
         }
         Ok((self.connection.add_outbox(&self.tools.node_id, &body).await?, overtaken))
-    }
-}
-
-/// What a batch has done so far, in memory.
-struct Work<'a> {
-    current: HashMap<GatewayAddr, Arc<Life>>,
-    before: &'a Records,
-    after: Records,
-    kicks: Vec<KickedRoute>,
-    inboxes: HashMap<UserId, Inbox>,
-    /// Messages that were stored, with their numbers.
-    messages: Vec<(UserId, u64, &'a NewMessage)>,
-    clock_is_steady: bool,
-    slack: Duration,
-}
-
-impl<'a> Work<'a> {
-    fn note_stored(&mut self, user: UserId, message: &'a NewMessage, outcome: &Outcome) {
-        if let Outcome::Inbox(InboxOutcome::Stored { seq, again: false }) = outcome {
-            self.messages.push((user, *seq, message));
-        }
-    }
-
-    fn record(&self, user: UserId) -> UserRecord {
-        self.after.get(&user).or_else(|| self.before.get(&user)).cloned().unwrap_or_default()
-    }
-
-    /// The life a bind belongs to. None: the one it claims is over, or another gateway's.
-    fn life_of(&self, bind: &Bind, table: &LifeTable) -> Option<Arc<Life>> {
-        match bind.epoch {
-            None => self.current.get(&bind.gateway).cloned(),
-            Some(epoch) => table.get(epoch).filter(|life| life.is_alive() && life.gateway == bind.gateway).cloned(),
-        }
-    }
-
-    /// An unbind that found nothing is fenced if the life it claims is over: its gateway has to know.
-    fn fenced_unbind(&self, unbind: &Unbind, applied: Applied, table: &LifeTable) -> Applied {
-        let over = unbind.epoch().map(|epoch| table.get(epoch)).filter(|life| life.is_none_or(|life| !life.is_alive()));
-        match (over, &applied.outcome) {
-            (Some(life), Outcome::NotBound { .. }) => {
-                let current = life.and_then(|life| self.current.get(&life.gateway));
-                Applied { outcome: Outcome::Fenced(Fence::of(current.into_iter().map(|life| &**life))), next: None }
-            }
-            _ => applied,
-        }
-    }
-
-    fn fenced(&self, gateway: &GatewayAddr) -> Outcome {
-        Outcome::Fenced(Fence::of(self.current.get(gateway).into_iter().map(|life| &**life)))
-    }
-
-    fn keep(&mut self, user: UserId, applied: Applied) -> Outcome {
-        if let Outcome::Bound { kicked, .. } = &applied.outcome {
-            self.kicks.extend(kicked.iter().map(|(route, reason)| KickedRoute {
-                user_id: user.get(),
-                device_id: route.device.to_string(),
-                epoch: route.epoch.0,
-                bound_version: route.bound_version.0,
-                reason: reason_to_i32(*reason),
-            }));
-        }
-        if let Some(next) = applied.next {
-            self.after.insert(user, next);
-        }
-        applied.outcome
     }
 }

@@ -1,0 +1,171 @@
+//! What users were shown as, and how long they were online: read from SQL.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::MutexGuard;
+use std::sync::PoisonError;
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+use tokio::sync::SemaphorePermit;
+
+use crate::domain::history::Cause;
+use crate::domain::history::DayShare;
+use crate::domain::history::SCORE_DAYS;
+use crate::domain::history::activity_score;
+use crate::domain::history::day_of;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
+use crate::engine::read::directory::Answer;
+use crate::engine::read::directory::Directory;
+use crate::engine::read::lives::Lives;
+use crate::error::Error;
+use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
+use crate::store::connection::SqlError;
+use crate::store::database::Database;
+pub use crate::store::history::LogPage;
+pub use crate::store::history::LoggedLine;
+
+/// Connections that read history.
+const READERS: usize = 2;
+
+/// How long a user was online.
+#[derive(Debug, Default)]
+pub struct OnlineTime {
+    /// Days on which they were.
+    pub days: Vec<DayShare>,
+    /// 0 to 100.
+    pub score: u32,
+    pub online_now: bool,
+}
+
+pub struct History {
+    database: Arc<Database>,
+    directory: Arc<Directory>,
+    lives: Arc<Lives>,
+    readers: Semaphore,
+    idle: Mutex<Vec<Connection>>,
+}
+
+impl History {
+    pub fn new(database: Arc<Database>, directory: Arc<Directory>, lives: Arc<Lives>) -> Self {
+        Self { database, directory, lives, readers: Semaphore::new(READERS), idle: Mutex::default() }
+    }
+
+    /// A page of a user's log, the newest line first. True: there are more.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read.
+    pub async fn log(&self, page: LogPage) -> Result<(Vec<LoggedLine>, bool), Error> {
+        let page = LogPage { limit: page.limit + 1, ..page };
+        let is_newest = page.before.0 >= Version::MAX.0;
+        let answer = self.directory.get(page.user, Some(Duration::ZERO)).await?;
+        let (_turn, mut connection) = self.connection().await?;
+        let mut lines = connection.read_log(&page).await.map_err(unavailable)?;
+        self.idle().push(connection);
+        if is_newest && let Some(line) = death(&answer, lines.first(), page.with_hidden) {
+            if (page.from..page.to).contains(&line.at) {
+                lines.insert(0, line);
+            }
+        }
+        let has_more = lines.len() >= page.limit;
+        lines.truncate(page.limit - 1);
+        Ok((lines, has_more))
+    }
+
+    /// The days from one to another, and what the last weeks tell of the user. Without `with_hidden` as others could see it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read.
+    pub async fn online_time(&self, user: UserId, (from, to): (i32, i32), with_hidden: bool) -> Result<OnlineTime, Error> {
+        let today = self.today();
+        let first = from.min(today - SCORE_DAYS + 1);
+        let answer = self.directory.get(user, Some(Duration::ZERO)).await?;
+        let (_turn, mut connection) = self.connection().await?;
+        let mut days = connection.read_days(user, first, to.max(today)).await.map_err(unavailable)?;
+        self.idle().push(connection);
+        add_running(&mut days, &answer, self.lives.clock.now());
+        if !with_hidden {
+            days.values_mut().for_each(|day| *day = DayShare { hidden_ms: 0, hidden_sessions: 0, ..*day });
+        }
+        let online = |day: &DayShare| day.online_ms + day.hidden_ms;
+        let of_score = days.range(today - SCORE_DAYS + 1..=today).map(|(_, day)| online(day));
+        let score = activity_score(of_score);
+        let is_seen = answer.status() != Status::Offline;
+        let online_now = is_seen || with_hidden && answer.live_routes().next().is_some();
+        let asked = days.into_iter().filter(|(day, share)| (from..=to).contains(day) && (online(share) > 0 || share.sessions > 0));
+        Ok(OnlineTime { days: asked.map(|(_, share)| share).collect(), score, online_now })
+    }
+
+    /// By the database's clock, in UTC.
+    pub fn today(&self) -> i32 {
+        day_of(self.lives.clock.now())
+    }
+
+    /// How many rows there are about a user.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read.
+    pub async fn count_rows(&self, user: UserId) -> Result<u64, Error> {
+        let (_turn, mut connection) = self.connection().await?;
+        let rows = connection.count_rows_of(user).await.map_err(unavailable)?;
+        self.idle().push(connection);
+        Ok(rows)
+    }
+
+    /// A connection kept from before if it still works, else a new one.
+    async fn connection(&self) -> Result<(SemaphorePermit<'_>, Connection), Error> {
+        let turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
+        let kept = self.idle().pop();
+        if let Some(mut kept) = kept
+            && kept.ping().await.is_ok()
+        {
+            return Ok((turn, kept));
+        }
+        Ok((turn, self.database.connect(Purpose::General).await.map_err(unavailable)?))
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn unavailable(_: SqlError) -> Error {
+    Error::unavailable("the history cannot be read now")
+}
+
+/// The end of a user's gateway that nobody has written down yet.
+fn death(answer: &Answer, newest: Option<&LoggedLine>, with_hidden: bool) -> Option<LoggedLine> {
+    let newest = newest.filter(|line| line.shown != Status::Offline)?;
+    let is_over = answer.live_routes().next().is_none() && answer.has_routes();
+    let hidden = answer.is_hidden();
+    (is_over && (with_hidden || !hidden)).then(|| LoggedLine {
+        version: Version(newest.version.0.max(answer.version().0) + 1),
+        at: answer.ended_at(),
+        shown: Status::Offline,
+        hidden,
+        cause: Cause::Expired,
+        devices: 0,
+        gateway: String::new(),
+    })
+}
+
+/// The session that runs counts until now, or until its gateway was last heard.
+fn add_running(days: &mut BTreeMap<i32, DayShare>, answer: &Answer, now: Timestamp) {
+    let session = answer.session();
+    if session.since.0 == 0 {
+        return;
+    }
+    let until = if answer.live_routes().next().is_some() { now } else { answer.ended_at() };
+    for share in session.shares(answer.is_hidden(), true, until) {
+        let day = days.entry(share.day).or_insert(DayShare { day: share.day, ..DayShare::default() });
+        day.online_ms += share.online_ms;
+        day.hidden_ms += share.hidden_ms;
+        day.sessions += share.sessions;
+        day.hidden_sessions += share.hidden_sessions;
+    }
+}

@@ -1,0 +1,13 @@
+//! What users are shown as: how they want to be seen ([`statuses`]), who is told of it ([`watches`], by a [`teller`]), and what is
+//! written down of the past ([`history`]).
+
+pub mod history;
+mod interest;
+pub mod pruning;
+mod set;
+pub mod shown;
+pub mod status_ends;
+pub mod statuses;
+pub mod teller;
+mod watcher;
+pub mod watches;

@@ -1,0 +1,319 @@
+//! What one stream watches: a set of users, with what it was told last of each. Pure: time and what is shown come from outside.
+//!
+//! Nothing is queued but users, each at most once, so a slow reader costs nothing but its own delay: when it has room it is told
+//! the newest. Two delays damp what flaps: OFFLINE is told after a while, if it still holds; and a user is told to one stream
+//! only so often.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use crate::domain::id::NumberMap;
+use crate::domain::id::UserId;
+use crate::engine::presence::shown::Shown;
+
+/// The delays that damp what flaps.
+#[derive(Clone, Copy, Debug)]
+pub struct Damping {
+    pub offline_delay: Duration,
+    pub min_interval: Duration,
+}
+
+/// What came of one request to watch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Done {
+    pub seq: u64,
+    /// Why nobody was added.
+    pub refused: Option<String>,
+    /// Some users could not be read.
+    pub is_incomplete: bool,
+}
+
+/// What a stream is to do next.
+pub enum Next {
+    Tell(Telling),
+    Done(Done),
+    /// Nothing, until somebody changes, or until then.
+    Wait(Option<Instant>),
+}
+
+/// One user, as they are shown now.
+#[derive(Clone, Debug)]
+pub struct Telling {
+    pub user: UserId,
+    pub shown: Arc<Shown>,
+    /// It was told as soon as it could be: how long that took says something.
+    pub is_direct: bool,
+}
+
+/// What was told of a user.
+struct Pair {
+    token: u64,
+    content: u64,
+    state: State,
+}
+
+#[derive(Clone, Copy)]
+enum State {
+    /// Nothing yet: the number of the request that asked, unless it was answered without this user.
+    New { is_queued: bool, must_tell: bool, asked: Option<u32> },
+    /// When, in milliseconds since the set began.
+    Told { is_queued: bool, is_waiting: bool, was_online: bool, at: u32 },
+}
+
+/// A request that was not answered.
+struct Asked {
+    done: Done,
+    /// Users of whom nothing was told yet.
+    missing: usize,
+}
+
+/// What one stream watches.
+pub struct Set {
+    pairs: NumberMap<UserId, Pair>,
+    /// Users to look at now.
+    out: VecDeque<UserId>,
+    /// Users to look at then.
+    later: BinaryHeap<Reverse<(Instant, i64)>>,
+    asked: VecDeque<Asked>,
+    /// The number of the first of them.
+    first: u32,
+    began: Instant,
+    damped: u64,
+}
+
+impl Set {
+    pub fn new(began: Instant) -> Self {
+        let (pairs, out, later, asked) = (NumberMap::default(), VecDeque::new(), BinaryHeap::new(), VecDeque::new());
+        Self { pairs, out, later, asked, first: 0, began, damped: 0 }
+    }
+
+    pub fn len(&self) -> usize {
+        self.pairs.len()
+    }
+
+    pub fn contains(&self, user: UserId) -> bool {
+        self.pairs.contains_key(&user)
+    }
+
+    /// Requests that were not answered, or whose answers wait.
+    pub fn unanswered(&self) -> usize {
+        self.asked.len()
+    }
+
+    /// A request that adds nobody.
+    pub fn refuse(&mut self, seq: u64, why: String) {
+        let done = Done { seq, refused: Some(why), is_incomplete: false };
+        self.asked.push_back(Asked { done, missing: 0 });
+    }
+
+    /// Begins a request; the users that it adds follow.
+    pub fn begin(&mut self, seq: u64) {
+        let done = Done { seq, refused: None, is_incomplete: false };
+        self.asked.push_back(Asked { done, missing: 0 });
+    }
+
+    /// Adds a user to the request that was begun last. `known`: the newest version that the caller has; 0: none.
+    pub fn add(&mut self, user: UserId, known: u64) {
+        let number = self.first.wrapping_add(u32::try_from(self.asked.len()).unwrap_or(u32::MAX)).wrapping_sub(1);
+        let pair = self.pairs.entry(user).or_insert(Pair {
+            token: known,
+            content: 0,
+            state: State::New { is_queued: false, must_tell: false, asked: None },
+        });
+        let earlier = if let State::New { asked, .. } = pair.state { asked } else { None };
+        let is_queued = *pair.state.is_queued();
+        // Requests are answered in their order: who waits for an earlier one has been told by then.
+        let asked = earlier.or(Some(number));
+        (pair.token, pair.content) = (known, 0);
+        pair.state = State::New { is_queued, must_tell: known == 0, asked };
+        if earlier.is_none()
+            && let Some(request) = self.asked.back_mut()
+        {
+            request.missing += 1;
+        }
+    }
+
+    /// True: the user was in the set.
+    pub fn remove(&mut self, user: UserId) -> bool {
+        let Some(pair) = self.pairs.remove(&user) else { return false };
+        if let State::New { asked, .. } = pair.state {
+            self.answered(asked, false);
+        }
+        true
+    }
+
+    /// All users, who are then watched no more.
+    pub fn take_all(&mut self) -> Vec<UserId> {
+        std::mem::take(&mut self.pairs).into_keys().collect()
+    }
+
+    /// Of this user something new may be shown. `certain`: this is the newest version that there is, whatever the caller knows.
+    /// False: the set was waiting for a look at the user already.
+    pub fn mark(&mut self, user: UserId, certain: Option<u64>) -> bool {
+        let Some(pair) = self.pairs.get_mut(&user) else { return true };
+        if let (State::New { must_tell, .. }, Some(newest)) = (&mut pair.state, certain) {
+            *must_tell |= pair.token > newest;
+        }
+        let is_first = !std::mem::replace(pair.state.is_queued(), true);
+        if is_first {
+            self.out.push_back(user);
+        }
+        is_first
+    }
+
+    /// The user cannot be read now: whoever waits for the answer is told so.
+    pub fn give_up(&mut self, user: UserId) {
+        if let Some(Pair { state: State::New { asked, .. }, .. }) = self.pairs.get_mut(&user) {
+            let number = asked.take();
+            self.answered(number, true);
+        }
+    }
+
+    fn answered(&mut self, asked: Option<u32>, is_incomplete: bool) {
+        let place = asked.map(|number| number.wrapping_sub(self.first) as usize);
+        if let Some(request) = place.and_then(|place| self.asked.get_mut(place)) {
+            request.missing -= 1;
+            request.done.is_incomplete |= is_incomplete;
+        }
+    }
+
+    /// What to do now. `shown`: what is shown of a user, if that was read.
+    pub fn next(&mut self, now: Instant, damping: &Damping, shown: impl Fn(UserId) -> Option<Arc<Shown>>) -> Next {
+        loop {
+            if self.asked.front().is_some_and(|request| request.missing == 0)
+                && let Some(request) = self.asked.pop_front()
+            {
+                self.first = self.first.wrapping_add(1);
+                return Next::Done(request.done);
+            }
+            let Some((user, is_direct)) = self.next_user(now) else {
+                return Next::Wait(self.later.peek().map(|Reverse((due, _))| *due));
+            };
+            if let Some(shown) = shown(user)
+                && self.is_to_tell(user, &shown, now, damping)
+            {
+                return Next::Tell(Telling { user, shown, is_direct });
+            }
+        }
+    }
+
+    /// Who is to be looked at now, and whether nothing has held that up.
+    fn next_user(&mut self, now: Instant) -> Option<(UserId, bool)> {
+        if self.later.peek().is_some_and(|Reverse((due, _))| *due <= now)
+            && let Some(Reverse((_, user))) = self.later.pop()
+            && let Ok(user) = UserId::parse(user)
+        {
+            if let Some(Pair { state: State::Told { is_waiting, .. }, .. }) = self.pairs.get_mut(&user) {
+                *is_waiting = false;
+            }
+            return Some((user, false));
+        }
+        let user = self.out.pop_front()?;
+        let mut is_told = false;
+        if let Some(pair) = self.pairs.get_mut(&user) {
+            is_told = matches!(pair.state, State::Told { .. });
+            *pair.state.is_queued() = false;
+        }
+        Some((user, is_told))
+    }
+
+    /// Whether the stream is to be told of a user now. Then it counts as told.
+    fn is_to_tell(&mut self, user: UserId, shown: &Shown, now: Instant, damping: &Damping) -> bool {
+        let at = self.millis(now);
+        let Some(pair) = self.pairs.get_mut(&user) else { return false };
+        match pair.verdict(shown, now, at, damping) {
+            Verdict::Later(due) => {
+                if pair.state.begin_waiting() {
+                    self.later.push(Reverse((due, user.get())));
+                    self.damped += 1;
+                }
+                false
+            }
+            Verdict::Unread => false,
+            verdict @ (Verdict::Tell | Verdict::Same) => {
+                let (is_told, before) = (verdict == Verdict::Tell, pair.state);
+                (pair.token, pair.content) = (shown.token, shown.content);
+                pair.state = before.told(shown.is_online(), is_told.then_some(at));
+                if let State::New { asked, .. } = before {
+                    self.answered(asked, false);
+                }
+                is_told
+            }
+        }
+    }
+
+    /// How often something was put off, since the last call.
+    pub fn take_damped(&mut self) -> u64 {
+        std::mem::take(&mut self.damped)
+    }
+
+    fn millis(&self, now: Instant) -> u32 {
+        now.saturating_duration_since(self.began).as_millis() as u32 // it may begin anew after 49 days
+    }
+}
+
+/// What is to be done about a user.
+#[derive(Clone, Copy, PartialEq)]
+enum Verdict {
+    Tell,
+    /// It looks as it was told, or as the caller knew it.
+    Same,
+    Later(Instant),
+    /// The caller knows something newer: it has to be read first.
+    Unread,
+}
+
+impl Pair {
+    fn verdict(&self, shown: &Shown, now: Instant, at: u32, damping: &Damping) -> Verdict {
+        match self.state {
+            State::New { must_tell: true, .. } => Verdict::Tell,
+            State::New { .. } if shown.token < self.token => Verdict::Unread,
+            State::New { .. } if shown.token == self.token => Verdict::Same,
+            State::New { .. } => Verdict::Tell,
+            State::Told { .. } if shown.content == self.content => Verdict::Same,
+            State::Told { was_online, at: told, .. } => {
+                let elapsed = Duration::from_millis(at.wrapping_sub(told).into());
+                let again = now + damping.min_interval.saturating_sub(elapsed);
+                let goes_offline = was_online && !shown.is_online();
+                let holds = goes_offline.then(|| Instant::from(shown.seen_at) + damping.offline_delay);
+                let due = holds.map_or(again, |holds| holds.max(again));
+                if due > now { Verdict::Later(due) } else { Verdict::Tell }
+            }
+        }
+    }
+}
+
+impl State {
+    fn is_queued(&mut self) -> &mut bool {
+        match self {
+            Self::New { is_queued, .. } | Self::Told { is_queued, .. } => is_queued,
+        }
+    }
+
+    /// True: the user was not waiting before.
+    fn begin_waiting(&mut self) -> bool {
+        match self {
+            Self::Told { is_waiting, .. } => !std::mem::replace(is_waiting, true),
+            Self::New { .. } => false,
+        }
+    }
+
+    /// The state after a look. `now`: it was told.
+    fn told(self, is_online: bool, now: Option<u32>) -> Self {
+        match self {
+            Self::New { is_queued, .. } => Self::Told { is_queued, is_waiting: false, was_online: is_online, at: now.unwrap_or(0) },
+            Self::Told { is_queued, is_waiting, was_online, at } => {
+                let was_online = if now.is_some() { is_online } else { was_online };
+                Self::Told { is_queued, is_waiting, was_online, at: now.unwrap_or(at) }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "set_tests.rs"]
+mod tests;

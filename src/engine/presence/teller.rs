@@ -1,0 +1,342 @@
+//! Reads watched users whenever they may have changed, and has the streams that watch them look at what is new.
+//!
+//! Interest comes first, then the reading: whoever changes after a user was registered is heard of. What may have been missed is
+//! found out by looking: at those whose gateway's life has ended, and at everybody when hints were lost, paced. So nothing can
+//! get lost but states that somebody else has overwritten meanwhile.
+
+use std::collections::HashSet;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
+
+use futures_util::FutureExt;
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+
+use crate::domain::gateway::LifeTable;
+use crate::domain::id::Epoch;
+use crate::domain::id::NumberMap;
+use crate::domain::id::UserId;
+use crate::engine::presence::interest::SHARDS;
+use crate::engine::presence::shown::Shown;
+use crate::engine::presence::watches::Watches;
+use crate::engine::read::cache::Cache;
+use crate::engine::read::directory::Answer;
+use crate::engine::read::directory::Directory;
+use crate::error::Error;
+
+/// Users read at once, and how many such readings may be under way: SQL that stands still keeps nobody from what memory knows.
+const BATCH: usize = 512;
+const READINGS: usize = 4;
+/// How often lives and the trust in memory are looked at, while anybody watches.
+const LOOK_INTERVAL: Duration = Duration::from_millis(10);
+/// Between attempts to read somebody who could not be read.
+const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Streams that are told of one user before others have their turn.
+const SLICE: usize = 1_000;
+
+/// Why a user is to be read.
+#[derive(Clone, Copy, Debug, Default)]
+struct Want {
+    /// A version that is known to exist.
+    floor: u64,
+    /// A stream has not been told anything of the user yet.
+    is_added: bool,
+    /// The caches know less: SQL has to be read.
+    past_caches: bool,
+    /// Something has changed: this comes before looks for other reasons.
+    is_urgent: bool,
+}
+
+/// Users to be read, each once, in the order in which they came.
+#[derive(Default)]
+struct Queue {
+    wants: NumberMap<UserId, Want>,
+    order: VecDeque<UserId>,
+}
+
+impl Queue {
+    fn push(&mut self, user: UserId, want: Want) {
+        let known = self.wants.entry(user).or_insert_with(|| {
+            self.order.push_back(user);
+            Want::default()
+        });
+        known.floor = known.floor.max(want.floor);
+        known.is_added |= want.is_added;
+        known.past_caches |= want.past_caches;
+        known.is_urgent |= want.is_urgent;
+    }
+
+    fn pop(&mut self) -> Option<(UserId, Want)> {
+        let user = self.order.pop_front()?;
+        Some((user, self.wants.remove(&user).unwrap_or_default()))
+    }
+}
+
+/// A look at everybody, a part after the other.
+struct Resync {
+    /// The next part, and how many are left.
+    shard: usize,
+    shards_left: usize,
+    left: Vec<UserId>,
+    /// Users that may be looked at now.
+    allowance: f64,
+    at: Instant,
+}
+
+type Reading = BoxFuture<'static, Vec<(UserId, Want, Result<Answer, Error>)>>;
+
+pub struct Teller {
+    watches: Arc<Watches>,
+    directory: Arc<Directory>,
+    cache: Arc<Cache>,
+    /// To be looked for in memory.
+    waiting: Queue,
+    /// To be read, because memory does not know them: those who have changed first.
+    changed: Queue,
+    others: Queue,
+    /// Users who could not be read.
+    failed: Vec<(UserId, Want)>,
+    failed_at: Instant,
+    reading: HashSet<UserId>,
+    readings: FuturesUnordered<Reading>,
+    resync: Option<Resync>,
+    /// What was looked at last.
+    table: Arc<LifeTable>,
+    trust: u32,
+}
+
+impl Teller {
+    pub fn new(watches: Arc<Watches>, directory: Arc<Directory>, cache: Arc<Cache>) -> Self {
+        let (table, trust) = (watches.lives.table(), cache.trust());
+        Self {
+            watches,
+            directory,
+            cache,
+            waiting: Queue::default(),
+            changed: Queue::default(),
+            others: Queue::default(),
+            failed: Vec::new(),
+            failed_at: Instant::now(),
+            reading: HashSet::new(),
+            readings: FuturesUnordered::new(),
+            resync: None,
+            table,
+            trust,
+        }
+    }
+
+    /// Until `stop`.
+    pub async fn run(mut self, stop: CancellationToken) {
+        let _stop_node_on_panic = stop.clone().drop_guard();
+        loop {
+            let watches = self.watches.clone();
+            let is_idle = watches.streams() == 0 && watches.interest.len() == 0;
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some(read) = self.readings.next() => self.settle_all(read).await,
+                () = watches.wake.notified() => {}
+                () = watches.feed.pushed() => {}
+                () = sleep(LOOK_INTERVAL), if !is_idle => {}
+            }
+            self.step().await;
+        }
+    }
+
+    async fn step(&mut self) {
+        self.watches.forget_ended().await;
+        self.take_changes();
+        self.look_at_lives().await;
+        self.go_on_with_resync();
+        self.recall().await;
+        self.read();
+        let metrics = &self.watches.metrics.presence;
+        let waiting = [&self.waiting, &self.changed, &self.others].map(|queue| queue.order.len()).iter().sum::<usize>();
+        let dirty = waiting + self.reading.len() + self.failed.len();
+        metrics.watch_dirty.set(dirty as i64);
+        metrics.watch_streams.set(self.watches.streams() as i64);
+        metrics.watch_pairs.set(self.watches.pairs() as i64);
+        metrics.watch_users.set(self.watches.interest.len() as i64);
+    }
+
+    /// Who has changed, and who was added.
+    fn take_changes(&mut self) {
+        let (changes, has_lost) = self.watches.feed.take();
+        for changed in changes {
+            let is_known = |shown: Arc<Shown>| shown.token >= changed.shown.0;
+            let interest = &self.watches.interest;
+            if interest.is_watched(changed.user) && !interest.shown(changed.user).is_some_and(is_known) {
+                self.waiting.push(changed.user, Want { floor: changed.shown.0, is_urgent: true, ..Want::default() });
+            }
+        }
+        for added in self.watches.take_added() {
+            self.waiting.push(added.user, Want { floor: added.floor, is_added: true, ..Want::default() });
+        }
+        let trust = self.cache.trust();
+        if has_lost || std::mem::replace(&mut self.trust, trust) != trust {
+            self.begin_resync(if has_lost { "overflow" } else { "gap" });
+        }
+        if self.resync.is_none() && self.directory.complete_since(Instant::now()).is_none() && self.watches.interest.len() > 0 {
+            self.begin_resync("deaf");
+        }
+        if !self.failed.is_empty() && self.failed_at.elapsed() >= RETRY_AFTER {
+            std::mem::take(&mut self.failed).into_iter().for_each(|(user, want)| self.waiting.push(user, want));
+        }
+    }
+
+    /// A life that has ended changes what is shown of its users, and no version says so.
+    async fn look_at_lives(&mut self) {
+        let table = self.watches.lives.table();
+        if Arc::ptr_eq(&table, &self.table) {
+            return;
+        }
+        let before = std::mem::replace(&mut self.table, table);
+        let ended: Vec<Epoch> =
+            before.iter().filter(|life| life.is_alive() && self.is_over(life.epoch)).map(|life| life.epoch).collect();
+        if ended.is_empty() || self.watches.interest.len() == 0 {
+            return;
+        }
+        for shard in 0..SHARDS {
+            let users = self.watches.interest.users_on(shard, &ended);
+            users.into_iter().for_each(|user| self.waiting.push(user, Want { is_urgent: true, ..Want::default() }));
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn is_over(&self, epoch: Epoch) -> bool {
+        self.table.get(epoch).is_none_or(|life| !life.is_alive())
+    }
+
+    /// One that is under way goes round once more, from where it is.
+    fn begin_resync(&mut self, cause: &'static str) {
+        self.watches.metrics.presence.watch_resync(cause);
+        let begun = Resync { shard: 0, shards_left: 0, left: Vec::new(), allowance: 0.0, at: Instant::now() };
+        self.resync.get_or_insert(begun).shards_left = SHARDS + 1; // the part that it is in counts again, too
+    }
+
+    /// Has as many users looked at as the pace allows.
+    fn go_on_with_resync(&mut self) {
+        let Some(resync) = &mut self.resync else { return };
+        let (now, rate) = (Instant::now(), f64::from(self.watches.settings.resync_rate));
+        let gained = now.duration_since(resync.at).as_secs_f64() * rate;
+        (resync.allowance, resync.at) = ((resync.allowance + gained).min(rate), now);
+        while resync.allowance >= 1.0 && self.waiting.order.len() + self.others.order.len() < READINGS * BATCH {
+            match resync.left.pop() {
+                Some(user) => {
+                    resync.allowance -= 1.0;
+                    self.waiting.push(user, Want::default());
+                }
+                None if resync.shards_left == 0 => {
+                    self.resync = None;
+                    return;
+                }
+                None => {
+                    resync.left = self.watches.interest.users_of(resync.shard);
+                    (resync.shard, resync.shards_left) = ((resync.shard + 1) % SHARDS, resync.shards_left - 1);
+                }
+            }
+        }
+    }
+
+    /// Tells at once what memory knows of those who wait; the others have to be read.
+    async fn recall(&mut self) {
+        let now = Instant::now();
+        for _ in 0..READINGS * BATCH {
+            let Some((user, want)) = self.waiting.pop() else { return };
+            let is_readable = !want.past_caches && !self.reading.contains(&user);
+            match self.directory.recall(user, None, now).filter(|_| is_readable) {
+                Some(answer) => self.settle(user, want, &answer).await,
+                None if want.is_urgent => self.changed.push(user, want),
+                None => self.others.push(user, want),
+            }
+        }
+        self.watches.wake.notify_one(); // there may be more
+    }
+
+    /// Begins as many readings as there may be.
+    fn read(&mut self) {
+        let mut again = Vec::new();
+        while self.readings.len() < READINGS {
+            let (mut batch, mut past_caches) = (Vec::new(), false);
+            while batch.len() < BATCH
+                && let Some((user, want)) = self.changed.pop().or_else(|| self.others.pop())
+            {
+                match self.reading.insert(user) {
+                    true => batch.push((user, want)),
+                    false => again.push((user, want)), // what is being read may have been read too early
+                }
+                past_caches |= want.past_caches;
+            }
+            if batch.is_empty() {
+                break;
+            }
+            self.readings.push(self.reading(batch, past_caches));
+        }
+        again.into_iter().for_each(|(user, want)| self.changed.push(user, want));
+    }
+
+    fn reading(&self, mut batch: Vec<(UserId, Want)>, past_caches: bool) -> Reading {
+        let (directory, metrics) = (self.directory.clone(), self.watches.metrics.clone());
+        let bound = past_caches.then_some(Duration::ZERO);
+        let reading = async move {
+            let began = Instant::now();
+            let users: Vec<UserId> = batch.iter().map(|(user, _)| *user).collect();
+            let answers = directory.get_many(&users, bound).await;
+            metrics.presence.watch_read_seconds.observe(began.elapsed().as_secs_f64());
+            batch.iter_mut().for_each(|(_, want)| want.past_caches = past_caches);
+            batch.into_iter().zip(answers).map(|((user, want), answer)| (user, want, answer)).collect()
+        };
+        reading.boxed()
+    }
+
+    async fn settle_all(&mut self, read: Vec<(UserId, Want, Result<Answer, Error>)>) {
+        for (user, want, answer) in read {
+            self.reading.remove(&user);
+            match answer {
+                Ok(answer) => self.settle(user, want, &answer).await,
+                Err(_) => self.give_up(user, want),
+            }
+        }
+    }
+
+    /// Takes over what was read, unless more is known to be true.
+    async fn settle(&mut self, user: UserId, want: Want, answer: &Answer) {
+        if answer.live_routes().any(|live| self.is_over(live.route.epoch)) {
+            return self.waiting.push(user, want); // its end was heard of while this was read
+        }
+        let before = self.watches.interest.shown(user);
+        let shown = Shown::of(answer, before.as_deref(), Instant::now());
+        let floor = want.floor.max(before.map_or(0, |before| before.token));
+        if shown.token < floor && !want.past_caches {
+            self.watches.metrics.presence.version_floor_reads.inc();
+            return self.waiting.push(user, Want { floor, past_caches: true, ..want });
+        }
+        let certain = want.past_caches.then_some(shown.token);
+        let Some(settled) = self.watches.interest.settle(user, shown) else { return };
+        if !settled.is_new && !want.is_added {
+            self.watches.metrics.presence.watch_same.inc();
+            return;
+        }
+        for slice in settled.watchers.chunks(SLICE) {
+            let coalesced = slice.iter().filter(|watcher| !watcher.mark(user, certain)).count();
+            self.watches.metrics.presence.watch_coalesced.inc_by(coalesced as u64);
+            if slice.len() == SLICE {
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    /// Those who wait for an answer hear that there is none now; the user is read again later.
+    fn give_up(&mut self, user: UserId, want: Want) {
+        self.watches.interest.watchers(user).iter().for_each(|watcher| watcher.give_up(user));
+        if self.failed.is_empty() {
+            self.failed_at = Instant::now();
+        }
+        self.failed.push((user, want));
+    }
+}
