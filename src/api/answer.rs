@@ -225,7 +225,7 @@ mod tests {
             client_port: 65_535,
             bound_version: Version(u64::MAX),
             bound_at: Timestamp(-1),
-            expires_at: None,
+            expires_at: Default::default(),
             idle: true,
         };
         let mut wire = Wire(Vec::new());

@@ -144,7 +144,7 @@ impl Chronicle {
             }
             (true, false) => {
                 self.close(session, before.is_hidden(), true, at, rules);
-                session.since = Timestamp::default();
+                *session = OnlineSession::default();
             }
             (true, true) if before.is_hidden() != after.is_hidden() => {
                 self.close(session, before.is_hidden(), false, at, rules);

@@ -11,6 +11,7 @@ use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
 use crate::domain::id::Version;
+use crate::domain::time::Expiry;
 use crate::domain::time::Timestamp;
 
 /// What kind of device it is, as its gateway says.
@@ -50,7 +51,7 @@ pub struct Route {
     pub bound_version: Version,
     pub bound_at: Timestamp,
     /// Only on unmanaged lives: when the route ends unless it is bound again.
-    pub expires_at: Option<Timestamp>,
+    pub expires_at: Expiry,
     /// Nobody has used the device for a while.
     pub idle: bool,
 }
@@ -61,7 +62,7 @@ pub type Routes = SmallVec<[Route; 1]>;
 impl Route {
     /// Whether the route leads to a device now. A life nobody has heard of is believed.
     pub fn liveness(&self, lives: &LifeTable, now: Timestamp, slack: Duration, heartbeat_interval: Duration) -> Liveness {
-        if self.expires_at.is_some_and(|end| end.plus(slack) <= now) {
+        if self.expires_at.at().is_some_and(|end| end.plus(slack) <= now) {
             return Liveness::Over;
         }
         lives.get(self.epoch).map_or(Liveness::OnTime, |life| life.liveness(now, heartbeat_interval))

@@ -61,13 +61,6 @@ pub struct Wish {
     pub until: Option<Timestamp>,
 }
 
-impl Wish {
-    /// As records hold it: the default is none.
-    pub fn boxed(self) -> Option<Box<Self>> {
-        (self != Self::default()).then(|| Box::new(self))
-    }
-}
-
 /// What a user says of themselves: a few words.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StatusText(Box<str>);

@@ -1,5 +1,6 @@
 //! Points in time as the database's clock tells them. The wall clock of a node is for log lines only.
 
+use std::num::NonZero;
 use std::time::Duration;
 
 use time::Date;
@@ -27,6 +28,23 @@ impl Timestamp {
     }
 }
 
+/// When something ends, or that it does not by itself, in eight bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Expiry(Option<NonZero<i64>>);
+
+impl Expiry {
+    /// None: never.
+    pub fn at(self) -> Option<Timestamp> {
+        self.0.map(|at| Timestamp(at.get()))
+    }
+}
+
+impl From<Option<Timestamp>> for Expiry {
+    fn from(at: Option<Timestamp>) -> Self {
+        Self(at.and_then(|at| NonZero::new(at.0)))
+    }
+}
+
 fn millis(duration: Duration) -> i64 {
     i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
 }
@@ -37,7 +55,8 @@ const FIRST_JULIAN_DAY: i32 = 2_440_588;
 /// The day of UTC that is written so, since 1970: `2026-11-26`.
 pub fn parse_day(raw: &str) -> Option<i32> {
     let mut parts = raw.split('-');
-    let mut part = |digits: usize| parts.next().filter(|part| part.len() == digits)?.parse::<u16>().ok();
+    let is_number = |part: &&str| part.bytes().all(|byte| byte.is_ascii_digit());
+    let mut part = |digits: usize| parts.next().filter(|part| part.len() == digits).filter(is_number)?.parse::<u16>().ok();
     let (year, month, day) = (part(4)?, part(2)?, part(2)?);
     let month = Month::try_from(u8::try_from(month).ok()?).ok()?;
     let date = Date::from_calendar_date(year.into(), month, u8::try_from(day).ok()?).ok()?;

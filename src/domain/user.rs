@@ -1,5 +1,6 @@
 //! A user's record and the one function that changes it.
 
+mod presence;
 mod settling;
 mod wish;
 
@@ -28,22 +29,29 @@ use crate::domain::route::Route;
 use crate::domain::route::Routes;
 use crate::domain::status::Wish;
 use crate::domain::time::CLOCK_SLACK;
+use crate::domain::time::Expiry;
 use crate::domain::time::Timestamp;
 
 /// All that is known of a user. Without routes and with version 0: no such user.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct UserRecord {
     pub version: Version,
-    /// None: the default, as most users have it.
-    pub wish: Option<Box<Wish>>,
+    /// None: as it follows from the rest, as for most users.
+    pub presence: Option<Box<Presence>>,
     pub last_seen: Timestamp,
     pub routes: Routes,
-    pub shown: LastShown,
-    pub session: OnlineSession,
     /// The greatest number that a stored message of the user ever had.
     pub inbox_seq: u64,
     /// How many messages are stored.
     pub inbox_pending: u32,
+}
+
+/// How a user wants to be seen, what others were shown last, and since when the user is online.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Presence {
+    pub wish: Wish,
+    pub shown: LastShown,
+    pub session: OnlineSession,
 }
 
 /// The last change that others could see. While the user is INVISIBLE nothing moves it.
@@ -223,10 +231,10 @@ impl UserRecord {
     fn sweep(&self, context: &Context<'_>) -> Applied {
         let mut routes: Routes = self.routes.iter().filter(|route| !context.is_to_go(route)).cloned().collect();
         let (swept, latest) = (self.routes.len() - routes.len(), context.now.plus(context.route_ttl));
-        let too_late = |route: &&mut Route| route.expires_at.is_some_and(|end| end > latest.plus(CLOCK_SLACK));
+        let too_late = |route: &&mut Route| route.expires_at.at().is_some_and(|end| end > latest.plus(CLOCK_SLACK));
         let mut has_changed = swept > 0;
         for route in routes.iter_mut().filter(too_late) {
-            (route.expires_at, has_changed) = (Some(latest), true);
+            (route.expires_at, has_changed) = (Some(latest).into(), true);
         }
         if !has_changed {
             return Applied::unchanged(Outcome::Swept { routes: 0 });
@@ -238,8 +246,8 @@ impl UserRecord {
     }
 
     fn changed(&self, version: Version, last_seen: Timestamp, routes: Routes) -> Self {
-        let Self { shown, session, inbox_seq, inbox_pending, .. } = *self;
-        Self { version, wish: self.wish.clone(), last_seen, routes, shown, session, inbox_seq, inbox_pending }
+        let Self { inbox_seq, inbox_pending, .. } = *self;
+        Self { version, presence: None, last_seen, routes, inbox_seq, inbox_pending }.with(self.presence())
     }
 
     /// When the last of the routes that are over ended, or the user was seen after that.
@@ -257,11 +265,9 @@ impl UserRecord {
         };
         let pending = u32::try_from(inbox.len()).unwrap_or(u32::MAX);
         let has_changed = (inbox_seq, pending) != (self.inbox_seq, self.inbox_pending);
-        let next = has_changed.then(|| Self {
-            version: self.version.next(context.clock),
-            inbox_seq,
-            inbox_pending: pending,
-            ..self.clone()
+        let next = has_changed.then(|| {
+            let version = self.version.next(context.clock);
+            Self { version, inbox_seq, inbox_pending: pending, ..self.clone() }.with(self.presence())
         });
         Applied { outcome: Outcome::Inbox(outcome), next, chronicle: Chronicle::default() }
     }
@@ -288,11 +294,11 @@ impl Context<'_> {
 
     /// Until when a route that is over was good: its own time to live, or the last beat of its gateway.
     fn end_of(&self, route: &Route) -> Option<Timestamp> {
-        route.expires_at.or_else(|| self.lives.get(route.epoch).map(|life| life.last_beat))
+        route.expires_at.at().or_else(|| self.lives.get(route.epoch).map(|life| life.last_beat))
     }
 
-    fn expiry(&self, life: &Life) -> Option<Timestamp> {
-        (life.kind == LifeKind::Unmanaged).then(|| self.now.plus(self.route_ttl))
+    fn expiry(&self, life: &Life) -> Expiry {
+        (life.kind == LifeKind::Unmanaged).then(|| self.now.plus(self.route_ttl)).into()
     }
 }
 

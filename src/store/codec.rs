@@ -23,6 +23,7 @@ use crate::domain::status::StatusText;
 use crate::domain::status::Wish;
 use crate::domain::time::Timestamp;
 use crate::domain::user::LastShown;
+use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 
 /// What a committed batch still has to show to the outside.
@@ -90,7 +91,7 @@ pub struct ChangedUser {
 
 impl ChangedUser {
     pub fn of(user: UserId, record: &UserRecord) -> Self {
-        Self { user_id: user.get(), version: record.version.0, shown_version: record.shown.version.0 }
+        Self { user_id: user.get(), version: record.version.0, shown_version: record.shown().version.0 }
     }
 
     pub fn user(&self) -> Option<UserId> {
@@ -185,6 +186,7 @@ impl From<&UserRecord> for StoredRecord {
     fn from(record: &UserRecord) -> Self {
         let routes = record.routes.iter().map(StoredRoute::from).collect();
         let UserRecord { inbox_seq, inbox_pending, .. } = *record;
+        let (shown, session) = (record.shown(), record.session());
         Self {
             status: status_to_i32(record.wanted()),
             last_seen_ms: record.last_seen.0,
@@ -192,12 +194,12 @@ impl From<&UserRecord> for StoredRecord {
             inbox_seq,
             inbox_pending: inbox_pending.into(),
             text: record.text().to_owned(),
-            until_ms: record.wish.as_ref().and_then(|wish| wish.until).map(|until| until.0),
-            shown_version: record.shown.version.0,
-            shown_seen_ms: record.shown.seen.0,
-            status_since_ms: record.shown.since.0,
-            online_since_ms: record.session.since.0,
-            session_is_counted: record.session.is_counted,
+            until_ms: record.wish_until().map(|until| until.0),
+            shown_version: shown.version.0,
+            shown_seen_ms: shown.seen.0,
+            status_since_ms: shown.since.0,
+            online_since_ms: session.since.0,
+            session_is_counted: session.is_counted,
         }
     }
 }
@@ -214,7 +216,7 @@ impl From<&Route> for StoredRoute {
             client_port: route.client_port.into(),
             bound_version: route.bound_version.0,
             bound_at_ms: route.bound_at.0,
-            expires_at_ms: route.expires_at.map(|end| end.0),
+            expires_at_ms: route.expires_at.at().map(|end| end.0),
             idle: route.idle,
         }
     }
@@ -230,16 +232,15 @@ impl StoredRecord {
         let wish = Wish { status: status_from_i32(self.status)?, text, until };
         let (seen, since) = (Timestamp(self.shown_seen_ms), Timestamp(self.status_since_ms));
         let session = OnlineSession { since: Timestamp(self.online_since_ms), is_counted: self.session_is_counted };
-        Some(UserRecord {
+        let record = UserRecord {
             version,
-            wish: wish.boxed(),
+            presence: None,
             last_seen: Timestamp(self.last_seen_ms),
             routes: self.routes.into_iter().map(StoredRoute::into_route).collect::<Option<_>>()?,
-            shown: LastShown { version: Version(self.shown_version), seen, since },
-            session,
             inbox_seq: self.inbox_seq,
             inbox_pending: u32::try_from(self.inbox_pending).unwrap_or(u32::MAX),
-        })
+        };
+        Some(record.with(Presence { wish, shown: LastShown { version: Version(self.shown_version), seen, since }, session }))
     }
 }
 
@@ -255,7 +256,7 @@ impl StoredRoute {
             client_port: u16::try_from(self.client_port).ok()?,
             bound_version: Version(self.bound_version),
             bound_at: Timestamp(self.bound_at_ms),
-            expires_at: self.expires_at_ms.map(Timestamp),
+            expires_at: self.expires_at_ms.map(Timestamp).into(),
             idle: self.idle,
         })
     }

@@ -1,5 +1,6 @@
 //! What the store promises, each promise kept on both engines: SQLite in a file, and a real MariaDB.
 
+mod history;
 mod schema;
 mod server;
 
@@ -18,6 +19,7 @@ use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::Profile;
+use crate::domain::history::OnlineSession;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -27,8 +29,14 @@ use crate::domain::id::Version;
 use crate::domain::inbox::Inbox;
 use crate::domain::route::Platform;
 use crate::domain::route::Route;
+use crate::domain::status::MAX_TEXT_BYTES;
 use crate::domain::status::Status;
+use crate::domain::status::StatusText;
+use crate::domain::status::Wish;
+use crate::domain::time::Expiry;
 use crate::domain::time::Timestamp;
+use crate::domain::user::LastShown;
+use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 use crate::store::codec::OutboxBody;
 use crate::store::column::clock_millis;
@@ -94,7 +102,8 @@ fn route(device: &str, bound_version: u64) -> Route {
         client_port: 0,
         bound_version: Version(bound_version),
         bound_at: Timestamp(2),
-        expires_at: None,
+        expires_at: Expiry::default(),
+        idle: false,
     }
 }
 
@@ -107,6 +116,7 @@ fn record(version: u64, routes: Vec<Route>) -> UserRecord {
         inbox_seq: 9,
         ..UserRecord::default()
     }
+    .with(Presence { shown: LastShown { version: Version(version), seen: Timestamp(4), since: Timestamp(5) }, ..Presence::default() })
 }
 
 async fn load(connection: &mut Connection, id: i64) -> UserRecord {
@@ -170,11 +180,16 @@ async fn what_is_written_is_read_back() {
             client_port: u16::MAX,
             bound_version: Version((1 << 53) - 1),
             bound_at: Timestamp(i64::from(u32::MAX) * 1_000),
-            expires_at: Some(Timestamp(4)),
+            expires_at: Some(Timestamp(4)).into(),
             ..route(&"d".repeat(128), 1)
         };
-        let plain = Route { client_ip: Some("::ffff:10.0.0.1".parse().unwrap()), ..route("", 1) };
-        let record = UserRecord { status: Status::Invisible, ..record((1 << 53) - 1, vec![plain, full]) };
+        let plain = Route { client_ip: Some("::ffff:10.0.0.1".parse().unwrap()), idle: true, ..route("", 1) };
+        let text = StatusText::parse("im Urlaub 🌴 \\ ' %", MAX_TEXT_BYTES).unwrap();
+        let wish = Wish { status: Status::Invisible, text, until: Some(Timestamp(i64::from(u32::MAX) * 1_000)) };
+        let session = OnlineSession { since: Timestamp(6), is_counted: true };
+        let record = record((1 << 53) - 1, vec![plain, full]);
+        let shown = record.shown();
+        let record = record.with(Presence { wish, shown, session });
         store(connection, i64::MAX, &record).await;
     })
     .await;
@@ -568,17 +583,21 @@ async fn to_store_one_message_more_only_repeats_are_read_unless_something_is_ove
 async fn users_with_nothing_and_of_long_ago_are_forgotten_in_pages() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
-        for (user, version, pending) in [(1, 10, 0), (2, 90, 0), (3, 10, 1), (4, 10, 0), (5, 10, 0)] {
-            let insert = "INSERT INTO users (user_id, version, inbox_pending) VALUES (?, ?, ?)";
-            connection.execute(statement(insert).bind(user).bind(version).bind(pending)).await.unwrap();
+        // Of 6 to 9, the first was erased long ago, the second lately; the third is away and wants to be INVISIBLE, the last BUSY.
+        let rows = [(1, 10, 0, 1, 7), (2, 90, 0, 1, 7), (3, 10, 1, 1, 7), (4, 10, 0, 1, 7), (5, 10, 0, 1, 7)];
+        for (user, version, pending, status, seen) in rows.into_iter().chain([(6, 70, 0, 1, 0), (7, 90, 0, 1, 0), (8, 10, 0, 4, 7), (9, 70, 0, 3, 0)]) {
+            let insert = "INSERT INTO users (user_id, version, inbox_pending, status, last_seen_ms) VALUES (?, ?, ?, ?, ?)";
+            connection.execute(statement(insert).bind(user).bind(version).bind(pending).bind(status).bind(seen)).await.unwrap();
         }
         insert_route(connection, 4, Epoch(1)).await;
-        assert_eq!(connection.forget_users(0, Version(50), 3).await.unwrap(), (1, Some(3)));
-        assert_eq!(connection.forget_users(3, Version(50), 3).await.unwrap(), (1, Some(5)));
-        assert_eq!(connection.forget_users(5, Version(50), 3).await.unwrap(), (0, None));
+        let (old, erased) = (Version(50), Version(80));
+        assert_eq!(connection.forget_users(0, old, erased, 3).await.unwrap(), (1, Some(3)));
+        assert_eq!(connection.forget_users(3, old, erased, 3).await.unwrap(), (2, Some(6)));
+        assert_eq!(connection.forget_users(6, old, erased, 3).await.unwrap(), (0, Some(9)));
+        assert_eq!(connection.forget_users(9, old, erased, 3).await.unwrap(), (0, None));
         let left = connection.fetch(statement("SELECT user_id FROM users ORDER BY user_id")).await.unwrap();
         let left: Vec<i64> = left.iter().map(|row| row.try_get(0).unwrap()).collect();
-        assert_eq!(left, [2, 3, 4]);
+        assert_eq!(left, [2, 3, 4, 7, 8, 9]);
     })
     .await;
 }
@@ -679,7 +698,7 @@ async fn an_outbox_row_that_is_done_goes_unless_another_node_has_claimed_it() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
         let mut body = OutboxBody::default();
-        body.changed(user(1), Version(5));
+        body.changed(user(1), &record(5, Vec::new()));
         let mut rows = Vec::new();
         for _ in 0..3 {
             rows.push(connection.add_outbox("node", &body).await.unwrap());
@@ -705,7 +724,7 @@ async fn users_with_expired_routes_are_found_the_longest_expired_first() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
         for (id, expires_at) in [(1, Some(30)), (2, Some(10)), (3, None), (4, Some(31)), (5, Some(20))] {
-            let route = Route { expires_at: expires_at.map(Timestamp), ..route("phone", 1) };
+            let route = Route { expires_at: expires_at.map(Timestamp).into(), ..route("phone", 1) };
             store(connection, id, &record(1, vec![route])).await;
         }
         assert_eq!(connection.expired_users(Timestamp(30), 10).await.unwrap(), users([2, 5, 1]));

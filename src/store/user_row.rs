@@ -19,6 +19,7 @@ use crate::domain::status::StatusText;
 use crate::domain::status::Wish;
 use crate::domain::time::Timestamp;
 use crate::domain::user::LastShown;
+use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 use crate::store::codec;
 use crate::store::column::corrupt;
@@ -59,6 +60,7 @@ pub(super) const ROUTE_COLUMNS: [&str; 10] = [
 ];
 
 pub(super) fn bind_user(insert: Statement, user: UserId, record: &UserRecord) -> Statement {
+    let (shown, session) = (record.shown(), record.session());
     insert
         .bind(user.get())
         .bind(signed(record.version.0))
@@ -66,14 +68,14 @@ pub(super) fn bind_user(insert: Statement, user: UserId, record: &UserRecord) ->
         .bind(record.last_seen.0)
         .bind(signed(record.inbox_seq))
         .bind(i64::from(record.inbox_pending))
-        .bind(signed(record.shown.version.0))
+        .bind(signed(shown.version.0))
         .bind(signed(record.version.0))
-        .bind(record.shown.seen.0)
-        .bind(record.shown.since.0)
-        .bind(record.wish.as_ref().and_then(|wish| wish.until).map(|until| until.0))
+        .bind(shown.seen.0)
+        .bind(shown.since.0)
+        .bind(record.wish_until().map(|until| until.0))
         .bind(record.text().to_owned())
-        .bind(record.session.since.0)
-        .bind(i32::from(record.session.is_counted))
+        .bind(session.since.0)
+        .bind(i32::from(session.is_counted))
 }
 
 pub(super) fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
@@ -88,7 +90,7 @@ pub(super) fn bind_route(insert: Statement, user: UserId, route: &Route) -> Stat
         .bind(i32::from(route.client_port))
         .bind(signed(route.bound_version.0))
         .bind(route.bound_at.0)
-        .bind(route.expires_at.map(|end| end.0))
+        .bind(route.expires_at.at().map(|end| end.0))
         .bind(i32::from(route.idle))
 }
 
@@ -111,13 +113,12 @@ pub(super) fn read_record(row: &AnyRow) -> Result<UserRecord, SqlError> {
     if unsigned(row.try_get(19)?) != version.0 && status != Status::Invisible {
         shown = LastShown { version, seen: last_seen, since: last_seen };
     }
+    let session = OnlineSession { since: Timestamp(row.try_get(24)?), is_counted: row.try_get::<i32, _>(25)? != 0 };
     Ok(UserRecord {
         version,
-        wish: wish.boxed(),
+        presence: Some(Box::new(Presence { wish, shown, session })),
         last_seen,
         routes: Routes::new(),
-        shown,
-        session: OnlineSession { since: Timestamp(row.try_get(24)?), is_counted: row.try_get::<i32, _>(25)? != 0 },
         inbox_seq: unsigned(row.try_get(16)?),
         inbox_pending: u32::try_from(row.try_get::<i64, _>(17)?).unwrap_or(u32::MAX),
     })
@@ -135,7 +136,7 @@ pub(super) fn read_route(row: &AnyRow, device: &str) -> Result<Route, SqlError> 
         client_port: u16::try_from(row.try_get::<i32, _>(11)?).unwrap_or_default(),
         bound_version: Version(unsigned(row.try_get(12)?)),
         bound_at: Timestamp(row.try_get(13)?),
-        expires_at: row.try_get::<Option<i64>, _>(14)?.map(Timestamp),
+        expires_at: row.try_get::<Option<i64>, _>(14)?.map(Timestamp).into(),
         idle: row.try_get::<i32, _>(15)? != 0,
     })
 }

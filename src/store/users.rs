@@ -132,6 +132,11 @@ impl Connection {
             }
         }
         loaded.rows = loaded.records.len();
+        for record in loaded.records.values_mut() {
+            let read = std::mem::take(record);
+            let presence = read.presence();
+            *record = read.with(presence); // now that the routes are there
+        }
         for user in users {
             loaded.records.entry(*user).or_default();
         }

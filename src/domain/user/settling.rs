@@ -24,36 +24,40 @@ impl UserRecord {
 
     /// Completes a change.
     pub(super) fn settled(&self, mut applied: Applied, event: &Event<'_>, context: &Context<'_>) -> Applied {
-        let Some(next) = applied.next.as_mut().filter(|next| next.version > self.version) else { return applied };
-        let (before, after) = (self.standing(), next.standing());
-        let is_hidden = before.is_hidden() && after.is_hidden();
-        if !is_hidden {
-            next.shown.version = next.version;
+        let Some(next) = applied.next.take_if(|next| next.version > self.version) else { return applied };
+        let (before, after, mut presence) = (self.standing(), next.standing(), next.presence());
+        if !(before.is_hidden() && after.is_hidden()) {
+            presence.shown.version = next.version;
             // Who comes out while offline was last seen before they hid.
             let comes_out = before.is_hidden() != after.is_hidden() && after.devices > 0;
             let has_moved = next.last_seen != self.last_seen;
-            next.shown.seen = if comes_out { context.now } else if has_moved { next.last_seen } else { next.shown.seen };
+            presence.shown.seen = match (comes_out, has_moved) {
+                (true, _) => context.now,
+                (false, true) => next.last_seen,
+                (false, false) => presence.shown.seen,
+            };
         }
+        let (chronicle, session) = (&mut applied.chronicle, &mut presence.session);
         let mut step = Step { before, after, at: context.now, version: next.version, cause: cause(event) };
         if let Some(at) = self.death(context) {
             // The user was offline in between, also if nobody has noted it: readers saw that by the gateway's life.
             let version = Version(next.version.0 - 1); // free: versions leave a gap
             let died = Step { before, after: before.gone(), at, version, cause: Cause::Expired };
-            applied.chronicle.step(&died, &mut next.session, self.last_seen, &context.history);
+            chronicle.step(&died, session, self.last_seen, &context.history);
             step.before = before.gone();
         }
-        let last_seen = self.last_end(context);
-        applied.chronicle.step(&step, &mut next.session, last_seen, &context.history);
-        if let Some(line) = applied.chronicle.log.iter().rfind(|line| !line.hidden) {
-            next.shown.since = line.at;
+        chronicle.step(&step, session, self.last_end(context), &context.history);
+        if let Some(line) = chronicle.log.iter().rfind(|line| !line.hidden) {
+            presence.shown.since = line.at;
         }
+        applied.next = Some(next.with(presence));
         applied
     }
 
     /// When the last route ended, if none of them is live.
     fn death(&self, context: &Context<'_>) -> Option<Timestamp> {
         let is_dead = !self.routes.is_empty() && self.live(context).next().is_none();
-        is_dead.then(|| self.last_end(context).max(self.session.since))
+        is_dead.then(|| self.last_end(context).max(self.session().since))
     }
 
     /// How many routes are on lives that are over: each has changed what is shown without a new version.

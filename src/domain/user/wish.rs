@@ -11,33 +11,10 @@ use crate::domain::status::Status;
 use crate::domain::status::Wish;
 use crate::domain::user::Applied;
 use crate::domain::user::Context;
+use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 
 impl UserRecord {
-    pub fn wish(&self) -> Wish {
-        self.wish.as_deref().cloned().unwrap_or_default()
-    }
-
-    /// As the user wants to be seen.
-    pub fn wanted(&self) -> Status {
-        self.wish.as_ref().map_or(Status::Online, |wish| wish.status)
-    }
-
-    /// Whether the user is INVISIBLE.
-    pub fn is_hidden(&self) -> bool {
-        self.wanted() == Status::Invisible
-    }
-
-    /// What the user says of themselves.
-    pub fn text(&self) -> &str {
-        self.wish.as_ref().map_or("", |wish| wish.text.as_str())
-    }
-
-    /// Nothing is known of the user: an erased one, or one who has only had messages.
-    pub fn is_blank(&self) -> bool {
-        self.routes.is_empty() && self.wish.is_none() && self.last_seen.0 == 0 && self.inbox_pending == 0
-    }
-
     /// A status that is the same again changes nothing, but that it lasts until another time.
     pub(super) fn set_status(&self, set: &SetStatus, context: &Context<'_>) -> Applied {
         let is_theirs = |by: &GatewayPatterns| {
@@ -66,7 +43,7 @@ impl UserRecord {
         }
         let version = self.version.next(context.clock);
         let shown = wish.status.shown(Activity::of(routes.iter().map(|route| route.idle)));
-        let next = Self { wish: wish.boxed(), ..self.changed(version, self.last_seen, routes) };
+        let next = self.changed(version, self.last_seen, routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)
     }
 
@@ -74,22 +51,23 @@ impl UserRecord {
     fn until(&self, wish: Wish, context: &Context<'_>) -> Applied {
         let shown = wish.status.shown(Activity::of(self.live(context).map(|route| route.idle)));
         let outcome = Outcome::StatusSet { shown, version: self.version };
-        if wish.until == self.wish().until {
+        if wish.until == self.wish_until() {
             return Applied::unchanged(outcome);
         }
-        Applied::changed(outcome, Self { wish: wish.boxed(), ..self.clone() })
+        Applied::changed(outcome, self.clone().with(Presence { wish, ..self.presence() }))
     }
 
     pub(super) fn end_status(&self, context: &Context<'_>) -> Applied {
         let unchanged = Outcome::StatusSet { shown: self.wanted(), version: self.version };
-        let is_over = self.wish().until.is_some_and(|until| until.plus(context.slack) <= context.now);
+        let is_over = self.wish_until().is_some_and(|until| until.plus(context.slack) <= context.now);
         if !is_over {
             return Applied::unchanged(unchanged);
         }
         let version = self.version.next(context.clock);
         let routes: Routes = self.live(context).cloned().collect();
         let shown = Status::Online.shown(Activity::of(routes.iter().map(|route| route.idle)));
-        let next = Self { wish: None, ..self.changed(version, self.last_seen, routes) };
+        let wish = Wish::default();
+        let next = self.changed(version, self.last_seen, routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)
     }
 
@@ -101,8 +79,6 @@ impl UserRecord {
             return Applied::unchanged(outcome);
         }
         let version = self.version.next(context.clock);
-        let mut next = Self { version, inbox_seq: self.inbox_seq, ..Self::default() };
-        next.shown.version = version;
-        Applied::changed(outcome, next)
+        Applied::changed(outcome, Self { version, inbox_seq: self.inbox_seq, ..Self::default() })
     }
 }

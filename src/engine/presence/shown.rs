@@ -112,3 +112,24 @@ const PLATFORMS: [Platform; 9] = [
 fn bit(platform: Platform) -> u16 {
     1 << platform as u16
 }
+
+#[cfg(test)]
+impl Shown {
+    /// A user with one device on life 1, or none.
+    pub fn example(token: u64, status: Status, text: &str, seen_at: Instant) -> Self {
+        let mut shown = Self {
+            token,
+            content: 0,
+            last_seen: Timestamp(0),
+            since: Timestamp(0),
+            seen_at: seen_at.into(),
+            text: Some(text).filter(|text| !text.is_empty()).map(Box::from),
+            epochs: SmallVec::from([Epoch(1)]),
+            status,
+            devices: 1,
+            platforms: 1,
+        };
+        shown.content = shown.hash("gw-1:7000");
+        shown
+    }
+}

@@ -22,7 +22,8 @@ fn a_record_in_memory_has_no_room_to_spare() {
         client_port: 1,
         bound_version: Version(1),
         bound_at: Default::default(),
-        expires_at: None,
+        expires_at: Default::default(),
+        idle: false,
     };
     let grown = || {
         let mut grown = record(1);
@@ -48,7 +49,8 @@ fn a_user_with_one_device_takes_one_allocation_of_a_size_that_allocators_have() 
 }
 
 fn record(version: u64) -> UserRecord {
-    UserRecord { version: Version(version), ..UserRecord::default() }
+    let last_seen = crate::domain::time::Timestamp(if version == 0 { 0 } else { 1 });
+    UserRecord { version: Version(version), last_seen, ..UserRecord::default() }
 }
 
 impl Cache {
@@ -114,6 +116,15 @@ fn a_user_who_was_forgotten_is_no_sign_of_a_database_that_was_set_back() {
     cache.loads(6);
     cache.loads(0);
     assert_eq!(cache.went_back(), 1, "nobody forgets a user who was there so lately");
+}
+
+#[test]
+fn an_erased_user_who_is_gone_for_good_is_no_sign_of_a_database_that_was_set_back() {
+    let cache = Cache::new(10);
+    let erased = UserRecord { version: Version(6), ..UserRecord::default() };
+    cache.committed(alice(), erased, Instant::now(), false);
+    cache.loads(0);
+    assert_eq!((cache.holds(), cache.went_back()), (Some(0), 0));
 }
 
 #[test]

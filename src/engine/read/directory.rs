@@ -146,12 +146,12 @@ impl Answer {
     pub fn status_since(&self, shown: Status) -> Timestamp {
         let record = &self.entry.record;
         let has_died = shown == Status::Offline && record.standing().shown() != shown;
-        if has_died { self.ended_at().max(record.shown.since) } else { record.shown.since }
+        if has_died { self.ended_at().max(record.shown().since) } else { record.shown().since }
     }
 
     /// When the last of the record's routes was good last.
     pub fn ended_at(&self) -> Timestamp {
-        let end = |route: &Route| route.expires_at.or_else(|| Some(self.moment.table.get(route.epoch)?.last_beat));
+        let end = |route: &Route| route.expires_at.at().or_else(|| Some(self.moment.table.get(route.epoch)?.last_beat));
         self.entry.record.routes.iter().filter_map(end).max().unwrap_or_default().max(self.entry.record.last_seen)
     }
 
@@ -167,7 +167,7 @@ impl Answer {
 
     /// The part of the running session that is not in the user's days.
     pub fn session(&self) -> OnlineSession {
-        self.entry.record.session
+        self.entry.record.session()
     }
 
     /// The version of what is shown. It grows with each change that others could see, also when a life ends with routes on it.
@@ -175,7 +175,7 @@ impl Answer {
         let record = &self.entry.record;
         let is_over = |route: &Route| self.moment.table.get(route.epoch).is_some_and(|life| !life.is_alive());
         let ended = if record.is_hidden() { 0 } else { record.dead_routes(is_over) };
-        record.shown.version.0 + ended.min(VERSION_GAP - 1)
+        record.shown().version.0 + ended.min(VERSION_GAP - 1)
     }
 
     /// Lives that the record's routes are on.
@@ -194,7 +194,7 @@ impl Answer {
 
     /// When a device last connected or went, as far as others could see it.
     pub fn last_seen(&self) -> Timestamp {
-        self.entry.record.shown.seen
+        self.entry.record.shown().seen
     }
 }
 
@@ -308,7 +308,7 @@ impl Directory {
             return None;
         }
         let outlived = |route: &Route| {
-            let renewed = route.expires_at.is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of()));
+            let renewed = route.expires_at.at().is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of()));
             renewed || moment.table.get(route.epoch).is_none()
         };
         if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {

@@ -248,7 +248,7 @@ impl Lane {
         for (user, record) in &committed.records {
             self.tools.cache.committed(*user, record.clone(), committed.complete_at, publisher.l2.is_some());
         }
-        self.tools.feed.push(committed.records.iter().map(|(user, record)| (*user, record.shown.version)));
+        self.tools.feed.push(committed.records.iter().map(|(user, record)| (*user, record.shown().version)));
         for (user, _) in committed.records.iter().filter(|(_, record)| record.inbox_pending > 0 && !record.routes.is_empty()) {
             self.tools.inboxes.wake(*user);
         }

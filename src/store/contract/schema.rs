@@ -45,6 +45,26 @@ async fn a_node_that_is_killed_while_it_lays_the_tables_can_be_started_again() {
 }
 
 #[tokio::test]
+async fn a_node_that_is_killed_while_it_adds_to_the_tables_can_be_started_again() {
+    const PRESENCE: &str = include_str!("../../../migrations/0005_presence.sql");
+    let directory = tempfile::tempdir().unwrap();
+    let statements: Vec<&str> = PRESENCE.split(";\n").filter(|statement| !statement.trim().is_empty()).collect();
+    for cut in 0..=statements.len() {
+        let file = format!("sqlite://{}?mode=rwc", directory.path().join(format!("{cut}.db")).display());
+        for url in [server::fresh_database().await, file] {
+            sqlx::any::install_default_drivers();
+            let mut killed = bare(&url).await;
+            last_release().run(killed.raw()).await.unwrap();
+            for statement in &statements[..cut] {
+                killed.run(statement).await.unwrap();
+            }
+            let store_id = open(&url).await.unwrap_or_else(|error| panic!("killed after {cut} statements: {error}")).store_id;
+            assert_eq!(open(&url).await.unwrap().store_id, store_id);
+        }
+    }
+}
+
+#[tokio::test]
 async fn nodes_of_the_last_release_start_on_tables_of_this_one_and_the_other_way_round() {
     let directory = tempfile::tempdir().unwrap();
     for (ours, theirs) in [
