@@ -345,7 +345,8 @@ mod tests {
         ) -> Result<tonic::Response<pb::SetStatusResp>, tonic::Status> {
             let request = request.into_inner();
             let code = if request.user_id == 1 || request.idle.is_none() { Code::Ok } else { Code::NotFound };
-            let result = Some(pb::Result { code: code.into(), msg: format!("{:?} for {}", request.text, request.expire_after_s) });
+            let result =
+                Some(pb::Result { code: code.into(), msg: format!("{:?} for {}", request.text, request.expire_after_s) });
             Ok(tonic::Response::new(pb::SetStatusResp { result, shown: request.status, version: 7 }))
         }
 
@@ -411,7 +412,7 @@ mod tests {
         check(&format!("deliver 4 --binary-file {file}"), NO, &format!("): +{bytes} ")).await;
         check("deliver 1 --binary-file /nowhere", BAD_USAGE, "cannot read /nowhere").await;
         check("deliver 3 hello", FAILED, "no [redis_queue] is configured").await;
-        check("status 1", DONE, "user 1 is shown as STATUS_UNSPECIFIED").await;
+        check("status 1", DONE, "user 1 is shown as UNSPECIFIED").await;
         check("status 2", NO, "user 2 is shown as").await;
         check("status 1 busy --text x --for 60", DONE, "user 1 is shown as BUSY, version 7").await;
         check("status 1 away --json", DONE, "\"shown\":\"STATUS_AWAY\"").await;

@@ -132,6 +132,7 @@ async fn what_is_just_within_the_limits_is_taken() {
         gateway_epoch: 0,
         conn_id: "!".repeat(128),
         connected_ms_ago: u32::MAX,
+        idle: false,
     };
     let bound = node.bind(request.clone()).await;
     let answer = node.query_sql(i64::MAX).await;

@@ -42,12 +42,7 @@ impl Contacts {
     ///
     /// # Errors
     /// There are too many; then nothing is changed.
-    pub fn watch(
-        &mut self,
-        client: ClientKey,
-        mut list: Vec<i64>,
-        now: Instant,
-    ) -> Result<Vec<pb::UserPresence>, WatchError> {
+    pub fn watch(&mut self, client: ClientKey, mut list: Vec<i64>, now: Instant) -> Result<Vec<pb::UserPresence>, WatchError> {
         list.sort_unstable();
         list.dedup();
         check(&list)?;
