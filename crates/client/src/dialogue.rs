@@ -29,6 +29,7 @@ use crate::event::Call;
 use crate::event::Connection;
 use crate::event::Event;
 use crate::event::QUEUE;
+use crate::event::not_set;
 use crate::event::refusal;
 use crate::idleness::Idleness;
 use crate::jittered;
@@ -163,6 +164,14 @@ impl Dialogue {
             again.into_iter().for_each(|connection| self.ask(Asked::Bind(connection, None)));
         }
         asked.into_values().for_each(|asked| self.ask(asked));
+    }
+
+    /// A node has ended the stream because of something that it would not take. What the gateway checks itself it would have;
+    /// but how long the text of a status may be is for the nodes to say, and no stream must end of it again.
+    pub fn refuse_statuses(&mut self, why: &str) {
+        let is_wish = |asked: &Asked| matches!(asked, Asked::Status(SetStatus { answer: Some(_), .. }));
+        let wishes: Vec<u64> = self.asked.iter().filter(|(_, asked)| is_wish(asked)).map(|(seq, _)| *seq).collect();
+        wishes.into_iter().for_each(|seq| _ = self.status_set(seq, not_set(Code::Invalid, why)));
     }
 
     pub fn call(&mut self, call: Call) {
@@ -370,3 +379,7 @@ impl Asked {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "dialogue_tests.rs"]
+mod tests;

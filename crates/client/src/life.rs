@@ -95,6 +95,9 @@ impl Life {
             if status.code() == tonic::Code::Unauthenticated {
                 self.nodes.iter().for_each(|node| _ = node.renew()); // with what the files say now
             }
+            if status.code() == tonic::Code::InvalidArgument {
+                self.dialogue.refuse_statuses(status.message());
+            }
             self.dialogue.tell(Event::Detached(status));
             self.node += 1;
             self.meanwhile(calls, pauses.after(began)).await;
