@@ -2,11 +2,16 @@
 //! other client sees.
 
 mod credentials;
+mod forget;
 mod gateway;
 mod gateways;
 mod listen;
+mod moment;
 mod presence;
 mod print;
+mod shown;
+mod status;
+mod watch;
 
 use std::io;
 use std::io::Write;
@@ -22,6 +27,7 @@ use crate::client::security::Link;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
 pub use crate::ctl::credentials::Credentials;
+use crate::ctl::forget::ForgetUser;
 use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
 use crate::ctl::listen::Listen;
@@ -30,6 +36,11 @@ use crate::ctl::presence::Bind;
 use crate::ctl::presence::Deliver;
 use crate::ctl::presence::Query;
 use crate::ctl::presence::Unbind;
+use crate::ctl::status::History;
+use crate::ctl::status::OnlineTime;
+use crate::ctl::status::Status;
+use crate::ctl::watch::End;
+use crate::ctl::watch::Watch;
 use crate::pb;
 use crate::pb::Code;
 use crate::pb::presence_service_client::PresenceServiceClient;
@@ -53,13 +64,21 @@ Examples:
   im-presence ctl gateway gw-1:7000 42                   a gateway in this terminal, with user 42 on it
   im-presence ctl listen 42 --redis redis://127.0.0.1:6379      as a gateway would
   im-presence ctl deliver 42 'dinner is ready'
+  im-presence ctl status 42 busy --text 'in a meeting' --for 3600
+  im-presence ctl status 42 --device phone --idle true
+  im-presence ctl status 42                              how the user is shown
+  im-presence ctl watch 42 43                            a line whenever one is shown differently
+  im-presence ctl history 42 --from 2026-11-01 --limit 20
+  im-presence ctl online-time 42
+  im-presence ctl forget-user 42 --dry-run               on the admin port
   im-presence ctl gateways                               who lives; see its own --help
 
-Exit codes: 0 done (query: the user is online; deliver: delivered; listen: stopped by Ctrl-C), 1 the call failed, 2 bad usage
-or an argument that the node refused, 3 the answer is no (query: not online; unbind: nothing to unbind; bind: refused by the
-device policy, or fenced; deliver: not online, or nobody listens).";
+Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
+Ctrl-C), 1 the call failed, 2 bad usage or an argument that the node refused, 3 the answer is no (query, status: not online;
+unbind: nothing to unbind; bind: refused by the device policy, or fenced; status --idle: no such device; deliver: not online,
+or nobody listens).";
 
-/// Bind, unbind and look up users on a running node; deliver to them, and listen as a gateway does
+/// Bind, unbind and look up users on a running node; deliver to them, watch them, and listen as a gateway does
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Ctl {
@@ -97,6 +116,16 @@ enum Command {
     Listen(Listen),
     /// Be a gateway in this terminal: attach, bind users, print what comes for them and acknowledge it, until Ctrl-C
     Gateway(Gateway),
+    /// Say how a user wants to be seen, or print how the user is shown
+    Status(Status),
+    /// Print how users are shown, now and whenever that changes, until Ctrl-C
+    Watch(Watch),
+    /// Print what a user was shown as
+    History(History),
+    /// Print how long a user was online, by day
+    OnlineTime(OnlineTime),
+    /// Kick a user's devices and erase all that is known of the user; on the node's admin port
+    ForgetUser(ForgetUser),
     Gateways(Gateways),
 }
 
@@ -150,6 +179,20 @@ impl Ctl {
                 let link = link(gateways.addr(), self.patience(), "--admin", &self.security()?).await?;
                 gateways.call(link, self.json).await
             }
+            Command::Status(status) => status.call(&mut self.connect().await?, self.json).await,
+            Command::History(history) => history.call(&mut self.connect().await?, self.json).await,
+            Command::OnlineTime(time) => time.call(&mut self.connect().await?, self.json).await,
+            Command::ForgetUser(forget) => {
+                forget.is_meant()?;
+                forget.call(link(forget.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
+            }
+            Command::Watch(watch) => {
+                match watch.until_interrupted(&self.addr, self.json, self.patience(), self.security()?).await {
+                    Err(End::Said(outcome)) => return Err(outcome),
+                    Err(End::Refused(status)) => Err(status),
+                    Ok(outcome) => Ok(outcome),
+                }
+            }
             Command::Gateway(gateway) => return gateway.live(&self.addr, self.json, self.patience(), self.security()?).await,
             Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
@@ -173,6 +216,7 @@ impl Ctl {
     fn asked(&self) -> &str {
         match &self.command {
             Command::Gateways(gateways) => gateways.addr(),
+            Command::ForgetUser(forget) => forget.addr(),
             _ => &self.addr,
         }
     }
@@ -272,7 +316,7 @@ mod tests {
     }
 
     /// User 1 is online, user 2 is not, user 3 is no user; nothing is ever bound; unbinding is not offered. Messages reach
-    /// user 1 by two gateways, and nobody listens for user 4.
+    /// user 1 by two gateways, and nobody listens for user 4. Only user 1 has a device that can be idle, and 1,500 changes.
     struct Node;
 
     #[tonic::async_trait]
@@ -293,6 +337,30 @@ mod tests {
         async fn bind_route(&self, _: tonic::Request<BindRouteReq>) -> Result<tonic::Response<pb::BindRouteResp>, tonic::Status> {
             let result = Some(pb::Result { code: Code::Refused.into(), msg: "too many devices".into() });
             Ok(tonic::Response::new(pb::BindRouteResp { result, ..Default::default() }))
+        }
+
+        async fn set_status(
+            &self,
+            request: tonic::Request<pb::SetStatusReq>,
+        ) -> Result<tonic::Response<pb::SetStatusResp>, tonic::Status> {
+            let request = request.into_inner();
+            let code = if request.user_id == 1 || request.idle.is_none() { Code::Ok } else { Code::NotFound };
+            let result =
+                Some(pb::Result { code: code.into(), msg: format!("{:?} for {}", request.text, request.expire_after_s) });
+            Ok(tonic::Response::new(pb::SetStatusResp { result, shown: request.status, version: 7 }))
+        }
+
+        async fn get_status_history(
+            &self,
+            request: tonic::Request<pb::GetStatusHistoryReq>,
+        ) -> Result<tonic::Response<pb::GetStatusHistoryResp>, tonic::Status> {
+            let request = request.into_inner();
+            let first: u32 = request.page_token.parse().unwrap_or(0);
+            let next = (first + request.page_size).min(1_500);
+            let change = pb::StatusChange { at_ms: request.from_ms, cause: "login".into(), ..Default::default() };
+            let changes = (first..next).map(|_| change.clone()).collect();
+            let next_page_token = if next < 1_500 { next.to_string() } else { String::new() };
+            Ok(tonic::Response::new(pb::GetStatusHistoryResp { result: None, changes, next_page_token }))
         }
 
         async fn deliver(&self, request: tonic::Request<DeliverReq>) -> Result<tonic::Response<pb::DeliverResp>, tonic::Status> {
@@ -344,6 +412,17 @@ mod tests {
         check(&format!("deliver 4 --binary-file {file}"), NO, &format!("): +{bytes} ")).await;
         check("deliver 1 --binary-file /nowhere", BAD_USAGE, "cannot read /nowhere").await;
         check("deliver 3 hello", FAILED, "no [redis_queue] is configured").await;
+        check("status 1", DONE, "user 1 is shown as UNSPECIFIED").await;
+        check("status 2", NO, "user 2 is shown as").await;
+        check("status 1 busy --text x --for 60", DONE, "user 1 is shown as BUSY, version 7").await;
+        check("status 1 away --json", DONE, "\"shown\":\"STATUS_AWAY\"").await;
+        check("status 2 --device phone --idle true", NO, "(NOT_FOUND): None for 0").await;
+        check("history 1 --from 2026-11-28", DONE, "100 changes of user 1, the newest first; there are more").await;
+        check("history 1 --limit 1200", DONE, "1200 changes of user 1, the newest first; there are more").await;
+        check("history 1 --limit 2000", DONE, "1500 changes of user 1, the newest first\nAT").await;
+        check("history 1 --from 86400000 --limit 1", DONE, "1970-01-02 00:00:00.000Z").await;
+        check("online-time 1", FAILED, "does not offer this call").await;
+        check("forget-user 1", BAD_USAGE, "cannot be undone: say --yes").await;
         node.abort();
         assert!(node.await.is_err(), "the node is gone");
         check("query 1", FAILED, "connection refused; is the daemon running? see --addr").await;

@@ -90,6 +90,7 @@ impl Gateway {
                 say(&format!("user {} was not bound again{}", connection.user_id, print::refusal(&bound.result)));
                 return Ok(());
             }
+            Event::Presence { .. } | Event::NotWatched { .. } => return Ok(()), // nobody here watches
             Event::Attached { epoch } => {
                 say(&format!("attached as {} with epoch {epoch}; Ctrl-C ends it", self.gateway));
                 return Ok(());

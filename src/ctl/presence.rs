@@ -42,6 +42,9 @@ pub struct Bind {
     /// How long ago the client connected; it does not displace a connection that is newer
     #[arg(long, value_name = "N", default_value_t = 0)]
     connected_ms_ago: u32,
+    /// Nobody uses the device
+    #[arg(long)]
+    idle: bool,
     /// The client's own address
     #[arg(long, value_name = "IP")]
     client_ip: Option<IpAddr>,
@@ -135,7 +138,7 @@ impl Bind {
             gateway_epoch: self.epoch,
             conn_id: self.conn.clone(),
             connected_ms_ago: self.connected_ms_ago,
-            idle: false,
+            idle: self.idle,
         }
     }
 }

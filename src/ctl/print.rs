@@ -6,6 +6,7 @@ use prost_reflect::DynamicMessage;
 use prost_reflect::SerializeOptions;
 
 use super::code;
+use super::moment::shown as time;
 use crate::pb;
 use crate::pb::Code;
 use crate::pb::Platform;
@@ -14,7 +15,6 @@ use crate::pb::Source;
 use crate::pb::Status;
 
 const ROUTE_HEADERS: [&str; 7] = ["DEVICE", "PLATFORM", "GATEWAY", "EPOCH", "STATE", "CONNECTED SINCE", "ROUTE KEY"];
-const DAY_MS: i64 = 24 * 3600 * 1000;
 
 /// The message `mpim.<name>` as proto3 JSON on one line.
 pub fn json(name: &str, message: &impl Message) -> String {
@@ -49,7 +49,7 @@ pub fn found(user: i64, answer: &pb::QueryRouteResp) -> String {
     if !matches!(code(&answer.result), Code::Ok | Code::NotFound) {
         return format!("user {user} was not looked up{}", refusal(&answer.result));
     }
-    let status = Status::try_from(answer.status).map_or("?", |status| status.as_str_name().trim_start_matches("STATUS_"));
+    let status = with_text_and_since(answer.status, &answer.status_text, answer.status_since_ms);
     let seen = match answer.last_seen_ms {
         _ if answer.is_online => String::new(),
         0 => ", never seen".into(),
@@ -155,7 +155,7 @@ pub fn heard(delivery: &pb::Delivery) -> String {
 }
 
 /// Without what would end the line, or steer a terminal.
-fn harmless(text: &str) -> String {
+pub fn harmless(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() { shown.extend(c.escape_default()) } else { shown.push(c) }
@@ -167,7 +167,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn counted(count: u32, what: &str) -> String {
+pub fn counted(count: u32, what: &str) -> String {
     if count == 1 { format!("1 {what}") } else { format!("{count} {what}s") }
 }
 
@@ -177,8 +177,8 @@ fn user(user: &pb::UserRoute) -> Vec<String> {
         Ok(code) => code.as_str_name().trim_start_matches("CODE_").to_lowercase(),
         Err(_) => "?".to_owned(),
     };
-    let status = Status::try_from(user.status).map_or("?", |status| status.as_str_name().trim_start_matches("STATUS_"));
-    vec![user.user_id.to_string(), state, status.to_owned(), or_dash(&user.gateway_addr)]
+    let status = with_text(name(user.status), &user.status_text);
+    vec![user.user_id.to_string(), state, status, or_dash(&user.gateway_addr)]
 }
 
 fn routes(routes: &[pb::Route]) -> String {
@@ -186,27 +186,48 @@ fn routes(routes: &[pb::Route]) -> String {
 }
 
 fn route(route: &pb::Route) -> Vec<String> {
-    let platform = match Platform::try_from(route.platform) {
-        Ok(Platform::Unspecified) => "-".to_owned(),
-        Ok(platform) => platform.as_str_name().trim_start_matches("PLATFORM_").to_lowercase(),
-        Err(_) => "?".to_owned(),
-    };
     let state = match RouteState::try_from(route.state) {
         Ok(RouteState::Unspecified) => "-",
         Ok(RouteState::Live) => "live",
         Ok(RouteState::Suspect) => "suspect",
         Err(_) => "?",
     };
+    let state = if route.idle { format!("{state}, idle") } else { state.to_owned() };
     let epoch = route.gateway_epoch.to_string();
     let (device, gateway, key) = (or_dash(&route.device_id), or_dash(&route.gateway_addr), or_dash(&route.route_key));
-    vec![device, platform, gateway, epoch, state.to_owned(), time(route.bound_at_ms), key]
+    vec![device, platform(route.platform), gateway, epoch, state, time(route.bound_at_ms), key]
+}
+
+/// `ios`
+pub fn platform(platform: i32) -> String {
+    match Platform::try_from(platform) {
+        Ok(Platform::Unspecified) => "-".to_owned(),
+        Ok(platform) => platform.as_str_name().trim_start_matches("PLATFORM_").to_lowercase(),
+        Err(_) => "?".to_owned(),
+    }
+}
+
+/// `BUSY "in a meeting" since …`
+pub fn with_text_and_since(status: i32, text: &str, since_ms: i64) -> String {
+    let shown = with_text(name(status), text);
+    if since_ms > 0 { format!("{shown} since {}", time(since_ms)) } else { shown }
+}
+
+/// `BUSY "in a meeting"`
+pub fn with_text(status: &str, text: &str) -> String {
+    if text.is_empty() { status.to_owned() } else { format!("{status} \"{}\"", harmless(text)) }
+}
+
+/// Without what all statuses begin with.
+pub fn name(status: i32) -> &'static str {
+    Status::try_from(status).map_or("?", |status| status.as_str_name().trim_start_matches("STATUS_"))
 }
 
 fn online(is_online: bool) -> &'static str {
     if is_online { "online" } else { "offline" }
 }
 
-fn or_dash(text: &str) -> String {
+pub fn or_dash(text: &str) -> String {
     if text.is_empty() { "-".to_owned() } else { text.to_owned() }
 }
 
@@ -223,7 +244,7 @@ pub fn refusal(result: &Option<pb::Result>) -> String {
 }
 
 /// Columns as wide as their widest cell; nothing without rows.
-fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
+pub fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     if rows.is_empty() {
         return String::new();
     }
@@ -236,20 +257,6 @@ fn table(headers: &[&str], rows: &[Vec<String>]) -> String {
     let mut lines = vec![line(&mut headers.iter().copied())];
     lines.extend(rows.iter().map(|row| line(&mut row.iter().map(String::as_str))));
     lines.join("\n")
-}
-
-/// Unix milliseconds as UTC, by Howard Hinnant's `civil_from_days`.
-fn time(unix_ms: i64) -> String {
-    let (days, ms) = (unix_ms.div_euclid(DAY_MS) + 719_468, unix_ms.rem_euclid(DAY_MS));
-    let (era, day_of_era) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second, milli) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{milli:03}Z")
 }
 
 #[cfg(test)]
@@ -265,18 +272,9 @@ mod tests {
             bound_at_ms: 1_700_000_000_123,
             route_key: "user:route:42:x".into(),
             state: RouteState::Live.into(),
+            idle: true,
             ..Default::default()
         }
-    }
-
-    #[test]
-    fn times_are_utc() {
-        let check = |unix_ms: i64, want: &str| assert_eq!(time(unix_ms), want);
-        check(0, "1970-01-01 00:00:00.000Z");
-        check(-1, "1969-12-31 23:59:59.999Z");
-        check(951_782_400_000, "2000-02-29 00:00:00.000Z");
-        check(1_700_000_000_123, "2023-11-14 22:13:20.123Z");
-        check(4_107_542_400_000, "2100-03-01 00:00:00.000Z");
     }
 
     #[test]
@@ -284,16 +282,18 @@ mod tests {
         let unnamed = pb::Route { gateway_addr: "gw-22:7000".into(), ..Default::default() };
         let online = pb::QueryRouteResp {
             is_online: true,
-            status: Status::Online.into(),
+            status: Status::Busy.into(),
+            status_text: "in a meeting".into(),
+            status_since_ms: 1_000,
             routes: vec![phone(), unnamed],
             version: 17,
             source: Source::Local.into(),
             ..Default::default()
         };
-        let want = "user 42 is online (ONLINE), version 17, from memory, 0 ms old\n\
-            DEVICE  PLATFORM  GATEWAY     EPOCH  STATE  CONNECTED SINCE           ROUTE KEY\n\
-            phone   ios       gw-1:7000   3      live   2023-11-14 22:13:20.123Z  user:route:42:x\n\
-            -       -         gw-22:7000  0      -      1970-01-01 00:00:00.000Z  -";
+        let want = "user 42 is online (BUSY \"in a meeting\" since 1970-01-01 00:00:01.000Z), version 17, from memory, 0 ms old\n\
+            DEVICE  PLATFORM  GATEWAY     EPOCH  STATE       CONNECTED SINCE           ROUTE KEY\n\
+            phone   ios       gw-1:7000   3      live, idle  2023-11-14 22:13:20.123Z  user:route:42:x\n\
+            -       -         gw-22:7000  0      -           1970-01-01 00:00:00.000Z  -";
         assert_eq!(found(42, &online), want);
         let offline = pb::QueryRouteResp { status: Status::Offline.into(), source: Source::Durable.into(), ..Default::default() };
         assert_eq!(found(7, &offline), "user 7 is offline (OFFLINE), never seen, version 0, from SQL, 0 ms old");

@@ -91,6 +91,7 @@ impl Program {
             Event::Attached { epoch } => lock(&tell).epochs.push(epoch),
             Event::Detached(_) => lock(&tell).detached += 1,
             Event::Superseded => lock(&tell).superseded += 1,
+            Event::Presence { .. } | Event::NotWatched { .. } => {} // nobody watches
         });
         let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
         let caller = Caller::new(&nodes, allowed(SOON)).expect("addresses");

@@ -5,6 +5,7 @@ mod acks;
 mod bad_input;
 mod bind;
 mod client;
+mod client_watch;
 mod clock;
 mod container;
 mod contention;

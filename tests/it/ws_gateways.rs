@@ -261,3 +261,39 @@ async fn users_of_two_websocket_gateways_lose_no_message_while_gateways_and_node
     eventually("nothing is left behind", ARRIVED_WITHIN, async || cluster.db.number(left).await == 0).await;
     assert!(clients.try_join_next().is_none(), "no client has failed");
 }
+
+/// Waits until a client is told this of a contact.
+async fn is_told(socket: &mut WebSocketStream<MaybeTlsStream<TcpStream>>, user: usize, status: &str, text: &str) {
+    let want = json!({ "user": user, "status": status, "text": text });
+    let told = async {
+        while let Some(Ok(message)) = socket.next().await {
+            if message.to_text().is_ok_and(|text| serde_json::from_str::<Value>(text).is_ok_and(|told| told == want)) {
+                return;
+            }
+        }
+        panic!("the connection has ended before {want}");
+    };
+    tokio::time::timeout(ARRIVED_WITHIN, told).await.unwrap_or_else(|_| panic!("it is told {want}"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_a_websocket_gateway_sees_its_contacts_come_and_go_and_what_they_say_of_themselves() {
+    let cluster = Cluster::with_redis(2, &[]).await;
+    let gateways = [WsGateway::start(&cluster.nodes).await, WsGateway::start(&cluster.nodes).await];
+    let connect = async |user: usize, gateway: &WsGateway| {
+        let url = format!("ws://{}/ws?user={user}&device=phone", gateway.addr);
+        connect_async(url).await.expect("it listens").0
+    };
+    let mut alice = connect(1, &gateways[0]).await;
+    assert!(say(&mut alice, &json!({ "watch": [2, 3] })).await);
+    is_told(&mut alice, 2, "offline", "").await;
+    let mut bob = connect(2, &gateways[1]).await;
+    is_told(&mut alice, 2, "online", "").await;
+    assert!(say(&mut bob, &json!({ "status": "busy", "text": "in a meeting" })).await);
+    is_told(&mut alice, 2, "busy", "in a meeting").await;
+    let mut page = connect(1, &gateways[0]).await; // takes the place of the other one
+    assert!(say(&mut page, &json!({ "watch": [2] })).await);
+    is_told(&mut page, 2, "busy", "in a meeting").await;
+    drop(bob);
+    is_told(&mut page, 2, "offline", "").await;
+}

@@ -11,6 +11,10 @@
 //! A client writes `{"id": "…", "to": 2, "text": "…"}` and is told `{"id": "…", "outcome": "delivered"}`, or `stored`, or
 //! `not sent`. It is told `{"delivery": "…", "id": "…", "from": 1, "text": "…"}`, says `{"got": "…"}` with the delivery once
 //! it has it, and drops a message whose id it has seen. After it was cut off it writes again what had no outcome.
+//!
+//! It says `{"watch": [2, 3]}`, its contacts, and is told `{"user": 2, "status": "online", "text": ""}` of each, now and
+//! whenever that changes. `{"status": "busy", "text": "in a meeting"}` is how its user wants to be seen. Whatever it says but
+//! `got` shows that somebody is there; `{"here": true}` says nothing else. Whose clients are silent for a minute is away.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -20,6 +24,8 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use axum::Router;
@@ -34,6 +40,7 @@ use axum::response::Response;
 use axum::routing::get;
 use im_presence_client::caller::Caller;
 use im_presence_client::gateway::Acker;
+use im_presence_client::gateway::ClientKey;
 use im_presence_client::gateway::Connection;
 use im_presence_client::gateway::Event;
 use im_presence_client::gateway::Gateway;
@@ -43,6 +50,7 @@ use im_presence_proto as pb;
 use serde::Deserialize;
 use serde::Serialize;
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio::sync::mpsc;
 use tokio::time::interval;
 
@@ -60,6 +68,8 @@ const CONNECTED_ELSEWHERE: u16 = 4_000;
 /// User and connection.
 type Place = (i64, String);
 type Sockets = Arc<Mutex<BTreeMap<Place, Socket>>>;
+/// Who is told of contacts.
+type Watchers = Arc<Mutex<HashMap<ClientKey, Arc<News>>>>;
 
 /// What is known of a client. Dropping it closes the client's connection.
 struct Socket {
@@ -69,8 +79,17 @@ struct Socket {
     unacknowledged: HashMap<String, Acker>,
 }
 
+/// What a client has still to be told of its contacts, of each only the newest: however slow it is, this does not grow.
+#[derive(Default)]
+struct News {
+    presences: Mutex<BTreeMap<i64, pb::UserPresence>>,
+    arrived: Notify,
+}
+
 struct Chat {
     sockets: Sockets,
+    watchers: Watchers,
+    clients: AtomicU64,
     gateway: Gateway,
     caller: Caller,
 }
@@ -85,8 +104,25 @@ struct Who {
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum FromClient {
-    Message { id: String, to: i64, text: String },
-    Got { got: String },
+    Message {
+        id: String,
+        to: i64,
+        text: String,
+    },
+    Got {
+        got: String,
+    },
+    Watch {
+        watch: Vec<i64>,
+    },
+    Status {
+        status: String,
+        text: Option<String>,
+    },
+    Here {
+        #[serde(rename = "here")]
+        _here: bool,
+    },
 }
 
 #[derive(Serialize)]
@@ -101,6 +137,11 @@ enum ToClient {
     Outcome {
         id: String,
         outcome: &'static str,
+    },
+    Presence {
+        user: i64,
+        status: String,
+        text: String,
     },
 }
 
@@ -118,25 +159,33 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         return Err("usage: ws_gateway ADDR NODE...".into());
     };
     let listener = TcpListener::bind(addr.parse::<SocketAddr>()?).await?;
-    let sockets = Sockets::default();
+    let (sockets, watchers) = (Sockets::default(), Watchers::default());
     let security = Security::from_env(); // a token, certificates
     let options = Options { nodes: nodes.clone(), gateway_addr: addr, security: security.clone(), ..Options::default() };
-    let (told, shown) = (sockets.clone(), options.gateway_addr.clone());
-    let gateway = Gateway::start(options, move |event| hear(&told, &shown, event))?;
+    let (told, news, shown) = (sockets.clone(), watchers.clone(), options.gateway_addr.clone());
+    let gateway = Gateway::start(options, move |event| hear(&told, &news, &shown, event))?;
     let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
-    let chat = Arc::new(Chat { sockets, gateway, caller: Caller::with_security(&nodes, CALL_LIMIT, &security)? });
+    let (caller, clients) = (Caller::with_security(&nodes, CALL_LIMIT, &security)?, AtomicU64::new(0));
+    let chat = Arc::new(Chat { sockets, watchers, clients, gateway, caller });
     let page = get(async || Html(include_str!("chat.html")));
     let router = Router::new().route("/", page).route("/ws", get(connect)).with_state(chat);
     Ok(axum::serve(listener, router).await?)
 }
 
 /// What the nodes say.
-fn hear(sockets: &Sockets, addr: &str, event: Event) {
+fn hear(sockets: &Sockets, watchers: &Watchers, addr: &str, event: Event) {
     match event {
         Event::Delivery(delivery, acker) => hand_over(&mut lock(sockets), &delivery, &acker),
         Event::Kick(connection, _) | Event::Lost(connection, _) => {
             lock(sockets).remove(&(connection.user_id, connection.conn_id));
         }
+        Event::Presence { client, presence } => {
+            if let Some(news) = lock(watchers).get(&client) {
+                lock(&news.presences).insert(presence.user_id, presence);
+                news.arrived.notify_one();
+            }
+        }
+        Event::NotWatched { users, why, .. } => eprintln!("{} users are not watched: {why}", users.len()),
         Event::Attached { epoch } => eprintln!("{addr} is attached with epoch {epoch}"),
         Event::Detached(status) => eprintln!("{addr} is not attached: {}", status.message()),
         Event::Superseded => eprintln!("another process is {addr}"),
@@ -172,13 +221,25 @@ async fn serve(chat: Arc<Chat>, Who { user, device }: Who, mut socket: WebSocket
     let (to_client, messages) = mpsc::channel(SOCKET_QUEUE);
     let known = Socket { device: device.clone(), to_client, unacknowledged: HashMap::new() };
     lock(&chat.sockets).insert(place.clone(), known);
-    if talk(&chat, &device, &place, messages, &mut socket).await == End::Elsewhere {
+    let client = Client { key: chat.clients.fetch_add(1, Ordering::Relaxed), place: place.clone(), device: device.clone() };
+    let news = Arc::<News>::default();
+    lock(&chat.watchers).insert(client.key, news.clone());
+    if talk(&chat, &client, messages, &news, &mut socket).await == End::Elsewhere {
         let frame = CloseFrame { code: CONNECTED_ELSEWHERE, reason: "connected elsewhere".into() };
         let _ = socket.send(Message::Close(Some(frame))).await; // it may be gone
     }
     drop(socket);
     lock(&chat.sockets).remove(&place);
+    lock(&chat.watchers).remove(&client.key);
+    let _ = chat.gateway.unwatch(client.key).await; // stopped: nobody watches
     let _ = chat.gateway.unbind(user, &device, &conn_id).await; // stopped: it is unbound with everybody
+}
+
+/// Who talks.
+struct Client {
+    key: ClientKey,
+    place: Place,
+    device: String,
 }
 
 #[derive(PartialEq)]
@@ -191,32 +252,35 @@ enum End {
 /// Until the client is gone. It may write before its bind is answered: the database may be away.
 async fn talk(
     chat: &Arc<Chat>,
-    device: &str,
-    place: &Place,
+    client: &Client,
     mut messages: mpsc::Receiver<ToClient>,
+    news: &News,
     socket: &mut WebSocket,
 ) -> End {
-    let (user_id, device_id, conn_id) = (place.0, device.to_owned(), place.1.clone());
+    let (user_id, device_id, conn_id) = (client.place.0, client.device.clone(), client.place.1.clone());
     let mut binding = pin!(chat.gateway.bind(Connection { user_id, device_id, conn_id, ..Connection::default() }));
     let (mut is_bound, mut is_heard, mut pings) = (false, true, interval(PING));
     let (written, to_send) = mpsc::channel(SOCKET_QUEUE);
     let (done, mut outcomes) = mpsc::channel(SOCKET_QUEUE);
     tokio::spawn(send_all(chat.clone(), user_id, to_send, done));
+    let (statuses, to_set) = mpsc::channel(SOCKET_QUEUE);
+    tokio::spawn(set_all(chat.clone(), user_id, to_set));
     loop {
         let to_client = tokio::select! {
             bound = &mut binding, if !is_bound => {
                 is_bound = bound.is_ok_and(|bound| bound.result.unwrap_or_default().code() == pb::Code::Ok);
-                if is_bound { continue } else { return End::Elsewhere }
+                if !is_bound {
+                    return End::Elsewhere;
+                }
+                chat.gateway.active(user_id, &client.device);
+                continue;
             }
-            message = messages.recv() => match message.map(|message| serde_json::to_string(&message)) {
-                Some(Ok(text)) => Message::Text(text.into()),
-                Some(Err(_)) => continue, // a struct of numbers and texts is always written
+            message = messages.recv() => match message {
+                Some(message) => written_down(&message),
                 None => return End::Elsewhere,
             },
-            Some(outcome) = outcomes.recv() => match serde_json::to_string(&outcome) {
-                Ok(text) => Message::Text(text.into()),
-                Err(_) => continue,
-            },
+            Some(outcome) = outcomes.recv() => written_down(&outcome),
+            presence = news.next() => written_down(&presence),
             _ = pings.tick() => {
                 if !std::mem::take(&mut is_heard) {
                     return End::Gone;
@@ -226,7 +290,7 @@ async fn talk(
             read = socket.recv(), if written.capacity() > 0 => {
                 is_heard = true;
                 match read {
-                    Some(Ok(Message::Text(text))) => take(chat, device, place, &text, &written),
+                    Some(Ok(Message::Text(text))) => take(chat, client, &text, &written, &statuses).await,
                     Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Binary(_))) => {}
                     Some(Ok(Message::Close(_)) | Err(_)) | None => return End::Gone,
                 }
@@ -240,15 +304,60 @@ async fn talk(
 }
 
 /// What a client says.
-fn take(chat: &Chat, device: &str, place: &Place, text: &str, written: &mpsc::Sender<FromClient>) {
-    match serde_json::from_str(text) {
-        Ok(FromClient::Got { got }) => {
-            let acker = lock(&chat.sockets).get_mut(place).and_then(|socket| socket.unacknowledged.remove(&got));
-            acker.iter().for_each(|acker| acker.taken(device));
-        }
-        Ok(message) => _ = written.try_send(message), // there was a place for it
-        Err(_) => {}                                  // it does not speak our language
+async fn take(
+    chat: &Chat,
+    client: &Client,
+    text: &str,
+    written: &mpsc::Sender<FromClient>,
+    statuses: &mpsc::Sender<pb::SetStatusReq>,
+) {
+    let Ok(said) = serde_json::from_str(text) else { return }; // it does not speak our language
+    if let FromClient::Got { got } = said {
+        let acker = lock(&chat.sockets).get_mut(&client.place).and_then(|socket| socket.unacknowledged.remove(&got));
+        acker.iter().for_each(|acker| acker.taken(&client.device));
+        return; // nobody need be there for that
     }
+    chat.gateway.active(client.place.0, &client.device);
+    match said {
+        FromClient::Watch { watch } => {
+            if let Err(why) = chat.gateway.watch(client.key, watch).await {
+                eprintln!("contacts of user {}: {why}", client.place.0);
+            }
+        }
+        FromClient::Status { status, text } => {
+            let status = pb::Status::from_str_name(&format!("STATUS_{}", status.to_uppercase())).unwrap_or_default();
+            let request = pb::SetStatusReq { user_id: client.place.0, status: status.into(), text, ..Default::default() };
+            let _ = statuses.try_send(request); // full: nobody changes their mind so often
+        }
+        message => _ = written.try_send(message), // there was a place for it
+    }
+}
+
+/// Says how a user wants to be seen, one wish after the other. Goes on when the client is gone.
+async fn set_all(chat: Arc<Chat>, user: i64, mut statuses: mpsc::Receiver<pb::SetStatusReq>) {
+    while let Some(request) = statuses.recv().await {
+        let Ok(set) = chat.gateway.set_status(request).await else { return };
+        let result = set.result.unwrap_or_default();
+        if result.code() != pb::Code::Ok {
+            eprintln!("the status of user {user} was not set: {}", result.msg);
+        }
+    }
+}
+
+impl News {
+    async fn next(&self) -> ToClient {
+        loop {
+            if let Some((user, presence)) = lock(&self.presences).pop_first() {
+                let status = presence.status().as_str_name().trim_start_matches("STATUS_").to_lowercase();
+                return ToClient::Presence { user, status, text: presence.status_text };
+            }
+            self.arrived.notified().await;
+        }
+    }
+}
+
+fn written_down(what: &ToClient) -> Message {
+    Message::Text(serde_json::to_string(what).unwrap_or_default().into()) // numbers and texts are always written
 }
 
 /// Hands over what a client writes, one after the other, and says what came of it. Goes on when the client is gone.
@@ -273,6 +382,6 @@ async fn send_all(chat: Arc<Chat>, from: i64, mut to_send: mpsc::Receiver<FromCl
     }
 }
 
-fn lock(sockets: &Sockets) -> MutexGuard<'_, BTreeMap<Place, Socket>> {
-    sockets.lock().unwrap_or_else(PoisonError::into_inner)
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -1,4 +1,4 @@
-//! For message services: query and deliver, on whichever node answers.
+//! For message services: query, deliver, watch and statuses, on whichever node answers.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -21,6 +21,8 @@ use crate::InvalidAddress;
 use crate::jittered;
 use crate::security::Link;
 use crate::security::Security;
+use crate::watch::Watch;
+use crate::watch::WatchError;
 
 /// 2,000 users with all their routes may be larger than tonic's 4 MiB.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
@@ -131,6 +133,39 @@ impl Caller {
                 }
             }
         }
+    }
+
+    /// Says how a user wants to be seen, or whether a device is idle.
+    ///
+    /// # Errors
+    /// What the last node tried said.
+    pub async fn set_status(&self, request: pb::SetStatusReq) -> Result<pb::SetStatusResp, Status> {
+        self.call(self.turn(), self.deadline(), &request, async |client, request| client.set_status(request).await).await
+    }
+
+    /// A page of what a user was shown as, the newest first.
+    ///
+    /// # Errors
+    /// What the last node tried said.
+    pub async fn status_history(&self, request: pb::GetStatusHistoryReq) -> Result<pb::GetStatusHistoryResp, Status> {
+        self.call(self.turn(), self.deadline(), &request, async |client, request| client.get_status_history(request).await).await
+    }
+
+    /// How long a user was online, by day.
+    ///
+    /// # Errors
+    /// What the last node tried said.
+    pub async fn online_time(&self, request: pb::GetOnlineTimeReq) -> Result<pb::GetOnlineTimeResp, Status> {
+        self.call(self.turn(), self.deadline(), &request, async |client, request| client.get_online_time(request).await).await
+    }
+
+    /// What these users are shown as, now and whenever that changes. More may be added to the watch, and removed.
+    ///
+    /// # Errors
+    /// There are too many, or one is no user.
+    pub fn watch(&self, users: impl IntoIterator<Item = i64>) -> Result<Watch, WatchError> {
+        let (nodes, users) = (self.nodes.iter().map(|node| node.link.clone()).collect(), users.into_iter().collect::<Vec<_>>());
+        Watch::start(nodes, self.turn(), &users)
     }
 
     fn turn(&self) -> usize {

@@ -14,6 +14,8 @@ type Key = (i64, String, String);
 struct Held {
     connection: Connection,
     since: Instant,
+    /// Nobody uses the device now.
+    idle: bool,
     /// Empty: no node has said that it is bound.
     route_key: String,
 }
@@ -35,13 +37,27 @@ impl Connections {
     }
 
     pub fn insert(&mut self, connection: &Connection) {
-        let held = Held { connection: connection.clone(), since: Instant::now(), route_key: String::new() };
+        let (since, idle) = (Instant::now(), connection.idle);
+        let held = Held { connection: connection.clone(), since, idle, route_key: String::new() };
         self.held.insert(key(connection), held);
     }
 
     /// What to say of a connection. None: it has ended.
     pub fn bind_request(&self, connection: &Connection) -> Option<pb::BindRouteReq> {
-        self.held.get(&key(connection)).map(|held| request(&held.connection, held.since))
+        let held = self.held.get(&key(connection))?;
+        Some(pb::BindRouteReq { idle: held.idle, ..request(&held.connection, held.since) })
+    }
+
+    /// Whether nobody uses a device. None: it is not connected.
+    pub fn is_idle(&self, user_id: i64, device_id: &str) -> Option<bool> {
+        let newest = self.of_device(user_id, device_id).max_by_key(|held| held.since)?;
+        Some(newest.idle)
+    }
+
+    pub fn set_idle(&mut self, user_id: i64, device_id: &str, idle: bool) {
+        let of_device = self.held.range_mut((user_id, device_id.to_owned(), String::new())..);
+        let of_device = of_device.take_while(|(key, _)| key.0 == user_id && key.1 == device_id);
+        of_device.for_each(|(_, held)| held.idle = idle);
     }
 
     /// A node has bound it. Returns the kick that was there before.
@@ -63,11 +79,8 @@ impl Connections {
 
     /// Which connection is to be closed. None: it has ended, or that was said before.
     pub fn kicked(&mut self, kick: &pb::Kick) -> Option<Connection> {
-        let first = (kick.user_id, kick.device_id.clone(), String::new());
-        let is_of_device = |held: &Connection| held.user_id == kick.user_id && held.device_id == kick.device_id;
-        let of_device = self.held.range(first..).map(|(_, held)| held).take_while(|held| is_of_device(&held.connection));
         let (mut meant, mut unanswered) = (None, false);
-        for held in of_device {
+        for held in self.of_device(kick.user_id, &kick.device_id) {
             unanswered |= held.route_key.is_empty();
             if held.route_key == kick.route_key {
                 meant = Some(held.connection.clone());
@@ -84,6 +97,11 @@ impl Connections {
     /// A new stream: what was not answered is asked again.
     pub fn forget_early_kicks(&mut self) {
         self.early.clear();
+    }
+
+    fn of_device(&self, user_id: i64, device_id: &str) -> impl Iterator<Item = &Held> {
+        let first = (user_id, device_id.to_owned(), String::new());
+        self.held.range(first..).take_while(move |(key, _)| key.0 == user_id && key.1 == device_id).map(|(_, held)| held)
     }
 }
 
@@ -123,6 +141,19 @@ mod tests {
         assert_eq!(connections.kicked(&kick("key")), None);
         let waited = connections.bound(&of_alice("a"), "key").expect("it waited");
         assert_eq!(connections.kicked(&waited), Some(of_alice("a")));
+    }
+
+    #[test]
+    fn a_device_that_connects_anew_is_as_idle_as_it_says_and_is_bound_again_as_it_is_now() {
+        let mut connections = Connections::default();
+        connections.insert(&of_alice("a"));
+        connections.set_idle(1, "phone", true);
+        let idle = |connections: &Connections, conn| connections.bind_request(&of_alice(conn)).map(|request| request.idle);
+        assert_eq!((connections.is_idle(1, "phone"), idle(&connections, "a")), (Some(true), Some(true)));
+        connections.insert(&of_alice("b"));
+        assert_eq!((connections.is_idle(1, "phone"), idle(&connections, "b")), (Some(false), Some(false)));
+        connections.set_idle(1, "laptop", true);
+        assert_eq!((connections.is_idle(1, "phone"), connections.is_idle(1, "laptop")), (Some(false), None));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! What a gateway and its nodes tell each other.
 
 use std::collections::HashMap;
+use std::time::Duration;
 use std::time::Instant;
 
 use im_presence_proto as pb;
@@ -9,20 +10,27 @@ use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tonic::Status;
 
+pub use crate::contacts::ClientKey;
 use crate::fields;
 use crate::security::Security;
+use crate::watched::WatchError;
 
 /// Calls and frames that wait to be sent.
 pub(crate) const QUEUE: usize = 4_096;
+/// A device that is not used for so long is idle, if its gateway does not say otherwise.
+const IDLE_AFTER: Duration = Duration::from_secs(60);
 
 pub(crate) enum Call {
     Bind(Connection, oneshot::Sender<pb::BindRouteResp>),
     Unbind(pb::UnbindRouteReq, oneshot::Sender<pb::UnbindRouteResp>),
     Ack(pb::DeliveryAck),
+    SetStatus(pb::SetStatusReq, oneshot::Sender<pb::SetStatusResp>),
+    Watch(ClientKey, Vec<i64>, oneshot::Sender<Result<(), WatchError>>),
+    Unwatch(ClientKey),
 }
 
 /// What a gateway says of itself.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// `host:port` of each node.
     pub nodes: Vec<String>,
@@ -33,6 +41,23 @@ pub struct Options {
     pub labels: HashMap<String, String>,
     /// How it proves who it is, and which nodes it believes.
     pub security: Security,
+    /// A device is idle after so long without [`crate::gateway::Gateway::active`]; zero: never. Only devices for which that was
+    /// ever called.
+    pub idle_after: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            nodes: Vec::new(),
+            gateway_addr: String::new(),
+            region: String::new(),
+            capacity: 0,
+            labels: HashMap::new(),
+            security: Security::default(),
+            idle_after: IDLE_AFTER,
+        }
+    }
 }
 
 /// A client's connection. `conn_id` names it among all this gateway ever had.
@@ -44,6 +69,8 @@ pub struct Connection {
     pub platform: i32,
     pub client_ip: String,
     pub client_port: i32,
+    /// Nobody uses the device when it connects.
+    pub idle: bool,
 }
 
 /// What the gateway is told.
@@ -55,6 +82,10 @@ pub enum Event {
     Kick(Connection, pb::Kick),
     /// A bind that had to be made again after the gateway's life was over did not succeed: close the connection.
     Lost(Connection, pb::BindRouteResp),
+    /// A user whom this client watches is shown like this now.
+    Presence { client: ClientKey, presence: pb::UserPresence },
+    /// Nodes watch no more users: this client is told nothing of these until it asks for them again.
+    NotWatched { client: ClientKey, users: Vec<i64>, why: String },
     /// The stream is there, with this epoch.
     Attached { epoch: u64 },
     /// The stream has ended; another one is being made.
@@ -101,12 +132,17 @@ pub(crate) fn request(connection: &Connection, since: Instant) -> pb::BindRouteR
         client_ip: connection.client_ip.clone(),
         client_port: connection.client_port,
         connected_ms_ago: u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX),
+        idle: connection.idle,
         ..Default::default()
     }
 }
 
 pub(crate) fn refusal(code: Code, why: impl Into<String>) -> pb::BindRouteResp {
     pb::BindRouteResp { result: result(code, why), ..Default::default() }
+}
+
+pub(crate) fn not_set(code: Code, why: impl Into<String>) -> pb::SetStatusResp {
+    pb::SetStatusResp { result: result(code, why), ..Default::default() }
 }
 
 pub(crate) fn result(code: Code, why: impl Into<String>) -> Option<pb::Result> {

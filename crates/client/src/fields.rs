@@ -10,6 +10,10 @@ use im_presence_proto as pb;
 const MAX_NAME_BYTES: usize = 128;
 /// Longest gateway address.
 const MAX_ADDR_BYTES: usize = 255;
+/// Longest text of a status.
+const MAX_TEXT_BYTES: usize = 256;
+/// How long a status may hold that ends by itself: 31 days.
+const MAX_EXPIRE_S: u32 = 31 * 24 * 3_600;
 
 /// Why nodes would refuse this bind. The gateway's address is not part of it.
 pub fn check_bind(request: &pb::BindRouteReq) -> Result<(), String> {
@@ -34,6 +38,26 @@ pub fn check_unbind(request: &pb::UnbindRouteReq) -> Result<(), String> {
     check_name("device_id", &request.device_id)?;
     check_name("conn_id", &request.conn_id)?;
     check_addr("gateway_addr", &request.gateway_addr)
+}
+
+/// Why nodes would refuse this status.
+pub fn check_status(request: &pb::SetStatusReq) -> Result<(), String> {
+    check_user(request.user_id)?;
+    check_name("device_id", &request.device_id)?;
+    match pb::Status::try_from(request.status) {
+        Ok(pb::Status::Offline) | Err(_) => {
+            return Err(format!("status must be ONLINE, AWAY, BUSY, INVISIBLE or unset, is {}", request.status));
+        }
+        Ok(_) => {}
+    }
+    let text = request.text.as_deref().unwrap_or_default();
+    if text.len() > MAX_TEXT_BYTES || text.chars().any(char::is_control) {
+        return Err(format!("text must be 0 to {MAX_TEXT_BYTES} bytes without control characters"));
+    }
+    if request.expire_after_s > MAX_EXPIRE_S {
+        return Err(format!("expire_after_s must be 0 to {MAX_EXPIRE_S}, is {}", request.expire_after_s));
+    }
+    Ok(())
 }
 
 /// A device id or a connection id; it may be empty.

@@ -3,13 +3,20 @@
 
 pub mod caller;
 mod connections;
+mod contacts;
+mod dialogue;
 mod event;
 pub mod fields;
 pub mod gateway;
+mod idleness;
 mod life;
+mod pauses;
 pub mod security;
+pub mod watch;
+mod watched;
 
 use std::time::Duration;
+use std::time::Instant;
 
 /// No address, or none that makes sense.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -17,6 +24,13 @@ use std::time::Duration;
 pub struct InvalidAddress {
     of: &'static str,
     address: String,
+}
+
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant.into()).await,
+        None => std::future::pending().await,
+    }
 }
 
 /// So long, more or less: clients that lost the same node must not come back at the same instant.

@@ -177,6 +177,7 @@ impl Log {
             Event::Attached { epoch } => lock(&self.epochs).push(epoch),
             Event::Detached(status) => lock(&self.detached).push(format!("{status:?}")),
             Event::Lost(connection, answer) => panic!("not bound again: {connection:?}, {answer:?}"),
+            Event::Presence { .. } | Event::NotWatched { .. } => {} // nobody watches
             Event::Superseded => lock(&self.detached).push("superseded".to_owned()),
         }
     }
