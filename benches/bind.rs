@@ -19,12 +19,15 @@ use std::time::Instant;
 
 use im_presence::config::Config;
 use im_presence::domain::gateway::Life;
+use im_presence::domain::history::Cause;
+use im_presence::domain::history::LogLine;
 use im_presence::domain::id::ConnId;
 use im_presence::domain::id::DeviceId;
 use im_presence::domain::id::GatewayAddr;
 use im_presence::domain::id::UserId;
 use im_presence::domain::route::Platform;
 use im_presence::domain::route::Route;
+use im_presence::domain::status::Status;
 use im_presence::pb;
 use im_presence::store::codec::OutboxBody;
 use im_presence::store::connection::Connection;
@@ -223,13 +226,17 @@ async fn try_bind_alone(connection: &mut Connection, request: &pb::BindRouteReq,
         client_port: 40_000,
         bound_version: version,
         bound_at: now,
-        expires_at: Some(now.plus(Duration::from_secs(3_600))),
+        expires_at: Some(now.plus(Duration::from_secs(3_600))).into(),
+        idle: false,
     };
     let mut after = before.clone();
     (after.version, after.last_seen, after.routes) = (version, now, vec![route].into());
     connection.write_users(&[UserChange { user, before, after: &after }]).await?;
     let mut body = OutboxBody::default();
-    body.changed(user, version);
+    body.changed(user, &after);
+    let (shown, cause, epoch) = (Status::Online, Cause::Login, Some(after.routes[0].epoch));
+    let line = LogLine { version, at: now, shown, hidden: false, cause, devices: 1, epoch };
+    connection.add_log(&[(user, line, gateway.to_string())]).await?;
     let row = connection.add_outbox("bench", &body).await?;
     connection.delete_outbox(&[row]).await?;
     connection.commit().await

@@ -106,7 +106,7 @@ pub async fn fill_l2(db: &TestDb, settings: &[(&str, &str)], users: u64) {
     while after < i64::try_from(users).expect("not that many users") {
         let page = connection.users_with_routes(after, PAGE).await.expect("a page of users");
         after = page.last().map_or(i64::MAX, |user: &UserId| user.get());
-        let shown = Shown { gateway: Some("gw-1.example.net:7000".to_owned()), status: Status::Online, unmanaged: true };
+        let shown = Shown { gateway: Some("gw-1.example.net:7000".to_owned()), status: Some(Status::Online), unmanaged: true };
         let loaded = connection.load_users(&page).await.expect("users").records;
         let records: Vec<_> = loaded.into_iter().map(|(user, record)| (user, record, shown.clone())).collect();
         shared.project(&records, generation).await.expect("show the records");

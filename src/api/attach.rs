@@ -222,7 +222,10 @@ impl Stream {
             Some(Up::Unbind(unbind)) => self.unbind(seq, unbind).map_err(|why| illegal(&why)),
             Some(Up::Ack(ack)) => self.ack(&ack).map_err(|why| illegal(&why)),
             Some(Up::Watch(wanted)) => self.watch(seq, &wanted).await.map_err(|why| illegal(&why)),
-            Some(Up::Status(set)) => self.status(seq, &set).map_err(|why| illegal(&why)),
+            Some(Up::Status(set)) => {
+                self.status(seq, &set);
+                Ok(())
+            }
             None => Ok(()),
         }
     }
@@ -309,9 +312,17 @@ impl Stream {
         Ok(())
     }
 
-    fn status(&mut self, seq: u64, set: &pb::SetStatusReq) -> Result<(), String> {
+    fn status(&mut self, seq: u64, set: &pb::SetStatusReq) {
         let statuses = self.tools.statuses.clone();
-        let (user, set) = statuses::set_status(set, statuses.max_text_bytes).map_err(|error| error.to_string())?;
+        let (user, set) = match statuses::set_status(set, statuses.max_text_bytes) {
+            Ok(set) => set,
+            Err(error) => {
+                // What a user has typed must not end everybody's stream.
+                let answer = statuses::status_set_or_code(Err(error));
+                self.answers.extend((seq != 0).then(|| frame(seq, Down::Status(answer))));
+                return;
+            }
+        };
         let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission().take_call());
         let begun = taken.and_then(|()| statuses.begin(user, SetStatus { by: self.speaker.clone(), ..set }));
         self.answer(seq, async move {
@@ -321,7 +332,6 @@ impl Stream {
             };
             Down::Status(statuses::status_set_or_code(outcome))
         });
-        Ok(())
     }
 
     fn speaks_for(&self, addr: &str, claimed: u64) -> Result<(&GatewayAddr, Epoch), String> {

@@ -84,7 +84,8 @@ pub fn status_set(outcome: Result<Outcome, Error>) -> Result<pb::SetStatusResp, 
 /// The answer on a stream, where an error is one of its codes.
 pub fn status_set_or_code(outcome: Result<Outcome, Error>) -> pb::SetStatusResp {
     status_set(outcome).unwrap_or_else(|error| {
-        pb::SetStatusResp { result: convert::result(item_code(&error).0, error.to_string()), ..Default::default() }
+        let code = if let Error::Invalid { .. } = error { pb::Code::Invalid } else { item_code(&error).0 };
+        pb::SetStatusResp { result: convert::result(code, error.to_string()), ..Default::default() }
     })
 }
 
