@@ -5,11 +5,11 @@ use std::time::Instant;
 
 use crate::api::convert;
 use crate::api::status::item_code;
-use crate::domain::id::UserId;
-use crate::domain::policy::Reason;
 use crate::domain::event::Bind;
 use crate::domain::event::Outcome;
 use crate::domain::event::Unbind;
+use crate::domain::id::UserId;
+use crate::domain::policy::Reason;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Begun;
@@ -91,9 +91,7 @@ impl Binder {
             }
             Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
             Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
-            _ => {
-                not_bound_now(&Error::internal("a bind had the outcome of another change"))
-            }
+            _ => not_bound_now(&Error::internal("a bind had the outcome of another change")),
         }
     }
 

@@ -9,6 +9,8 @@ use std::time::Duration;
 use bytes::Bytes;
 
 use crate::domain::caller::Caller;
+use crate::domain::event::Bind;
+use crate::domain::event::Unbind;
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
@@ -26,8 +28,6 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
-use crate::domain::event::Bind;
-use crate::domain::event::Unbind;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::StoredMessage;

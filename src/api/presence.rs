@@ -3,11 +3,11 @@
 use std::sync::Arc;
 
 use prost::Message;
-use tonic::Request;
-use tonic::Response;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::task::TaskTracker;
+use tonic::Request;
+use tonic::Response;
 use tonic::Status;
 use tonic::Streaming;
 use tonic::codegen::BoxStream;

@@ -47,9 +47,6 @@ pub fn set_status(request: &pb::SetStatusReq, max_text_bytes: usize) -> Result<(
     };
     let text = request.text.as_ref().map(parse).transpose()?;
     let device = convert::device_id(&request.device_id)?;
-    if !device.is_empty() && request.idle.is_none() {
-        return Err(invalid("idle", "must be given with device_id"));
-    }
     if status.is_none() && text.is_none() && request.idle.is_none() {
         return Err(invalid("status", "must be given, or text, or idle"));
     }

@@ -2,8 +2,11 @@
 
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
 
 use tokio::sync::mpsc;
+use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
 use tonic::Streaming;
@@ -54,7 +57,7 @@ impl WatchCall {
         let Self { tools, watch, credential, out } = self;
         let admission = credential.as_ref().map(|credential| credential.admission().clone());
         let mut revoked = pin!(revoked(admission.clone()));
-        let mut asks = true;
+        let (mut asks, mut resumes_at) = (true, Instant::now());
         let end = loop {
             let takes_more = asks && watch.takes_more();
             tokio::select! {
@@ -62,9 +65,13 @@ impl WatchCall {
                 () = out.closed() => return,
                 () = &mut revoked => break Status::unauthenticated("the credential of this stream is not valid any more"),
                 () = tools.draining.cancelled() => break Status::unavailable("this node stops: watch on another one with the versions you have"),
-                request = requests.message(), if takes_more => match request {
+                () = sleep_until(resumes_at.into()), if asks && resumes_at > Instant::now() => {}
+                request = requests.message(), if takes_more && resumes_at <= Instant::now() => match request {
                     Ok(Some(request)) => match wanted(&request) {
-                        Ok(wanted) => tools.change(&watch, admission.as_ref(), wanted).await,
+                        Ok(wanted) => {
+                            resumes_at = Instant::now() + pause(admission.as_ref(), wanted.add.len());
+                            tools.change(&watch, admission.as_ref(), wanted).await;
+                        }
                         Err(error) => break Status::invalid_argument(format!("seq {}: {error}", request.seq)),
                     },
                     Ok(None) => asks = false,
@@ -80,6 +87,14 @@ impl WatchCall {
     }
 }
 
+/// How long a caller who has named so many users has to wait before it may name more (`limits.users_per_s`).
+fn pause(caller: Option<&Admission>, users: usize) -> Duration {
+    match caller.filter(|_| users > 0).map(|admission| admission.take_users(users)) {
+        Some(Err(Error::Overloaded { retry_after, .. })) => retry_after,
+        _ => Duration::ZERO,
+    }
+}
+
 /// What is told next, once it may be sent. None: the caller is gone.
 async fn next<'a, T>(out: &'a mpsc::Sender<T>, watch: &Watch) -> Option<(mpsc::Permit<'a, T>, Told)> {
     let place = out.reserve().await.ok()?;
@@ -89,16 +104,13 @@ async fn next<'a, T>(out: &'a mpsc::Sender<T>, watch: &Watch) -> Option<(mpsc::P
 impl WatchContext {
     /// Changes what is watched, as far as the caller may.
     pub async fn change(&self, watch: &Watch, caller: Option<&Admission>, wanted: Wanted) {
-        let Some(admission) = caller else { return watch.change(&wanted) };
-        if let Err(error) = admission.take_users(wanted.add.len()) {
-            return watch.refuse(wanted.seq, error.to_string());
-        }
-        if let Some(gateways) = admission.watches_only()
+        if let Some(admission) = caller
+            && let Some(gateways) = admission.watches_only()
             && let Some(stranger) = self.stranger(&wanted, &gateways).await
         {
             let why = format!("user {stranger} is not bound to a gateway that the caller may speak for");
             let _ = admission.denied(&why); // for the audit; the stream stays
-            return watch.refuse(wanted.seq, why);
+            return watch.refuse(&wanted, why);
         }
         watch.change(&wanted);
     }
@@ -142,9 +154,7 @@ pub fn refused(seq: u64, why: String) -> pb::WatchResp {
 pub fn wanted(request: &pb::WatchReq) -> Result<Wanted, Error> {
     convert::at_most("add", request.add.len(), MAX_USERS, "users")?;
     convert::at_most("remove", request.remove.len(), MAX_USERS, "users")?;
-    let user = |field, raw| {
-        UserId::parse(raw).map_err(|error| Error::Invalid { field, reason: error.to_string() })
-    };
+    let user = |field, raw| UserId::parse(raw).map_err(|error| Error::Invalid { field, reason: error.to_string() });
     Ok(Wanted {
         seq: request.seq,
         add: request.add.iter().map(|known| Ok((user("add", known.user_id)?, known.version))).collect::<Result<_, Error>>()?,

@@ -286,6 +286,7 @@ impl<'a> Foundation<'a> {
             bus: self.bus.clone(),
             gateways: kicks.clone(),
             cache: self.cache.clone(),
+            feed: self.feed.clone(),
             lives: self.lives.clone(),
             metrics: self.metrics.clone(),
             database: self.database.clone(),
@@ -358,8 +359,7 @@ impl<'a> Foundation<'a> {
     }
 
     fn presence(&mut self, directory: &Arc<Directory>, lanes: &Arc<Lanes>) -> (Arc<Statuses>, Arc<History>, Arc<Watches>) {
-        let (config, database, lives, metrics) =
-            (self.config, self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let (config, database, lives, metrics) = (self.config, self.database.clone(), self.lives.clone(), self.metrics.clone());
         let pace = (config.status.rate, config.status.burst);
         let statuses = Statuses::new(lanes.clone(), pace, config.status.text_bytes, metrics.clone());
         let history = History::new(database.clone(), directory.clone(), lives.clone());

@@ -95,7 +95,7 @@ pub struct DayShare {
 pub struct OnlineSession {
     /// When it began, or when its last part did; 0: the user is offline.
     pub since: Timestamp,
-    /// It has been counted as one already.
+    /// It has been counted as one already: among those that were seen, or of a hidden part at all.
     pub is_counted: bool,
 }
 
@@ -116,6 +116,14 @@ pub struct Chronicle {
     pub skipped: u32,
 }
 
+/// When a user was last online.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct LastSeen {
+    pub really: Timestamp,
+    /// Who was hidden then was not seen.
+    pub by_others: Timestamp,
+}
+
 /// One change of a user's standing.
 pub struct Step {
     pub before: Standing,
@@ -126,43 +134,60 @@ pub struct Step {
 }
 
 impl Chronicle {
-    /// Takes a step down. `last_seen`: when the user was last online, if offline before.
-    pub fn step(&mut self, step: &Step, session: &mut OnlineSession, last_seen: Timestamp, rules: &Rules) {
-        let Step { before, after, at, version, cause } = *step;
-        let is_seen = before.shown() != after.shown();
-        let is_private = before.is_hidden() && after.is_hidden() && before.unhidden() != after.unhidden();
-        if is_seen || is_private {
-            let (shown, seen) = if is_seen { (after.shown(), after) } else { (after.unhidden(), after) };
-            let seen = if shown == Status::Offline { seen.gone() } else { seen };
-            let (devices, epoch) = (seen.devices, seen.epoch);
-            self.log.push(LogLine { version, at, shown, hidden: !is_seen, cause, devices, epoch });
-        }
+    /// Takes a step down. `seen`: when the user was last online, if offline before.
+    pub fn step(&mut self, step: &Step, session: &mut OnlineSession, seen: LastSeen, rules: &Rules) {
+        self.log(step);
+        let Step { before, after, at, .. } = *step;
+        let (was_hidden, is_hidden) = (before.is_hidden(), after.is_hidden());
+        let is_recent = |last: Timestamp| last.0 > 0 && at.since(last) <= rules.session_gap;
         match (before.is_online(), after.is_online()) {
             (false, true) => {
-                let is_counted = last_seen.0 > 0 && at.since(last_seen) <= rules.session_gap;
+                let is_counted = is_recent(if is_hidden { seen.really } else { seen.by_others });
                 *session = OnlineSession { since: at, is_counted };
             }
             (true, false) => {
-                self.close(session, before.is_hidden(), true, at, rules);
+                self.close(session, was_hidden, true, at, rules);
                 *session = OnlineSession::default();
             }
-            (true, true) if before.is_hidden() != after.is_hidden() => {
-                self.close(session, before.is_hidden(), false, at, rules);
-                session.since = at;
+            // To others this is a coming or a going. Who hides goes on with a session that was counted when it was seen.
+            (true, true) if was_hidden != is_hidden => {
+                self.close(session, was_hidden, false, at, rules);
+                *session = OnlineSession { since: at, is_counted: is_hidden || is_recent(seen.by_others) };
             }
             _ => {}
         }
     }
 
-    /// Ends a part of a session. A hidden one that comes out is counted when it was seen.
-    fn close(&mut self, session: &mut OnlineSession, hidden: bool, is_end: bool, at: Timestamp, rules: &Rules) {
+    /// A line if what is shown has changed. Nothing in the lines that others see tells hiding from going.
+    fn log(&mut self, step: &Step) {
+        let Step { before, after, at, version, cause } = *step;
+        let flips = before.is_hidden() != after.is_hidden();
+        let mut line = |version, of: Standing, shown, hidden, cause| {
+            let of = if shown == Status::Offline { of.gone() } else { of };
+            self.log.push(LogLine { version, at, shown, hidden, cause, devices: of.devices, epoch: of.epoch });
+        };
+        match (before.shown() != after.shown(), flips) {
+            (true, true) if after.is_hidden() => {
+                line(Version(version.0 - 1), after, Status::Offline, false, Cause::Logout); // free: versions leave a gap
+                line(version, after, after.unhidden(), true, cause);
+            }
+            (true, true) => line(version, after, after.shown(), false, Cause::Login),
+            (true, false) => line(version, after, after.shown(), false, cause),
+            (false, false) if after.is_hidden() && before.unhidden() != after.unhidden() => {
+                line(version, after, after.unhidden(), true, cause);
+            }
+            (false, _) => {}
+        }
+    }
+
+    /// Ends a part of a session. A hidden one that comes out is not counted among those that nobody saw.
+    fn close(&mut self, session: &OnlineSession, hidden: bool, is_end: bool, at: Timestamp, rules: &Rules) {
         if session.since.0 == 0 {
             return; // it began before there was a history
         }
         let is_known = session.since >= rules.clock_set_at && at >= session.since;
         self.skipped += u32::from(!is_known);
         self.days.extend(session.shares(hidden, is_end, if is_known { at } else { session.since }));
-        session.is_counted |= is_end || !hidden;
     }
 }
 

@@ -18,7 +18,7 @@ fn standing(wanted: Status, devices: u32, idle: bool) -> Standing {
 struct Story {
     now: Standing,
     session: OnlineSession,
-    last_seen: Timestamp,
+    seen: LastSeen,
     rules: Rules,
     kept: Chronicle,
 }
@@ -29,7 +29,7 @@ impl Story {
         Self {
             now: standing(wanted, 0, false),
             session: OnlineSession::default(),
-            last_seen: Timestamp(0),
+            seen: LastSeen::default(),
             rules,
             kept: Chronicle::default(),
         }
@@ -37,8 +37,12 @@ impl Story {
 
     fn then(&mut self, at: i64, after: Standing, cause: Cause) {
         let step = Step { before: self.now, after, at: Timestamp(at), version: Version(at as u64), cause };
-        self.kept.step(&step, &mut self.session, self.last_seen, &self.rules);
-        (self.now, self.last_seen) = (after, Timestamp(at));
+        self.kept.step(&step, &mut self.session, self.seen, &self.rules);
+        self.seen.really = Timestamp(at);
+        if self.now.shown() != after.shown() {
+            self.seen.by_others = Timestamp(at);
+        }
+        self.now = after;
     }
 
     fn online(&mut self, from: i64, to: i64) {
@@ -52,7 +56,8 @@ impl Story {
         let mut days = std::collections::BTreeMap::new();
         for share in &self.kept.days {
             let day = days.entry(share.day).or_insert((share.day - 20_000, 0, 0, 0, 0));
-            *day = (day.0, day.1 + share.online_ms, day.2 + share.hidden_ms, day.3 + share.sessions, day.4 + share.hidden_sessions);
+            *day =
+                (day.0, day.1 + share.online_ms, day.2 + share.hidden_ms, day.3 + share.sessions, day.4 + share.hidden_sessions);
         }
         days.into_values().collect()
     }
@@ -102,18 +107,20 @@ fn who_hides_looks_as_if_they_had_gone_and_who_comes_out_as_if_they_had_come() {
     story.then(MIDNIGHT + 3 * MINUTE, standing(Status::Invisible, 2, false), Cause::Login);
     story.then(MIDNIGHT + 4 * MINUTE, standing(Status::Online, 2, false), Cause::Set);
     story.then(MIDNIGHT + 6 * MINUTE, standing(Status::Online, 0, false), Cause::Logout);
-    assert_eq!(story.days(), [(0, 3 * MINUTE, 3 * MINUTE, 1, 0)], "one session, of which half was seen");
-    let seen = |n, shown, cause| (MIDNIGHT + n * MINUTE, shown, false, cause);
+    assert_eq!(story.days(), [(0, 3 * MINUTE, 3 * MINUTE, 2, 0)], "two visits, as others saw it");
+    let line = |n, shown, hidden, cause| (MIDNIGHT + n * MINUTE, shown, hidden, cause);
     assert_eq!(
         story.log(),
         [
-            seen(0, Status::Online, Cause::Login),
-            seen(1, Status::Offline, Cause::Set),
-            seen(4, Status::Online, Cause::Set),
-            seen(6, Status::Offline, Cause::Logout),
+            line(0, Status::Online, false, Cause::Login),
+            line(1, Status::Offline, false, Cause::Logout),
+            line(1, Status::Online, true, Cause::Set),
+            line(4, Status::Online, false, Cause::Login),
+            line(6, Status::Offline, false, Cause::Logout),
         ]
     );
     assert_eq!(story.kept.log[1].epoch, None, "nothing is said of where somebody hides");
+    assert!(story.kept.log[1].version < story.kept.log[2].version);
 }
 
 #[test]
@@ -143,8 +150,24 @@ fn time_of_unknown_length_is_not_counted_but_the_session_is() {
 #[test]
 fn the_score_weighs_days_and_hours() {
     let hours = |hours: f64| (hours * 3_600_000.0) as i64;
-    for (days, want) in [(vec![], 0), (vec![0; 28], 0), (vec![hours(4.0); 28], 100), (vec![hours(8.0); 14], 70), (vec![hours(2.0)], 22)]
+    for (days, want) in
+        [(vec![], 0), (vec![0; 28], 0), (vec![hours(4.0); 28], 100), (vec![hours(8.0); 14], 70), (vec![hours(2.0)], 22)]
     {
         assert_eq!(activity_score(days.iter().copied()), want, "{days:?}");
     }
+}
+
+#[test]
+fn who_hid_a_moment_ago_comes_as_anybody_else() {
+    let mut story = Story::of(Status::Invisible);
+    story.online(MIDNIGHT, MIDNIGHT + MINUTE);
+    story.now = standing(Status::Online, 0, false);
+    story.online(MIDNIGHT + MINUTE + 1_000, MIDNIGHT + 2 * MINUTE);
+    assert_eq!(story.days(), [(0, MINUTE - 1_000, MINUTE, 1, 1)], "others saw no session that could go on");
+    let mut brief = Story::of(Status::Online);
+    brief.then(MIDNIGHT, standing(Status::Online, 1, false), Cause::Login);
+    brief.then(MIDNIGHT + MINUTE, standing(Status::Invisible, 1, false), Cause::Set);
+    brief.then(MIDNIGHT + MINUTE + 5_000, standing(Status::Online, 1, false), Cause::Set);
+    brief.then(MIDNIGHT + 2 * MINUTE, standing(Status::Online, 0, false), Cause::Logout);
+    assert_eq!(brief.days()[0].3, 1, "as a page that was loaded anew");
 }

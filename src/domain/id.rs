@@ -1,6 +1,7 @@
 //! Identifiers, parsed once at the edge. Behind it no string is checked again.
 
 use std::collections::HashMap;
+use std::collections::HashSet;
 use std::fmt;
 use std::hash::BuildHasherDefault;
 use std::hash::Hasher;
@@ -134,6 +135,9 @@ pub struct Epoch(pub u64);
 
 /// A map by users or epochs. They are numbers that this system issues, so nobody can choose them to collide.
 pub type NumberMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
+
+/// A set of lives.
+pub type Epochs = HashSet<Epoch, BuildHasherDefault<NumberHasher>>;
 
 /// Mixes one number well, in a few cycles.
 #[derive(Clone, Copy, Default)]

@@ -216,9 +216,10 @@ impl UserRecord {
             }
         }
         let gone = route.bound_version;
+        let last_seen = if context.is_live(route) { context.now } else { self.last_end(context) };
         let version = self.version.next(context.clock);
         let routes = self.live(context).filter(|route| route.bound_version != gone).cloned().collect();
-        let next = self.changed(version, context.now, routes);
+        let next = self.changed(version, last_seen, routes);
         Applied::changed(Outcome::Unbound { version }, next)
     }
 
@@ -272,7 +273,7 @@ impl UserRecord {
         Applied { outcome: Outcome::Inbox(outcome), next, chronicle: Chronicle::default() }
     }
 
-    fn live<'a>(&'a self, context: &'a Context<'_>) -> impl Iterator<Item = &'a Route> {
+    fn live<'a>(&'a self, context: &'a Context<'_>) -> impl Iterator<Item = &'a Route> + Clone {
         self.routes.iter().filter(|route| context.is_live(route))
     }
 }
@@ -305,3 +306,7 @@ impl Context<'_> {
 #[cfg(test)]
 #[path = "user_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "week_tests.rs"]
+mod week_tests;

@@ -317,7 +317,10 @@ fn a_bind_is_numbered_by_the_databases_clock_or_counts_on() {
     world.bind(HERE, &bind("phone", "c1"));
     assert_eq!((world.record.version, world.record.routes[0].bound_version), (clock, clock));
     world.bind(HERE, &bind("phone", "c2"));
-    assert_eq!((world.record.version, world.record.routes[0].bound_version), (Version(clock.0 + VERSION_GAP), Version(clock.0 + VERSION_GAP)));
+    assert_eq!(
+        (world.record.version, world.record.routes[0].bound_version),
+        (Version(clock.0 + VERSION_GAP), Version(clock.0 + VERSION_GAP))
+    );
 }
 
 const GONE: &str = "no such route: it was unbound, replaced or never bound";

@@ -40,7 +40,11 @@ impl PresenceMetrics {
             watch_dirty: r.add("watch_dirty", "watched users who have to be looked at", Gauge::default()),
             watch_told: r.add("watch_told", "what watchers were told", Counter::default()),
             watch_same: r.add("watch_same", "watched users who were looked at and had nothing new", Counter::default()),
-            watch_coalesced: r.add("watch_coalesced", "changes that watchers were not told of, but of a newer one", Counter::default()),
+            watch_coalesced: r.add(
+                "watch_coalesced",
+                "changes that watchers were not told of, but of a newer one",
+                Counter::default(),
+            ),
             watch_damped: r.add("watch_damped", "what watchers were to be told later, if it still held", Counter::default()),
             watch_resyncs: r.family("watch_resyncs", "looks at all watched users, by cause"),
             watch_lag_seconds: r.add("watch_lag_seconds", "time from a commit until a watcher is told, if at once", seconds()),
@@ -51,7 +55,11 @@ impl PresenceMetrics {
                 Counter::default(),
             ),
             history_rows: r.add("history_rows", "rows of history written", Counter::default()),
-            history_skipped: r.add("history_skipped", "times online not counted: the database's clock was set meanwhile", Counter::default()),
+            history_skipped: r.add(
+                "history_skipped",
+                "times online not counted: the database's clock was set meanwhile",
+                Counter::default(),
+            ),
         }
     }
 

@@ -116,7 +116,10 @@ fn record(version: u64, routes: Vec<Route>) -> UserRecord {
         inbox_seq: 9,
         ..UserRecord::default()
     }
-    .with(Presence { shown: LastShown { version: Version(version), seen: Timestamp(4), since: Timestamp(5) }, ..Presence::default() })
+    .with(Presence {
+        shown: LastShown { version: Version(version), seen: Timestamp(4), since: Timestamp(5) },
+        ..Presence::default()
+    })
 }
 
 async fn load(connection: &mut Connection, id: i64) -> UserRecord {
@@ -584,10 +587,12 @@ async fn users_with_nothing_and_of_long_ago_are_forgotten_in_pages() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;
         // Of 6 to 9, the first was erased long ago, the second lately; the third is away and wants to be INVISIBLE, the last BUSY.
-        let rows = [(1, 10, 0, 1, 7), (2, 90, 0, 1, 7), (3, 10, 1, 1, 7), (4, 10, 0, 1, 7), (5, 10, 0, 1, 7)];
-        for (user, version, pending, status, seen) in rows.into_iter().chain([(6, 70, 0, 1, 0), (7, 90, 0, 1, 0), (8, 10, 0, 4, 7), (9, 70, 0, 3, 0)]) {
-            let insert = "INSERT INTO users (user_id, version, inbox_pending, status, last_seen_ms) VALUES (?, ?, ?, ?, ?)";
-            connection.execute(statement(insert).bind(user).bind(version).bind(pending).bind(status).bind(seen)).await.unwrap();
+        let rows = [(1, 10, 0, 1, 0), (2, 90, 0, 1, 0), (3, 10, 1, 1, 0), (4, 10, 0, 1, 0), (5, 10, 0, 1, 0)];
+        let more = [(6, 70, 0, 1, 1), (7, 90, 0, 1, 1), (8, 10, 0, 4, 0), (9, 70, 0, 3, 0)];
+        for (user, version, pending, status, counted) in rows.into_iter().chain(more) {
+            let insert = "INSERT INTO users (user_id, version, inbox_pending, status, session_counted) VALUES (?, ?, ?, ?, ?)";
+            let insert = statement(insert).bind(user).bind(version).bind(pending).bind(status).bind(counted);
+            connection.execute(insert).await.unwrap();
         }
         insert_route(connection, 4, Epoch(1)).await;
         let (old, erased) = (Version(50), Version(80));

@@ -60,7 +60,8 @@ pub struct LogPage {
 impl Connection {
     /// Writes lines down, each with the address of the gateway. The users have to be locked.
     pub async fn add_log(&mut self, lines: &[(UserId, LogLine, String)]) -> Result<(), SqlError> {
-        const HEAD: &str = "INSERT INTO status_log (user_id, version, at_ms, shown, hidden, cause, devices, gateway_addr) VALUES ";
+        const HEAD: &str =
+            "INSERT INTO status_log (user_id, version, at_ms, shown, hidden, cause, devices, gateway_addr) VALUES ";
         // Rows that fill a chunk up are there already.
         let tail = match self.engine() {
             Engine::MySql => " ON DUPLICATE KEY UPDATE user_id = VALUES(user_id)",
@@ -167,13 +168,14 @@ impl Connection {
              ORDER BY user_id, version LIMIT {page}) AS page GROUP BY user_id ORDER BY user_id"
         );
         let rows = self.fetch(statement(counted).bind(from)).await?;
-        let counts = rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<Vec<(i64, i64)>, sqlx::Error>>()?;
+        let counts =
+            rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<Vec<(i64, i64)>, sqlx::Error>>()?;
         for (user, _) in counts.iter().filter(|(_, lines)| *lines > keep) {
             self.shorten_log(*user, keep).await?;
         }
         let is_last = counts.iter().map(|(_, lines)| lines).sum::<i64>() < page;
         // The last one may have more than was counted, unless nobody else was: then their log was shortened just now.
-        let next = counts.last().map(|(user, _)| if counts.len() == 1 { user + 1 } else { *user });
+        let next = counts.last().map(|(user, _)| if counts.len() == 1 { user.saturating_add(1) } else { *user });
         Ok(next.filter(|_| !is_last))
     }
 

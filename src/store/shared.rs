@@ -257,7 +257,9 @@ impl SharedCache {
         let seconds = |duration: Duration| duration.as_secs().max(1);
         let gateway = shown.and_then(|shown| shown.gateway.clone()).unwrap_or_default();
         let route_ttl = if shown.is_some_and(|shown| shown.unmanaged) { seconds(self.route_ttl) } else { 0 };
-        let status_ttl = if gateway.is_empty() { seconds(self.status_ttl) } else { route_ttl };
+        // Also of a user who hides: the key ends as that of somebody who is not there.
+        let is_offline = shown.and_then(|shown| shown.status).is_none_or(|status| status_word(status) == "offline");
+        let status_ttl = if is_offline { seconds(self.status_ttl) } else { route_ttl };
         let mut call = self.script.key(keys::user_record(user));
         call.key(keys::user_route(user)).key(keys::user_status(user));
         call.arg(bytes).arg(seconds(ttl)).arg(mode).arg(gateway).arg(route_ttl);

@@ -23,15 +23,15 @@ use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::statement::chunks;
+use crate::store::statement::filled;
+use crate::store::statement::repeated;
 use crate::store::user_row::ROUTE_COLUMNS;
 use crate::store::user_row::USER_COLUMNS;
 use crate::store::user_row::bind_route;
 use crate::store::user_row::bind_user;
 use crate::store::user_row::read_record;
 use crate::store::user_row::read_route;
-use crate::store::statement::chunks;
-use crate::store::statement::filled;
-use crate::store::statement::repeated;
 
 pub type Records = NumberMap<UserId, UserRecord>;
 
@@ -237,11 +237,17 @@ impl Connection {
     /// Looks at the next `page` users after `after`, and forgets those with nothing whose last change is older than `before`, but
     /// not that they want to be INVISIBLE; and those who were erased before `erased`. Returns how many these were, and the last
     /// that was looked at: none if there was nobody.
-    pub async fn forget_users(&mut self, after: i64, before: Version, erased: Version, page: i64) -> Result<(u64, Option<i64>), SqlError> {
+    pub async fn forget_users(
+        &mut self,
+        after: i64,
+        before: Version,
+        erased: Version,
+        page: i64,
+    ) -> Result<(u64, Option<i64>), SqlError> {
         const LAST: &str =
             "SELECT MAX(user_id) FROM (SELECT user_id FROM users WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
         const OLD: &str = "version > 0 AND inbox_pending = 0 \
-            AND (version < ? AND status <> 4 OR version < ? AND last_seen_ms = 0 AND status = 1 AND status_text = '') \
+            AND (version < ? AND status <> 4 OR version < ? AND online_since_ms = 0 AND session_counted = 1) \
             AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.user_id = users.user_id) \
             AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.user_id = users.user_id)";
         let rows = self.fetch(statement(LAST).bind(after).bind(page)).await?;
@@ -252,7 +258,8 @@ impl Connection {
         for (chunk, fill) in chunks(&old) {
             let tail = format!(") AND {OLD}"); // still: a change may have come meanwhile
             let delete = repeated("DELETE FROM users WHERE user_id IN (", "?", chunk.len() + fill, &tail);
-            forgotten += self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0)).bind(signed(erased.0))).await?;
+            forgotten +=
+                self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0)).bind(signed(erased.0))).await?;
         }
         Ok((forgotten, Some(last)))
     }

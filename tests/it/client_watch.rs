@@ -187,8 +187,12 @@ async fn a_device_that_nobody_uses_is_away_until_somebody_does_and_so_it_is_in_a
     assert!(bob.routes[0].idle && bob.status() == Status::Away, "{bob:?}");
     assert!(!cluster.node().query_sql(CAROL).await.routes[0].idle, "nobody says when it is used");
 
-    program.gateway.active(BOB, PHONE);
-    program.shows(PAGE, BOB, Status::Online, NEXT_CHANGE).await;
+    let is_online = || program.told(PAGE, BOB).last().map(|(status, _)| *status) == Some(Status::Online);
+    eventually("Bob is seen to use it", NEXT_CHANGE, async || {
+        program.gateway.active(BOB, PHONE);
+        is_online()
+    })
+    .await;
     assert!(program.told(PAGE, CAROL).iter().all(|(status, _)| *status != Status::Away));
 }
 

@@ -57,6 +57,10 @@ pub fn check_status(request: &pb::SetStatusReq) -> Result<(), String> {
     if request.expire_after_s > MAX_EXPIRE_S {
         return Err(format!("expire_after_s must be 0 to {MAX_EXPIRE_S}, is {}", request.expire_after_s));
     }
+    let says_how = request.status != pb::Status::Unspecified as i32 || request.text.is_some();
+    if !says_how && (request.idle.is_none() || request.expire_after_s > 0) {
+        return Err("status or text must be given, or idle alone".to_owned());
+    }
     Ok(())
 }
 

@@ -9,10 +9,14 @@ use crate::domain::user::LastShown;
 use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 
+/// Stands where no session is: nobody has a counted one that is not there.
+pub(super) const ERASED: OnlineSession = OnlineSession { since: Timestamp(0), is_counted: true };
+
 impl UserRecord {
     /// The same record with this presence.
     pub fn with(mut self, presence: Presence) -> Self {
-        let is_usual = presence.wish == Wish::default() && presence.shown == self.usual() && presence.session == self.usual_session();
+        let is_usual =
+            presence.wish == Wish::default() && presence.shown == self.usual() && presence.session == self.usual_session();
         self.presence = (!is_usual).then(|| Box::new(presence));
         self
     }
@@ -63,9 +67,8 @@ impl UserRecord {
         self.presence.as_ref().map_or("", |apart| apart.wish.text.as_str())
     }
 
-    /// Nothing is known of the user: an erased one, or one who has only had messages.
-    pub fn is_blank(&self) -> bool {
-        let has_wish = self.presence.as_ref().is_some_and(|apart| apart.wish != Wish::default());
-        self.routes.is_empty() && !has_wish && self.last_seen.0 == 0 && self.inbox_pending == 0
+    /// The user was erased, and has not come back.
+    pub fn is_erased(&self) -> bool {
+        self.session() == ERASED
     }
 }

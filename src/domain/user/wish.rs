@@ -13,6 +13,7 @@ use crate::domain::user::Applied;
 use crate::domain::user::Context;
 use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
+use crate::domain::user::presence::ERASED;
 
 impl UserRecord {
     /// A status that is the same again changes nothing, but that it lasts until another time.
@@ -43,7 +44,7 @@ impl UserRecord {
         }
         let version = self.version.next(context.clock);
         let shown = wish.status.shown(Activity::of(routes.iter().map(|route| route.idle)));
-        let next = self.changed(version, self.last_seen, routes).with(Presence { wish, ..self.presence() });
+        let next = self.changed(version, self.last_end(context), routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)
     }
 
@@ -67,18 +68,21 @@ impl UserRecord {
         let routes: Routes = self.live(context).cloned().collect();
         let shown = Status::Online.shown(Activity::of(routes.iter().map(|route| route.idle)));
         let wish = Wish::default();
-        let next = self.changed(version, self.last_seen, routes).with(Presence { wish, ..self.presence() });
+        let next = self.changed(version, self.last_end(context), routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)
     }
 
     /// Only the version stays, and the number of the last message: no later one may have it again.
     pub(super) fn forget(&self, context: &Context<'_>) -> Applied {
         let rows = self.routes.len() as u64;
-        let outcome = Outcome::Forgotten { rows, kicked: self.routes.iter().cloned().map(|route| (route, Reason::Operator)).collect() };
+        let outcome =
+            Outcome::Forgotten { rows, kicked: self.routes.iter().cloned().map(|route| (route, Reason::Operator)).collect() };
         if self.version == Version::NONE {
             return Applied::unchanged(outcome);
         }
         let version = self.version.next(context.clock);
-        Applied::changed(outcome, Self { version, inbox_seq: self.inbox_seq, ..Self::default() })
+        let next = Self { version, inbox_seq: self.inbox_seq, ..Self::default() };
+        let presence = Presence { session: ERASED, ..next.presence() };
+        Applied::changed(outcome, next.with(presence))
     }
 }

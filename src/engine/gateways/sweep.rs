@@ -16,13 +16,13 @@ use tracing::debug;
 use tracing::info;
 use tracing::warn;
 
+use crate::domain::event::Outcome;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::time::CLOCK_SLACK;
 use crate::domain::time::Timestamp;
-use crate::domain::event::Outcome;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::lanes::Lanes;

@@ -16,11 +16,11 @@ use tokio::time::sleep;
 use tokio::time::timeout;
 use tokio::time::timeout_at;
 
+use crate::domain::event as lane;
 use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
-use crate::domain::event as lane;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::dispatch::Dispatcher;
 use crate::engine::messages::dispatch::Format;

@@ -8,9 +8,9 @@ use std::time::Instant;
 use bytes::Bytes;
 use prost::Message as _;
 
+use crate::domain::event::Unbind;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
-use crate::domain::event::Unbind;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::acks::Answered;
 use crate::engine::messages::message::Message;

@@ -17,13 +17,13 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use tracing::warn;
 
+use crate::domain::event::Outcome;
 use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::is_for;
-use crate::domain::event::Outcome;
 use crate::engine::messages::delivery::Deliveries;
 use crate::engine::messages::streams::ORDER_BYTES;
 use crate::engine::read::directory::Directory;

@@ -66,12 +66,12 @@ impl History {
         let answer = self.directory.get(page.user, Some(Duration::ZERO)).await?;
         let (_turn, mut connection) = self.connection().await?;
         let mut lines = connection.read_log(&page).await.map_err(unavailable)?;
-        self.idle().push(connection);
-        if is_newest && let Some(line) = death(&answer, lines.first(), page.with_hidden) {
-            if (page.from..page.to).contains(&line.at) {
-                lines.insert(0, line);
-            }
+        if is_newest {
+            let newest = connection.read_log(&LogPage { from: Timestamp(0), limit: 1, ..page }).await.map_err(unavailable)?;
+            let died = death(&answer, newest.first(), page.with_hidden);
+            lines.splice(0..0, died.filter(|line| (page.from..page.to).contains(&line.at)));
         }
+        self.idle().push(connection);
         let has_more = lines.len() >= page.limit;
         lines.truncate(page.limit - 1);
         Ok((lines, has_more))
@@ -84,11 +84,11 @@ impl History {
     pub async fn online_time(&self, user: UserId, (from, to): (i32, i32), with_hidden: bool) -> Result<OnlineTime, Error> {
         let today = self.today();
         let first = from.min(today - SCORE_DAYS + 1);
-        let answer = self.directory.get(user, Some(Duration::ZERO)).await?;
-        let (_turn, mut connection) = self.connection().await?;
-        let mut days = connection.read_days(user, first, to.max(today)).await.map_err(unavailable)?;
-        self.idle().push(connection);
-        add_running(&mut days, &answer, self.lives.clock.now());
+        let (answer, mut days) = self.days(user, first, to.max(today)).await?;
+        let session = answer.session();
+        if session.since.0 > 0 && session.since >= self.lives.clock.set_at() {
+            add_running(&mut days, &answer, self.lives.clock.now());
+        }
         if !with_hidden {
             days.values_mut().for_each(|day| *day = DayShare { hidden_ms: 0, hidden_sessions: 0, ..*day });
         }
@@ -97,8 +97,26 @@ impl History {
         let score = activity_score(of_score);
         let is_seen = answer.status() != Status::Offline;
         let online_now = is_seen || with_hidden && answer.live_routes().next().is_some();
-        let asked = days.into_iter().filter(|(day, share)| (from..=to).contains(day) && (online(share) > 0 || share.sessions > 0));
+        let asked =
+            days.into_iter().filter(|(day, share)| (from..=to).contains(day) && (online(share) > 0 || share.sessions > 0));
         Ok(OnlineTime { days: asked.map(|(_, share)| share).collect(), score, online_now })
+    }
+
+    /// A user's days, and the record that they go with: a session may end while they are read.
+    async fn days(&self, user: UserId, from: i32, to: i32) -> Result<(Answer, BTreeMap<i32, DayShare>), Error> {
+        const TRIES: usize = 3;
+        let mut answer = self.directory.get(user, Some(Duration::ZERO)).await?;
+        let (_turn, mut connection) = self.connection().await?;
+        let mut tries = 1;
+        loop {
+            let days = connection.read_days(user, from, to).await.map_err(unavailable)?;
+            let again = self.directory.get(user, Some(Duration::ZERO)).await?;
+            if again.version() == answer.version() || tries == TRIES {
+                self.idle().push(connection);
+                return Ok((again, days));
+            }
+            (answer, tries) = (again, tries + 1);
+        }
     }
 
     /// By the database's clock, in UTC.
@@ -140,12 +158,12 @@ fn unavailable(_: SqlError) -> Error {
 
 /// The end of a user's gateway that nobody has written down yet.
 fn death(answer: &Answer, newest: Option<&LoggedLine>, with_hidden: bool) -> Option<LoggedLine> {
-    let newest = newest.filter(|line| line.shown != Status::Offline)?;
+    let newest = newest.filter(|line| line.shown != Status::Offline && line.version <= answer.version())?;
     let is_over = answer.live_routes().next().is_none() && answer.has_routes();
     let hidden = answer.is_hidden();
     (is_over && (with_hidden || !hidden)).then(|| LoggedLine {
         version: Version(newest.version.0.max(answer.version().0) + 1),
-        at: answer.ended_at(),
+        at: answer.ended_at().max(newest.at),
         shown: Status::Offline,
         hidden,
         cause: Cause::Expired,
@@ -157,9 +175,6 @@ fn death(answer: &Answer, newest: Option<&LoggedLine>, with_hidden: bool) -> Opt
 /// The session that runs counts until now, or until its gateway was last heard.
 fn add_running(days: &mut BTreeMap<i32, DayShare>, answer: &Answer, now: Timestamp) {
     let session = answer.session();
-    if session.since.0 == 0 {
-        return;
-    }
     let until = if answer.live_routes().next().is_some() { now } else { answer.ended_at() };
     for share in session.shares(answer.is_hidden(), true, until) {
         let day = days.entry(share.day).or_insert(DayShare { day: share.day, ..DayShare::default() });

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 
 use smallvec::SmallVec;
 
-use crate::domain::id::Epoch;
+use crate::domain::id::Epochs;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::engine::presence::shown::Shown;
@@ -102,7 +102,7 @@ impl Interest {
     }
 
     /// Users of one part whom the end of one of these lives may concern.
-    pub fn users_on(&self, shard: usize, ended: &[Epoch]) -> Vec<UserId> {
+    pub fn users_on(&self, shard: usize, ended: &Epochs) -> Vec<UserId> {
         let is_on = |watched: &Watched| watched.shown.as_ref().is_some_and(|shown| shown.is_on(ended));
         lock(&self.shards[shard]).iter().filter(|(_, watched)| is_on(watched)).map(|(user, _)| *user).collect()
     }

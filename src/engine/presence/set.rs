@@ -305,7 +305,9 @@ impl State {
     /// The state after a look. `now`: it was told.
     fn told(self, is_online: bool, now: Option<u32>) -> Self {
         match self {
-            Self::New { is_queued, .. } => Self::Told { is_queued, is_waiting: false, was_online: is_online, at: now.unwrap_or(0) },
+            Self::New { is_queued, .. } => {
+                Self::Told { is_queued, is_waiting: false, was_online: is_online, at: now.unwrap_or(0) }
+            }
             Self::Told { is_queued, is_waiting, was_online, at } => {
                 let was_online = if now.is_some() { is_online } else { was_online };
                 Self::Told { is_queued, is_waiting, was_online, at: now.unwrap_or(at) }

@@ -7,7 +7,9 @@ use xxhash_rust::xxh3::Xxh3;
 
 use crate::clock::CompactInstant;
 use crate::domain::id::Epoch;
+use crate::domain::id::Epochs;
 use crate::domain::route::Platform;
+use crate::domain::status::Activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::engine::read::directory::Answer;
@@ -36,13 +38,14 @@ pub struct Shown {
 impl Shown {
     /// `before`: what was shown last.
     pub fn of(answer: &Answer, before: Option<&Self>, now: Instant) -> Self {
-        let status = answer.status();
+        let believed = || answer.routes_on_lives();
+        let status = answer.wanted().shown(Activity::of(believed().map(|(route, _)| route.idle)));
         let is_online = status != Status::Offline;
-        let live = || answer.live_routes().filter(|_| is_online);
         let since = answer.status_since(status);
         let is_as_before = |before: &&Self| (before.status, before.since) == (status, since);
-        let newest = answer.newest().map(|live| live.life);
+        let newest = believed().max_by_key(|(route, _)| route.bound_version).map(|(_, life)| life);
         let (first, others) = (newest.map(|life| life.epoch), answer.epochs());
+        let visible = || believed().filter(|_| is_online);
         let mut shown = Self {
             token: answer.token(),
             content: 0,
@@ -52,8 +55,8 @@ impl Shown {
             text: Some(answer.text(status)).filter(|text| !text.is_empty()).map(Box::from),
             epochs: first.into_iter().chain(others.filter(|epoch| Some(*epoch) != first)).collect(),
             status,
-            devices: u16::try_from(live().count()).unwrap_or(u16::MAX),
-            platforms: live().fold(0, |bits, live| bits | bit(live.route.platform)),
+            devices: u16::try_from(visible().count()).unwrap_or(u16::MAX),
+            platforms: visible().fold(0, |bits, (route, _)| bits | bit(route.platform)),
         };
         shown.content = shown.hash(newest.filter(|_| is_online).map_or("", |life| life.gateway.as_str()));
         shown
@@ -92,7 +95,7 @@ impl Shown {
     }
 
     /// Whether the end of one of these lives may change it.
-    pub fn is_on(&self, ended: &[Epoch]) -> bool {
+    pub fn is_on(&self, ended: &Epochs) -> bool {
         self.epochs.iter().any(|epoch| ended.contains(epoch))
     }
 }

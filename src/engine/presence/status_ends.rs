@@ -37,8 +37,9 @@ impl StatusEnds {
         let mut connection = self.slot.take().await?;
         loop {
             let users = connection.users_whose_status_ends(self.lives.clock.over_by(), PAGE).await?;
+            let is_last = users.len() < PAGE as usize;
             let is_ours = !users.is_empty() && connection.claim_job("status ends", &self.claimant, TERM).await?;
-            if !is_ours || end(&self.lanes, users).await == 0 {
+            if !is_ours || end(&self.lanes, users).await == 0 || is_last {
                 break; // what could not be ended now is not asked for again at once
             }
         }

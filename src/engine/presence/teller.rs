@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
+use crate::domain::id::Epochs;
 use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::engine::presence::interest::SHARDS;
@@ -196,7 +197,7 @@ impl Teller {
             return;
         }
         let before = std::mem::replace(&mut self.table, table);
-        let ended: Vec<Epoch> =
+        let ended: Epochs =
             before.iter().filter(|life| life.is_alive() && self.is_over(life.epoch)).map(|life| life.epoch).collect();
         if ended.is_empty() || self.watches.interest.len() == 0 {
             return;
@@ -306,7 +307,7 @@ impl Teller {
 
     /// Takes over what was read, unless more is known to be true.
     async fn settle(&mut self, user: UserId, want: Want, answer: &Answer) {
-        if answer.live_routes().any(|live| self.is_over(live.route.epoch)) {
+        if answer.routes_on_lives().any(|(route, _)| self.is_over(route.epoch)) {
             return self.waiting.push(user, want); // its end was heard of while this was read
         }
         let before = self.watches.interest.shown(user);

@@ -16,6 +16,7 @@ use crate::engine::presence::interest::Interest;
 pub use crate::engine::presence::set::Damping;
 pub use crate::engine::presence::set::Done;
 use crate::engine::presence::set::Next;
+use crate::engine::presence::set::Set;
 pub use crate::engine::presence::set::Telling;
 use crate::engine::presence::watcher::Watcher;
 use crate::engine::read::feed::Feed;
@@ -23,9 +24,8 @@ use crate::engine::read::lives::Lives;
 use crate::error::Error;
 use crate::metrics::Metrics;
 
-/// Requests of one stream that may wait for their users to be read; more are refused, and when there are twice as many none is
-/// taken.
-const MAX_UNANSWERED: usize = 64;
+/// Requests of one stream whose answers may wait, of 64 bytes each. When there are as many, no more are read.
+const MAX_UNANSWERED: usize = 4_096;
 
 /// How much may be watched, and how it is told.
 #[derive(Clone, Copy, Debug)]
@@ -154,16 +154,11 @@ impl Watch {
     /// Changes the set. What came of it is told in its turn.
     pub fn change(&self, wanted: &Wanted) {
         let (watches, mut set) = (&*self.watches, self.watcher.set());
-        for user in wanted.remove.iter().filter(|user| set.remove(**user)).collect::<Vec<_>>() {
-            watches.interest.forget(*user, &self.watcher);
-            watches.pairs.fetch_sub(1, Ordering::Relaxed);
-        }
+        self.remove(&mut set, &wanted.remove);
         let mut fresh: Vec<UserId> = wanted.add.iter().map(|(user, _)| *user).filter(|user| !set.contains(*user)).collect();
         fresh.sort_unstable();
         fresh.dedup();
-        if set.unanswered() >= MAX_UNANSWERED {
-            set.refuse(wanted.seq, format!("{MAX_UNANSWERED} requests of this stream are not answered: wait for them"));
-        } else if let Some(why) = self.over_limit(set.len(), fresh.len()) {
+        if let Some(why) = self.over_limit(set.len(), fresh.len()) {
             set.refuse(wanted.seq, why);
         } else {
             set.begin(wanted.seq);
@@ -171,7 +166,8 @@ impl Watch {
             for (user, known) in &wanted.add {
                 let is_fresh = !set.contains(*user);
                 set.add(*user, *known);
-                let shown = if is_fresh { watches.interest.register(*user, &self.watcher) } else { watches.interest.shown(*user) };
+                let shown =
+                    if is_fresh { watches.interest.register(*user, &self.watcher) } else { watches.interest.shown(*user) };
                 match shown.filter(|shown| shown.token >= *known) {
                     Some(_) => _ = set.mark(*user, None),
                     None => to_read.push(Added { user: *user, floor: *known }),
@@ -184,21 +180,36 @@ impl Watch {
         self.watcher.wake();
     }
 
-    /// A request of which nothing is done.
-    pub fn refuse(&self, seq: u64, why: String) {
-        self.watcher.set().refuse(seq, why);
+    /// A request that may not add anybody; its removals are done.
+    pub fn refuse(&self, wanted: &Wanted, why: String) {
+        let mut set = self.watcher.set();
+        self.remove(&mut set, &wanted.remove);
+        set.refuse(wanted.seq, why);
+        drop(set);
         self.watcher.wake();
     }
 
-    /// Whether more requests may come: each is answered, and a caller who reads no answers asks nothing more.
+    fn remove(&self, set: &mut Set, users: &[UserId]) {
+        for user in users {
+            if set.remove(*user) {
+                self.watches.interest.forget(*user, &self.watcher);
+                self.watches.pairs.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Whether more requests may come: a caller who reads no answers asks nothing more.
     pub fn takes_more(&self) -> bool {
-        self.watcher.set().unanswered() < 2 * MAX_UNANSWERED
+        self.watcher.set().unanswered() < MAX_UNANSWERED
     }
 
     fn over_limit(&self, has: usize, more: usize) -> Option<String> {
         let Settings { max_users_per_stream, max_users, .. } = self.watches.settings;
         if has + more > max_users_per_stream {
-            return Some(format!("a stream may watch {max_users_per_stream} users (watch.max_users_per_stream), not {}", has + more));
+            return Some(format!(
+                "a stream may watch {max_users_per_stream} users (watch.max_users_per_stream), not {}",
+                has + more
+            ));
         }
         let is_there = self.watches.take_place(more);
         (!is_there).then(|| format!("all streams of this node may watch {max_users} users (watch.max_users): try another node"))

@@ -282,7 +282,7 @@ impl Cache {
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         if from_sql && version < ticket.floor_before && under_way.floor == ticket.floor_before {
-            let was_erased = || self.l1.get(&user).is_some_and(|entry| entry.record.is_blank());
+            let was_erased = || self.l1.get(&user).is_some_and(|entry| entry.record.is_erased());
             let is_old = ticket.floor_before.0 < self.forgotten.load(Ordering::Relaxed);
             let is_forgotten = version == Version::NONE && (is_old || was_erased());
             if !is_forgotten && ticket.trust == self.trust.load(Ordering::Acquire) {

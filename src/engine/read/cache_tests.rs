@@ -49,8 +49,7 @@ fn a_user_with_one_device_takes_one_allocation_of_a_size_that_allocators_have() 
 }
 
 fn record(version: u64) -> UserRecord {
-    let last_seen = crate::domain::time::Timestamp(if version == 0 { 0 } else { 1 });
-    UserRecord { version: Version(version), last_seen, ..UserRecord::default() }
+    UserRecord { version: Version(version), ..UserRecord::default() }
 }
 
 impl Cache {
@@ -122,6 +121,8 @@ fn a_user_who_was_forgotten_is_no_sign_of_a_database_that_was_set_back() {
 fn an_erased_user_who_is_gone_for_good_is_no_sign_of_a_database_that_was_set_back() {
     let cache = Cache::new(10);
     let erased = UserRecord { version: Version(6), ..UserRecord::default() };
+    let session = crate::domain::history::OnlineSession { since: Default::default(), is_counted: true };
+    let erased = erased.clone().with(crate::domain::user::Presence { session, ..erased.presence() });
     cache.committed(alice(), erased, Instant::now(), false);
     cache.loads(0);
     assert_eq!((cache.holds(), cache.went_back()), (Some(0), 0));

@@ -126,6 +126,17 @@ impl Answer {
         })
     }
 
+    /// Routes on lives that are not over, whatever their own time to live says: the sweep's change tells of that.
+    pub fn routes_on_lives(&self) -> impl Iterator<Item = (&Route, &Life)> {
+        let living = |route: &&Route| self.moment.table.get(route.epoch).filter(|life| life.is_alive());
+        self.entry.record.routes.iter().filter_map(move |route| Some((route, &**living(&route)?)))
+    }
+
+    /// As the user wants to be seen.
+    pub fn wanted(&self) -> Status {
+        self.entry.record.wanted()
+    }
+
     /// The live route that was bound last.
     pub fn newest(&self) -> Option<LiveRoute<'_>> {
         self.live_routes().max_by_key(|live| live.route.bound_version)

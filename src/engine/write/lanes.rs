@@ -20,8 +20,8 @@ use tokio::task::JoinSet;
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
-use crate::domain::id::UserId;
 use crate::domain::event::Outcome;
+use crate::domain::id::UserId;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;

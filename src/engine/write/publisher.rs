@@ -19,6 +19,7 @@ use crate::domain::status::Activity;
 use crate::domain::status::Status;
 use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
+use crate::engine::read::feed::Feed;
 use crate::engine::read::hints::Hints;
 use crate::engine::read::l2::L2;
 use crate::engine::read::lives::Lives;
@@ -63,6 +64,7 @@ pub struct Publisher {
     pub bus: Option<Arc<Bus>>,
     pub gateways: Arc<dyn TellGateways>,
     pub cache: Arc<Cache>,
+    pub feed: Arc<Feed>,
     pub lives: Arc<Lives>,
     pub metrics: Arc<Metrics>,
     pub database: Arc<Database>,
@@ -152,12 +154,18 @@ impl Publisher {
 
     /// The same on one connection. `seen`: of these, also what they are shown as may have changed.
     pub async fn show_on(&self, connection: &mut Connection, users: &[UserId], seen: &BTreeSet<UserId>) -> Result<(), SqlError> {
-        let mut users = if self.is_empty() { Vec::new() } else { users.to_vec() };
+        let mut users = users.to_vec();
         for _ in 0..MAX_LOOKS {
             if users.is_empty() {
                 break;
             }
             let records = self.read(connection, &users).await?;
+            // Whoever has left this behind has not told this node, either.
+            records.iter().for_each(|(user, record, _)| self.cache.hint(*user, record.version));
+            self.feed.push(records.iter().map(|(user, record, _)| (*user, record.shown().version)));
+            if self.is_empty() {
+                break;
+            }
             if self.write_l2(&records).await.is_none() {
                 return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
             }
@@ -190,7 +198,7 @@ impl Publisher {
         let status = record.wanted().shown(Activity::of(live().map(|route| route.idle)));
         let shown = Shown {
             gateway: newest.map(|life| life.gateway.to_string()),
-            status: (!record.is_blank()).then_some(status),
+            status: (!record.is_erased()).then_some(status),
             unmanaged: newest.is_some_and(|life| life.kind == LifeKind::Unmanaged),
         };
         (user, record, shown)

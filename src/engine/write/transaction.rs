@@ -11,6 +11,8 @@ use std::time::Instant;
 
 use tracing::error;
 
+use crate::domain::event::Event;
+use crate::domain::event::Outcome;
 use crate::domain::gateway::Life;
 use crate::domain::history::Rules;
 use crate::domain::id::Epoch;
@@ -23,8 +25,6 @@ use crate::domain::inbox::Limits;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Applied;
 use crate::domain::user::Context;
-use crate::domain::event::Event;
-use crate::domain::event::Outcome;
 use crate::domain::user::UserRecord;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
@@ -217,7 +217,7 @@ impl Transaction<'_> {
             Change::SetStatus(set) => record.apply(&Event::SetStatus(set), &context),
             Change::EndStatus => record.apply(&Event::EndStatus, &context),
             Change::Forget => {
-                work.forget(event.user);
+                work.forget(event.user, &record);
                 record.apply(&Event::Forget, &context)
             }
             Change::Inbox(change) => {
@@ -248,7 +248,10 @@ impl Transaction<'_> {
     ) -> Result<(), SqlError> {
         for user in &work.forgotten {
             let erased = self.connection.erase(*user).await?;
-            let asked = events.iter().zip(outcomes.iter_mut()).find(|(event, _)| event.user == *user && matches!(event.change, Change::Forget));
+            let asked = events
+                .iter()
+                .zip(outcomes.iter_mut())
+                .find(|(event, _)| event.user == *user && matches!(event.change, Change::Forget));
             if let Some((_, Some(Ok(Outcome::Forgotten { rows, .. })))) = asked {
                 *rows += erased;
             }

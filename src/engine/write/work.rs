@@ -18,6 +18,7 @@ use crate::domain::id::UserId;
 use crate::domain::inbox::Inbox;
 use crate::domain::inbox::InboxOutcome;
 use crate::domain::inbox::NewMessage;
+use crate::domain::status::Status;
 use crate::domain::user::Applied;
 use crate::domain::user::UserRecord;
 use crate::store::codec::KickedRoute;
@@ -102,7 +103,10 @@ impl<'a> Work<'a> {
     }
 
     /// What the batch was to write of a user is dropped, too.
-    pub fn forget(&mut self, user: UserId) {
+    pub fn forget(&mut self, user: UserId, record: &UserRecord) {
+        if record.standing().shown() != Status::Offline {
+            self.seen.insert(user);
+        }
         self.messages.retain(|(of, ..)| *of != user);
         self.log.retain(|(of, ..)| *of != user);
         self.days.retain(|(of, _)| *of != user);

@@ -12,6 +12,7 @@ pub mod redis;
 pub mod redis_proxy;
 pub mod stream;
 pub mod traffic;
+pub mod watcher;
 
 use std::time::Duration;
 use std::time::Instant;

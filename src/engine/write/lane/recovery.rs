@@ -12,6 +12,7 @@ use tracing::warn;
 
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::domain::id::Version;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::Pending;
 use crate::engine::write::lane::Lane;
@@ -76,6 +77,7 @@ impl Lane {
                 self.note_failing(&error);
                 warn!(%error, users = part.events.len(), "COMMIT was not answered: nobody knows whether it was done");
                 part.events.iter().for_each(|event| self.tools.cache.forget(event.user));
+                self.tools.feed.push(part.events.iter().map(|event| (event.user, Version::MAX))); // whatever there is
                 refuse(part, "the database did not confirm the change");
                 sleep(self.backoff.pause()).await;
             }
