@@ -6,29 +6,23 @@
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
 mod harness;
+#[allow(dead_code)] // other benches use more of it
+mod load;
 
-use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb;
-use im_presence::pb::gateway_service_client::GatewayServiceClient;
 use serde_json::json;
-use tokio::task::JoinHandle;
 use tokio::task::JoinSet;
-use tokio_util::sync::CancellationToken;
-use tonic::transport::Channel;
-use tonic::transport::Endpoint;
 
 use crate::harness::cluster::Cluster;
 use crate::harness::eventually;
 use crate::harness::node::Node;
+use crate::load::gateway::Gateway;
+use crate::load::gateway::LEASE;
+use crate::load::gateway::LEASES;
 
-/// With a lease of five beats: nobody who beats looks late, and the dead need not be waited for long.
-const BEAT: Duration = Duration::from_secs(1);
-const LEASE: Duration = Duration::from_secs(5);
 /// Users asked for, spread over all.
 const SAMPLE: u64 = 1_000;
 /// What other nodes change is seen within this time, as there is no bus.
@@ -64,15 +58,8 @@ fn main() {
 }
 
 async fn measure(plan: &Plan) {
-    let (beat, lease) = (BEAT.as_millis().to_string(), LEASE.as_millis().to_string());
-    let settings = [
-        ("GATEWAY__HEARTBEAT_INTERVAL", beat.as_str()),
-        ("GATEWAY__LEASE", lease.as_str()),
-        ("GATEWAY__STREAM_GRACE", "1000"),
-        ("ROUTE__L1_CAPACITY", "10000"),
-    ];
-    let cluster = Cluster::mariadb(2, &settings).await;
-    let healthy = Gateway::register(&cluster, "gw-healthy:7000").await; // one of two that dies is no mass expiry
+    let cluster = Cluster::mariadb(2, &[&LEASES[..], &[("ROUTE__L1_CAPACITY", "10000")]].concat()).await;
+    let healthy = Gateway::register(cluster.node(), "gw-healthy:7000").await; // one of two that dies is no mass expiry
     println!("| routes | deaths | median from the end of the lease | lowest | highest | swept, routes a second |");
     println!("|---|---|---|---|---|---|");
     let mut lines = Vec::new();
@@ -80,7 +67,7 @@ async fn measure(plan: &Plan) {
         let mut delays = Vec::new();
         let mut swept = 0.0;
         for death in 1..=plan.deaths {
-            let gateway = Gateway::register(&cluster, &format!("gw-{size}-{death}:7000")).await;
+            let gateway = Gateway::register(cluster.node(), &format!("gw-{size}-{death}:7000")).await;
             seed(&cluster, &gateway, size).await;
             delays.push(die(&cluster, gateway, size).await.as_secs_f64() * 1_000.0);
             if death < plan.deaths {
@@ -97,57 +84,6 @@ async fn measure(plan: &Plan) {
     let load = sweep_under_load(&cluster, plan).await;
     drop(healthy);
     println!("{}", json!({ "bench": "failover", "deaths": lines, "under_load": load }));
-}
-
-/// A gateway that beats until it is dropped, or dies.
-struct Gateway {
-    epoch: u64,
-    /// When its lease ends, as far as it was told last.
-    lease_end: Arc<Mutex<Instant>>,
-    stop: CancellationToken,
-    beating: JoinHandle<()>,
-}
-
-impl Gateway {
-    async fn register(cluster: &Cluster, addr: &str) -> Self {
-        let mut client = gateways(cluster.node());
-        let request = pb::RegisterGatewayReq { gateway_addr: addr.to_owned(), ..Default::default() };
-        let registered = client.register_gateway(request).await.expect("a registration").into_inner();
-        let (epoch, gateway_addr) = (registered.gateway_epoch, addr.to_owned());
-        let lease_end = Arc::new(Mutex::new(Instant::now()));
-        let (end, stop) = (lease_end.clone(), CancellationToken::new());
-        let stopped = stop.clone();
-        let beating = tokio::spawn(async move {
-            while !stopped.is_cancelled() {
-                let beat = pb::HeartbeatReq { gateway_addr: gateway_addr.clone(), gateway_epoch: epoch, ..Default::default() };
-                if let Ok(answer) = client.heartbeat(beat).await {
-                    let left = Duration::from_millis(answer.into_inner().lease_ms.into());
-                    *end.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now() + left;
-                }
-                stopped.run_until_cancelled(tokio::time::sleep(BEAT)).await;
-            }
-        });
-        Self { epoch, lease_end, stop, beating }
-    }
-
-    /// Sends no further beat, and returns when the lease ends. The answer to the last beat is waited for: a beat that is
-    /// recorded and not answered would extend the lease unseen.
-    async fn fall_silent(mut self) -> Instant {
-        self.stop.cancel();
-        (&mut self.beating).await.expect("the last beat");
-        *self.lease_end.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Drop for Gateway {
-    fn drop(&mut self) {
-        self.stop.cancel();
-    }
-}
-
-fn gateways(node: &Node) -> GatewayServiceClient<Channel> {
-    let endpoint = Endpoint::from_shared(format!("http://{}", node.data)).expect("an address");
-    GatewayServiceClient::new(endpoint.connect_lazy())
 }
 
 /// Puts `size` users onto the gateway, straight into the tables: binding a million takes longer than what is measured here.
@@ -208,7 +144,7 @@ async fn swept_per_second(cluster: &Cluster, size: u64) -> f64 {
 async fn sweep_under_load(cluster: &Cluster, plan: &Plan) -> serde_json::Value {
     let size = plan.swept_under_load;
     let before = p99(cluster.node(), plan.load_time).await;
-    let gateway = Gateway::register(cluster, "gw-load:7000").await;
+    let gateway = Gateway::register(cluster.node(), "gw-load:7000").await;
     seed(cluster, &gateway, size).await;
     let (mut during, mut swept) = (Duration::ZERO, 0.0);
     tokio::join!(

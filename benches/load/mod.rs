@@ -1,12 +1,15 @@
 //! A loader for gRPC, unary calls and one stream, that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
 //! just enough of it: one request header block for all calls, no flow control to speak of, answers counted by their frames.
 
+pub mod book;
 pub mod contender;
+pub mod gateway;
 pub mod paced;
 pub mod queries;
 pub mod report;
 pub mod seed;
 pub mod stores;
+pub mod watching;
 
 use std::io::Read;
 use std::io::Write;
@@ -181,7 +184,7 @@ impl Stream {
 
     fn send(&mut self, message: &impl Message) {
         self.sent += 1;
-        self.connection.message(1, message, 0);
+        write_message(&mut self.connection.out, 1, message, 0);
     }
 
     /// Sends what is to be sent, reads what is there, and says how many messages that completes.
@@ -230,12 +233,7 @@ impl Connection {
 
 impl<S: Read + Write> Connection<S> {
     fn with(stream: S, headers: Vec<u8>) -> Self {
-        let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
-        let mut settings = 4u16.to_be_bytes().to_vec(); // SETTINGS_INITIAL_WINDOW_SIZE
-        settings.extend(LARGEST_WINDOW.to_be_bytes());
-        frame(&mut out, SETTINGS, 0, 0, &settings);
-        frame(&mut out, 8, 0, 0, &(LARGEST_WINDOW - 65_535).to_be_bytes()); // WINDOW_UPDATE of the connection
-        Self { stream, first_headers: None, headers, out, next_stream: 1 }
+        Self { stream, first_headers: None, headers, out: preface(), next_stream: 1 }
     }
 
     /// Shows a token: the first call spells it out, the others name it by its number, as clients do.
@@ -288,17 +286,27 @@ impl<S: Read + Write> Connection<S> {
         self.next_stream += 2;
         let headers = self.first_headers.take();
         frame(&mut self.out, HEADERS, END_HEADERS, id, headers.as_ref().unwrap_or(&self.headers));
-        self.message(id, message, END_STREAM);
+        write_message(&mut self.out, id, message, END_STREAM);
     }
+}
 
-    fn message(&mut self, stream: u32, message: &impl Message, last: u8) {
-        let mut body = vec![0];
-        body.extend((message.encoded_len() as u32).to_be_bytes());
-        message.encode(&mut body).expect("a Vec grows");
-        let mut pieces = body.chunks(MAX_FRAME).peekable();
-        while let Some(piece) = pieces.next() {
-            frame(&mut self.out, DATA, if pieces.peek().is_none() { last } else { 0 }, stream, piece);
-        }
+/// What a client says first.
+fn preface() -> Vec<u8> {
+    let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    let mut settings = 4u16.to_be_bytes().to_vec(); // SETTINGS_INITIAL_WINDOW_SIZE
+    settings.extend(LARGEST_WINDOW.to_be_bytes());
+    frame(&mut out, SETTINGS, 0, 0, &settings);
+    frame(&mut out, 8, 0, 0, &(LARGEST_WINDOW - 65_535).to_be_bytes()); // WINDOW_UPDATE of the connection
+    out
+}
+
+fn write_message(out: &mut Vec<u8>, stream: u32, message: &impl Message, last: u8) {
+    let mut body = vec![0];
+    body.extend((message.encoded_len() as u32).to_be_bytes());
+    message.encode(&mut body).expect("a Vec grows");
+    let mut pieces = body.chunks(MAX_FRAME).peekable();
+    while let Some(piece) = pieces.next() {
+        frame(out, DATA, if pieces.peek().is_none() { last } else { 0 }, stream, piece);
     }
 }
 

@@ -32,11 +32,24 @@ pub fn run<M: Message>(
     time: Duration,
     request: impl Fn(u64, u64) -> M + Sync,
 ) -> Vec<Duration> {
+    run_noting(server, path, connections, (rate, time), request, |_, _, _, _| ())
+}
+
+/// The same; `note` is told of each call as it is answered: its connection and number, when it was due, and when the answer came.
+pub fn run_noting<M: Message>(
+    server: SocketAddr,
+    path: &'static str,
+    connections: u64,
+    (rate, time): (f64, Duration),
+    request: impl Fn(u64, u64) -> M + Sync,
+    note: impl Fn(u64, u64, Instant, Instant) + Sync,
+) -> Vec<Duration> {
     let gap = Duration::from_secs_f64(connections as f64 / rate);
     let calls = (time.as_secs_f64() / gap.as_secs_f64()) as u64;
     thread::scope(|scope| {
-        let request = &request;
-        let one = |c| scope.spawn(move || one_connection(server, path, gap, calls, |n| request(c, n)));
+        let (request, note) = (&request, &note);
+        let noting = move |c| move |n, due, answered| note(c, n, due, answered);
+        let one = |c| scope.spawn(move || one_connection(server, path, (gap, calls), |n| request(c, n), noting(c)));
         let threads: Vec<_> = (0..connections).map(one).collect();
         threads.into_iter().flat_map(|thread| thread.join().expect("a loader thread panicked")).collect()
     })
@@ -45,9 +58,9 @@ pub fn run<M: Message>(
 fn one_connection<M: Message>(
     server: SocketAddr,
     path: &'static str,
-    gap: Duration,
-    calls: u64,
+    (gap, calls): (Duration, u64),
     request: impl Fn(u64) -> M + Sync,
+    note: impl Fn(u64, Instant, Instant) + Sync,
 ) -> Vec<Duration> {
     let mut connection = Connection::open(server, path);
     let reading = connection.stream.try_clone().expect("share the socket");
@@ -56,7 +69,7 @@ fn one_connection<M: Message>(
     let answered = AtomicU64::new(0);
     let due = |n: u64| began + gap * u32::try_from(n).expect("not that many calls");
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read(reading, &writing, calls, due, &answered));
+        let reader = scope.spawn(|| read(reading, &writing, calls, (due, &note), &answered));
         let mut sent = 0;
         while sent < calls {
             let room = answered.load(Ordering::Acquire) + MAX_IN_FLIGHT;
@@ -77,7 +90,7 @@ fn read(
     mut stream: TcpStream,
     writing: &Mutex<TcpStream>,
     calls: u64,
-    due: impl Fn(u64) -> Instant,
+    (due, note): (impl Fn(u64) -> Instant, impl Fn(u64, Instant, Instant)),
     answered: &AtomicU64,
 ) -> Vec<Duration> {
     let mut took = Vec::with_capacity(usize::try_from(calls).expect("not that many calls"));
@@ -87,7 +100,11 @@ fn read(
         assert!(n > 0, "the daemon closed the connection");
         buffer.extend_from_slice(&chunk[..n]);
         let now = Instant::now();
-        take_frames(&mut buffer, &mut out, |stream| took.push(now.saturating_duration_since(due(u64::from(stream / 2)))));
+        take_frames(&mut buffer, &mut out, |stream| {
+            let (n, due) = (u64::from(stream / 2), due(u64::from(stream / 2)));
+            note(n, due, now);
+            took.push(now.saturating_duration_since(due));
+        });
         answered.store(took.len() as u64, Ordering::Release);
         write(writing, &mut out);
     }

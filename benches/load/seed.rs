@@ -24,7 +24,8 @@ pub async fn users(users: u64, gateways: u64) -> TestDb {
     ))
     .await;
     db.run(&format!(
-        "INSERT INTO routes SELECT seq, 'phone', 1, 1 + seq % {gateways}, CONCAT('c-', seq), {now}, '192.0.2.17', 40000, \
+        "INSERT INTO routes (user_id, device_id, platform, epoch, conn_id, connected_at_ms, client_ip, client_port, bound_version, \
+         bound_at_ms, expires_at_ms) SELECT seq, 'phone', 1, 1 + seq % {gateways}, CONCAT('c-', seq), {now}, '192.0.2.17', 40000, \
          {now} * 1000, {now}, {now} + 3500000 FROM seq_1_to_{users}"
     ))
     .await;
