@@ -253,7 +253,8 @@ async fn a_bind_that_commits_on_a_life_that_has_just_ended_leaves_the_watcher_wi
             tokio::time::sleep(Duration::from_millis(turn as u64)).await;
             here.try_bind(new).await
         });
-        (purged.expect("purged"), bound.expect("bound"));
+        purged.expect("purged");
+        bound.expect("bound");
         eventually("she is there", OFFLINE_DELAY, async || there.query(ALICE).await.gateway_addr == "gw-6:7000").await;
     }
     watcher.listen(OFFLINE_DELAY + ALLOWANCE).await;
@@ -279,7 +280,7 @@ async fn hints_that_are_lost_repeated_or_overtaken_delay_a_telling_and_lose_none
     }
     proxy.swallow();
     eventually("it is deaf", Duration::from_secs(6), async || two.degraded().await == ["hints"]).await;
-    for status in [Busy, Online, Away] {
+    for status in [Away, Online, Busy] {
         one.set(set_status(ALICE, status)).await;
         watcher.shows(ALICE, status).await;
     }

@@ -24,6 +24,7 @@ use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::engine::presence::interest::SHARDS;
 use crate::engine::presence::shown::Shown;
+use crate::engine::presence::watches::Ended;
 use crate::engine::presence::watches::Watches;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::directory::Answer;
@@ -95,7 +96,8 @@ pub struct Teller {
     watches: Arc<Watches>,
     directory: Arc<Directory>,
     cache: Arc<Cache>,
-    /// To be looked for in memory.
+    /// To be looked for in memory: those who have changed first.
+    news: Queue,
     waiting: Queue,
     /// To be read, because memory does not know them: those who have changed first.
     changed: Queue,
@@ -106,6 +108,7 @@ pub struct Teller {
     reading: HashSet<UserId>,
     readings: FuturesUnordered<Reading>,
     resync: Option<Resync>,
+    ended: Option<Ended>,
     /// What was looked at last.
     table: Arc<LifeTable>,
     trust: u32,
@@ -118,6 +121,7 @@ impl Teller {
             watches,
             directory,
             cache,
+            news: Queue::default(),
             waiting: Queue::default(),
             changed: Queue::default(),
             others: Queue::default(),
@@ -126,6 +130,7 @@ impl Teller {
             reading: HashSet::new(),
             readings: FuturesUnordered::new(),
             resync: None,
+            ended: None,
             table,
             trust,
         }
@@ -150,19 +155,33 @@ impl Teller {
     }
 
     async fn step(&mut self) {
-        self.watches.forget_ended().await;
+        self.forget_ended();
         self.take_changes();
         self.look_at_lives().await;
         self.go_on_with_resync();
         self.recall().await;
         self.read();
         let metrics = &self.watches.metrics.presence;
-        let waiting = [&self.waiting, &self.changed, &self.others].map(|queue| queue.order.len()).iter().sum::<usize>();
-        let dirty = waiting + self.reading.len() + self.failed.len();
+        let waiting =
+            [&self.news, &self.waiting, &self.changed, &self.others].map(|queue| queue.order.len()).iter().sum::<usize>();
+        let to_visit = self
+            .resync
+            .as_ref()
+            .map_or(0, |resync| resync.left.len() + self.watches.interest.len() * resync.shards_left.min(SHARDS) / SHARDS);
+        let dirty = waiting + self.reading.len() + self.failed.len() + to_visit;
         metrics.watch_dirty.set(dirty as i64);
         metrics.watch_streams.set(self.watches.streams() as i64);
         metrics.watch_pairs.set(self.watches.pairs() as i64);
         metrics.watch_users.set(self.watches.interest.len() as i64);
+    }
+
+    /// Lets go of some users of streams that have ended.
+    fn forget_ended(&mut self) {
+        let Some(mut ended) = self.ended.take().or_else(|| self.watches.take_ended()) else { return };
+        if !self.watches.forget(&mut ended) {
+            self.ended = Some(ended);
+        }
+        self.watches.wake.notify_one(); // there may be more
     }
 
     /// Who has changed, and who was added.
@@ -172,7 +191,7 @@ impl Teller {
             let is_known = |shown: Arc<Shown>| shown.token >= changed.shown.0;
             let interest = &self.watches.interest;
             if interest.is_watched(changed.user) && !interest.shown(changed.user).is_some_and(is_known) {
-                self.waiting.push(changed.user, Want { floor: changed.shown.0, is_urgent: true, ..Want::default() });
+                self.news.push(changed.user, Want { floor: changed.shown.0, is_urgent: true, ..Want::default() });
             }
         }
         for added in self.watches.take_added() {
@@ -204,7 +223,7 @@ impl Teller {
         }
         for shard in 0..SHARDS {
             let users = self.watches.interest.users_on(shard, &ended);
-            users.into_iter().for_each(|user| self.waiting.push(user, Want { is_urgent: true, ..Want::default() }));
+            users.into_iter().for_each(|user| self.news.push(user, Want { is_urgent: true, ..Want::default() }));
             tokio::task::yield_now().await;
         }
     }
@@ -248,7 +267,7 @@ impl Teller {
     async fn recall(&mut self) {
         let now = Instant::now();
         for _ in 0..READINGS * BATCH {
-            let Some((user, want)) = self.waiting.pop() else { return };
+            let Some((user, want)) = self.news.pop().or_else(|| self.waiting.pop()) else { return };
             let is_readable = !want.past_caches && !self.reading.contains(&user);
             match self.directory.recall(user, None, now).filter(|_| is_readable) {
                 Some(answer) => self.settle(user, want, &answer).await,
@@ -308,14 +327,14 @@ impl Teller {
     /// Takes over what was read, unless more is known to be true.
     async fn settle(&mut self, user: UserId, want: Want, answer: &Answer) {
         if answer.routes_on_lives().any(|(route, _)| self.is_over(route.epoch)) {
-            return self.waiting.push(user, want); // its end was heard of while this was read
+            return self.wait(user, want); // its end was heard of while this was read
         }
         let before = self.watches.interest.shown(user);
         let shown = Shown::of(answer, before.as_deref(), Instant::now());
         let floor = want.floor.max(before.map_or(0, |before| before.token));
         if shown.token < floor && !want.past_caches {
             self.watches.metrics.presence.version_floor_reads.inc();
-            return self.waiting.push(user, Want { floor, past_caches: true, ..want });
+            return self.wait(user, Want { floor, past_caches: true, ..want });
         }
         let certain = want.past_caches.then_some(shown.token);
         let Some(settled) = self.watches.interest.settle(user, shown) else { return };
@@ -330,6 +349,10 @@ impl Teller {
                 tokio::task::yield_now().await;
             }
         }
+    }
+
+    fn wait(&mut self, user: UserId, want: Want) {
+        if want.is_urgent { self.news.push(user, want) } else { self.waiting.push(user, want) }
     }
 
     /// Those who wait for an answer hear that there is none now; the user is read again later.

@@ -61,6 +61,12 @@ pub struct Added {
     pub floor: u64,
 }
 
+/// A stream that has ended, and users that it has watched.
+pub struct Ended {
+    watcher: Arc<Watcher>,
+    users: Vec<UserId>,
+}
+
 /// All watches of a node.
 pub struct Watches {
     pub interest: Interest,
@@ -125,20 +131,21 @@ impl Watches {
         std::mem::take(&mut *self.added.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Forgets the users of the streams that have ended since the last call, a part at a time. False: there was nothing to do.
-    pub async fn forget_ended(&self) -> bool {
+    /// A stream that has ended, and the users that it watched, if there is one.
+    pub fn take_ended(&self) -> Option<Ended> {
+        let watcher = self.ended.lock().unwrap_or_else(PoisonError::into_inner).pop()?;
+        let users = watcher.set().take_all();
+        Some(Ended { watcher, users })
+    }
+
+    /// Forgets some of the users of a stream that has ended. False: there are more.
+    pub fn forget(&self, ended: &mut Ended) -> bool {
         /// Users forgotten before others have their turn.
-        const PART: usize = 10_000;
-        let ended = std::mem::take(&mut *self.ended.lock().unwrap_or_else(PoisonError::into_inner));
-        for watcher in &ended {
-            let users = watcher.set().take_all();
-            for part in users.chunks(PART) {
-                part.iter().for_each(|user| self.interest.forget(*user, watcher));
-                self.pairs.fetch_sub(part.len(), Ordering::Relaxed);
-                tokio::task::yield_now().await;
-            }
-        }
-        !ended.is_empty()
+        const PART: usize = 1_000;
+        let part = ended.users.split_off(ended.users.len().saturating_sub(PART));
+        part.iter().for_each(|user| self.interest.forget(*user, &ended.watcher));
+        self.pairs.fetch_sub(part.len(), Ordering::Relaxed);
+        ended.users.is_empty()
     }
 
     fn take_place(&self, users: usize) -> bool {
