@@ -6,9 +6,9 @@
 //! |---|---|
 //! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
-//! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `write`, `read` |
+//! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `presence`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
-//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
+//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
 //! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.
@@ -39,7 +39,8 @@
 //! **version** numbers the changes of a user · **floor** the version below which nothing may be answered · **lane** one queue of
 //! the write path · **outbox** what a committed batch still has to show to the outside · **generation** raised when caches may
 //! hold what SQL does not · **stream** carries everything between an attached gateway and a node · **inbox** messages stored for
-//! a user until a device has acknowledged them · **hold** a time in which no gateway is declared dead.
+//! a user until a device has acknowledged them · **hold** a time in which no gateway is declared dead ·
+//! **wish** is how a user wants to be seen · **watch** a stream that is told what a set of users is shown as.
 
 pub mod api;
 pub mod app;

@@ -3,9 +3,6 @@
 use std::sync::Arc;
 
 use prost::Message;
-use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::task::TaskTracker;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -21,7 +18,6 @@ use crate::api::credential::Credential;
 use crate::api::delivery;
 use crate::api::status::status;
 use crate::api::statuses;
-use crate::api::watch;
 use crate::api::watch::WatchCall;
 use crate::api::watch::WatchContext;
 use crate::domain::event::Outcome;
@@ -41,8 +37,6 @@ pub struct Presence {
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
     pub watching: Arc<WatchContext>,
-    /// Owns the watches; they end when the node drains.
-    pub attached: TaskTracker,
 }
 
 #[tonic::async_trait]
@@ -146,10 +140,8 @@ impl PresenceService for Presence {
     async fn watch(&self, request: Request<Streaming<pb::WatchReq>>) -> Result<Response<BoxStream<pb::WatchResp>>, Status> {
         let credential = Admission::of(request.extensions()).map(Credential::new).transpose().map_err(|error| status(&error))?;
         let watch = self.watches.open().map_err(|error| status(&error))?;
-        let (out, told) = mpsc::channel(watch::OUTGOING);
-        let call = WatchCall { tools: self.watching.clone(), watch, credential, out };
-        self.attached.spawn(call.run(request.into_inner()));
-        Ok(Response::new(Box::pin(ReceiverStream::new(told))))
+        let call = WatchCall::new(self.watching.clone(), watch, credential, request.into_inner());
+        Ok(Response::new(Box::pin(call.tellings())))
     }
 }
 

@@ -1,11 +1,14 @@
 //! Watches: a call of their own, and what they have in common with those on a gateway's stream.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
-use tokio::sync::mpsc;
+use futures_util::FutureExt;
+use futures_util::Stream;
+use futures_util::future::BoxFuture;
+use futures_util::stream::unfold;
+use tokio::task::yield_now;
 use tokio::time::sleep_until;
 use tokio_util::sync::CancellationToken;
 use tonic::Status;
@@ -32,8 +35,8 @@ use crate::pb::watch_resp::Body;
 
 /// Users in each list of one request.
 const MAX_USERS: usize = 5_000;
-/// Tellings that wait for the transport; more only when the caller reads.
-pub const OUTGOING: usize = 64;
+/// Tellings that go to the transport together: a stream keeps a buffer of that size.
+const TOGETHER: u32 = 32;
 
 /// What both kinds of watches work with.
 pub struct WatchContext {
@@ -43,47 +46,84 @@ pub struct WatchContext {
     pub draining: CancellationToken,
 }
 
-/// One `Watch` call.
+/// One `Watch` call, polled by its transport: there are many of them, and most wait.
 pub struct WatchCall {
-    pub tools: Arc<WatchContext>,
-    pub watch: Watch,
-    pub credential: Option<Credential>,
-    pub out: mpsc::Sender<Result<pb::WatchResp, Status>>,
+    tools: Arc<WatchContext>,
+    watch: Watch,
+    requests: Streaming<pb::WatchReq>,
+    credential: Option<Credential>,
+    revoked: Option<BoxFuture<'static, ()>>,
+    /// The caller may ask for more: it has not ended its half, nor named more users than it may lately.
+    asks: bool,
+    asks_from: Instant,
+    told_in_a_row: u32,
+    has_ended: bool,
 }
 
 impl WatchCall {
-    /// Serves the caller until one of both ends it. A caller who asks nothing more is still told.
-    pub async fn run(self, mut requests: Streaming<pb::WatchReq>) {
-        let Self { tools, watch, credential, out } = self;
-        let admission = credential.as_ref().map(|credential| credential.admission().clone());
-        let mut revoked = pin!(revoked(admission.clone()));
-        let (mut asks, mut resumes_at) = (true, Instant::now());
-        let end = loop {
-            let takes_more = asks && watch.takes_more();
+    pub fn new(
+        tools: Arc<WatchContext>,
+        watch: Watch,
+        credential: Option<Credential>,
+        requests: Streaming<pb::WatchReq>,
+    ) -> Self {
+        let revoked = credential.as_ref().map(|credential| revoked(Some(credential.admission().clone())).boxed());
+        let (asks, asks_from, told_in_a_row, has_ended) = (true, Instant::now(), 0, false);
+        Self { tools, watch, requests, credential, revoked, asks, asks_from, told_in_a_row, has_ended }
+    }
+
+    /// What the caller is told, until one of both ends it. A caller who asks nothing more is still told.
+    pub fn tellings(self) -> impl Stream<Item = Result<pb::WatchResp, Status>> + Send {
+        unfold(self, async |mut call| {
+            if call.has_ended {
+                return None;
+            }
+            let told = call.next().await;
+            call.has_ended = told.is_err();
+            Some((told, call))
+        })
+    }
+
+    async fn next(&mut self) -> Result<pb::WatchResp, Status> {
+        if self.told_in_a_row >= TOGETHER {
+            self.told_in_a_row = 0;
+            yield_now().await;
+        }
+        loop {
+            let now = Instant::now();
+            let takes_more = self.asks && self.watch.takes_more();
+            let Self { tools, watch, requests, revoked, .. } = self;
             tokio::select! {
                 biased;
-                () = out.closed() => return,
-                () = &mut revoked => break Status::unauthenticated("the credential of this stream is not valid any more"),
-                () = tools.draining.cancelled() => break Status::unavailable("this node stops: watch on another one with the versions you have"),
-                () = sleep_until(resumes_at.into()), if asks && resumes_at > Instant::now() => {}
-                request = requests.message(), if takes_more && resumes_at <= Instant::now() => match request {
-                    Ok(Some(request)) => match wanted(&request) {
-                        Ok(wanted) => {
-                            resumes_at = Instant::now() + pause(admission.as_ref(), wanted.add.len());
-                            tools.change(&watch, admission.as_ref(), wanted).await;
-                        }
-                        Err(error) => break Status::invalid_argument(format!("seq {}: {error}", request.seq)),
-                    },
-                    Ok(None) => asks = false,
-                    Err(status) => break status,
+                () = when(revoked.as_mut()) => return Err(Status::unauthenticated("the credential of this stream is not valid any more")),
+                () = tools.draining.cancelled() => return Err(Status::unavailable("this node stops: watch on another one with the versions you have")),
+                () = sleep_until(self.asks_from.into()), if takes_more && self.asks_from > now => {}
+                request = requests.message(), if takes_more && self.asks_from <= now => match request? {
+                    Some(request) => self.take(&request).await?,
+                    None => self.asks = false,
                 },
-                told = next(&out, &watch) => match told {
-                    Some((place, told)) => place.send(Ok(tools.told(told))),
-                    None => return,
-                },
+                told = watch.next() => {
+                    self.told_in_a_row += 1;
+                    return Ok(tools.told(told));
+                }
             }
-        };
-        let _ = out.try_send(Err(end)); // a caller who does not read will see the end without a reason
+        }
+    }
+
+    async fn take(&mut self, request: &pb::WatchReq) -> Result<(), Status> {
+        let wanted = wanted(request).map_err(|error| Status::invalid_argument(format!("seq {}: {error}", request.seq)))?;
+        let caller = self.credential.as_ref().map(Credential::admission);
+        self.asks_from = Instant::now() + pause(caller, wanted.add.len());
+        self.told_in_a_row = 0;
+        self.tools.change(&self.watch, caller, wanted).await;
+        Ok(())
+    }
+}
+
+async fn when(ended: Option<&mut BoxFuture<'static, ()>>) {
+    match ended {
+        Some(ended) => ended.await,
+        None => std::future::pending().await,
     }
 }
 
@@ -93,12 +133,6 @@ fn pause(caller: Option<&Admission>, users: usize) -> Duration {
         Some(Err(Error::Overloaded { retry_after, .. })) => retry_after,
         _ => Duration::ZERO,
     }
-}
-
-/// What is told next, once it may be sent. None: the caller is gone.
-async fn next<'a, T>(out: &'a mpsc::Sender<T>, watch: &Watch) -> Option<(mpsc::Permit<'a, T>, Told)> {
-    let place = out.reserve().await.ok()?;
-    Some((place, watch.next().await))
 }
 
 impl WatchContext {

@@ -208,16 +208,7 @@ impl Daemon {
         };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         Services {
-            presence: Presence {
-                binder,
-                deliveries,
-                max_message_bytes,
-                statuses,
-                history,
-                watches,
-                watching,
-                attached: attached.clone(),
-            },
+            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching },
             more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
         }
     }

@@ -84,23 +84,23 @@ pub struct ChangedUser {
     pub user_id: i64,
     #[prost(uint64, tag = "2")]
     pub version: u64,
-    /// Of what others are shown; 0: as `version`.
-    #[prost(uint64, tag = "3")]
-    pub shown_version: u64,
+    /// Of what others are shown. A node of the last release does not say it.
+    #[prost(uint64, optional, tag = "3")]
+    pub shown_version: Option<u64>,
 }
 
 impl ChangedUser {
     pub fn of(user: UserId, record: &UserRecord) -> Self {
-        Self { user_id: user.get(), version: record.version.0, shown_version: record.shown().version.0 }
+        Self { user_id: user.get(), version: record.version.0, shown_version: Some(record.shown().version.0) }
     }
 
     pub fn user(&self) -> Option<UserId> {
         UserId::parse(self.user_id).ok()
     }
 
-    /// The version of what others are shown. A node of the last release does not say it.
+    /// The version of what others are shown; if it is not known, that of the record.
     pub fn shown(&self) -> Version {
-        Version(if self.shown_version == 0 { self.version } else { self.shown_version })
+        Version(self.shown_version.unwrap_or(self.version))
     }
 }
 
@@ -143,7 +143,6 @@ pub struct StoredRecord {
     text: String,
     #[prost(int64, optional, tag = "7")]
     until_ms: Option<i64>,
-    /// 0: a node of the last release wrote the record, and says nothing of what is shown.
     #[prost(uint64, tag = "8")]
     shown_version: u64,
     #[prost(int64, tag = "9")]
@@ -154,6 +153,9 @@ pub struct StoredRecord {
     online_since_ms: i64,
     #[prost(bool, tag = "12")]
     session_is_counted: bool,
+    /// Not if a node of the last release wrote the record.
+    #[prost(bool, tag = "13")]
+    says_what_is_shown: bool,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -200,6 +202,7 @@ impl From<&UserRecord> for StoredRecord {
             status_since_ms: shown.since.0,
             online_since_ms: session.since.0,
             session_is_counted: session.is_counted,
+            says_what_is_shown: true,
         }
     }
 }
@@ -225,7 +228,7 @@ impl From<&Route> for StoredRoute {
 impl StoredRecord {
     /// None: this is no record of ours, or it does not say what is shown.
     pub fn into_record(self, version: Version) -> Option<UserRecord> {
-        if self.shown_version == 0 && version != Version::NONE {
+        if !self.says_what_is_shown {
             return None;
         }
         let (text, until) = (StatusText::parse(&self.text, MAX_TEXT_BYTES).ok()?, self.until_ms.map(Timestamp));

@@ -402,3 +402,47 @@ async fn a_limit_that_is_changed_in_the_file_holds_for_connections_that_are_ther
     guarded.pki.write("tokens.toml", &text.replace("name = \"busy\"", "name = \"busy\"\ncalls_per_s = 5"));
     eventually("it is limited", Duration::from_secs(10), async || refusals().await > 0).await;
 }
+
+/// Whether a watch of one user is taken.
+async fn may_watch(presence: &mut PresenceServiceClient<Link>, user_id: i64) -> Code {
+    let add = vec![pb::KnownUser { user_id, version: 0 }];
+    let request = pb::WatchReq { seq: 1, add, remove: Vec::new() };
+    let mut told = presence.watch(iter([request])).await.expect("a watch").into_inner();
+    loop {
+        match told.message().await.expect("it goes on").and_then(|told| told.body) {
+            Some(pb::watch_resp::Body::Done(done)) => return code(&done.result),
+            Some(pb::watch_resp::Body::Presence(_)) => {}
+            None => panic!("it has ended"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_gateway_sets_the_status_of_its_own_users_only_and_watches_others_if_it_may() {
+    for (setting, others) in [("true", Code::Ok), ("false", Code::Refused)] {
+        let guarded = Guarded::start("", &[("AUTH__GATEWAY_MAY_WATCH_ANY", setting)]).await;
+        let mut operator = guarded.presence("operator");
+        operator.bind_route(a_bind(ALICE, PHONE, "c")).await.expect("bound");
+        operator
+            .bind_route(pb::BindRouteReq { gateway_addr: OTHER_GATEWAY.to_owned(), ..a_bind(BOB, PHONE, "c") })
+            .await
+            .expect("bound");
+        let mut gateway = guarded.presence("gateway");
+        let busy = |user_id| pb::SetStatusReq { user_id, status: pb::Status::Busy.into(), ..Default::default() };
+        let own = gateway.set_status(busy(ALICE)).await.expect("its own user").into_inner();
+        assert_eq!((code(&own.result), own.shown()), (Code::Ok, pb::Status::Busy));
+        let refused = gateway.set_status(busy(BOB)).await.expect_err("another's");
+        assert_eq!(refused.code(), tonic::Code::PermissionDenied, "{refused:?}");
+        assert_eq!((may_watch(&mut gateway, ALICE).await, may_watch(&mut gateway, BOB).await), (Code::Ok, others));
+        assert_eq!(may_watch(&mut guarded.presence("service"), BOB).await, Code::Ok);
+    }
+}
+
+#[tokio::test]
+async fn a_watch_ends_when_its_credential_is_taken_away() {
+    let guarded = Guarded::start("", &[]).await;
+    let mut told = guarded.presence("viewer").watch(tokio_stream::pending()).await.expect("a watch").into_inner();
+    guarded.pki.write("tokens.toml", "");
+    let ended = tokio::time::timeout(Duration::from_secs(20), told.message()).await.expect("it ends");
+    assert_eq!(ended.expect_err("it is told why").code(), tonic::Code::Unauthenticated);
+}

@@ -395,3 +395,38 @@ async fn a_forgotten_user_leaves_nothing_behind_but_a_number() {
     let nobody = there.operator().forget_user(pb::ForgetUserReq { user_id: BOB, dry_run: false }).await.expect("an answer");
     assert_eq!(nobody.into_inner().rows, 0);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_hides_while_they_are_there_seems_to_log_out_and_who_comes_out_to_log_in() {
+    let cluster = Cluster::with_redis(1, &[("STATUS__RATE", "0")]).await;
+    let node = cluster.node();
+    let mut statuses = cluster.queue().subscribe(&["presence:status"]).await;
+    let public = async || {
+        let request = pb::GetStatusHistoryReq { user_id: ALICE, ..Default::default() };
+        let history = node.presence().get_status_history(request).await.expect("a history").into_inner().changes;
+        history.into_iter().map(|change| (change.shown(), change.cause, change.devices)).collect::<Vec<_>>()
+    };
+    node.bind(a_bind(ALICE, PHONE, "c")).await;
+    let timed = pb::SetStatusReq { expire_after_s: 2, ..set_status(ALICE, Invisible) };
+    node.set(timed).await;
+    let hidden = node.query_sql(ALICE).await;
+    assert!(hidden.status() == Offline && hidden.last_seen_ms == hidden.status_since_ms && !hidden.routes.is_empty());
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    node.bind(a_bind(ALICE, LAPTOP, "c")).await;
+    let still = node.query_sql(ALICE).await;
+    assert_eq!((still.last_seen_ms, still.status_since_ms), (hidden.last_seen_ms, hidden.status_since_ms));
+    eventually("it ends", SOON, async || node.query_sql(ALICE).await.status() == Online).await;
+    node.unbind(unbind(PHONE)).await;
+    node.unbind(unbind(LAPTOP)).await;
+    let line = |shown, cause: &str, devices| (shown, cause.to_owned(), devices);
+    let expected = [line(Offline, "logout", 0), line(Online, "login", 2), line(Offline, "logout", 0), line(Online, "login", 1)];
+    assert_eq!(public().await, expected);
+    let true_causes: Vec<_> = node.history(ALICE).await.into_iter().map(|change| (change.cause, change.hidden)).collect();
+    assert_eq!(true_causes[2], ("set".to_owned(), true), "{true_causes:?}");
+    for line in ["1:online", "1:offline", "1:online", "1:offline"] {
+        assert_eq!(statuses.text(SOON).await, line);
+    }
+    let others = node.online_time(pb::GetOnlineTimeReq { user_id: ALICE, ..Default::default() }).await;
+    let own = node.online_time(pb::GetOnlineTimeReq { user_id: ALICE, include_hidden: true, ..Default::default() }).await;
+    assert!(others.online_s < own.online_s && own.days[0].hidden_s >= 1, "{others:?} {own:?}");
+}

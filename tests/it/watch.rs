@@ -423,3 +423,47 @@ async fn agrees(watcher: &mut Watcher, node: &Node, users: i64) {
         assert!(Instant::now() < until, "{} are shown wrongly: {:?}", wrong.len(), wrong[0]);
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_dead_node_has_left_behind_is_told_by_the_node_that_repairs_it() {
+    let cluster = Cluster::with_redis(1, &[]).await;
+    let node = cluster.node();
+    let bound = node.bind(a_bind(ALICE, PHONE, "c")).await;
+    let mut watcher = Watcher::of(node, [ALICE]).await;
+    // As another node commits it, which is killed before it can tell anybody.
+    let mut left = im_presence::store::codec::OutboxBody::default();
+    left.changes.push(im_presence::store::codec::ChangedUser {
+        user_id: ALICE,
+        version: bound.version + 64,
+        shown_version: None,
+    });
+    let body: String = prost::Message::encode_to_vec(&left).iter().map(|byte| format!("{byte:02x}")).collect();
+    let change = "UPDATE users SET status = 3, version = version + 64, shown_version = version, shown_for = version";
+    cluster.db.run(&format!("{change} WHERE user_id = {ALICE}")).await;
+    let row = "INSERT INTO outbox (id, node_id, created, body) VALUES ('left', 'dead', UNIX_TIMESTAMP() * 1000 - 3000";
+    cluster.db.run(&format!("{row}, X'{body}')")).await;
+    watcher.shows(ALICE, Busy).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_number_of_requests_may_be_under_way() {
+    const REQUESTS: u64 = 1_000;
+    let cluster = Cluster::sqlite(&[]).await;
+    let mut watcher = Watcher::open(cluster.node()).await;
+    let (mut users, mut done) = (0, 0);
+    for user in 1..=100 {
+        for n in 0..10 {
+            watcher.send(&[(user * 10 + n, 0)], &[]).await;
+        }
+    }
+    while done < REQUESTS {
+        match watcher.next().await.expect("a telling") {
+            Body::Presence(_) => users += 1,
+            Body::Done(told) => {
+                done += 1;
+                assert_eq!((told.seq, code(&told)), (done, Code::Ok), "in their order");
+            }
+        }
+    }
+    assert_eq!(users, REQUESTS);
+}

@@ -26,7 +26,8 @@ impl UserRecord {
         let Some(next) = applied.next.take_if(|next| next.version > self.version) else { return applied };
         let (before, mut presence) = (self.standing(), next.presence());
         let after = standing(next.wanted(), next.live(context));
-        if !(before.is_hidden() && after.is_hidden()) {
+        let is_away = self.routes.is_empty() && next.routes.is_empty(); // then a wish is nobody's business
+        if !(is_away || before.is_hidden() && after.is_hidden()) {
             presence.shown.version = next.version;
             // Who comes out while offline was last seen before they hid.
             let comes_out = before.is_hidden() != after.is_hidden() && after.devices > 0;

@@ -1,5 +1,6 @@
 //! Which users are watched, by which streams, and what is shown of them: the node's one copy, however many watch.
 
+use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -19,11 +20,17 @@ use crate::engine::presence::watcher::Watcher;
 pub const SHARDS: usize = 64;
 
 /// A watched user.
-#[derive(Default)]
 struct Watched {
     /// None: not read yet.
     shown: Option<Arc<Shown>>,
-    watchers: SmallVec<[Arc<Watcher>; 1]>,
+    watchers: Watchers,
+}
+
+/// Most users are watched by one stream, and there are millions of them.
+enum Watchers {
+    One(Arc<Watcher>),
+    #[expect(clippy::box_collection, reason = "one word beside the tag, not three")]
+    Many(Box<Vec<Arc<Watcher>>>),
 }
 
 /// Which users are watched. A hint of anybody else costs one look into it.
@@ -49,22 +56,24 @@ impl Interest {
     /// From now on changes of the user are noticed. Returns what is shown, if that is known.
     pub fn register(&self, user: UserId, watcher: &Arc<Watcher>) -> Option<Arc<Shown>> {
         let mut shard = self.shard_of(user);
-        let watched = shard.entry(user).or_insert_with(|| {
-            self.users.fetch_add(1, Ordering::Relaxed);
-            Watched::default()
-        });
-        watched.watchers.push(watcher.clone());
-        watched.shown.clone()
+        match shard.entry(user) {
+            Entry::Occupied(mut watched) => {
+                watched.get_mut().watchers.push(watcher.clone());
+                watched.get().shown.clone()
+            }
+            Entry::Vacant(free) => {
+                self.users.fetch_add(1, Ordering::Relaxed);
+                free.insert(Watched { shown: None, watchers: Watchers::One(watcher.clone()) });
+                None
+            }
+        }
     }
 
     /// The watcher has no interest in the user any more.
     pub fn forget(&self, user: UserId, watcher: &Arc<Watcher>) {
         let mut shard = self.shard_of(user);
         let Some(watched) = shard.get_mut(&user) else { return };
-        if let Some(place) = watched.watchers.iter().position(|other| Arc::ptr_eq(other, watcher)) {
-            watched.watchers.swap_remove(place);
-        }
-        if watched.watchers.is_empty() {
+        if watched.watchers.remove(watcher) {
             shard.remove(&user);
             self.users.fetch_sub(1, Ordering::Relaxed);
         }
@@ -79,7 +88,7 @@ impl Interest {
     }
 
     pub fn watchers(&self, user: UserId) -> SmallVec<[Arc<Watcher>; 1]> {
-        self.shard_of(user).get(&user).map(|watched| watched.watchers.clone()).unwrap_or_default()
+        self.shard_of(user).get(&user).map(|watched| watched.watchers.all().into()).unwrap_or_default()
     }
 
     /// Takes over what was read. None: nobody watches the user any more.
@@ -88,7 +97,7 @@ impl Interest {
         let watched = shard.get_mut(&user)?;
         let is_new = watched.shown.as_ref().is_none_or(|before| before.content != shown.content);
         watched.shown = Some(Arc::new(shown));
-        Some(Settled { watchers: watched.watchers.clone(), is_new })
+        Some(Settled { watchers: watched.watchers.all().into(), is_new })
     }
 
     /// Users that are watched.
@@ -109,6 +118,35 @@ impl Interest {
 
     fn shard_of(&self, user: UserId) -> MutexGuard<'_, NumberMap<UserId, Watched>> {
         lock(&self.shards[usize::try_from(user.hash() >> 32).unwrap_or(0) % SHARDS])
+    }
+}
+
+impl Watchers {
+    fn all(&self) -> &[Arc<Watcher>] {
+        match self {
+            Self::One(watcher) => std::slice::from_ref(watcher),
+            Self::Many(watchers) => watchers,
+        }
+    }
+
+    fn push(&mut self, watcher: Arc<Watcher>) {
+        match self {
+            Self::One(first) => *self = Self::Many(Box::new(vec![first.clone(), watcher])),
+            Self::Many(watchers) => watchers.push(watcher),
+        }
+    }
+
+    /// True: nobody watches any more.
+    fn remove(&mut self, watcher: &Arc<Watcher>) -> bool {
+        match self {
+            Self::One(only) => Arc::ptr_eq(only, watcher),
+            Self::Many(watchers) => {
+                if let Some(place) = watchers.iter().position(|other| Arc::ptr_eq(other, watcher)) {
+                    watchers.swap_remove(place);
+                }
+                watchers.is_empty()
+            }
+        }
     }
 }
 

@@ -15,6 +15,9 @@ use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::engine::presence::shown::Shown;
 
+/// Users for whom there is room to wait while nobody does.
+const FEW: usize = 8;
+
 /// The delays that damp what flaps.
 #[derive(Clone, Copy, Debug)]
 pub struct Damping {
@@ -212,7 +215,10 @@ impl Set {
             }
             return Some((user, false));
         }
-        let user = self.out.pop_front()?;
+        let Some(user) = self.out.pop_front() else {
+            self.out.shrink_to(FEW); // most of the time there is nothing to do
+            return None;
+        };
         let mut is_told = false;
         if let Some(pair) = self.pairs.get_mut(&user) {
             is_told = matches!(pair.state, State::Told { .. });

@@ -26,7 +26,8 @@ pub struct Shown {
     since: Timestamp,
     /// When this node first saw that.
     pub seen_at: CompactInstant,
-    text: Option<Box<str>>,
+    /// Most users say nothing, and so it takes one word.
+    text: Option<Box<Box<str>>>,
     /// Lives that the record's routes are on, that of the newest live one first. Their end may change what is shown.
     epochs: SmallVec<[Epoch; 1]>,
     pub status: Status,
@@ -52,7 +53,7 @@ impl Shown {
             last_seen: answer.last_seen(),
             since,
             seen_at: before.filter(is_as_before).map_or_else(|| now.into(), |before| before.seen_at),
-            text: Some(answer.text(status)).filter(|text| !text.is_empty()).map(Box::from),
+            text: Some(answer.text(status)).filter(|text| !text.is_empty()).map(|text| Box::new(Box::from(text))),
             epochs: first.into_iter().chain(others.filter(|epoch| Some(*epoch) != first)).collect(),
             status,
             devices: u16::try_from(visible().count()).unwrap_or(u16::MAX),
@@ -78,7 +79,7 @@ impl Shown {
     }
 
     pub fn text(&self) -> &str {
-        self.text.as_deref().unwrap_or_default()
+        self.text.as_ref().map_or("", |text| text)
     }
 
     pub fn devices(&self) -> u32 {
@@ -126,7 +127,7 @@ impl Shown {
             last_seen: Timestamp(0),
             since: Timestamp(0),
             seen_at: seen_at.into(),
-            text: Some(text).filter(|text| !text.is_empty()).map(Box::from),
+            text: Some(text).filter(|text| !text.is_empty()).map(|text| Box::new(Box::from(text))),
             epochs: SmallVec::from([Epoch(1)]),
             status,
             devices: 1,

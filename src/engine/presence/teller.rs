@@ -38,6 +38,8 @@ const READINGS: usize = 4;
 const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 /// Between attempts to read somebody who could not be read.
 const RETRY_AFTER: Duration = Duration::from_millis(500);
+/// Users whose gateways have died that are looked at per second: OFFLINE is told seconds later anyway.
+const DEATHS_PER_SECOND: f64 = 40_000.0;
 /// Streams that are told of one user before others have their turn.
 const SLICE: usize = 1_000;
 
@@ -79,15 +81,39 @@ impl Queue {
     }
 }
 
+/// How many users may be looked at now, of so many per second.
+struct Pace {
+    rate: f64,
+    allowance: f64,
+    at: Instant,
+}
+
+impl Pace {
+    fn new(rate: f64) -> Self {
+        Self { rate, allowance: 0.0, at: Instant::now() }
+    }
+
+    /// What has become free since the last call, and what was left then, but not more than a tenth of a second's.
+    fn refill(&mut self) {
+        let now = Instant::now();
+        let gained = now.duration_since(self.at).as_secs_f64() * self.rate;
+        (self.allowance, self.at) = ((self.allowance + gained).min(self.rate / 10.0), now);
+    }
+
+    fn take(&mut self) -> bool {
+        let is_there = self.allowance >= 1.0;
+        self.allowance -= f64::from(u8::from(is_there));
+        is_there
+    }
+}
+
 /// A look at everybody, a part after the other.
 struct Resync {
     /// The next part, and how many are left.
     shard: usize,
     shards_left: usize,
     left: Vec<UserId>,
-    /// Users that may be looked at now.
-    allowance: f64,
-    at: Instant,
+    pace: Pace,
 }
 
 type Reading = BoxFuture<'static, Vec<(UserId, Want, Result<Answer, Error>)>>;
@@ -108,6 +134,9 @@ pub struct Teller {
     reading: HashSet<UserId>,
     readings: FuturesUnordered<Reading>,
     resync: Option<Resync>,
+    /// Users with a route on a life that has ended.
+    bereft: VecDeque<UserId>,
+    deaths: Pace,
     ended: Option<Ended>,
     /// What was looked at last.
     table: Arc<LifeTable>,
@@ -130,6 +159,8 @@ impl Teller {
             reading: HashSet::new(),
             readings: FuturesUnordered::new(),
             resync: None,
+            bereft: VecDeque::new(),
+            deaths: Pace::new(DEATHS_PER_SECOND),
             ended: None,
             table,
             trust,
@@ -158,6 +189,7 @@ impl Teller {
         self.forget_ended();
         self.take_changes();
         self.look_at_lives().await;
+        self.look_at_bereft();
         self.go_on_with_resync();
         self.recall().await;
         self.read();
@@ -168,7 +200,7 @@ impl Teller {
             .resync
             .as_ref()
             .map_or(0, |resync| resync.left.len() + self.watches.interest.len() * resync.shards_left.min(SHARDS) / SHARDS);
-        let dirty = waiting + self.reading.len() + self.failed.len() + to_visit;
+        let dirty = waiting + self.bereft.len() + self.reading.len() + self.failed.len() + to_visit;
         metrics.watch_dirty.set(dirty as i64);
         metrics.watch_streams.set(self.watches.streams() as i64);
         metrics.watch_pairs.set(self.watches.pairs() as i64);
@@ -223,8 +255,18 @@ impl Teller {
         }
         for shard in 0..SHARDS {
             let users = self.watches.interest.users_on(shard, &ended);
-            users.into_iter().for_each(|user| self.news.push(user, Want { is_urgent: true, ..Want::default() }));
+            self.bereft.extend(users);
             tokio::task::yield_now().await;
+        }
+    }
+
+    /// Has as many of those looked at whose gateways have died as the pace allows.
+    fn look_at_bereft(&mut self) {
+        self.deaths.refill();
+        while !self.bereft.is_empty() && self.deaths.take() {
+            if let Some(user) = self.bereft.pop_front() {
+                self.news.push(user, Want { is_urgent: true, ..Want::default() });
+            }
         }
     }
 
@@ -235,22 +277,18 @@ impl Teller {
     /// One that is under way goes round once more, from where it is.
     fn begin_resync(&mut self, cause: &'static str) {
         self.watches.metrics.presence.watch_resync(cause);
-        let begun = Resync { shard: 0, shards_left: 0, left: Vec::new(), allowance: 0.0, at: Instant::now() };
+        let pace = Pace::new(self.watches.settings.resync_rate.into());
+        let begun = Resync { shard: 0, shards_left: 0, left: Vec::new(), pace };
         self.resync.get_or_insert(begun).shards_left = SHARDS + 1; // the part that it is in counts again, too
     }
 
     /// Has as many users looked at as the pace allows.
     fn go_on_with_resync(&mut self) {
         let Some(resync) = &mut self.resync else { return };
-        let (now, rate) = (Instant::now(), f64::from(self.watches.settings.resync_rate));
-        let gained = now.duration_since(resync.at).as_secs_f64() * rate;
-        (resync.allowance, resync.at) = ((resync.allowance + gained).min(rate), now);
-        while resync.allowance >= 1.0 && self.waiting.order.len() + self.others.order.len() < READINGS * BATCH {
+        resync.pace.refill();
+        while self.waiting.order.len() + self.others.order.len() < READINGS * BATCH && resync.pace.take() {
             match resync.left.pop() {
-                Some(user) => {
-                    resync.allowance -= 1.0;
-                    self.waiting.push(user, Want::default());
-                }
+                Some(user) => self.waiting.push(user, Want::default()),
                 None if resync.shards_left == 0 => {
                     self.resync = None;
                     return;

@@ -41,6 +41,7 @@ use crate::engine::write::transaction::Failure;
 use crate::engine::write::transaction::Transaction;
 use crate::error::Error;
 use crate::store::codec::ChangedUser;
+use crate::store::codec::status_word;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
@@ -247,6 +248,9 @@ impl Lane {
         let publisher = self.tools.publisher.clone();
         for (user, record) in &committed.records {
             self.tools.cache.committed(*user, record.clone(), committed.complete_at, publisher.l2.is_some());
+        }
+        for (_, record) in committed.records.iter().filter(|(user, _)| committed.seen.contains(user)) {
+            self.tools.metrics.presence.status_change(status_word(record.standing().shown()));
         }
         self.tools.feed.push(committed.records.iter().map(|(user, record)| (*user, record.shown().version)));
         for (user, _) in committed.records.iter().filter(|(_, record)| record.inbox_pending > 0 && !record.routes.is_empty()) {
