@@ -1,6 +1,7 @@
 //! How many acknowledged, durable binds a second: the daemon's one write path against one transaction per bind.
 //!
-//! `cargo bench --bench bind` measures (about three minutes); `cargo test` runs each contender for a moment, so that it does
+//! `BASELINE=path/of/its/binary cargo bench --bench bind` measures (about four minutes), also against another state of the
+//! daemon; without it that is this one again; `cargo test` runs each contender for a moment, so that it does
 //! not rot. The loader, the daemon and the database share this machine. Ratios of two columns of one run mean something;
 //! absolute figures belong to the machine.
 
@@ -38,8 +39,11 @@ use im_presence::store::users::UserChange;
 use serde_json::json;
 
 use crate::harness::cluster::Cluster;
+use crate::harness::cluster::TestDb;
 use crate::harness::eventually;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
+use crate::harness::node::PROGRAM;
 use crate::load::report::Figures;
 
 const USERS: u64 = 100_000;
@@ -94,6 +98,7 @@ async fn measure(plan: &Plan) {
         assert!(not_ok.is_empty(), "binds that were not done: {not_ok:?}");
     }
     report(figures);
+    measure_history(plan).await;
     let left = redis.node().metric("im_presence_outbox_repaired_total").await;
     println!("batches that were not shown in Redis at once: {left}");
 }
@@ -119,6 +124,57 @@ fn report(figures: [Vec<f64>; 5]) {
         "batch": batch, "sqlite": sqlite,
     });
     println!("{line}");
+}
+
+/// What it costs to write history: log-ins of users who were never there, each of which is a line of the log.
+async fn measure_history(plan: &Plan) {
+    let baseline = std::env::var("BASELINE").unwrap_or_else(|_| PROGRAM.to_owned());
+    let with = Cluster::mariadb(1, &[]).await;
+    let without = Cluster::mariadb(1, &[("HISTORY__ENABLED", "false")]).await;
+    let db = TestDb::mariadb(MariaDb::shared()).await;
+    let before = Node::start_as(vec![baseline], db.settings(&[])).await;
+    let mut figures: [Vec<f64>; 5] = Default::default();
+    for round in 0..=plan.rounds {
+        let results = [
+            log_in(with.node(), round, plan.time).await,
+            log_in(without.node(), round, plan.time).await,
+            log_in(&before, round, plan.time).await,
+            bind_one_by_one(with.node(), plan.time).await,
+            bind_one_by_one(&before, plan.time).await,
+        ];
+        if round > 0 || plan.rounds == 1 {
+            figures.iter_mut().zip(results).for_each(|(figures, result)| figures.push(result));
+        }
+    }
+    let [with, without, before, binds, binds_before] = figures.map(Figures::of);
+    println!("| a second | median | lowest | highest | history on against it |");
+    println!("|---|---|---|---|---|");
+    for (what, figures, ours) in [
+        ("log-ins, history on", &with, &with),
+        ("log-ins, history off", &without, &with),
+        ("log-ins, baseline", &before, &with),
+        ("BindRoute, history on", &binds, &binds),
+        ("BindRoute, baseline", &binds_before, &binds),
+    ] {
+        let ratio = ours.median / figures.median;
+        println!("| {what} | {:.0} | {:.0} | {:.0} | {ratio:.2}x |", figures.median, figures.lowest, figures.highest);
+    }
+    let [on, off, baseline] = [with, without, before].map(|figures| figures.median.round());
+    println!("{}", json!({ "bench": "bind history", "on": on, "off": off, "baseline": baseline }));
+}
+
+/// Users who were never there, others in each round.
+async fn log_in(node: &Node, round: usize, time: Duration) -> f64 {
+    const PER_CONNECTION: u64 = 10_000_000;
+    let server = node.data;
+    let new = move |connection: u64, n: u64| {
+        let place = (1 + round as u64) * CONNECTIONS + connection;
+        pb::BindRouteReq { user_id: (place * PER_CONNECTION + n) as i64, ..request(connection, n) }
+    };
+    let run = move || load::run(server, "/mpim.PresenceService/BindRoute", CONNECTIONS, IN_FLIGHT, time, new);
+    let done = tokio::task::spawn_blocking(run).await.expect("the loader");
+    assert_eq!(done.failed, 0, "failed calls");
+    done.per_second()
 }
 
 /// A bind of a new connection: it replaces the user's route and is never a no-op.

@@ -31,8 +31,16 @@ const LOOK: Duration = Duration::from_millis(5);
 /// From the end of the lease: the delay before OFFLINE, and what is allowed beside it. Queries are measured so long.
 const NEEDED: Duration = Duration::from_secs(7);
 
+/// What one death was like.
+struct Death {
+    /// From the end of the lease until the first and the last were told. None: nobody watched.
+    told: Option<(Duration, Duration)>,
+    /// p50 and p99 of queries before, and from the end of the lease on.
+    before: (f64, f64),
+    during: (f64, f64),
+}
+
 pub async fn measure(plan: &Plan) {
-    let shape = Shape { connections: 1, streams: 1, users: plan.dying };
     let field = Field::enter(0, &LEASES).await;
     let _healthy = Gateway::register(&field.a, "gw-healthy:7000").await; // one of two that dies is no mass expiry
     let bounds = (NEEDED.as_secs_f64(), NEEDED.as_secs_f64());
@@ -40,35 +48,49 @@ pub async fn measure(plan: &Plan) {
     let mut first = Row::absolute("first", "until the first is", "s", (0.0, 0.0));
     let mut p99 = Row::new("p99", ("p99 of queries meanwhile", "before"), (0.0, 0.0)).less_is_better("ms");
     let mut p50 = Row::new("p50", ("p50 of queries meanwhile", "before"), (0.0, 0.0)).less_is_better("ms");
+    let mut unwatched = Row::new("p99_unwatched", ("p99 meanwhile", "while nobody is watched"), (2.0, 2.0)).less_is_better("ms");
     for round in 0..plan.rounds {
-        let gateway = Gateway::register(&field.a, &format!("gw-{round}:7000")).await;
-        bind_all(&field.a, &gateway, round, plan.dying).await;
-        let (told, began) = (Arc::new([AtomicU64::new(0), AtomicU64::new(0)]), Instant::now());
-        let heard = told.clone();
-        let watchers = Watchers::open(field.b.data, shape, move |_, telling, now| {
-            if telling.status == i32::from(pb::Status::Offline) {
-                let nanos = now.saturating_duration_since(began).as_nanos() as u64;
-                let _ = heard[1].compare_exchange(0, nanos, Ordering::Relaxed, Ordering::Relaxed);
-                heard[0].fetch_add(1, Ordering::Release);
-            }
-        })
-        .await;
+        let alone = die(&field, plan, 2 * round, false).await;
+        let watched = die(&field, plan, 2 * round + 1, true).await;
+        if let Some((first_told, last_told)) = watched.told {
+            last.add_absolute(last_told.as_secs_f64());
+            first.add_absolute(first_told.as_secs_f64());
+        }
+        p99.add(watched.during.1, watched.before.1);
+        p50.add(watched.during.0, watched.before.0);
+        unwatched.add(watched.during.1, alone.during.1);
+    }
+    report::print("watch death", &[last, first, p99, p50, unwatched], &json!({ "users": plan.dying }));
+}
+
+async fn die(field: &Field, plan: &Plan, round: usize, is_watched: bool) -> Death {
+    let shape = Shape { connections: 1, streams: 1, users: plan.dying };
+    let gateway = Gateway::register(&field.a, &format!("gw-{round}:7000")).await;
+    bind_all(&field.a, &gateway, round, plan.dying).await;
+    let (told, began) = (Arc::new([AtomicU64::new(0), AtomicU64::new(0)]), Instant::now());
+    let heard = told.clone();
+    let watchers = Watchers::open(field.b.data, shape, move |_, telling, now| {
+        if telling.status == i32::from(pb::Status::Offline) {
+            let nanos = now.saturating_duration_since(began).as_nanos() as u64;
+            let _ = heard[1].compare_exchange(0, nanos, Ordering::Relaxed, Ordering::Relaxed);
+            heard[0].fetch_add(1, Ordering::Release);
+        }
+    })
+    .await;
+    if is_watched {
         watchers.watch(|_| shape.users_of(0)).await;
         watchers.quiet(PAUSE, TOLD_WITHIN).await;
         told.iter().for_each(|figure| figure.store(0, Ordering::Release)); // some may have been read before they were bound
-        let before = query_times(&field.b, plan.dying, plan.query_time.min(NEEDED)).await;
-        let end = gateway.fall_silent().await;
-        sleep_until(end.into()).await;
-        let (all, during) = tokio::join!(all_told(&told[0], end, plan.dying), query_times(&field.b, plan.dying, NEEDED));
-        last.add_absolute(all.as_secs_f64());
-        let first_at = began + Duration::from_nanos(told[1].load(Ordering::Relaxed));
-        first.add_absolute(first_at.saturating_duration_since(end).as_secs_f64());
-        p99.add(during.1, before.1);
-        p50.add(during.0, before.0);
-        drop(watchers);
-        field.forgets(&field.b).await;
     }
-    report::print("watch death", &[last, first, p99, p50], &json!({ "users": plan.dying }));
+    let before = query_times(&field.b, plan.dying, plan.query_time.min(NEEDED)).await;
+    let end = gateway.fall_silent().await;
+    sleep_until(end.into()).await;
+    let expected = if is_watched { plan.dying } else { 0 };
+    let (all, during) = tokio::join!(all_told(&told[0], end, expected), query_times(&field.b, plan.dying, NEEDED));
+    let first_at = began + Duration::from_nanos(told[1].load(Ordering::Relaxed));
+    drop(watchers);
+    field.forgets(&field.b).await;
+    Death { told: is_watched.then(|| (first_at.saturating_duration_since(end), all)), before, during }
 }
 
 /// New connections of all users, on the gateway.

@@ -344,18 +344,18 @@ async fn a_gateways_stream_carries_the_watches_of_its_clients() {
 /// Users change through both nodes, with everything that can befall hints, while a watcher moves from node to node.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn at_the_end_of_a_bad_day_every_watcher_shows_what_sql_says() {
-    const USERS: i64 = 300;
     let _turn = heavy().await;
-    let day = Duration::from_secs(if crate::harness::long() { 60 } else { 12 });
+    let (users, seconds) = if crate::harness::long() { (2_000, 60) } else { (300, 12) };
+    let day = Duration::from_secs(seconds);
     let (mut cluster, proxy) = one_hears_through_a_proxy(&[("STATUS__RATE", "0"), QUICK[0], QUICK[1], QUICK[2]]).await;
     for page in 0..3 {
-        let users: Vec<_> = (1..=USERS).filter(|user| user % 3 == page).collect();
+        let third: Vec<_> = (1..=users).filter(|user| user % 3 == page).collect();
         let epoch = cluster.nodes[0].register(&format!("gw-{page}:7000")).await;
-        cluster.nodes[0].bind_all(users, &format!("gw-{page}:7000"), epoch).await;
+        cluster.nodes[0].bind_all(third, &format!("gw-{page}:7000"), epoch).await;
     }
-    let mut watcher = Watcher::of(&cluster.nodes[1], 1..=USERS).await;
-    let mut slow = Watcher::of(&cluster.nodes[0], 1..=USERS).await;
-    let changes = change_all_the_time(&cluster, USERS);
+    let mut watcher = Watcher::of(&cluster.nodes[1], 1..=users).await;
+    let mut slow = Watcher::of(&cluster.nodes[0], 1..=users).await;
+    let changes = change_all_the_time(&cluster, users);
     let (began, mut turn) = (Instant::now(), 0);
     while began.elapsed() < day {
         let fault = [Fault::Lost, Fault::Repeated, Fault::Overtaken][turn % 3];
@@ -370,7 +370,7 @@ async fn at_the_end_of_a_bad_day_every_watcher_shows_what_sql_says() {
             cluster.nodes[at].kill();
             cluster.nodes[at].restart().await;
             if at == 0 {
-                slow = Watcher::of(&cluster.nodes[0], 1..=USERS).await;
+                slow = Watcher::of(&cluster.nodes[0], 1..=users).await;
             }
             (watcher, _) = watcher.resume(&cluster.nodes[1 - at]).await;
         }
@@ -378,8 +378,8 @@ async fn at_the_end_of_a_bad_day_every_watcher_shows_what_sql_says() {
     }
     proxy.release();
     drop(changes);
-    agrees(&mut watcher, &cluster.nodes[0], USERS).await;
-    agrees(&mut slow, &cluster.nodes[0], USERS).await;
+    agrees(&mut watcher, &cluster.nodes[0], users).await;
+    agrees(&mut slow, &cluster.nodes[0], users).await;
 }
 
 /// Binds, unbinds and statuses of random users, through whichever node answers, until it is dropped.

@@ -25,7 +25,7 @@ pub struct Contacts {
     users: HashMap<i64, Seen>,
     /// The list of each client, sorted.
     clients: HashMap<ClientKey, Vec<i64>>,
-    /// Whom no client wants to see any more, the first to leave first. Who has come back since stands here, too.
+    /// Whom no client wanted to see, each once, the first to leave first. Who has come back since stands here, too.
     leaving: VecDeque<(Instant, i64)>,
 }
 
@@ -34,6 +34,8 @@ struct Seen {
     by: Vec<ClientKey>,
     /// When the last client has gone.
     left: Option<Instant>,
+    /// Stands in the list of those who leave.
+    is_leaving: bool,
     presence: Option<pb::UserPresence>,
 }
 
@@ -121,7 +123,9 @@ impl Contacts {
         }
         if seen.by.is_empty() {
             seen.left = Some(now);
-            self.leaving.push_back((now, user_id));
+            if !std::mem::replace(&mut seen.is_leaving, true) {
+                self.leaving.push_back((now, user_id));
+            }
         }
     }
 
@@ -138,9 +142,14 @@ impl Contacts {
     }
 
     fn forget(&mut self, left: Instant, user_id: i64) {
-        if self.users.get(&user_id).is_some_and(|seen| seen.left == Some(left)) {
-            self.users.remove(&user_id);
-            self.watched.remove(user_id);
+        let Some(seen) = self.users.get_mut(&user_id) else { return };
+        match seen.left {
+            Some(last) if last == left => {
+                self.users.remove(&user_id);
+                self.watched.remove(user_id);
+            }
+            Some(last) => self.leaving.push_back((last, user_id)), // has come back and left again meanwhile
+            None => seen.is_leaving = false,
         }
     }
 }
@@ -196,6 +205,20 @@ mod tests {
         assert!(contacts.told(told(7, 6, Status::Busy)).is_none(), "clients see no difference");
         assert_eq!(contacts.told(told(7, 7, Status::Away)).expect("both").1, [ANN, BEN]);
         assert_eq!(contacts.watch(BEN, vec![7, 9], now), Ok(vec![]), "nobody is new in the list");
+    }
+
+    #[test]
+    fn whoever_comes_and_goes_all_the_time_waits_once_and_lingers_after_the_last_time() {
+        let (mut contacts, now) = (Contacts::default(), Instant::now());
+        for n in 0..1_000 {
+            contacts.watch(ANN, vec![7], now + n * LINGER / 1_000).expect("not many");
+            contacts.watch(ANN, vec![], now + n * LINGER / 1_000).expect("not many");
+        }
+        assert_eq!(contacts.leaving.len(), 1);
+        contacts.look(now + LINGER);
+        assert_eq!((contacts.users.len(), contacts.leaving.len()), (1, 1), "it has left later than that");
+        contacts.look(now + 2 * LINGER);
+        assert_eq!((contacts.users.len(), contacts.leaving.len()), (0, 0));
     }
 
     #[test]

@@ -40,6 +40,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(10);
 const RETRY_AFTER: Duration = Duration::from_millis(500);
 /// Users whose gateways have died that are looked at per second: OFFLINE is told seconds later anyway.
 const DEATHS_PER_SECOND: f64 = 40_000.0;
+/// Users for whom a queue keeps room while it is empty.
+const FEW: usize = 4 * BATCH;
 /// Streams that are told of one user before others have their turn.
 const SLICE: usize = 1_000;
 
@@ -76,7 +78,12 @@ impl Queue {
     }
 
     fn pop(&mut self) -> Option<(UserId, Want)> {
-        let user = self.order.pop_front()?;
+        let Some(user) = self.order.pop_front() else {
+            if self.order.capacity() > FEW {
+                *self = Self::default(); // millions may have been there once
+            }
+            return None;
+        };
         Some((user, self.wants.remove(&user).unwrap_or_default()))
     }
 }
