@@ -52,20 +52,28 @@ pub struct Telling {
     pub is_direct: bool,
 }
 
-/// What was told of a user.
-struct Pair {
-    token: u64,
-    content: u64,
-    state: State,
+/// What was told of a user, in sixteen bytes.
+#[derive(Clone, Copy)]
+enum Pair {
+    /// Nothing yet. `known` is the newest version that the caller has, `asked` the number of the request that waits for it.
+    New { known: u64, asked: u32, is_queued: bool, must_tell: bool },
+    /// What it looked like, and when, in milliseconds since the set began.
+    Told { content: u64, at: u32, is_queued: bool, was_online: bool, waits: Waits },
 }
 
-#[derive(Clone, Copy)]
-enum State {
-    /// Nothing yet: the number of the request that asked, unless it was answered without this user.
-    New { is_queued: bool, must_tell: bool, asked: Option<u32> },
-    /// When, in milliseconds since the set began.
-    Told { is_queued: bool, is_waiting: bool, was_online: bool, at: u32 },
+/// Whether a user is to be looked at later.
+#[derive(Clone, Copy, PartialEq)]
+enum Waits {
+    No,
+    /// Until they may be told again.
+    Interval,
+    /// Until they have been offline for a while.
+    Offline,
 }
+
+/// Stands for no request. Their numbers begin anew below it.
+const NONE: u32 = u32::MAX;
+const NUMBERS: u32 = 1 << 31;
 
 /// A request that was not answered.
 struct Asked {
@@ -121,19 +129,15 @@ impl Set {
 
     /// Adds a user to the request that was begun last. `known`: the newest version that the caller has; 0: none.
     pub fn add(&mut self, user: UserId, known: u64) {
-        let number = self.first.wrapping_add(u32::try_from(self.asked.len()).unwrap_or(u32::MAX)).wrapping_sub(1);
-        let pair = self.pairs.entry(user).or_insert(Pair {
-            token: known,
-            content: 0,
-            state: State::New { is_queued: false, must_tell: false, asked: None },
-        });
-        let earlier = if let State::New { asked, .. } = pair.state { asked } else { None };
-        let is_queued = *pair.state.is_queued();
+        let number = (self.first + u32::try_from(self.asked.len()).unwrap_or(1) - 1) % NUMBERS;
+        let (earlier, is_queued) = match self.pairs.get_mut(&user) {
+            Some(pair) => (pair.asked(), *pair.is_queued()),
+            None => (NONE, false),
+        };
         // Requests are answered in their order: who waits for an earlier one has been told by then.
-        let asked = earlier.or(Some(number));
-        (pair.token, pair.content) = (known, 0);
-        pair.state = State::New { is_queued, must_tell: known == 0, asked };
-        if earlier.is_none()
+        let asked = if earlier == NONE { number } else { earlier };
+        self.pairs.insert(user, Pair::New { known, asked, is_queued, must_tell: known == 0 });
+        if earlier == NONE
             && let Some(request) = self.asked.back_mut()
         {
             request.missing += 1;
@@ -143,9 +147,7 @@ impl Set {
     /// True: the user was in the set.
     pub fn remove(&mut self, user: UserId) -> bool {
         let Some(pair) = self.pairs.remove(&user) else { return false };
-        if let State::New { asked, .. } = pair.state {
-            self.answered(asked, false);
-        }
+        self.answered(pair.asked(), false);
         true
     }
 
@@ -158,10 +160,10 @@ impl Set {
     /// False: the set was waiting for a look at the user already.
     pub fn mark(&mut self, user: UserId, certain: Option<u64>) -> bool {
         let Some(pair) = self.pairs.get_mut(&user) else { return true };
-        if let (State::New { must_tell, .. }, Some(newest)) = (&mut pair.state, certain) {
-            *must_tell |= pair.token > newest;
+        if let (Pair::New { known, must_tell, .. }, Some(newest)) = (&mut *pair, certain) {
+            *must_tell |= *known > newest;
         }
-        let is_first = !std::mem::replace(pair.state.is_queued(), true);
+        let is_first = !std::mem::replace(pair.is_queued(), true);
         if is_first {
             self.out.push_back(user);
         }
@@ -170,14 +172,14 @@ impl Set {
 
     /// The user cannot be read now: whoever waits for the answer is told so.
     pub fn give_up(&mut self, user: UserId) {
-        if let Some(Pair { state: State::New { asked, .. }, .. }) = self.pairs.get_mut(&user) {
-            let number = asked.take();
+        if let Some(Pair::New { asked, .. }) = self.pairs.get_mut(&user) {
+            let number = std::mem::replace(asked, NONE);
             self.answered(number, true);
         }
     }
 
-    fn answered(&mut self, asked: Option<u32>, is_incomplete: bool) {
-        let place = asked.map(|number| number.wrapping_sub(self.first) as usize);
+    fn answered(&mut self, asked: u32, is_incomplete: bool) {
+        let place = (asked != NONE).then(|| ((asked + NUMBERS - self.first) % NUMBERS) as usize);
         if let Some(request) = place.and_then(|place| self.asked.get_mut(place)) {
             request.missing -= 1;
             request.done.is_incomplete |= is_incomplete;
@@ -190,7 +192,7 @@ impl Set {
             if self.asked.front().is_some_and(|request| request.missing == 0)
                 && let Some(request) = self.asked.pop_front()
             {
-                self.first = self.first.wrapping_add(1);
+                self.first = (self.first + 1) % NUMBERS;
                 return Next::Done(request.done);
             }
             let Some((user, is_direct)) = self.next_user(now) else {
@@ -210,8 +212,8 @@ impl Set {
             && let Some(Reverse((_, user))) = self.later.pop()
             && let Ok(user) = UserId::parse(user)
         {
-            if let Some(Pair { state: State::Told { is_waiting, .. }, .. }) = self.pairs.get_mut(&user) {
-                *is_waiting = false;
+            if let Some(Pair::Told { waits, .. }) = self.pairs.get_mut(&user) {
+                *waits = Waits::No;
             }
             return Some((user, false));
         }
@@ -221,8 +223,8 @@ impl Set {
         };
         let mut is_told = false;
         if let Some(pair) = self.pairs.get_mut(&user) {
-            is_told = matches!(pair.state, State::Told { .. });
-            *pair.state.is_queued() = false;
+            is_told = matches!(pair, Pair::Told { .. });
+            *pair.is_queued() = false;
         }
         Some((user, is_told))
     }
@@ -232,8 +234,8 @@ impl Set {
         let at = self.millis(now);
         let Some(pair) = self.pairs.get_mut(&user) else { return false };
         match pair.verdict(shown, now, at, damping) {
-            Verdict::Later(due) => {
-                if pair.state.begin_waiting() {
+            Verdict::Later(due, waits) => {
+                if pair.begin_waiting(waits) {
                     self.later.push(Reverse((due, user.get())));
                     self.damped += 1;
                 }
@@ -241,12 +243,9 @@ impl Set {
             }
             Verdict::Unread => false,
             verdict @ (Verdict::Tell | Verdict::Same) => {
-                let (is_told, before) = (verdict == Verdict::Tell, pair.state);
-                (pair.token, pair.content) = (shown.token, shown.content);
-                pair.state = before.told(shown.is_online(), is_told.then_some(at));
-                if let State::New { asked, .. } = before {
-                    self.answered(asked, false);
-                }
+                let (is_told, asked) = (verdict == Verdict::Tell, pair.asked());
+                *pair = pair.told(shown, is_told.then_some(at));
+                self.answered(asked, false);
                 is_told
             }
         }
@@ -268,59 +267,70 @@ enum Verdict {
     Tell,
     /// It looks as it was told, or as the caller knew it.
     Same,
-    Later(Instant),
+    Later(Instant, Waits),
     /// The caller knows something newer: it has to be read first.
     Unread,
 }
 
 impl Pair {
     fn verdict(&self, shown: &Shown, now: Instant, at: u32, damping: &Damping) -> Verdict {
-        match self.state {
-            State::New { must_tell: true, .. } => Verdict::Tell,
-            State::New { .. } if shown.token < self.token => Verdict::Unread,
-            State::New { .. } if shown.token == self.token => Verdict::Same,
-            State::New { .. } => Verdict::Tell,
-            State::Told { .. } if shown.content == self.content => Verdict::Same,
-            State::Told { was_online, at: told, .. } => {
+        match *self {
+            Self::New { must_tell: true, .. } => Verdict::Tell,
+            Self::New { known, .. } if shown.token < known => Verdict::Unread,
+            Self::New { known, .. } if shown.token == known => Verdict::Same,
+            Self::New { .. } => Verdict::Tell,
+            Self::Told { content, .. } if shown.content == content => Verdict::Same,
+            Self::Told { was_online, at: told, .. } => {
                 let elapsed = Duration::from_millis(at.wrapping_sub(told).into());
                 let again = now + damping.min_interval.saturating_sub(elapsed);
                 let goes_offline = was_online && !shown.is_online();
                 let holds = goes_offline.then(|| Instant::from(shown.seen_at) + damping.offline_delay);
-                let due = holds.map_or(again, |holds| holds.max(again));
-                if due > now { Verdict::Later(due) } else { Verdict::Tell }
+                match holds.filter(|holds| *holds > again) {
+                    Some(holds) if holds > now => Verdict::Later(holds, Waits::Offline),
+                    None if again > now => Verdict::Later(again, Waits::Interval),
+                    _ => Verdict::Tell,
+                }
             }
         }
     }
-}
 
-impl State {
+    /// The request that waits for the user.
+    fn asked(&self) -> u32 {
+        if let Self::New { asked, .. } = self { *asked } else { NONE }
+    }
+
     fn is_queued(&mut self) -> &mut bool {
         match self {
             Self::New { is_queued, .. } | Self::Told { is_queued, .. } => is_queued,
         }
     }
 
-    /// True: the user was not waiting before.
-    fn begin_waiting(&mut self) -> bool {
-        match self {
-            Self::Told { is_waiting, .. } => !std::mem::replace(is_waiting, true),
-            Self::New { .. } => false,
+    /// False: the user is waiting already, and not for longer than that.
+    fn begin_waiting(&mut self, until: Waits) -> bool {
+        let Self::Told { waits, .. } = self else { return false };
+        let is_sooner = *waits == Waits::No || *waits == Waits::Offline && until == Waits::Interval;
+        if is_sooner {
+            *waits = until;
         }
+        is_sooner
     }
 
-    /// The state after a look. `now`: it was told.
-    fn told(self, is_online: bool, now: Option<u32>) -> Self {
+    /// The same after a look. `now`: it was told.
+    fn told(self, shown: &Shown, now: Option<u32>) -> Self {
+        let content = shown.content;
         match self {
             Self::New { is_queued, .. } => {
-                Self::Told { is_queued, is_waiting: false, was_online: is_online, at: now.unwrap_or(0) }
+                Self::Told { content, at: now.unwrap_or(0), is_queued, was_online: shown.is_online(), waits: Waits::No }
             }
-            Self::Told { is_queued, is_waiting, was_online, at } => {
-                let was_online = if now.is_some() { is_online } else { was_online };
-                Self::Told { is_queued, is_waiting, was_online, at: now.unwrap_or(at) }
+            Self::Told { is_queued, was_online, waits, at, .. } => {
+                let was_online = if now.is_some() { shown.is_online() } else { was_online };
+                Self::Told { content, at: now.unwrap_or(at), is_queued, was_online, waits }
             }
         }
     }
 }
+
+const _: () = assert!(size_of::<Pair>() == 16, "there are millions of them");
 
 #[cfg(test)]
 #[path = "set_tests.rs"]

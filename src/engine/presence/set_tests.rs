@@ -183,6 +183,21 @@ fn a_user_is_told_only_so_often_and_then_the_newest() {
 }
 
 #[test]
+fn who_comes_back_while_offline_is_held_back_is_told_when_the_interval_is_over() {
+    let mut world = World::new();
+    world.ask(1, &[(1, 0)]);
+    world.read(1, 1, Online);
+    world.told(0);
+    world.now = 100;
+    world.read(1, 2, Offline);
+    assert_eq!((world.told(100), world.due()), (vec![], Some(2_100)));
+    world.read(1, 3, Busy);
+    assert_eq!((world.told(200), world.due()), (vec![], Some(500)));
+    assert_eq!(world.told(500), ["1 3 Busy"]);
+    assert_eq!(world.told(2_100), [""; 0]);
+}
+
+#[test]
 fn a_request_does_not_wait_for_users_who_were_removed_or_cannot_be_read() {
     let mut world = World::new();
     world.ask(1, &[(1, 0), (2, 0)]);
