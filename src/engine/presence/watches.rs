@@ -112,7 +112,7 @@ impl Watches {
             self.metrics.shed("watches");
             return Err(Error::overloaded("as many streams watch on this node as may (watch.max_streams)"));
         }
-        self.feed.set_read(true);
+        self.feed.begin_reading();
         let watcher = Arc::new(Watcher::new(Instant::now()));
         Ok(Watch { watches: self.clone(), watcher })
     }

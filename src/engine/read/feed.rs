@@ -5,14 +5,13 @@ use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
 
 use tokio::sync::Notify;
 
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 
-/// Changes that may wait, of 40 bytes each. When there are more the reader has to look at everybody.
+/// Changes that may wait, of 16 bytes each. When there are more the reader has to look at everybody.
 const QUEUE: usize = 100_000;
 
 /// A user's change, as it is known here.
@@ -21,7 +20,6 @@ pub struct Changed {
     pub user: UserId,
     /// The version of what others are shown.
     pub shown: Version,
-    pub heard: Instant,
 }
 
 #[derive(Default)]
@@ -44,21 +42,21 @@ impl Feed {
         if !self.is_read.load(Ordering::Acquire) {
             return;
         }
-        let (heard, mut waiting) = (Instant::now(), self.waiting());
+        let mut waiting = self.waiting();
         for (user, shown) in changes {
             if waiting.changes.len() >= QUEUE {
                 waiting.has_lost = true;
                 break;
             }
-            waiting.changes.push(Changed { user, shown, heard });
+            waiting.changes.push(Changed { user, shown });
         }
         drop(waiting);
         self.pushed.notify_one();
     }
 
-    /// From now on there is a reader, or none. What was pushed before is not told.
-    pub fn set_read(&self, is_read: bool) {
-        self.is_read.store(is_read, Ordering::Release);
+    /// From now on there is a reader. What was pushed before is not told.
+    pub fn begin_reading(&self) {
+        self.is_read.store(true, Ordering::Release);
     }
 
     /// What was pushed since the last call, in its order. True: some of it was lost.
@@ -90,7 +88,7 @@ mod tests {
         let feed = Feed::default();
         feed.push(users(1..3));
         assert_eq!(feed.take().0.len(), 0, "nobody reads");
-        feed.set_read(true);
+        feed.begin_reading();
         feed.push(users(1..3));
         feed.push(users(3..4));
         let (changes, has_lost) = feed.take();
