@@ -1,23 +1,17 @@
-//! Times as people read and write them: UTC, by Howard Hinnant's `civil_from_days` and `days_from_civil`.
+//! Times as people read and write them, in UTC.
 
-const DAY_MS: i64 = 24 * 3600 * 1000;
-/// From 0000-03-01, where his years begin, to 1970-01-01.
-const EPOCH_DAYS: i64 = 719_468;
-const DAYS_OF_ERA: i64 = 146_097;
+use crate::domain::time::DAY_MS;
+use crate::domain::time::Timestamp;
+use crate::domain::time::parse_day;
+use crate::domain::time::written_day;
+
 const FORMS: &str = "a time is milliseconds since 1970, 2026-11-28, or 2026-11-28T09:30:00Z";
 
 /// `2026-11-28 09:30:00.000Z`
 pub fn shown(unix_ms: i64) -> String {
-    let (days, ms) = (unix_ms.div_euclid(DAY_MS) + EPOCH_DAYS, unix_ms.rem_euclid(DAY_MS));
-    let (era, day_of_era) = (days.div_euclid(DAYS_OF_ERA), days.rem_euclid(DAYS_OF_ERA));
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let month_from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
-    let month = if month_from_march < 10 { month_from_march + 3 } else { month_from_march - 9 };
-    let year = year_of_era + era * 400 + i64::from(month <= 2);
+    let (day, ms) = (written_day(Timestamp(unix_ms).day()), unix_ms.rem_euclid(DAY_MS));
     let (hour, minute, second, milli) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}.{milli:03}Z")
+    format!("{day} {hour:02}:{minute:02}:{second:02}.{milli:03}Z")
 }
 
 /// Milliseconds since 1970 of what [`shown`] prints, of RFC 3339, of a day, or of milliseconds.
@@ -29,18 +23,8 @@ pub fn parse(text: &str) -> Result<i64, String> {
         return if unix_ms >= 0 { Ok(unix_ms) } else { Err(FORMS.to_owned()) };
     }
     let (date, time) = text.split_once(['T', 't', ' ']).unwrap_or((text, "00:00:00Z"));
-    let ms = day_ms(date).zip(time_ms(time)).map(|(day, time)| day + time);
+    let ms = parse_day(date).zip(time_ms(time)).map(|(day, time)| i64::from(day) * DAY_MS + time);
     ms.filter(|ms| *ms >= 0).ok_or_else(|| format!("{FORMS}, not {text:?}"))
-}
-
-fn day_ms(date: &str) -> Option<i64> {
-    let [year, month, day] = numbers(date, '-', [4, 2, 2])?;
-    let (month_from_march, year) = if month > 2 { (month - 3, year) } else { (month + 9, year - 1) };
-    let (era, year_of_era) = (year.div_euclid(400), year.rem_euclid(400));
-    let day_of_year = (153 * month_from_march + 2) / 5 + day - 1;
-    let day_of_era = year_of_era * 365 + year_of_era / 4 - year_of_era / 100 + day_of_year;
-    let ms = (era * DAYS_OF_ERA + day_of_era - EPOCH_DAYS) * DAY_MS;
-    shown(ms).starts_with(date).then_some(ms) // there is no 30th of February
 }
 
 /// Of a time of day with `Z`, `+01:00` or the like.

@@ -12,9 +12,8 @@ use crate::domain::id::Epoch;
 use crate::domain::id::Version;
 use crate::domain::status::Activity;
 use crate::domain::status::Status;
+use crate::domain::time::DAY_MS;
 use crate::domain::time::Timestamp;
-
-const DAY_MS: i64 = 86_400_000;
 
 /// Why what is shown has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,11 +195,11 @@ impl OnlineSession {
     pub fn shares(&self, hidden: bool, is_end: bool, at: Timestamp) -> impl Iterator<Item = DayShare> {
         let Self { since, is_counted } = *self;
         let counts = !is_counted && (is_end || !hidden);
-        let (first, last) = (since.0.div_euclid(DAY_MS), at.0.max(since.0).div_euclid(DAY_MS));
-        let share = move |day: i64| {
-            let ms = (at.0.min((day + 1) * DAY_MS) - since.0.max(day * DAY_MS)).max(0);
+        let (first, last) = (since.day(), at.max(since).day());
+        let share = move |day: i32| {
+            let begin = i64::from(day) * DAY_MS;
+            let ms = (at.0.min(begin + DAY_MS) - since.0.max(begin)).max(0);
             let sessions = u32::from(counts && day == first);
-            let day = i32::try_from(day).unwrap_or(i32::MAX);
             match hidden {
                 false => DayShare { day, online_ms: ms, sessions, ..DayShare::default() },
                 true => DayShare { day, hidden_ms: ms, hidden_sessions: sessions, ..DayShare::default() },
@@ -208,11 +207,6 @@ impl OnlineSession {
         };
         (first..=last).map(share).filter(|share| *share != DayShare { day: share.day, ..DayShare::default() })
     }
-}
-
-/// The day of a time, since 1970 and of UTC.
-pub fn day_of(at: Timestamp) -> i32 {
-    i32::try_from(at.0.div_euclid(DAY_MS)).unwrap_or(i32::MAX)
 }
 
 /// Days of which the activity score tells.

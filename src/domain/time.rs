@@ -9,6 +9,9 @@ use time::Month;
 /// What is later than it can be by more than this was written when the clock was wrong.
 pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
 
+/// Of UTC: there are no others here.
+pub const DAY_MS: i64 = 86_400_000;
+
 /// Milliseconds since 1970 on the database's clock.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Timestamp(pub i64);
@@ -25,6 +28,11 @@ impl Timestamp {
 
     pub fn minus(self, by: Duration) -> Self {
         Self(self.0.saturating_sub(millis(by)))
+    }
+
+    /// The day of UTC, since 1970.
+    pub fn day(self) -> i32 {
+        i32::try_from(self.0.div_euclid(DAY_MS)).unwrap_or(i32::MAX)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::domain::history::LogLine;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::status::Status;
+use crate::domain::time::DAY_MS;
 use crate::domain::time::Timestamp;
 use crate::store::codec;
 use crate::store::column::clock_millis;
@@ -31,7 +32,6 @@ use crate::store::statement::repeated;
 const PRUNED_AT_ONCE: u64 = 1_000;
 /// Rows that one look for users with too many of them reads, in the index.
 const COUNTED_AT_ONCE: i64 = 100_000;
-const DAY_MS: i64 = 86_400_000;
 
 /// A line of the log, with the address of the gateway that was bound last.
 #[derive(Clone, Debug, PartialEq)]

@@ -14,7 +14,6 @@ use crate::domain::history::Cause;
 use crate::domain::history::DayShare;
 use crate::domain::history::SCORE_DAYS;
 use crate::domain::history::activity_score;
-use crate::domain::history::day_of;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::status::Status;
@@ -121,7 +120,7 @@ impl History {
 
     /// By the database's clock, in UTC.
     pub fn today(&self) -> i32 {
-        day_of(self.lives.clock.now())
+        self.lives.clock.now().day()
     }
 
     /// How many rows there are about a user.
