@@ -11,6 +11,7 @@ use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
 use crate::domain::id::Version;
+use crate::domain::status::Activity;
 use crate::domain::time::Expiry;
 use crate::domain::time::Timestamp;
 
@@ -67,4 +68,14 @@ impl Route {
         }
         lives.get(self.epoch).map_or(Liveness::OnTime, |life| life.liveness(now, heartbeat_interval))
     }
+
+    /// Until when the route was good, if it is over: its own time to live, or the last beat of its gateway.
+    pub fn end(&self, lives: &LifeTable) -> Option<Timestamp> {
+        self.expires_at.at().or_else(|| lives.get(self.epoch).map(|life| life.last_beat))
+    }
+}
+
+/// What a user does who has these routes, all of them live.
+pub fn activity<'a>(routes: impl IntoIterator<Item = &'a Route>) -> Activity {
+    Activity::of(routes.into_iter().map(|route| route.idle))
 }

@@ -253,7 +253,7 @@ impl UserRecord {
 
     /// When the last of the routes that are over ended, or the user was seen after that.
     fn last_end(&self, context: &Context<'_>) -> Timestamp {
-        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| context.end_of(route));
+        let ends = self.routes.iter().filter(|route| !context.is_live(route)).filter_map(|route| route.end(context.lives));
         ends.max().unwrap_or_default().min(context.now).max(self.last_seen)
     }
 
@@ -291,11 +291,6 @@ impl Context<'_> {
     fn is_to_go(&self, route: &Route) -> bool {
         let lives_on = || self.lives.get(route.epoch).is_none_or(|life| life.is_alive());
         !self.is_live(route) && (self.clock_is_steady || !lives_on())
-    }
-
-    /// Until when a route that is over was good: its own time to live, or the last beat of its gateway.
-    fn end_of(&self, route: &Route) -> Option<Timestamp> {
-        route.expires_at.at().or_else(|| self.lives.get(route.epoch).map(|life| life.last_beat))
     }
 
     fn expiry(&self, life: &Life) -> Expiry {

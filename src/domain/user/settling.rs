@@ -8,7 +8,7 @@ use crate::domain::history::Standing;
 use crate::domain::history::Step;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
-use crate::domain::status::Activity;
+use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::domain::user::Applied;
@@ -72,7 +72,7 @@ impl UserRecord {
 }
 
 fn standing<'a>(wanted: Status, routes: impl Iterator<Item = &'a Route> + Clone) -> Standing {
-    let activity = Activity::of(routes.clone().map(|route| route.idle));
+    let activity = activity(routes.clone());
     let devices = u32::try_from(routes.clone().count()).unwrap_or(u32::MAX);
     Standing { wanted, activity, devices, epoch: routes.max_by_key(|route| route.bound_version).map(|route| route.epoch) }
 }

@@ -6,7 +6,7 @@ use crate::domain::event::SetStatus;
 use crate::domain::id::Version;
 use crate::domain::policy::Reason;
 use crate::domain::route::Routes;
-use crate::domain::status::Activity;
+use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::status::Wish;
 use crate::domain::user::Applied;
@@ -43,14 +43,14 @@ impl UserRecord {
             return self.until(wish, context);
         }
         let version = self.version.next(context.clock);
-        let shown = wish.status.shown(Activity::of(routes.iter().map(|route| route.idle)));
+        let shown = wish.status.shown(activity(&routes));
         let next = self.changed(version, self.last_end(context), routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)
     }
 
     /// The same wish, for as long as it says. Nobody else sees that: the version stays.
     fn until(&self, wish: Wish, context: &Context<'_>) -> Applied {
-        let shown = wish.status.shown(Activity::of(self.live(context).map(|route| route.idle)));
+        let shown = wish.status.shown(activity(self.live(context)));
         let outcome = Outcome::StatusSet { shown, version: self.version };
         if wish.until == self.wish_until() {
             return Applied::unchanged(outcome);
@@ -66,7 +66,7 @@ impl UserRecord {
         }
         let version = self.version.next(context.clock);
         let routes: Routes = self.live(context).cloned().collect();
-        let shown = Status::Online.shown(Activity::of(routes.iter().map(|route| route.idle)));
+        let shown = Status::Online.shown(activity(&routes));
         let wish = Wish::default();
         let next = self.changed(version, self.last_end(context), routes).with(Presence { wish, ..self.presence() });
         Applied::changed(Outcome::StatusSet { shown, version }, next)

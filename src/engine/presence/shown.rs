@@ -9,7 +9,7 @@ use crate::clock::CompactInstant;
 use crate::domain::id::Epoch;
 use crate::domain::id::Epochs;
 use crate::domain::route::Platform;
-use crate::domain::status::Activity;
+use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::engine::read::directory::Answer;
@@ -40,7 +40,7 @@ impl Shown {
     /// `before`: what was shown last.
     pub fn of(answer: &Answer, before: Option<&Self>, now: Instant) -> Self {
         let believed = || answer.routes_on_lives();
-        let status = answer.wanted().shown(Activity::of(believed().map(|(route, _)| route.idle)));
+        let status = answer.wanted().shown(activity(believed().map(|(route, _)| route)));
         let is_online = status != Status::Offline;
         let since = answer.status_since(status);
         let is_as_before = |before: &&Self| (before.status, before.since) == (status, since);

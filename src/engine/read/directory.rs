@@ -18,7 +18,7 @@ use crate::domain::id::UserId;
 use crate::domain::id::VERSION_GAP;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
-use crate::domain::status::Activity;
+use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::engine::read::cache::Cache;
@@ -145,7 +145,7 @@ impl Answer {
     /// What others are shown.
     pub fn status(&self) -> Status {
         let record = &self.entry.record;
-        record.wanted().shown(Activity::of(self.live_routes().map(|live| live.route.idle)))
+        record.wanted().shown(activity(self.live_routes().map(|live| live.route)))
     }
 
     /// What the user says of themselves; nothing is said of users who are shown as `OFFLINE`.
@@ -162,8 +162,8 @@ impl Answer {
 
     /// When the last of the record's routes was good last.
     pub fn ended_at(&self) -> Timestamp {
-        let end = |route: &Route| route.expires_at.at().or_else(|| Some(self.moment.table.get(route.epoch)?.last_beat));
-        self.entry.record.routes.iter().filter_map(end).max().unwrap_or_default().max(self.entry.record.last_seen)
+        let ends = self.entry.record.routes.iter().filter_map(|route| route.end(&self.moment.table));
+        ends.max().unwrap_or_default().max(self.entry.record.last_seen)
     }
 
     /// Live ones or not.

@@ -15,7 +15,7 @@ use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
-use crate::domain::status::Activity;
+use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
@@ -195,7 +195,7 @@ impl Publisher {
         let is_live = |route: &&Route| route.liveness(&table, now, slack, self.heartbeat_interval) != Liveness::Over;
         let live = || record.routes.iter().filter(is_live);
         let newest = live().max_by_key(|route| route.bound_version).and_then(|route| table.get(route.epoch));
-        let status = record.wanted().shown(Activity::of(live().map(|route| route.idle)));
+        let status = record.wanted().shown(activity(live()));
         let shown = Shown {
             gateway: newest.map(|life| life.gateway.to_string()),
             status: (!record.is_erased()).then_some(status),
