@@ -9,6 +9,7 @@ use crate::api::listen;
 use crate::app::admin_port;
 use crate::config::Config;
 use crate::engine::messages::inbox;
+use crate::engine::presence::history;
 
 /// Standard streams, listeners, event queues, Redis, other nodes, files of the database.
 const OTHERS: u64 = 96;
@@ -21,7 +22,7 @@ pub fn max_connections(config: &Config) -> usize {
     let wanted = config.presence_service.max_connections;
     let Ok((soft, hard)) = getrlimit(Resource::RLIMIT_NOFILE) else { return wanted };
     let limit = if setrlimit(Resource::RLIMIT_NOFILE, hard, hard).is_ok() { hard } else { soft };
-    let store = config.store.connections as usize + 2 * config.store.lanes + inbox::READERS;
+    let store = config.store.connections as usize + 2 * config.store.lanes + inbox::READERS + history::READERS;
     let waiting = listen::MAX_NEWCOMERS + admin_port::MAX_NEWCOMERS + admin_port::MAX_CONNECTIONS;
     let left = limit.saturating_sub(OTHERS + (store + waiting) as u64);
     let fits = usize::try_from(left).unwrap_or(usize::MAX).max(FEWEST_CONNECTIONS);

@@ -16,6 +16,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
+use crate::store::statement::unless_there;
 use crate::store::users::DatabaseClock;
 
 /// If no node could write for this long, nobody knows which gateways would have beaten meanwhile.
@@ -251,12 +252,8 @@ impl Connection {
     }
 
     async fn insert_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
-        let unless_there = match self.engine() {
-            Engine::MySql => "ON DUPLICATE KEY UPDATE node_id = node_id",
-            Engine::Sqlite => "ON CONFLICT DO NOTHING",
-        };
-        let now = clock_millis(self.engine());
-        let insert = format!("INSERT INTO nodes (node_id, incarnation, addr, seen_at) VALUES (?, ?, ?, {now}) {unless_there}");
+        let (now, unless_there) = (clock_millis(self.engine()), unless_there(self.engine(), "node_id"));
+        let insert = format!("INSERT INTO nodes (node_id, incarnation, addr, seen_at) VALUES (?, ?, ?, {now}){unless_there}");
         let insert = statement(insert).bind(own.node_id.clone()).bind(own.incarnation.clone()).bind(own.addr.clone());
         self.execute(insert).await.map(|_| ())
     }

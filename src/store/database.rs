@@ -15,6 +15,7 @@ use crate::store::connection::statement;
 use crate::store::database_file::DatabaseFile;
 use crate::store::open_error::OpenError;
 use crate::store::schema;
+use crate::store::statement::unless_there;
 
 /// The server may have ended a connection that was not used for longer.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
@@ -143,13 +144,10 @@ impl Durability {
 /// The store's id: whoever comes first makes it.
 async fn store_id(connection: &mut Connection) -> Result<String, SqlError> {
     const READ: &str = "SELECT store_id FROM cluster WHERE id = 1";
-    let sql = match connection.engine() {
-        Engine::MySql => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON DUPLICATE KEY UPDATE id = id",
-        Engine::Sqlite => "INSERT INTO cluster (id, store_id) VALUES (1, ?) ON CONFLICT DO NOTHING",
-    };
+    let insert = "INSERT INTO cluster (id, store_id) VALUES (1, ?)".to_owned() + &unless_there(connection.engine(), "id");
     let mut rows = connection.fetch(statement(READ)).await?;
     if rows.is_empty() {
-        connection.execute(statement(sql).bind(uuid::Uuid::new_v4().to_string())).await?;
+        connection.execute(statement(insert).bind(uuid::Uuid::new_v4().to_string())).await?;
         rows = connection.fetch(statement(READ)).await?;
     }
     let row = rows.first().ok_or_else(|| SqlError::Lost("the table `cluster` is empty".to_owned()))?;

@@ -26,7 +26,9 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
+use crate::store::statement::or_update;
 use crate::store::statement::repeated;
+use crate::store::statement::unless_there;
 
 /// Rows removed by one statement: others must not wait for long.
 const PRUNED_AT_ONCE: u64 = 1_000;
@@ -47,6 +49,7 @@ pub struct LoggedLine {
 }
 
 /// Which part of a user's log.
+#[derive(Clone, Copy)]
 pub struct LogPage {
     pub user: UserId,
     /// Only lines before this version.
@@ -62,13 +65,9 @@ impl Connection {
     pub async fn add_log(&mut self, lines: &[(UserId, LogLine, String)]) -> Result<(), SqlError> {
         const HEAD: &str =
             "INSERT INTO status_log (user_id, version, at_ms, shown, hidden, cause, devices, gateway_addr) VALUES ";
-        // Rows that fill a chunk up are there already.
-        let tail = match self.engine() {
-            Engine::MySql => " ON DUPLICATE KEY UPDATE user_id = VALUES(user_id)",
-            Engine::Sqlite => " ON CONFLICT DO NOTHING",
-        };
+        let tail = unless_there(self.engine(), "user_id"); // as those that fill a chunk up
         for (chunk, fill) in chunks(lines) {
-            let mut insert = statement(repeated(HEAD, "(?,?,?,?,?,?,?,?)", chunk.len() + fill, tail));
+            let mut insert = statement(repeated(HEAD, "(?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for (user, line, gateway) in filled(chunk, fill) {
                 insert = insert.bind(user.get()).bind(signed(line.version.0)).bind(line.at.0);
                 insert = insert.bind(codec::status_to_i32(line.shown)).bind(i32::from(line.hidden));
@@ -83,11 +82,7 @@ impl Connection {
     pub async fn add_days(&mut self, shares: &[(UserId, DayShare)]) -> Result<(), SqlError> {
         const HEAD: &str = "INSERT INTO online_days (user_id, day, online_ms, hidden_ms, sessions, hidden_sessions) VALUES ";
         const SUMS: [&str; 4] = ["online_ms", "hidden_ms", "sessions", "hidden_sessions"];
-        let (head, new) = match self.engine() {
-            Engine::MySql => (" ON DUPLICATE KEY UPDATE ", ("VALUES(", ")")),
-            Engine::Sqlite => (" ON CONFLICT (user_id, day) DO UPDATE SET ", ("excluded.", "")),
-        };
-        let tail = head.to_owned() + &SUMS.map(|sum| format!("{sum} = online_days.{sum} + {}{sum}{}", new.0, new.1)).join(", ");
+        let tail = or_update(self.engine(), "user_id, day", &SUMS, |sum, more| format!("online_days.{sum} + {more}"));
         for (chunk, fill) in chunks(shares) {
             let nothing = chunk.last().map(|(user, share)| (*user, DayShare { day: share.day, ..DayShare::default() }));
             let rows = chunk.iter().copied().chain(std::iter::repeat_n(nothing, fill).flatten());

@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use crate::store::column::clock_micros;
 use crate::store::connection::Connection;
-use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
+use crate::store::statement::unless_there;
 
 /// No job is claimed for longer.
 const LONGEST_MS: i64 = 60_000;
@@ -23,10 +23,8 @@ impl Connection {
     /// that ends later than any can was made when the clock was wrong.
     pub async fn claim_job(&mut self, job: &str, claimant: &str, term: Duration) -> Result<bool, SqlError> {
         let now = format!("({} / 1000)", clock_micros(self.engine()));
-        let insert = match self.engine() {
-            Engine::MySql => "INSERT INTO jobs (name, node_id, until) VALUES (?, '', 0) ON DUPLICATE KEY UPDATE name = name",
-            Engine::Sqlite => "INSERT INTO jobs (name, node_id, until) VALUES (?, '', 0) ON CONFLICT DO NOTHING",
-        };
+        let unless_there = unless_there(self.engine(), "name");
+        let insert = format!("INSERT INTO jobs (name, node_id, until) VALUES (?, '', 0){unless_there}");
         let claim = format!(
             "UPDATE jobs SET node_id = ?, until = {now} + ? WHERE name = ? \
              AND node_id <> '{DONE}' AND (node_id = ? OR until < {now} OR until > {now} + {LONGEST_MS} + {ROUNDING_MS})"

@@ -18,6 +18,7 @@ pub mod link;
 pub mod lives;
 pub mod open_error;
 pub mod outbox;
+pub mod readers;
 mod schema;
 pub mod shared;
 mod sql_error;

@@ -1,6 +1,8 @@
 //! Statements over many rows. A prepared statement has a fixed number of rows, so rows go in chunks of a few sizes; the last
 //! chunk is filled up by repeating its last row, which must not matter to the statement.
 
+use crate::store::connection::Engine;
+
 /// Rows of one statement: keeps an `IN` list below the size at which MariaDB turns it into a join.
 pub const MAX_CHUNK: usize = 512;
 /// Below this a chunk is filled up, above it is split: repeated rows cost less than round trips, up to a point.
@@ -41,6 +43,25 @@ pub fn repeated(head: &str, row: &str, times: usize, tail: &str) -> String {
     }
     sql.push_str(tail);
     sql
+}
+
+/// The end of an insert that leaves a row that is there as it is. `column`: any of its own.
+pub fn unless_there(engine: Engine, column: &str) -> String {
+    match engine {
+        Engine::MySql => format!(" ON DUPLICATE KEY UPDATE {column} = {column}"),
+        Engine::Sqlite => " ON CONFLICT DO NOTHING".to_owned(),
+    }
+}
+
+/// The end of an insert that changes `columns` of a row that is there, each into what `value` makes of its name and of what
+/// would have been inserted.
+pub fn or_update(engine: Engine, key: &str, columns: &[&str], value: impl Fn(&str, String) -> String) -> String {
+    let (head, new) = match engine {
+        Engine::MySql => (" ON DUPLICATE KEY UPDATE ".to_owned(), ("VALUES(", ")")),
+        Engine::Sqlite => (format!(" ON CONFLICT ({key}) DO UPDATE SET "), ("excluded.", "")),
+    };
+    let set = |column: &&str| format!("{column} = {}", value(column, format!("{}{column}{}", new.0, new.1)));
+    head + &columns.iter().map(set).collect::<Vec<_>>().join(", ")
 }
 
 #[cfg(test)]

@@ -25,7 +25,9 @@ use crate::store::connection::Statement;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
+use crate::store::statement::or_update;
 use crate::store::statement::repeated;
+use crate::store::statement::unless_there;
 use crate::store::user_row::ROUTE_COLUMNS;
 use crate::store::user_row::USER_COLUMNS;
 use crate::store::user_row::bind_route;
@@ -80,12 +82,9 @@ impl Connection {
     /// The statement is exactly this: `SELECT ... FOR UPDATE` locks nothing where there is no row, and together with inserts
     /// it deadlocks; `INSERT IGNORE` takes shared locks; a list of a thousand ids becomes a join that locks strangers.
     pub async fn lock_users(&mut self, users: &[UserId]) -> Result<(), SqlError> {
-        let tail = match self.engine() {
-            Engine::MySql => " ON DUPLICATE KEY UPDATE user_id = user_id",
-            Engine::Sqlite => " ON CONFLICT DO NOTHING",
-        };
+        let tail = unless_there(self.engine(), "user_id");
         for (chunk, fill) in chunks(users) {
-            let sql = repeated("INSERT INTO users (user_id, version) VALUES ", "(?,0)", chunk.len() + fill, tail);
+            let sql = repeated("INSERT INTO users (user_id, version) VALUES ", "(?,0)", chunk.len() + fill, &tail);
             self.execute(bind_users(statement(sql), chunk, fill)).await?;
         }
         Ok(())
@@ -188,7 +187,7 @@ impl Connection {
 
     async fn upsert_routes(&mut self, routes: &[(UserId, &Route)]) -> Result<(), SqlError> {
         let head = format!("INSERT INTO routes (user_id, device_id, {}) VALUES ", ROUTE_COLUMNS.join(", "));
-        let tail = self.on_conflict("user_id, device_id", &ROUTE_COLUMNS);
+        let tail = or_update(self.engine(), "user_id, device_id", &ROUTE_COLUMNS, |_, new| new);
         for (chunk, fill) in chunks(routes) {
             let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for (user, route) in filled(chunk, fill) {
@@ -201,7 +200,7 @@ impl Connection {
 
     async fn upsert_users(&mut self, changes: &[UserChange<'_>]) -> Result<(), SqlError> {
         let head = format!("INSERT INTO users (user_id, {}) VALUES ", USER_COLUMNS.join(", "));
-        let tail = self.on_conflict("user_id", &USER_COLUMNS);
+        let tail = or_update(self.engine(), "user_id", &USER_COLUMNS, |_, new| new);
         for (chunk, fill) in chunks(changes) {
             let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for change in filled(chunk, fill) {
@@ -210,16 +209,6 @@ impl Connection {
             self.execute(insert).await?;
         }
         Ok(())
-    }
-
-    /// The end of an insert that overwrites `columns` of rows that are there.
-    fn on_conflict(&self, key: &str, columns: &[&str]) -> String {
-        let (head, new) = match self.engine() {
-            Engine::MySql => (" ON DUPLICATE KEY UPDATE ".to_owned(), ("VALUES(", ")")),
-            Engine::Sqlite => (format!(" ON CONFLICT ({key}) DO UPDATE SET "), ("excluded.", "")),
-        };
-        let sets: Vec<String> = columns.iter().map(|column| format!("{column} = {}{column}{}", new.0, new.1)).collect();
-        head + &sets.join(", ")
     }
 
     /// Up to `limit` users with a route that ended before `now`, those that ended first first.

@@ -6,13 +6,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
-use tokio::sync::Semaphore;
+use futures_util::FutureExt;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use tracing::warn;
@@ -34,11 +31,11 @@ use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::memory::Memory;
 use crate::memory::Share;
-use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 pub use crate::store::inbox::StoredMessage;
+use crate::store::readers::Readers;
 
 /// Users drained at the same time. Most of them wait for devices, and must not hold up the others.
 pub const DRAINERS: usize = 1_024;
@@ -68,8 +65,7 @@ pub struct Inboxes {
     lives: Arc<Lives>,
     database: Arc<Database>,
     silent: moka::sync::Cache<(UserId, DeviceId), Silent>,
-    readers: Semaphore,
-    idle: Mutex<Vec<Connection>>,
+    readers: Readers,
     claimant: String,
     memory: Arc<Memory>,
 }
@@ -87,8 +83,8 @@ impl Inboxes {
         memory: Arc<Memory>,
     ) -> Arc<Self> {
         let silent = moka::sync::Cache::builder().max_capacity(SILENT_DEVICES).time_to_live(PAUSES.1 * 2).build();
-        let (readers, idle, claimant) = (Semaphore::new(READERS), Mutex::default(), claimant.to_owned());
-        Arc::new(Self { queue, deliveries, directory, lanes, lives, database, silent, readers, idle, claimant, memory })
+        let (readers, claimant) = (Readers::new(database.clone(), READERS), claimant.to_owned());
+        Arc::new(Self { queue, deliveries, directory, lanes, lives, database, silent, readers, claimant, memory })
     }
 
     /// Messages for a device after number `after`, up to so many and so many bytes, but one at least; and whether there are
@@ -206,25 +202,11 @@ impl Inboxes {
         self.silent.insert(key, (bound, Instant::now() + pause, pause));
     }
 
-    /// Reads a window on a connection kept from before if it still works, else on a new one.
+    /// Reads a window.
     async fn read(&self, user: UserId, after: u64) -> Result<Vec<StoredMessage>, Error> {
-        let unavailable = |_| Error::unavailable("the inbox cannot be read now");
-        let _turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
-        let (now, kept) = (self.lives.clock.over_by(), self.idle().pop());
-        if let Some(mut kept) = kept
-            && let Ok(window) = kept.read_inbox(user, after, now, WINDOW).await
-        {
-            self.idle().push(kept);
-            return Ok(window);
-        }
-        let mut fresh = self.database.connect(Purpose::General).await.map_err(unavailable)?;
-        let window = fresh.read_inbox(user, after, now, WINDOW).await.map_err(unavailable)?;
-        self.idle().push(fresh);
-        Ok(window)
-    }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+        let now = self.lives.clock.over_by();
+        let window = self.readers.read(move |connection| connection.read_inbox(user, after, now, WINDOW).boxed()).await;
+        window.map_err(|_| Error::unavailable("the inbox cannot be read now"))
     }
 
     /// Looks for users who are online and have messages, and for messages that are over, if it is this node's turn.

@@ -2,13 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::MutexGuard;
-use std::sync::PoisonError;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
-use tokio::sync::SemaphorePermit;
+use futures_util::FutureExt;
 
 use crate::domain::history::Cause;
 use crate::domain::history::DayShare;
@@ -23,14 +19,14 @@ use crate::engine::read::directory::Directory;
 use crate::engine::read::lives::Lives;
 use crate::error::Error;
 use crate::store::connection::Connection;
-use crate::store::connection::Purpose;
-use crate::store::connection::SqlError;
 use crate::store::database::Database;
 pub use crate::store::history::LogPage;
 pub use crate::store::history::LoggedLine;
+use crate::store::readers::Readers;
+use crate::store::readers::Reading;
 
 /// Connections that read history.
-const READERS: usize = 2;
+pub const READERS: usize = 2;
 
 /// How long a user was online.
 #[derive(Debug, Default)]
@@ -43,16 +39,14 @@ pub struct OnlineTime {
 }
 
 pub struct History {
-    database: Arc<Database>,
     directory: Arc<Directory>,
     lives: Arc<Lives>,
-    readers: Semaphore,
-    idle: Mutex<Vec<Connection>>,
+    readers: Readers,
 }
 
 impl History {
     pub fn new(database: Arc<Database>, directory: Arc<Directory>, lives: Arc<Lives>) -> Self {
-        Self { database, directory, lives, readers: Semaphore::new(READERS), idle: Mutex::default() }
+        Self { directory, lives, readers: Readers::new(database, READERS) }
     }
 
     /// A page of a user's log, the newest line first. True: there are more.
@@ -63,14 +57,13 @@ impl History {
         let page = LogPage { limit: page.limit + 1, ..page };
         let is_newest = page.before.0 >= Version::MAX.0;
         let answer = self.directory.get(page.user, Some(Duration::ZERO)).await?;
-        let (_turn, mut connection) = self.connection().await?;
-        let mut lines = connection.read_log(&page).await.map_err(unavailable)?;
+        let mut lines = self.read(move |connection| async move { connection.read_log(&page).await }.boxed()).await?;
         if is_newest {
-            let newest = connection.read_log(&LogPage { from: Timestamp(0), limit: 1, ..page }).await.map_err(unavailable)?;
+            let newest = LogPage { from: Timestamp(0), limit: 1, ..page };
+            let newest = self.read(move |connection| async move { connection.read_log(&newest).await }.boxed()).await?;
             let died = death(&answer, newest.first(), page.with_hidden);
             lines.splice(0..0, died.filter(|line| (page.from..page.to).contains(&line.at)));
         }
-        self.idle().push(connection);
         let has_more = lines.len() >= page.limit;
         lines.truncate(page.limit - 1);
         Ok((lines, has_more))
@@ -105,13 +98,11 @@ impl History {
     async fn days(&self, user: UserId, from: i32, to: i32) -> Result<(Answer, BTreeMap<i32, DayShare>), Error> {
         const TRIES: usize = 3;
         let mut answer = self.directory.get(user, Some(Duration::ZERO)).await?;
-        let (_turn, mut connection) = self.connection().await?;
         let mut tries = 1;
         loop {
-            let days = connection.read_days(user, from, to).await.map_err(unavailable)?;
+            let days = self.read(move |connection| connection.read_days(user, from, to).boxed()).await?;
             let again = self.directory.get(user, Some(Duration::ZERO)).await?;
             if again.version() == answer.version() || tries == TRIES {
-                self.idle().push(connection);
                 return Ok((again, days));
             }
             (answer, tries) = (again, tries + 1);
@@ -128,31 +119,12 @@ impl History {
     /// # Errors
     /// [`Error::Unavailable`] if SQL cannot be read.
     pub async fn count_rows(&self, user: UserId) -> Result<u64, Error> {
-        let (_turn, mut connection) = self.connection().await?;
-        let rows = connection.count_rows_of(user).await.map_err(unavailable)?;
-        self.idle().push(connection);
-        Ok(rows)
+        self.read(move |connection| connection.count_rows_of(user).boxed()).await
     }
 
-    /// A connection kept from before if it still works, else a new one.
-    async fn connection(&self) -> Result<(SemaphorePermit<'_>, Connection), Error> {
-        let turn = self.readers.acquire().await.map_err(|_| Error::unavailable("this node stops"))?;
-        let kept = self.idle().pop();
-        if let Some(mut kept) = kept
-            && kept.ping().await.is_ok()
-        {
-            return Ok((turn, kept));
-        }
-        Ok((turn, self.database.connect(Purpose::General).await.map_err(unavailable)?))
+    async fn read<T>(&self, read: impl Fn(&mut Connection) -> Reading<'_, T>) -> Result<T, Error> {
+        self.readers.read(read).await.map_err(|_| Error::unavailable("the history cannot be read now"))
     }
-
-    fn idle(&self) -> MutexGuard<'_, Vec<Connection>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-fn unavailable(_: SqlError) -> Error {
-    Error::unavailable("the history cannot be read now")
 }
 
 /// The end of a user's gateway that nobody has written down yet.
