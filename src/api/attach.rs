@@ -325,13 +325,7 @@ impl Stream {
         };
         let taken = self.credential.as_ref().map_or(Ok(()), |credential| credential.admission().take_call());
         let begun = taken.and_then(|()| statuses.begin(user, SetStatus { by: self.speaker.clone(), ..set }));
-        self.answer(seq, async move {
-            let outcome = match begun {
-                Ok(begun) => statuses.finish(begun).await,
-                Err(error) => Err(error),
-            };
-            Down::Status(statuses::status_set_or_code(outcome))
-        });
+        self.answer(seq, async move { Down::Status(statuses::status_set_or_code(statuses.finish(begun).await)) });
     }
 
     fn speaks_for(&self, addr: &str, claimed: u64) -> Result<(&GatewayAddr, Epoch), String> {

@@ -108,10 +108,7 @@ impl PresenceService for Presence {
         let (user, mut set) = set.map_err(|error| status(&error))?;
         let gateway = Admission::of(request.extensions()).filter(|admission| admission.is_gateway());
         set.by = gateway.map(|admission| admission.identity.caller.gateways.clone());
-        let outcome = match self.statuses.begin(user, set) {
-            Ok(begun) => self.statuses.finish(begun).await,
-            Err(error) => Err(error),
-        };
+        let outcome = self.statuses.finish(self.statuses.begin(user, set)).await;
         if let (Ok(Outcome::NotTheirs), Some(admission)) = (&outcome, gateway) {
             return Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for")));
         }

@@ -39,9 +39,9 @@ const DIGITS: usize = 20;
 const HEADER_BYTES: usize = 2 * DIGITS + 36;
 
 /// KEYS: record, route, status. ARGV: record, its TTL; `fill`, `project` or `record`; address, its TTL; status, its TTL.
-/// A TTL of 0 is none, an empty value no key. Writes the record if it is newer (a projection: not older) and only then the two keys, so that all
-/// three always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the generation that is there:
-/// a record of that one is no sign that anything newer is known.
+/// A TTL of 0 is none, an empty value no key. Writes the record if it is newer (a projection: not older) and only then the two
+/// keys, so that all three always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the generation
+/// that is there: a record of that one is no sign that anything newer is known.
 const WRITE: &str = r"
 local new, old = ARGV[1], redis.call('GETRANGE', KEYS[1], 0, 75)
 if #old == 76 and string.sub(old, 41, 76) == string.sub(new, 41, 76) then

@@ -12,6 +12,7 @@ use crate::watched::MAX_USERS;
 use crate::watched::MAX_USERS_PER_CLIENT;
 use crate::watched::WatchError;
 use crate::watched::Watched;
+use crate::watched::check_users;
 
 /// For so long a user is still watched whom no client wants to see: a page that is loaded again costs the nodes nothing.
 const LINGER: Duration = Duration::from_secs(30);
@@ -156,9 +157,7 @@ impl Contacts {
 
 /// Whether a client may have this list.
 pub fn check(list: &[i64]) -> Result<(), WatchError> {
-    if let Some(user_id) = list.iter().find(|user_id| **user_id <= 0) {
-        return Err(WatchError::Invalid(*user_id));
-    }
+    check_users(list)?;
     if list.len() > MAX_USERS_PER_CLIENT { Err(WatchError::ListTooLong(list.len())) } else { Ok(()) }
 }
 

@@ -54,13 +54,13 @@ impl Idleness {
 
     /// A device has connected anew, and so is used. None: its gateway does not say when it is used. Else as [`Idleness::used`].
     pub fn connected(&mut self, user_id: i64, device_id: &str, now: Instant) -> Option<bool> {
-        self.devices.get_mut(&user_id)?.get_mut(device_id)?.used = now;
+        self.device(user_id, device_id)?.used = now;
         Some(self.schedule(user_id, device_id, now))
     }
 
     /// A change is answered.
     pub fn answered(&mut self, user_id: i64, device_id: &str, now: Instant) {
-        if let Some(device) = self.devices.get_mut(&user_id).and_then(|devices| devices.get_mut(device_id)) {
+        if let Some(device) = self.device(user_id, device_id) {
             device.is_asked = false;
             self.schedule(user_id, device_id, now);
         }
@@ -84,16 +84,16 @@ impl Idleness {
 
     /// What has changed. `said` is what nodes believe of a device; None: it is not connected.
     pub fn look(&mut self, now: Instant, said: impl Fn(i64, &str) -> Option<bool>) -> Vec<Change> {
-        let mut changes = Vec::new();
+        let (mut changes, idle_after) = (Vec::new(), self.idle_after);
         while self.due().is_some_and(|due| due <= now) {
             let Some((_, user_id, device_id)) = self.due.pop_first() else { break };
             let Some(said) = said(user_id, &device_id) else {
                 self.forget(user_id, &device_id);
                 continue;
             };
-            let Some(device) = self.devices.get_mut(&user_id).and_then(|devices| devices.get_mut(&device_id)) else { continue };
+            let Some(device) = self.device(user_id, &device_id) else { continue };
             device.due = None;
-            let idle_from = device.used + self.idle_after;
+            let idle_from = device.used + idle_after;
             let idle = idle_from <= now;
             if idle == said {
                 if !idle {
@@ -114,7 +114,7 @@ impl Idleness {
 
     /// Puts a device into the list that has no place in it. True: it had none.
     fn schedule(&mut self, user_id: i64, device_id: &str, now: Instant) -> bool {
-        let device = self.devices.get(&user_id).and_then(|devices| devices.get(device_id));
+        let device = self.device(user_id, device_id);
         let Some(device) = device.filter(|device| device.due.is_none() && !device.is_asked) else { return false };
         let soonest = device.changed.map_or(now, |changed| now.max(changed + MIN_INTERVAL));
         self.put(soonest, user_id, device_id.to_owned());
@@ -122,10 +122,14 @@ impl Idleness {
     }
 
     fn put(&mut self, due: Instant, user_id: i64, device_id: String) {
-        if let Some(device) = self.devices.get_mut(&user_id).and_then(|devices| devices.get_mut(&device_id)) {
+        if let Some(device) = self.device(user_id, &device_id) {
             device.due = Some(due);
             self.due.insert((due, user_id, device_id));
         }
+    }
+
+    fn device(&mut self, user_id: i64, device_id: &str) -> Option<&mut Device> {
+        self.devices.get_mut(&user_id)?.get_mut(device_id)
     }
 }
 

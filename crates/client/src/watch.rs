@@ -25,6 +25,7 @@ use crate::security::Link;
 pub use crate::watched::MAX_USERS;
 pub use crate::watched::WatchError;
 use crate::watched::Watched;
+use crate::watched::check_users;
 
 /// For connecting and for the node's consent.
 const ATTACH_LIMIT: Duration = Duration::from_secs(3);
@@ -112,9 +113,7 @@ impl Watch {
 
 impl Set {
     fn add(&self, users: &[i64]) -> Result<(), WatchError> {
-        if let Some(user_id) = users.iter().find(|user_id| **user_id <= 0) {
-            return Err(WatchError::Invalid(*user_id));
-        }
+        check_users(users)?;
         let mut watched = self.lock();
         let mut new: Vec<i64> = users.iter().copied().filter(|user_id| !watched.contains(*user_id)).collect();
         new.sort_unstable();

@@ -27,6 +27,11 @@ pub enum WatchError {
     Stopped,
 }
 
+/// Whether these are users.
+pub fn check_users(users: &[i64]) -> Result<(), WatchError> {
+    users.iter().find(|user_id| **user_id <= 0).map_or(Ok(()), |user_id| Err(WatchError::Invalid(*user_id)))
+}
+
 #[derive(Default)]
 pub struct Watched {
     users: HashMap<i64, Known>,

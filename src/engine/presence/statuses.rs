@@ -51,9 +51,9 @@ impl Statuses {
     /// Waits until the change is durable.
     ///
     /// # Errors
-    /// As [`Lanes::submit`].
-    pub async fn finish(&self, begun: Begun) -> Result<Outcome, Error> {
-        self.lanes.finish(begun).await
+    /// That of `begun`, or as [`Lanes::submit`].
+    pub async fn finish(&self, begun: Result<Begun, Error>) -> Result<Outcome, Error> {
+        self.lanes.finish(begun?).await
     }
 }
 

@@ -200,18 +200,20 @@ impl Teller {
         self.go_on_with_resync();
         self.recall().await;
         self.read();
-        let metrics = &self.watches.metrics.presence;
-        let waiting =
-            [&self.news, &self.waiting, &self.changed, &self.others].map(|queue| queue.order.len()).iter().sum::<usize>();
-        let to_visit = self
-            .resync
-            .as_ref()
-            .map_or(0, |resync| resync.left.len() + self.watches.interest.len() * resync.shards_left.min(SHARDS) / SHARDS);
+        self.report();
+    }
+
+    fn report(&self) {
+        let (metrics, users) = (&self.watches.metrics.presence, self.watches.interest.len());
+        let queues = [&self.news, &self.waiting, &self.changed, &self.others];
+        let waiting: usize = queues.iter().map(|queue| queue.order.len()).sum();
+        let resync = self.resync.as_ref();
+        let to_visit = resync.map_or(0, |resync| resync.left.len() + users * resync.shards_left.min(SHARDS) / SHARDS);
         let dirty = waiting + self.bereft.len() + self.reading.len() + self.failed.len() + to_visit;
         metrics.watch_dirty.set(dirty as i64);
         metrics.watch_streams.set(self.watches.streams() as i64);
         metrics.watch_pairs.set(self.watches.pairs() as i64);
-        metrics.watch_users.set(self.watches.interest.len() as i64);
+        metrics.watch_users.set(users as i64);
     }
 
     /// Lets go of some users of streams that have ended.
