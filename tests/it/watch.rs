@@ -34,6 +34,8 @@ use crate::harness::watcher::code;
 use crate::harness::watcher::set_status;
 
 const OFFLINE_DELAY: Duration = Duration::from_secs(2);
+/// Hints are missed when the echo of a node's own is: three seconds.
+const DEAF_WITHIN: Duration = Duration::from_secs(5);
 const MIN_INTERVAL: Duration = Duration::from_millis(500);
 /// For the machine.
 const ALLOWANCE: Duration = Duration::from_millis(500);
@@ -80,15 +82,29 @@ async fn a_watcher_is_told_what_is_and_then_what_changes_through_any_node() {
     watcher.shows(BOB, Online).await; // and nothing more of Alice
     assert_eq!(there.metric("im_presence_watch_pairs").await, 1.0);
     drop(watcher);
-    eventually("nothing is left of it", OFFLINE_DELAY, async || {
-        let left = ["pairs", "users", "streams", "dirty"].map(|what| format!("im_presence_watch_{what}"));
+    nothing_is_left_on(there).await;
+}
+
+async fn nothing_is_left_on(node: &Node) {
+    eventually("nothing is left of the watch", OFFLINE_DELAY, async || {
         let mut sum = 0.0;
-        for name in &left {
-            sum += there.metric(name).await;
+        for what in ["pairs", "users", "streams", "dirty"] {
+            sum += node.metric(&format!("im_presence_watch_{what}")).await;
         }
         sum == 0.0
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_look_at_everybody_ends_with_the_last_watch() {
+    let cluster = Cluster::with_redis(1, &[("WATCH__RESYNC_RATE", "100")]).await; // all of them: 50 s
+    let watcher = Watcher::of(cluster.node(), 1..=5_000).await;
+    cluster.queue().kill();
+    let dirty = async || cluster.node().metric("im_presence_watch_dirty").await;
+    eventually("everybody has to be looked at", DEAF_WITHIN, async || dirty().await > 1_000.0).await;
+    drop(watcher);
+    nothing_is_left_on(cluster.node()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

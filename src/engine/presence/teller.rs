@@ -195,6 +195,9 @@ impl Teller {
     async fn step(&mut self) {
         self.forget_ended();
         self.take_changes();
+        if self.watches.interest.len() == 0 {
+            self.rest();
+        }
         self.look_at_lives().await;
         self.look_at_bereft();
         self.go_on_with_resync();
@@ -223,6 +226,13 @@ impl Teller {
             self.ended = Some(ended);
         }
         self.watches.wake.notify_one(); // there may be more
+    }
+
+    /// Nobody is watched: there is nobody whom a look that is not done yet could be for.
+    fn rest(&mut self) {
+        self.resync = None;
+        self.failed = Vec::new();
+        self.bereft = VecDeque::new();
     }
 
     /// Who has changed, and who was added.
