@@ -55,18 +55,26 @@ impl History {
     /// [`Error::Unavailable`] if SQL cannot be read.
     pub async fn log(&self, page: LogPage) -> Result<(Vec<LoggedLine>, bool), Error> {
         let page = LogPage { limit: page.limit + 1, ..page };
-        let is_newest = page.before.0 >= Version::MAX.0;
-        let answer = self.directory.get(page.user, Some(Duration::ZERO)).await?;
-        let mut lines = self.read(move |connection| async move { connection.read_log(&page).await }.boxed()).await?;
-        if is_newest {
-            let newest = LogPage { from: Timestamp(0), limit: 1, ..page };
-            let newest = self.read(move |connection| async move { connection.read_log(&newest).await }.boxed()).await?;
-            let died = death(&answer, newest.first(), page.with_hidden);
-            lines.splice(0..0, died.filter(|line| (page.from..page.to).contains(&line.at)));
-        }
+        let mut lines = match page.before.0 >= Version::MAX.0 {
+            true => self.newest(page).await?,
+            false => self.read(move |connection| async move { connection.read_log(&page).await }.boxed()).await?,
+        };
         let has_more = lines.len() >= page.limit;
         lines.truncate(page.limit - 1);
         Ok((lines, has_more))
+    }
+
+    /// The first page, with an end that is not in the log yet.
+    async fn newest(&self, page: LogPage) -> Result<Vec<LoggedLine>, Error> {
+        let newest = LogPage { from: Timestamp(0), limit: 1, ..page };
+        let (answer, (newest, mut lines)) = self
+            .read_beside(page.user, move |connection| {
+                async move { Ok((connection.read_log(&newest).await?, connection.read_log(&page).await?)) }.boxed()
+            })
+            .await?;
+        let died = death(&answer, newest.first(), page.with_hidden);
+        lines.splice(0..0, died.filter(|line| (page.from..page.to).contains(&line.at)));
+        Ok(lines)
     }
 
     /// The days from one to another, and what the last weeks tell of the user. Without `with_hidden` as others could see it.
@@ -76,7 +84,9 @@ impl History {
     pub async fn online_time(&self, user: UserId, (from, to): (i32, i32), with_hidden: bool) -> Result<OnlineTime, Error> {
         let today = self.today();
         let first = from.min(today - SCORE_DAYS + 1);
-        let (answer, mut days) = self.days(user, first, to.max(today)).await?;
+        let last = to.max(today);
+        let (answer, mut days) =
+            self.read_beside(user, move |connection| connection.read_days(user, first, last).boxed()).await?;
         let session = answer.session();
         if session.since.0 > 0 && session.since >= self.lives.clock.set_at() {
             add_running(&mut days, &answer, self.lives.clock.now());
@@ -94,16 +104,16 @@ impl History {
         Ok(OnlineTime { days: asked.map(|(_, share)| share).collect(), score, online_now })
     }
 
-    /// A user's days, and the record that they go with: a session may end while they are read.
-    async fn days(&self, user: UserId, from: i32, to: i32) -> Result<(Answer, BTreeMap<i32, DayShare>), Error> {
+    /// Reads of a user, and the record that it goes with: a session may end, and be written down, meanwhile.
+    async fn read_beside<T>(&self, user: UserId, read: impl Fn(&mut Connection) -> Reading<'_, T>) -> Result<(Answer, T), Error> {
         const TRIES: usize = 3;
         let mut answer = self.directory.get(user, Some(Duration::ZERO)).await?;
         let mut tries = 1;
         loop {
-            let days = self.read(move |connection| connection.read_days(user, from, to).boxed()).await?;
+            let found = self.read(&read).await?;
             let again = self.directory.get(user, Some(Duration::ZERO)).await?;
             if again.version() == answer.version() || tries == TRIES {
-                return Ok((again, days));
+                return Ok((again, found));
             }
             (answer, tries) = (again, tries + 1);
         }
