@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::event::SetStatus;
 use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::id::ConnId;
@@ -15,6 +16,7 @@ use crate::domain::id::VERSION_GAP;
 use crate::domain::policy::OnOverflow::KickOldest;
 use crate::domain::policy::OnOverflow::RefuseNew;
 use crate::domain::route::Platform;
+use crate::domain::status::Status;
 
 const NOW: Timestamp = Timestamp(1_700_000_000_000);
 const BEAT: Duration = Duration::from_secs(5);
@@ -384,6 +386,32 @@ fn nobody_was_last_seen_in_the_future() {
     world.record.routes[0].expires_at = Some(NOW.plus(ROUTE_TTL)).into(); // its gateway registered: the unmanaged life is over
     world.apply(&Event::Sweep);
     assert!(world.record.last_seen <= NOW, "{:?}", world.record.last_seen);
+}
+
+fn wants(status: Status) -> SetStatus {
+    SetStatus { status: Some(status), ..SetStatus::default() }
+}
+
+#[test]
+fn what_a_hidden_user_does_and_what_one_who_is_away_wants_moves_nothing_that_others_see() {
+    let mut away = World::with(ANY, &[]);
+    away.record.version = Version(9);
+    let before = away.record.shown();
+    for status in [Status::Busy, Status::Invisible, Status::Online] {
+        away.apply(&Event::SetStatus(&wants(status)));
+        assert_eq!(away.record.shown(), before, "{status:?}");
+    }
+
+    let mut hidden = World::with(ANY, &[("phone", "c1", HERE, 5)]);
+    hidden.apply(&Event::SetStatus(&wants(Status::Invisible)));
+    let before = hidden.record.shown();
+    assert_eq!(before.version, hidden.record.version, "that they went is seen");
+    hidden.now = NOW.plus(Duration::from_secs(1));
+    hidden.bind(ELSEWHERE, &bind("laptop", "c2"));
+    hidden.bind(HERE, &bind("phone", "c3"));
+    assert_eq!(hidden.record.shown(), before);
+    hidden.apply(&Event::SetStatus(&wants(Status::Busy)));
+    assert_eq!(hidden.record.shown().version, hidden.record.version, "that they came out is seen");
 }
 
 #[derive(Clone, Debug)]
