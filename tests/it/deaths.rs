@@ -340,13 +340,13 @@ async fn a_node_whose_turn_to_sweep_ended_before_it_looked_does_not_believe_that
     db.run(&format!("UPDATE lives SET swept_at = 0 WHERE epoch = {epoch}")).await;
     proxy.hold_answers(Kind::Reader, WHICH_NEXT);
     proxy.struck().await;
-    db.run("UPDATE jobs SET node_id = 'another', until = until + 40000 WHERE name = 'sweep'").await;
+    db.another_sweeps().await;
     proxy.release();
     tokio::time::sleep(2 * SWEEP_INTERVAL).await;
     assert_eq!(routes_of(&cluster, epoch).await, 1, "it is not this node's turn");
     let swept = db.number(&format!("SELECT swept_at FROM lives WHERE epoch = {epoch}")).await;
     assert_eq!(swept, 0, "nobody has looked"); // the census would find what was left, a minute later
-    db.run("DELETE FROM jobs WHERE name = 'sweep'").await;
+    db.anybody_sweeps().await;
     eventually("the route is removed", SWEPT_BY_ANOTHER_WITHIN, async || routes_of(&cluster, epoch).await == 0).await;
 }
 

@@ -25,7 +25,10 @@ use crate::harness::cluster::a_bind;
 use crate::harness::eventually;
 use crate::harness::gateway::on;
 use crate::harness::heavy;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
+use crate::harness::proxy::Kind;
+use crate::harness::proxy::Proxy;
 use crate::harness::redis_proxy::Fault;
 use crate::harness::redis_proxy::RedisProxy;
 use crate::harness::stream::RawStream;
@@ -250,6 +253,34 @@ async fn the_death_of_a_gateway_is_told_and_one_that_goes_on_within_its_grace_is
     near.is_silent(OFFLINE_DELAY + ALLOWANCE).await;
     far.is_silent(ALLOWANCE).await;
     beats.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_death_is_told_before_it_is_written_down_also_to_who_is_read_meanwhile() {
+    const READ_USER: &str = "FROM users u";
+    const MADE_UP: u64 = 1 << 60; // newer than what memory and Redis know: SQL is read
+    let proxy = Proxy::start(MariaDb::shared().port).await;
+    let mut cluster = Cluster::with_redis(0, &[]).await;
+    cluster.add_node_through(&proxy, &[]).await;
+    let node = cluster.node();
+    let epoch = node.register(GATEWAY).await;
+    node.bind_all([ALICE, BOB], GATEWAY, epoch).await;
+    cluster.db.another_sweeps().await;
+    let mut watcher = Watcher::of(node, [BOB]).await;
+    let is_settled = async || node.metric("im_presence_watch_resyncs_total").await > 0.0;
+    eventually("everybody was looked at because Redis was empty", DEAF_WITHIN, is_settled).await;
+    proxy.hold_answers(Kind::Reader, READ_USER);
+    watcher.send(&[(ALICE, MADE_UP)], &[]).await;
+    proxy.struck().await;
+    assert_eq!(node.deregister(GATEWAY, epoch).await, Code::Ok);
+    tokio::time::sleep(ALLOWANCE).await; // the node looks at its dead
+    proxy.release();
+    while [ALICE, BOB].map(|user| watcher.status(user)) != [Some(Offline); 2] {
+        watcher.next().await.expect("a telling");
+        assert_ne!(watcher.status(ALICE), Some(Online), "it was read before the death, and is told after it");
+    }
+    let routes = cluster.db.number("SELECT COUNT(*) FROM routes").await;
+    assert_eq!(routes, 2, "nobody has swept");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

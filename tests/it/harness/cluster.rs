@@ -19,6 +19,7 @@ use sqlx::Row;
 use tonic::Status;
 use tonic_types::StatusExt;
 
+use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::mariadb::scratch;
 use crate::harness::mariadb::unique;
@@ -87,6 +88,18 @@ impl TestDb {
     /// As if nodes had beaten for the ten minutes after which something may be deleted for its age.
     pub async fn clock_was_steady(&self) {
         self.run("UPDATE cluster SET continuous_since = continuous_since - 700000").await;
+    }
+
+    /// From now on, and for 40 s, it is another node's turn to sweep.
+    pub async fn another_sweeps(&self) {
+        let claimed = async || self.number("SELECT COUNT(*) FROM jobs WHERE name = 'sweep'").await == 1;
+        eventually("a node sweeps", Duration::from_secs(5), claimed).await;
+        self.run("UPDATE jobs SET node_id = 'another', until = until + 40000 WHERE name = 'sweep'").await;
+    }
+
+    /// Whoever looks first sweeps.
+    pub async fn anybody_sweeps(&self) {
+        self.run("DELETE FROM jobs WHERE name = 'sweep'").await;
     }
 
     /// Lanes that wait for a user's row, to judge by their patience. (InnoDB renews its table of transactions only when nobody
