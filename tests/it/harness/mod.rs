@@ -5,6 +5,7 @@ pub mod gateway;
 pub mod mariadb;
 pub mod mysql_front;
 pub mod node;
+pub mod orders;
 pub mod pki;
 pub mod process;
 pub mod proxy;

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
-use std::time::Duration;
 
 use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
@@ -14,15 +13,15 @@ use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::tcp::OwnedWriteHalf;
-use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+
+use crate::harness::orders::Order;
+use crate::harness::orders::Orders;
 
 /// What only the session of a lane says.
 const LANE_MARK: &str = "innodb_lock_wait_timeout = 1";
 const COMMIT: &str = "COMMIT";
 const LAST_BEFORE_COMMIT: &str = "INTO outbox";
-const STRIKE_DEADLINE: Duration = Duration::from_secs(10);
 const ANSWER_BYTES: usize = 64 * 1024;
 // Commands of the MySQL protocol.
 const COM_QUERY: u8 = 0x03;
@@ -36,7 +35,7 @@ pub enum Kind {
     Reader,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Mode {
     Pass,
     /// Answers to statements that contain this text stay here until released.
@@ -53,16 +52,13 @@ enum Mode {
 
 pub struct Proxy {
     pub port: u16,
-    mode: Arc<watch::Sender<Mode>>,
-    /// How often the mode has come to act.
-    strikes: Arc<watch::Sender<usize>>,
+    orders: Arc<Orders<Mode>>,
     _connections: JoinSet<()>,
 }
 
 /// What both directions of a connection know.
 struct Link {
-    mode: Arc<watch::Sender<Mode>>,
-    strikes: Arc<watch::Sender<usize>>,
+    orders: Arc<Orders<Mode>>,
     session: Mutex<Session>,
 }
 
@@ -73,24 +69,25 @@ struct Session {
     current: String,
     preparing: bool,
     prepared: HashMap<[u8; 4], String>,
-    cut_at_answer: bool,
+    /// The connection ends at the next answer.
+    cut_at_answer: Option<Order<Mode>>,
 }
 
 impl Proxy {
     pub async fn start(server_port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
         let port = listener.local_addr().expect("an address").port();
-        let (mode, strikes) = (Arc::new(watch::Sender::new(Mode::Pass)), Arc::new(watch::Sender::new(0)));
+        let orders = Arc::new(Orders::new(Mode::Pass));
         let mut connections = JoinSet::new();
-        let (link_mode, link_strikes) = (mode.clone(), strikes.clone());
+        let link_orders = orders.clone();
         connections.spawn(async move {
             let mut links = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                let link = Link { mode: link_mode.clone(), strikes: link_strikes.clone(), session: Mutex::default() };
+                let link = Link { orders: link_orders.clone(), session: Mutex::default() };
                 links.spawn(link.run(client, server_port));
             }
         });
-        Self { port, mode, strikes, _connections: connections }
+        Self { port, orders, _connections: connections }
     }
 
     pub fn url(&self, database: &str) -> String {
@@ -133,9 +130,7 @@ impl Proxy {
 
     /// Waits until something is held, or was cut.
     pub async fn struck(&self) {
-        let mut strikes = self.strikes.subscribe();
-        let struck = timeout(STRIKE_DEADLINE, strikes.wait_for(|strikes| *strikes > 0)).await;
-        assert!(struck.is_ok_and(|struck| struck.is_ok()), "nothing met {:?} within {STRIKE_DEADLINE:?}", *self.mode.borrow());
+        self.orders.struck().await;
     }
 
     /// What was held goes on, and nothing more is held.
@@ -144,8 +139,7 @@ impl Proxy {
     }
 
     fn set(&self, mode: Mode) {
-        self.strikes.send_replace(0);
-        self.mode.send_replace(mode);
+        self.orders.set(mode);
     }
 }
 
@@ -178,29 +172,20 @@ impl Link {
 
     /// False: the connection ends here.
     async fn may_pass(&self) -> bool {
-        let mode = self.mode.borrow().clone();
+        let order = self.orders.now();
         let says = |text: &str| {
             let session = self.session();
             session.is_lane && !session.preparing && session.current.contains(text)
         };
-        match mode {
-            Mode::HoldRequests(text) if says(text) => {
-                self.strike();
-                self.released(&mode).await;
-            }
-            Mode::CutOff => {
-                self.strike();
-                self.released(&mode).await;
-            }
+        match order.mode {
+            Mode::HoldRequests(text) if says(text) => self.orders.hold(&order).await,
+            Mode::CutOff => self.orders.hold(&order).await,
             Mode::CutAt(text) if says(text) => {
-                self.mode.send_replace(Mode::Pass);
-                self.strike();
+                let Some(next) = self.orders.end(&order, Mode::Pass) else { return true };
+                self.orders.strike(&next);
                 return false;
             }
-            Mode::CutAfterCommit if says(COMMIT) => {
-                self.mode.send_replace(Mode::Pass);
-                self.session().cut_at_answer = true;
-            }
+            Mode::CutAfterCommit if says(COMMIT) => self.session().cut_at_answer = self.orders.end(&order, Mode::Pass),
             _ => {}
         }
         true
@@ -214,25 +199,17 @@ impl Link {
                 return Ok(());
             }
             self.session().answered(&answer[..bytes]);
-            if self.session().cut_at_answer {
-                self.strike();
+            let cut = self.session().cut_at_answer;
+            if let Some(order) = cut {
+                self.orders.strike(&order);
                 return Ok(());
             }
-            let mode = self.mode.borrow().clone();
-            if self.session().is_held_by(&mode) {
-                self.strike();
-                self.released(&mode).await;
+            let order = self.orders.now();
+            if self.session().is_held_by(order.mode) {
+                self.orders.hold(&order).await;
             }
             client.write_all(&answer[..bytes]).await?;
         }
-    }
-
-    async fn released(&self, held_by: &Mode) {
-        let _ = self.mode.subscribe().wait_for(|mode| mode != held_by).await; // the sender lives in self
-    }
-
-    fn strike(&self) {
-        self.strikes.send_modify(|strikes| *strikes += 1);
     }
 
     fn session(&self) -> MutexGuard<'_, Session> {
@@ -267,9 +244,9 @@ impl Session {
     }
 
     /// Only answers that bring rows or changes are held, not those to PREPARE: what is held has been carried out.
-    fn is_held_by(&self, mode: &Mode) -> bool {
+    fn is_held_by(&self, mode: Mode) -> bool {
         let kind = if self.is_lane { Kind::Lane } else { Kind::Reader };
         matches!(mode, Mode::CutOff)
-            || matches!(mode, Mode::HoldAnswers(held, text) if *held == kind && !self.preparing && self.current.contains(text))
+            || matches!(mode, Mode::HoldAnswers(held, text) if held == kind && !self.preparing && self.current.contains(text))
     }
 }

@@ -5,7 +5,6 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use im_presence::store::codec::Hint;
 use prost::Message;
@@ -15,11 +14,10 @@ use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::net::tcp::OwnedReadHalf;
 use tokio::net::tcp::OwnedWriteHalf;
-use tokio::sync::watch;
 use tokio::task::JoinSet;
-use tokio::time::timeout;
 
-const STRIKE_DEADLINE: Duration = Duration::from_secs(10);
+use crate::harness::orders::Orders;
+
 const CHUNK_BYTES: usize = 64 * 1024;
 const HINT_CHANNEL: &[u8] = b"presence:hint";
 
@@ -32,7 +30,7 @@ pub enum Fault {
     Overtaken,
 }
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 enum Mode {
     Pass,
     /// Requests that contain this text stay here until released, and those of the same connection behind them.
@@ -45,15 +43,12 @@ enum Mode {
 
 pub struct RedisProxy {
     pub port: u16,
-    mode: Arc<watch::Sender<Mode>>,
-    /// How often the mode has come to act.
-    strikes: Arc<watch::Sender<usize>>,
+    orders: Arc<Orders<Mode>>,
     _connections: JoinSet<()>,
 }
 
 struct Link {
-    mode: Arc<watch::Sender<Mode>>,
-    strikes: Arc<watch::Sender<usize>>,
+    orders: Arc<Orders<Mode>>,
     subscribes: AtomicBool,
 }
 
@@ -61,17 +56,17 @@ impl RedisProxy {
     pub async fn start(server_port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
         let port = listener.local_addr().expect("an address").port();
-        let (mode, strikes) = (Arc::new(watch::Sender::new(Mode::Pass)), Arc::new(watch::Sender::new(0)));
-        let (link_mode, link_strikes) = (mode.clone(), strikes.clone());
+        let orders = Arc::new(Orders::new(Mode::Pass));
+        let link_orders = orders.clone();
         let mut connections = JoinSet::new();
         connections.spawn(async move {
             let mut links = JoinSet::new();
             while let Ok((client, _)) = listener.accept().await {
-                let link = Link { mode: link_mode.clone(), strikes: link_strikes.clone(), subscribes: AtomicBool::new(false) };
+                let link = Link { orders: link_orders.clone(), subscribes: AtomicBool::new(false) };
                 links.spawn(link.run(client, server_port));
             }
         });
-        Self { port, mode, strikes, _connections: connections }
+        Self { port, orders, _connections: connections }
     }
 
     pub fn url(&self) -> String {
@@ -94,9 +89,7 @@ impl RedisProxy {
 
     /// Waits until the mode has done something.
     pub async fn struck(&self) {
-        let mut strikes = self.strikes.subscribe();
-        let struck = timeout(STRIKE_DEADLINE, strikes.wait_for(|strikes| *strikes > 0)).await;
-        assert!(struck.is_ok_and(|struck| struck.is_ok()), "nothing met {:?} within {STRIKE_DEADLINE:?}", *self.mode.borrow());
+        self.orders.struck().await;
     }
 
     /// What was held goes on, and everything passes.
@@ -105,8 +98,7 @@ impl RedisProxy {
     }
 
     fn set(&self, mode: Mode) {
-        self.strikes.send_replace(0);
-        self.mode.send_replace(mode);
+        self.orders.set(mode);
     }
 }
 
@@ -133,10 +125,9 @@ impl Link {
             if contains(request, b"SUBSCRIBE") {
                 self.subscribes.store(true, Ordering::Relaxed);
             }
-            let mode = self.mode.borrow().clone();
-            if matches!(mode, Mode::Hold(text) if contains(request, text.as_bytes())) {
-                self.strike();
-                let _ = self.mode.subscribe().wait_for(|now| *now != mode).await; // the sender lives in self
+            let order = self.orders.now();
+            if matches!(order.mode, Mode::Hold(text) if contains(request, text.as_bytes())) {
+                self.orders.hold(&order).await;
             }
             server.write_all(request).await?;
         }
@@ -161,27 +152,27 @@ impl Link {
 
     /// What arrives in place of `value`.
     fn let_pass(&self, value: Vec<u8>, overtaken: &mut Option<Vec<u8>>) -> Vec<Vec<u8>> {
-        let mode = self.mode.borrow().clone();
-        if mode == Mode::Swallow && self.subscribes.load(Ordering::Relaxed) {
-            self.strike();
+        let order = self.orders.now();
+        if matches!(order.mode, Mode::Swallow) && self.subscribes.load(Ordering::Relaxed) {
+            self.orders.strike(&order);
             return Vec::new();
         }
         if !names_users(&value) {
             return vec![value];
         }
         if let Some(former) = overtaken.take() {
-            self.strike();
+            self.orders.strike(&order);
             return vec![value, former];
         }
-        let Mode::Next(fault) = mode else { return vec![value] };
-        self.mode.send_replace(Mode::Pass);
+        let Mode::Next(fault) = order.mode else { return vec![value] };
+        let Some(next) = self.orders.end(&order, Mode::Pass) else { return vec![value] };
         match fault {
             Fault::Lost => {
-                self.strike();
+                self.orders.strike(&next);
                 Vec::new()
             }
             Fault::Repeated => {
-                self.strike();
+                self.orders.strike(&next);
                 vec![value.clone(), value]
             }
             Fault::Overtaken => {
@@ -189,10 +180,6 @@ impl Link {
                 Vec::new()
             }
         }
-    }
-
-    fn strike(&self) {
-        self.strikes.send_modify(|strikes| *strikes += 1);
     }
 }
 
