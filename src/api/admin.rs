@@ -12,7 +12,7 @@ use crate::api::access;
 use crate::api::convert;
 use crate::api::status::status;
 use crate::domain::event::Outcome;
-use crate::domain::gateway::LifeDetails;
+use crate::domain::gateway::Life;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
@@ -53,7 +53,7 @@ impl AdminService for Admin {
         let listing = self.gateways.list(request.include_dead, after, limit).await.map_err(|error| status(&error))?;
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
-        let mut lives: Vec<_> = listing.lives.into_iter().map(|(listed, routes)| self.life(listed, routes, held, now)).collect();
+        let mut lives: Vec<_> = listing.lives.into_iter().map(|(life, routes)| self.life(&life, routes, held, now)).collect();
         let is_whole = fit(&mut lives) && lives.len() < limit;
         let last = lives.last().filter(|_| !is_whole);
         Ok(Response::new(pb::ListGatewaysResp {
@@ -131,8 +131,7 @@ impl Admin {
         });
     }
 
-    fn life(&self, listed: LifeDetails, routes: u64, held: bool, now: Timestamp) -> pb::Life {
-        let LifeDetails { life, profile, load } = listed;
+    fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),
@@ -140,14 +139,19 @@ impl Admin {
             managed: life.is_managed(),
             alive: life.is_alive(),
             lease_left_ms: if life.is_managed() && life.is_alive() { left(life.lease_until, now) } else { 0 },
-            region: profile.region,
-            capacity: profile.capacity,
+            region: life.profile.region.clone(),
+            capacity: life.profile.capacity,
             connections: life.connections,
-            load: load as f32,
+            load: life.load,
             routes,
             attached_node: life.attached.as_deref().unwrap_or_default().to_owned(),
-            labels: profile.labels.into_iter().collect(),
+            labels: life.profile.labels.clone().into_iter().collect(),
             held: held && late,
+            weight: life.profile.weight,
+            public_addr: life.profile.public_addr.clone(),
+            login_rate: life.profile.login_rate,
+            draining: life.draining,
+            digest: String::new(),
         }
     }
 }

@@ -209,6 +209,7 @@ impl Stream {
             Some(Up::Ack(_)) => (Frame::Ack, "ack"),
             Some(Up::Watch(_)) => (Frame::Watch, "watch"),
             Some(Up::Status(_)) => (Frame::Status, "status"),
+            Some(Up::Digest(_)) => return Err(Status::invalid_argument(format!("digest (seq {seq}): nobody has asked for it"))),
             None => {
                 return Err(Status::invalid_argument(format!("frame {seq}: it is empty, or of a kind this node does not know")));
             }
@@ -226,7 +227,7 @@ impl Stream {
                 self.status(seq, &set);
                 Ok(())
             }
-            None => Ok(()),
+            Some(Up::Digest(_)) | None => Ok(()),
         }
     }
 
@@ -235,12 +236,12 @@ impl Stream {
             Error::Invalid { .. } => Status::invalid_argument(format!("hello (seq {seq}): {error}")),
             error => status(&error),
         };
-        let (profile, epoch) = convert::registration(hello).map_err(refused)?;
-        let gateway = profile.gateway.clone();
+        let registration = convert::registration(hello).map_err(refused)?;
+        let gateway = registration.gateway.clone();
         if let Some(credential) = &self.credential {
             credential.admission().check_gateway(&gateway)?;
         }
-        let welcome = match self.tools.attaching.attach(profile, epoch).await.map_err(refused)? {
+        let welcome = match self.tools.attaching.attach(registration).await.map_err(refused)? {
             Ok((life, attached)) => {
                 self.speaker = Some(Arc::new(GatewayPatterns::exactly(&gateway)));
                 self.session.attach(gateway, life.epoch, life.attach_no);

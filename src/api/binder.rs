@@ -153,5 +153,6 @@ fn reason_label(reason: Reason) -> &'static str {
         Reason::DeviceLimit => "device_limit",
         Reason::PlatformLimit => "platform_limit",
         Reason::Operator => "operator",
+        Reason::Banned => "banned",
     }
 }

@@ -12,10 +12,12 @@ use crate::domain::caller::Caller;
 use crate::domain::event::Bind;
 use crate::domain::event::Unbind;
 use crate::domain::gateway::Beat;
+use crate::domain::gateway::DEFAULT_WEIGHT;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -49,6 +51,8 @@ pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
 const MAX_REGION_BYTES: usize = 128;
+/// Of a gateway's weight next to others.
+const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;
 const MAX_LABEL_NAME_BYTES: usize = 63;
 const MAX_LABEL_BYTES: usize = 255;
@@ -142,7 +146,7 @@ pub fn registered_epoch(raw: u64) -> Result<Epoch, Error> {
 }
 
 /// What a gateway says of itself, and the life it wants to go on with.
-pub fn registration(request: pb::RegisterGatewayReq) -> Result<(Profile, Option<Epoch>), Error> {
+pub fn registration(request: pb::RegisterGatewayReq) -> Result<Registration, Error> {
     let gateway = gateway(&request.gateway_addr)?;
     at_most("region", request.region.len(), MAX_REGION_BYTES, "bytes")?;
     at_most("labels", request.labels.len(), MAX_LABELS, "labels")?;
@@ -150,8 +154,20 @@ pub fn registration(request: pb::RegisterGatewayReq) -> Result<(Profile, Option<
         at_most("labels", name.len(), MAX_LABEL_NAME_BYTES, "bytes in a name")?;
         at_most("labels", value.len(), MAX_LABEL_BYTES, "bytes in a value")?;
     }
-    let (labels, epoch) = (request.labels.into_iter().collect(), epoch(request.gateway_epoch));
-    Ok((Profile { gateway, region: request.region, capacity: request.capacity, labels }, epoch))
+    let weight = request.weight.unwrap_or(DEFAULT_WEIGHT);
+    at_most("weight", weight as usize, MAX_WEIGHT, "parts")?;
+    if !request.public_addr.is_empty() {
+        GatewayAddr::parse(&request.public_addr).map_err(invalid("public_addr"))?;
+    }
+    let profile = Profile {
+        region: request.region,
+        capacity: request.capacity,
+        labels: request.labels.into_iter().collect(),
+        weight,
+        public_addr: request.public_addr,
+        login_rate: request.login_rate,
+    };
+    Ok(Registration { gateway, claimed: epoch(request.gateway_epoch), profile })
 }
 
 pub fn beat(request: &pb::HeartbeatReq) -> Result<(GatewayAddr, Beat), Error> {
@@ -367,7 +383,7 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
 
 pub fn kick(kick: &KickOrder) -> pb::Kick {
     let (device_id, route_key) = (kick.device_id.clone(), kick.route_key.clone());
-    pb::Kick { user_id: kick.user_id, device_id, route_key, reason: kick.reason }
+    pb::Kick { user_id: kick.user_id, device_id, route_key, reason: kick.reason, ..Default::default() }
 }
 
 pub fn kick_order(kick: pb::Kick) -> KickOrder {

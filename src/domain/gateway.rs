@@ -31,8 +31,12 @@ pub struct Life {
     pub last_beat: Timestamp,
     /// It is asked to let its clients go.
     pub draining: bool,
+    /// What it said of itself when it registered.
+    pub profile: Arc<Profile>,
     /// As it said with its last beat.
     pub connections: u32,
+    /// As it said with its last beat: from 0 on; 1 is a full gateway.
+    pub load: f32,
     /// None: it lives.
     pub end: Option<End>,
     /// The node that has its stream, if it has one.
@@ -42,12 +46,43 @@ pub struct Life {
 }
 
 /// What a gateway says of itself.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Profile {
-    pub gateway: GatewayAddr,
     pub region: String,
+    /// Connections it can hold; 0: it does not say.
     pub capacity: u32,
     pub labels: BTreeMap<String, String>,
+    /// How much of what is handed out it takes, next to others; 0: nobody new.
+    pub weight: u32,
+    /// Where clients reach it; empty: at its address.
+    pub public_addr: String,
+    /// Log-ins a second that it likes; 0: it does not say.
+    pub login_rate: u32,
+}
+
+/// Of a gateway that says nothing of its weight.
+pub const DEFAULT_WEIGHT: u32 = 100;
+
+impl Default for Profile {
+    fn default() -> Self {
+        Self {
+            region: String::new(),
+            capacity: 0,
+            labels: BTreeMap::new(),
+            weight: DEFAULT_WEIGHT,
+            public_addr: String::new(),
+            login_rate: 0,
+        }
+    }
+}
+
+/// A gateway registers.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    pub gateway: GatewayAddr,
+    /// The life it wants to go on with. None: it begins one.
+    pub claimed: Option<Epoch>,
+    pub profile: Profile,
 }
 
 /// A heartbeat.
@@ -56,14 +91,6 @@ pub struct Beat {
     pub epoch: Epoch,
     pub connections: u32,
     pub load: f32,
-}
-
-/// What an operator is shown of a life.
-#[derive(Clone, Debug)]
-pub struct LifeDetails {
-    pub life: Arc<Life>,
-    pub profile: Profile,
-    pub load: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,9 +133,20 @@ pub enum Liveness {
 impl Life {
     /// A life that has just begun.
     pub fn begun(epoch: Epoch, gateway: GatewayAddr, kind: LifeKind, lease_until: Timestamp) -> Self {
-        let (last_beat, draining, connections, end) = (Timestamp::default(), false, 0, None);
-        let (attached, attach_no) = (None, 0);
-        Self { epoch, gateway, kind, lease_until, last_beat, draining, connections, end, attached, attach_no }
+        Self {
+            epoch,
+            gateway,
+            kind,
+            lease_until,
+            last_beat: Timestamp::default(),
+            draining: false,
+            profile: Arc::default(),
+            connections: 0,
+            load: 0.0,
+            end: None,
+            attached: None,
+            attach_no: 0,
+        }
     }
 
     pub fn is_alive(&self) -> bool {

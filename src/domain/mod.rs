@@ -1,6 +1,7 @@
 //! The rules of presence, pure: no IO, no clock, no wire types. They take the time as an argument and fail with values.
 
 pub mod caller;
+pub mod digest;
 pub mod doubt;
 pub mod event;
 pub mod gateway;

@@ -27,6 +27,8 @@ pub enum Reason {
     DeviceLimit,
     PlatformLimit,
     Operator,
+    /// The user may not be bound for a while.
+    Banned,
 }
 
 /// Why a bind was refused. Nothing changed.

@@ -52,6 +52,8 @@ pub struct Presence {
     pub wish: Wish,
     pub shown: LastShown,
     pub session: OnlineSession,
+    /// Nothing may be bound before.
+    pub banned_until: Timestamp,
 }
 
 /// The last change that others could see. While the user is INVISIBLE nothing moves it.

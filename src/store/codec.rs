@@ -156,6 +156,8 @@ pub struct StoredRecord {
     /// Not if a node of the last release wrote the record.
     #[prost(bool, tag = "13")]
     says_what_is_shown: bool,
+    #[prost(int64, tag = "14")]
+    banned_until_ms: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -203,6 +205,7 @@ impl From<&UserRecord> for StoredRecord {
             online_since_ms: session.since.0,
             session_is_counted: session.is_counted,
             says_what_is_shown: true,
+            banned_until_ms: record.banned_until().0,
         }
     }
 }
@@ -243,7 +246,8 @@ impl StoredRecord {
             inbox_seq: self.inbox_seq,
             inbox_pending: u32::try_from(self.inbox_pending).unwrap_or(u32::MAX),
         };
-        Some(record.with(Presence { wish, shown: LastShown { version: Version(self.shown_version), seen, since }, session }))
+        let shown = LastShown { version: Version(self.shown_version), seen, since };
+        Some(record.with(Presence { wish, shown, session, banned_until: Timestamp(self.banned_until_ms) }))
     }
 }
 
@@ -407,7 +411,7 @@ numbered!(
 );
 numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
-numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3, Operator = 4);
+numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3, Operator = 4, Banned = 8);
 numbered!(
     cause_to_i32,
     cause_from_i32,

@@ -237,7 +237,7 @@ impl Dialogue {
                     self.tell(Event::NotWatched { client, users, why: why.clone() });
                 }
             }
-            Some(Down::Watched(_) | Down::Heartbeat(_) | Down::Drain(_) | Down::Welcome(_)) | None => {}
+            Some(Down::Watched(_) | Down::Heartbeat(_) | Down::Drain(_) | Down::Welcome(_) | Down::DigestQuery(_)) | None => {}
         }
         None
     }

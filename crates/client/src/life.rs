@@ -122,6 +122,7 @@ impl Life {
             capacity: self.options.capacity,
             labels: self.options.labels.clone(),
             gateway_epoch: self.epoch,
+            ..Default::default()
         }
     }
 

@@ -46,9 +46,10 @@ async fn a_node_that_is_killed_while_it_lays_the_tables_can_be_started_again() {
 
 #[tokio::test]
 async fn a_node_that_is_killed_while_it_adds_to_the_tables_can_be_started_again() {
-    const PRESENCE: &str = include_str!("../../../migrations/0005_presence.sql");
+    const ADDED: [&str; 2] =
+        [include_str!("../../../migrations/0005_presence.sql"), include_str!("../../../migrations/0006_moves.sql")];
     let directory = tempfile::tempdir().unwrap();
-    let statements: Vec<&str> = PRESENCE.split(";\n").filter(|statement| !statement.trim().is_empty()).collect();
+    let statements: Vec<&str> = ADDED.iter().flat_map(|step| step.split(";\n")).filter(|part| !part.trim().is_empty()).collect();
     for cut in 0..=statements.len() {
         let file = format!("sqlite://{}?mode=rwc", directory.path().join(format!("{cut}.db")).display());
         for url in [server::fresh_database().await, file] {
