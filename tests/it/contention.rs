@@ -6,7 +6,6 @@ use std::time::Instant;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchBindRouteResp;
 use im_presence::pb::Code;
-use sqlx::AnyConnection;
 use tokio::task::JoinSet;
 use tonic::Response;
 use tonic::Status;
@@ -23,13 +22,15 @@ use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::node::Presence;
+use crate::harness::proxy::Proxy;
 
-/// The lock statement of a lane waits this long for a row; the test acts well within it.
-const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// After this a node that stands still has lost its locks.
 const LOCKS_END: Duration = Duration::from_secs(11);
 const OTHERS_WAIT: Duration = Duration::from_secs(2);
 const LATE: &str = "late";
+const ONE_LANE: &[(&str, &str)] = &[("STORE__LANES", "1")];
+/// When a lane says this, it has locked and written all users of its batch.
+const OUTBOX: &str = "INTO outbox";
 
 /// The lanes of a node fill their batches from many such callers.
 async fn keep_binding(mut client: Presence, users: i64, seed: i64, until: Instant) -> (u64, Duration) {
@@ -73,23 +74,25 @@ async fn nodes_that_write_the_same_users_do_not_fail_each_others_callers() {
     assert!(bound > 10_000, "the test was a test");
 }
 
-/// A node that was stopped while its lane held the rows of `users`.
+/// Stops a node, whose only lane reaches the database through `proxy`, while that lane holds the rows of all `users`.
 async fn stop_in_the_middle_of_a_batch(
     node: &Node,
-    cluster: &Cluster,
+    proxy: &Proxy,
     users: i64,
 ) -> tokio::task::JoinHandle<Result<Response<BatchBindRouteResp>, Status>> {
-    let mut blocker: AnyConnection = cluster.db.connect().await;
-    // The lane locks in the order of user numbers: it holds all the others when it comes to this one.
-    for sql in ["BEGIN".to_owned(), format!("SELECT version FROM users WHERE user_id = {users} FOR UPDATE")] {
-        sqlx::raw_sql(sqlx::AssertSqlSafe(sql)).execute(&mut blocker).await.expect("lock a user");
-    }
-    let mut client = node.presence();
-    let binds = (1..=users).map(|user| a_bind(user, PHONE, LATE)).collect();
-    let call = tokio::spawn(async move { client.batch_bind_route(BatchBindRouteReq { binds }).await });
-    eventually("the lane waits for the row", LOCK_WAIT, async || cluster.db.waiting_for_a_row().await > 0).await;
+    let send = |binds| {
+        let mut client = node.new_connection();
+        tokio::spawn(async move { client.batch_bind_route(BatchBindRouteReq { binds }).await })
+    };
+    proxy.hold_requests(OUTBOX);
+    send(vec![a_bind(2 * users, PHONE, "c")]); // while the lane is busy with it, the others queue up: they become one batch
+    proxy.struck().await;
+    let call = send((1..=users).map(|user| a_bind(user, PHONE, LATE)).collect());
+    let are_queued = async || node.metric("im_presence_lane_queue_depth").await == users as f64;
+    eventually("they are queued", OTHERS_WAIT, are_queued).await;
+    proxy.hold_requests(OUTBOX);
+    proxy.struck().await;
     node.stop();
-    sqlx::raw_sql("ROLLBACK").execute(&mut blocker).await.expect("free the user");
     call
 }
 
@@ -98,13 +101,16 @@ async fn a_node_stopped_in_the_middle_of_a_batch_holds_its_users_for_11_s_at_mos
     const USERS: i64 = 100;
     let _turn = heavy().await;
     let server = MariaDb::start();
-    let cluster = Cluster::on(&server, 2, &[("STORE__LANES", "1")]).await;
+    let proxy = Proxy::start(server.port).await;
+    let mut cluster = Cluster::on(&server, 0, &[]).await;
+    cluster.add_node_through(&proxy, ONE_LANE).await;
+    cluster.add_node(ONE_LANE).await;
     let [stopped, other] = &cluster.nodes[..] else { panic!("two nodes") };
     for node in &cluster.nodes {
         let binds = (1..=USERS).map(|user| a_bind(user, PHONE, "before")).collect();
         node.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds");
     }
-    let late_call = stop_in_the_middle_of_a_batch(stopped, &cluster, USERS).await;
+    let late_call = stop_in_the_middle_of_a_batch(stopped, &proxy, USERS).await;
     let since = Instant::now();
 
     // A batch of a locked user and a free one: the free one does not wait for the other.
@@ -139,6 +145,7 @@ async fn a_node_stopped_in_the_middle_of_a_batch_holds_its_users_for_11_s_at_mos
     assert_eq!(mixed.results.iter().map(|bind| code(&bind.result)).collect::<Vec<_>>(), [Code::Unavailable, Code::Ok]);
 
     stopped.cont();
+    proxy.release();
     let late = late_call.await.expect("the task");
     println!("the stopped node's caller hears {:?}", late.map(|_| "an answer").map_err(|status| status.code()));
     stopped.bind(a_bind(stranger + 1, PHONE, "c")).await; // its only lane has come past the late batch
