@@ -3,6 +3,7 @@
 pub mod caller;
 pub mod digest;
 pub mod doubt;
+pub mod drain;
 pub mod event;
 pub mod gateway;
 pub mod history;
