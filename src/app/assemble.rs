@@ -24,7 +24,10 @@ use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
 use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::drain_run::Executor;
+use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::gateways::moving::Mover;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::gateways::sweep::Sweep;
@@ -96,6 +99,7 @@ pub struct Daemon {
     pub statuses: Arc<Statuses>,
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
+    pub drains: Arc<Drains>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -147,6 +151,7 @@ impl Daemon {
         );
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
+        let drains = base.drains(&outlets, &kicks, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
@@ -172,6 +177,7 @@ impl Daemon {
             statuses,
             history,
             watches,
+            drains,
         })
     }
 
@@ -364,6 +370,23 @@ impl<'a> Foundation<'a> {
         let pruning = Pruning::new(database, lives, &claimant, keep, config.history.keep_rows.into());
         self.spawn(upkeep::keep_pruning(pruning, self.stop.clone()));
         (Arc::new(statuses), Arc::new(history), watches)
+    }
+
+    fn drains(&mut self, outlets: &Arc<Outlets>, kicks: &Arc<Kicks>, lanes: &Arc<Lanes>) -> Arc<Drains> {
+        let mover = Arc::new(Mover {
+            node_id: self.own.node_id.clone(),
+            claimant: self.own.incarnation.clone(),
+            database: self.database.clone(),
+            lives: self.lives.clone(),
+            lanes: lanes.clone(),
+            outlets: outlets.clone(),
+            kicks: kicks.clone(),
+            metrics: self.metrics.clone(),
+            rooms: settings::rooms(self.config),
+            settings: settings::moving(self.config),
+        });
+        self.spawn(upkeep::keep_draining(Executor::new(mover.clone(), self.stop.clone()), self.stop.clone()));
+        Arc::new(Drains { mover })
     }
 
     fn inboxes(

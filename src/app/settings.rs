@@ -1,16 +1,22 @@
 //! From the configuration to what the parts of the engine are told.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config;
 use crate::config::Config;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
 use crate::config::Watch;
+use crate::domain::allocation::Rules;
+use crate::domain::allocation::algorithm::Algorithm;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
+use crate::engine::gateways::destinations::Rooms;
+use crate::engine::gateways::moving;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
@@ -57,6 +63,24 @@ pub fn watches(config: &Config) -> watches::Settings {
     let Watch { offline_delay, min_interval, max_users_per_stream, max_users, max_streams, resync_rate } = config.watch;
     let damping = Damping { offline_delay, min_interval };
     watches::Settings { damping, max_users_per_stream, max_users, max_streams, resync_rate }
+}
+
+pub fn moving(config: &Config) -> moving::Settings {
+    let config::Drain { rate, settle, close_after, outstanding } = config.drain;
+    let heartbeat_interval = config.gateway.heartbeat_interval;
+    moving::Settings { rate, settle, close_after, outstanding, heartbeat_interval }
+}
+
+/// How gateways are chosen for users who have to go.
+pub fn rooms(config: &Config) -> Rooms {
+    let rules = Rules {
+        algorithm: Algorithm::TwoChoices,
+        max_load: 0.9,
+        bounded_load: 1.25,
+        regions: BTreeMap::new(),
+        experiments: Vec::new(),
+    };
+    Rooms { rules, default_capacity: 10_000, login_rate: 500, heartbeat_interval: config.gateway.heartbeat_interval }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

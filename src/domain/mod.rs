@@ -11,6 +11,7 @@ pub mod history;
 pub mod id;
 pub mod inbox;
 pub mod policy;
+pub mod rebalancing;
 pub mod route;
 pub mod session;
 pub mod status;

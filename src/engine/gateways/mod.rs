@@ -1,8 +1,13 @@
 //! Who lives: [`registry`] gives lives out, [`heartbeats`] extends them, [`reaper`] notices their end, [`sweep`] removes the
-//! routes that are left.
+//! routes that are left. [`drains`] takes orders to move users elsewhere, [`drain_run`] carries them out.
 
 pub mod attaching;
+pub mod destinations;
+pub mod drain_run;
+pub mod drains;
 pub mod heartbeats;
+pub mod moving;
 pub mod reaper;
+pub mod rebalance;
 pub mod registry;
 pub mod sweep;
