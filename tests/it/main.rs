@@ -22,6 +22,7 @@ mod identity;
 mod inbox;
 mod kicks;
 mod memory;
+mod moves;
 mod neighbours;
 mod online_time;
 mod order;

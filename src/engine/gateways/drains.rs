@@ -97,9 +97,9 @@ impl Drains {
     /// # Errors
     /// [`Error::Invalid`]: the gateway never registered, or one of `to` takes no users.
     pub async fn order(&self, order: DrainOrder, dry_run: bool) -> Result<Ordered, Error> {
+        let mut connection = self.connect().await?;
         let Some(life) = self.life(&order.gateway, "gateway_addr")? else { return Ok(Ordered::NotFound) };
         let mut drain = self.drain(&order, &life)?;
-        let mut connection = self.connect().await?;
         (drain.left, _) = count(&mut connection, &drain).await.map_err(|error| unavailable(&error))?;
         drain.users = drain.left;
         let (destinations, against) = self.plan(&life, &drain);
@@ -144,7 +144,7 @@ impl Drains {
             let epochs = match gateway {
                 None => None,
                 Some(gateway) => {
-                    let newest = Some((gateway.clone(), Epoch(i64::MAX as u64)));
+                    let newest = Some((gateway.clone(), Epoch(i64::MAX.unsigned_abs())));
                     let lives = connection.list_lives(true, newest.as_ref(), LIVES_OF_ONE).await?;
                     let own = lives.iter().filter(|life| life.gateway == gateway);
                     Some(own.map(|life| life.epoch).collect::<Vec<_>>())
@@ -166,8 +166,8 @@ impl Drains {
         device: Option<&DeviceId>,
         dry_run: bool,
     ) -> Result<Migrated, Error> {
-        let to = to.map(|gateway| self.targets(std::slice::from_ref(gateway))).transpose()?.unwrap_or_default();
         let mut connection = self.connect().await?;
+        let to = to.map(|gateway| self.targets(std::slice::from_ref(gateway))).transpose()?.unwrap_or_default();
         let read = connection.load_users_with_lives(&[user]).await;
         let (records, lives) = read.map_err(|error| unavailable(&error))?;
         self.mover.lives.learn(&lives);
@@ -275,8 +275,15 @@ impl Drains {
         wait + Duration::from_secs_f64(drain.users as f64 / f64::from(rate)) + self.mover.settings.close_after
     }
 
+    /// With a connection, this node knows of every gateway that has registered: the others' may be known here a second later.
     pub(super) async fn connect(&self) -> Result<Connection, Error> {
-        self.mover.database.connect(Purpose::General).await.map_err(|error| unavailable(&error))
+        let connecting = async {
+            let mut connection = self.mover.database.connect(Purpose::General).await?;
+            let all_unmanaged = Some(Epoch(i64::MAX.unsigned_abs()));
+            self.mover.lives.learn(&connection.read_lives(Duration::ZERO, all_unmanaged).await?);
+            Ok(connection)
+        };
+        connecting.await.map_err(|error| unavailable(&error))
     }
 }
 

@@ -149,12 +149,6 @@ impl TestGateway {
         self.log.is_drained.load(Ordering::Relaxed)
     }
 
-    /// A client's connection has ended.
-    pub async fn unbind(&self, user: i64, device: &str, conn: &str) -> bool {
-        let gateway = self.gateway.as_ref().expect("it has not left");
-        gateway.unbind(user, device, conn).await.expect("the gateway runs").unbound
-    }
-
     pub fn epochs(&self) -> Vec<u64> {
         lock(&self.log.epochs).clone()
     }
