@@ -138,17 +138,15 @@ impl Moves {
 
     pub async fn migrate(&self, request: Request<pb::MigrateUserReq>) -> Result<Response<pb::MigrateUserResp>, Status> {
         let asked = request.get_ref();
+        let user = convert::user_id(asked.user_id).map_err(|error| status(&error))?;
+        let to = optional_gateway("to", &asked.to).map_err(|error| status(&error))?;
+        at_most("reason", asked.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
+        let device = (!asked.device_id.is_empty()).then(|| convert::device_id(&asked.device_id)).transpose();
+        let device = device.map_err(|error| status(&error))?;
         if !asked.dry_run {
             access::check_operator(request.extensions())?;
         }
-        let migrated = async {
-            let user = convert::user_id(asked.user_id)?;
-            let to = optional_gateway("to", &asked.to)?;
-            at_most("reason", asked.reason.len(), MAX_REASON_BYTES, "bytes")?;
-            let device = (!asked.device_id.is_empty()).then(|| convert::device_id(&asked.device_id)).transpose()?;
-            self.drains.migrate(user, to.as_ref(), device.as_ref(), asked.dry_run).await
-        };
-        let migrated = migrated.await;
+        let migrated = self.drains.migrate(user, to.as_ref(), device.as_ref(), asked.dry_run).await;
         if !asked.dry_run {
             let (target, args) = (format!("user {}", asked.user_id), format!("to {:?}, device {:?}", asked.to, asked.device_id));
             let reason = asked.reason.clone();

@@ -118,6 +118,11 @@ impl Drain {
         self.terms.is_whole() || place(&self.id, user) < self.terms.share
     }
 
+    /// Whether there is something to stop, or a gateway that takes nobody new because of it.
+    pub fn can_be_cancelled(&self) -> bool {
+        self.state.is_active() || self.state == DrainState::Done && self.terms.is_whole()
+    }
+
     pub fn moved(&self) -> u64 {
         self.users.saturating_sub(self.left)
     }

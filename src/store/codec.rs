@@ -26,6 +26,8 @@ use crate::domain::time::Timestamp;
 use crate::domain::user::LastShown;
 use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
+pub use crate::store::kick::KickOrder;
+pub use crate::store::kick::KickedRoute;
 
 /// What a committed batch still has to show to the outside.
 #[derive(Clone, PartialEq, Message)]
@@ -110,28 +112,6 @@ impl ChangedUser {
 pub struct Labels {
     #[prost(btree_map = "string, string", tag = "1")]
     pub labels: BTreeMap<String, String>,
-}
-
-/// A route that was removed by another device's bind, or whose client is to go elsewhere: its gateway has to be told.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickedRoute {
-    #[prost(int64, tag = "1")]
-    pub user_id: i64,
-    #[prost(string, tag = "2")]
-    pub device_id: String,
-    #[prost(uint64, tag = "3")]
-    pub epoch: u64,
-    #[prost(uint64, tag = "4")]
-    pub bound_version: u64,
-    #[prost(int32, tag = "5")]
-    pub reason: i32,
-    /// The rest as in [`KickOrder`].
-    #[prost(string, repeated, tag = "6")]
-    pub reconnect_to: Vec<String>,
-    #[prost(uint32, tag = "7")]
-    pub reconnect_after_ms: u32,
-    #[prost(uint32, tag = "8")]
-    pub close_after_ms: u32,
 }
 
 /// A user's record in Redis.
@@ -339,56 +319,6 @@ pub struct Envelope {
     /// The message's number in the user's inbox; 0: it is not stored.
     #[prost(uint64, tag = "10")]
     pub inbox_seq: u64,
-}
-
-impl KickedRoute {
-    /// What an order to the gateway that lives `epoch` is about.
-    pub fn of(order: KickOrder, epoch: Epoch) -> Self {
-        let bound_version = order.route_key.rsplit(':').next().and_then(|version| version.parse().ok()).unwrap_or_default();
-        let KickOrder { user_id, device_id, reason, reconnect_to, reconnect_after_ms, close_after_ms, .. } = order;
-        let epoch = epoch.0;
-        Self { user_id, device_id, epoch, bound_version, reason, reconnect_to, reconnect_after_ms, close_after_ms }
-    }
-
-    /// The order to the gateway.
-    pub fn order(&self) -> KickOrder {
-        let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
-        let Self { user_id, reason, reconnect_after_ms, close_after_ms, .. } = *self;
-        let (device_id, reconnect_to) = (self.device_id.clone(), self.reconnect_to.clone());
-        KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
-    }
-
-    /// The order to a gateway that does not attach: a `NodeFrame` with a `Kick`, as `gateway.proto` has it.
-    pub fn as_frame(&self) -> KickFrame {
-        KickFrame { kick: Some(self.order()) }
-    }
-}
-
-/// Field for field a `mpim.NodeFrame` that holds a kick.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickFrame {
-    #[prost(message, optional, tag = "7")]
-    kick: Option<KickOrder>,
-}
-
-/// Field for field a `mpim.Kick`.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickOrder {
-    #[prost(int64, tag = "1")]
-    pub user_id: i64,
-    #[prost(string, tag = "2")]
-    pub device_id: String,
-    #[prost(string, tag = "3")]
-    pub route_key: String,
-    #[prost(int32, tag = "4")]
-    pub reason: i32,
-    /// Public addresses, the best first.
-    #[prost(string, repeated, tag = "5")]
-    pub reconnect_to: Vec<String>,
-    #[prost(uint32, tag = "6")]
-    pub reconnect_after_ms: u32,
-    #[prost(uint32, tag = "7")]
-    pub close_after_ms: u32,
 }
 
 impl OutboxBody {

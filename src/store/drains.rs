@@ -129,7 +129,7 @@ impl Connection {
     pub async fn drain_to_cancel(&mut self, epoch: Epoch) -> Result<Option<Drain>, SqlError> {
         let select = statement(format!("{SELECT}epoch = ? AND state IN (1, 2, 3) ORDER BY began_ms DESC")).bind(signed(epoch.0));
         let mut drains = self.drains(select).await?.into_iter();
-        Ok(drains.next().filter(|drain| drain.state.is_active() || drain.terms.is_whole()))
+        Ok(drains.next().filter(Drain::can_be_cancelled))
     }
 
     /// Up to `limit` drains, the newest first, of these lives (None: of all), after the one that began then with this id.

@@ -14,6 +14,7 @@ pub mod history;
 pub mod inbox;
 pub mod jobs;
 pub mod keys;
+pub mod kick;
 mod life_row;
 pub mod link;
 pub mod lives;

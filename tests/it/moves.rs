@@ -542,6 +542,34 @@ async fn one_user_is_moved_and_stays_online() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_broken_stream_has_lost_is_asked_again_as_it_was() {
+    let cluster = Cluster::mariadb(2, &[QUICK, &[("GATEWAY__STREAM_GRACE", "15000")]].concat()).await;
+    let _elsewhere = World::start(&cluster, 1, Clients::Stay).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    let (mut broken, epoch) = RawStream::attach(one, "raw:7000", 0).await;
+    broken.bind(ALICE, PHONE, "c").await;
+    let migrated = async || {
+        let request = pb::MigrateUserReq { user_id: ALICE, ..Default::default() };
+        two.operator().migrate_user(request).await.expect("an answer").into_inner()
+    };
+    eventually("both gateways are known", SOON, async || migrated().await.routes == 1).await;
+    drop(broken); // whatever is in it was not read
+    let (mut next, again) = RawStream::attach(two, "raw:7000", epoch).await;
+    assert_eq!(again, epoch);
+    let kick = loop {
+        if let Some(Down::Kick(kick)) = next.next().await.expect("a kick").body {
+            break kick;
+        }
+    };
+    assert_eq!(
+        (kick.reason(), &kick.reconnect_to[..], kick.close_after_ms),
+        (Reason::Migrate, &[addr(0)][..], 10_000),
+        "{kick:?}"
+    );
+    assert!(two.query(ALICE).await.is_online);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn orders_that_make_no_sense_change_nothing() {
     let cluster = Cluster::sqlite(&[]).await;
     let node = cluster.node();

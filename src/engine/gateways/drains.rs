@@ -125,7 +125,8 @@ impl Drains {
                 None => Ok(None),
             },
         };
-        let Some(drain) = found.map_err(|error| unavailable(&error))? else { return Ok(Ordered::NotFound) };
+        let found = found.map_err(|error| unavailable(&error))?.filter(Drain::can_be_cancelled);
+        let Some(drain) = found else { return Ok(Ordered::NotFound) };
         let is_cancelled = connection.end_drain(&drain, DrainState::Cancelled).await.map_err(|error| unavailable(&error))?;
         let drain = connection.read_drain(&drain.id).await.map_err(|error| unavailable(&error))?;
         Ok(drain.filter(|_| is_cancelled).map_or(Ordered::NotFound, Ordered::Begun))
