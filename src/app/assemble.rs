@@ -116,7 +116,7 @@ struct Foundation<'a> {
 }
 
 impl Daemon {
-    /// In this order: subscribe, read the lives, start the lanes, warm the memory while queries are answered already.
+    /// In this order: subscribe, look at Redis, read the lives, start the lanes, warm the memory while queries are answered already.
     pub async fn start(
         config: &Config,
         database: Arc<Database>,
@@ -130,8 +130,8 @@ impl Daemon {
         let (outlets, peer_calls) = base.outlets();
         let kicks = base.kicks(&outlets);
         let publisher = base.publisher(&kicks);
+        base.check_l2().await; // it may raise the generation; whoever has seen the one before trusts no memory then
         let (gateways, heartbeats) = base.gateways(&outlets, &publisher).await;
-        base.check_l2().await;
         let inbox_queue = Arc::new(InboxQueue::default());
         let lanes = base.lanes(publisher, &inbox_queue);
         let directory = base.directory();
