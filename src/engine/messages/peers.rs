@@ -63,6 +63,11 @@ impl Peers {
         self.nodes.store(nodes);
     }
 
+    /// Nodes that are there; this one is.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.nodes.load().len()).unwrap_or(u32::MAX).max(1)
+    }
+
     /// Whether a node that is there has this address.
     pub fn has(&self, addr: &str) -> bool {
         self.nodes.load().values().any(|known| **known == *addr)
