@@ -189,3 +189,7 @@ impl Allocator {
 fn spread(time: Duration, seed: u64) -> Duration {
     time.mul_f64(0.5 + Dice::new(seed).fraction())
 }
+
+#[cfg(test)]
+#[path = "allocation_tests.rs"]
+mod tests;
