@@ -1,6 +1,7 @@
 //! `im-presence ctl`: the calls of `PresenceService` from a shell, and what gateways hear. A plain client: it sees what any
 //! other client sees.
 
+mod allocation;
 mod credentials;
 mod forget;
 mod gateway;
@@ -26,6 +27,8 @@ use tonic_types::StatusExt;
 use crate::client::security::Link;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
+use crate::ctl::allocation::Allocate;
+use crate::ctl::allocation::nodes;
 pub use crate::ctl::credentials::Credentials;
 use crate::ctl::forget::ForgetUser;
 use crate::ctl::gateway::Gateway;
@@ -70,12 +73,14 @@ Examples:
   im-presence ctl watch 42 43                            a line whenever one is shown differently
   im-presence ctl history 42 --from 2026-11-01 --limit 20
   im-presence ctl online-time 42
+  im-presence ctl allocate 42 --region eu                where the user should connect
+  im-presence ctl nodes                                  which nodes there are
   im-presence ctl forget-user 42 --dry-run               on the admin port
   im-presence ctl gateways                               who lives; see its own --help
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
 Ctrl-C), 1 the call failed, 2 bad usage or an argument that the node refused, 3 the answer is no (query, status: not online;
-unbind: nothing to unbind; bind: refused by the device policy, or fenced; status --idle: no such device; deliver: not online,
+unbind: nothing to unbind; allocate: nobody takes the user; bind: refused by the device policy, or fenced; status --idle: no such device; deliver: not online,
 or nobody listens).";
 
 /// Bind, unbind and look up users on a running node; deliver to them, watch them, and listen as a gateway does
@@ -124,6 +129,11 @@ enum Command {
     History(History),
     /// Print how long a user was online, by day
     OnlineTime(OnlineTime),
+    /// Ask where a user should connect; counts as a log-in that is on its way
+    Allocate(Allocate),
+    /// List the nodes
+    #[command(after_help = "Example:\n  im-presence ctl nodes --addr node-1:6000")]
+    Nodes,
     /// Kick a user's devices and erase all that is known of the user; on the node's admin port
     ForgetUser(ForgetUser),
     Gateways(Gateways),
@@ -182,6 +192,8 @@ impl Ctl {
             Command::Status(status) => status.call(&mut self.connect().await?, self.json).await,
             Command::History(history) => history.call(&mut self.connect().await?, self.json).await,
             Command::OnlineTime(time) => time.call(&mut self.connect().await?, self.json).await,
+            Command::Allocate(allocate) => allocate.call(&mut self.connect().await?, self.json).await,
+            Command::Nodes => nodes(&mut self.connect().await?, self.json).await,
             Command::ForgetUser(forget) => {
                 forget.is_meant()?;
                 forget.call(link(forget.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 33] = [
+pub static RULES: [Rule; 35] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -58,6 +58,8 @@ pub static RULES: [Rule; 33] = [
     unlimited("/mpim.PresenceService/UnbindRoute", GATEWAY | OPERATOR),
     rule("/mpim.PresenceService/SetStatus", GATEWAY | SERVICE | OPERATOR),
     rule("/mpim.PresenceService/Watch", GATEWAY | SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/AllocateGateway", GATEWAY | SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/ListNodes", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetStatusHistory", SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetOnlineTime", SERVICE | VIEWER | OPERATOR),
     unlimited("/mpim.GatewayService/Heartbeat", GATEWAY),

@@ -50,12 +50,12 @@ pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
 
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
-const MAX_REGION_BYTES: usize = 128;
+pub const MAX_REGION_BYTES: usize = 128;
 /// Of a gateway's weight next to others.
 const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;
-const MAX_LABEL_NAME_BYTES: usize = 63;
-const MAX_LABEL_BYTES: usize = 255;
+pub const MAX_LABEL_NAME_BYTES: usize = 63;
+pub const MAX_LABEL_BYTES: usize = 255;
 
 const KEY_PREFIX: &str = "user:route:";
 
@@ -198,7 +198,7 @@ fn client_port(raw: i32) -> Result<u16, Error> {
     u16::try_from(raw).map_err(|_| Error::Invalid { field: "client_port", reason: format!("must be 0 to 65535, is {raw}") })
 }
 
-fn platform(raw: i32) -> Result<Platform, Error> {
+pub fn platform(raw: i32) -> Result<Platform, Error> {
     let known = pb::Platform::try_from(raw)
         .map_err(|_| Error::Invalid { field: "platform", reason: format!("must be 0 to 8, is {raw}") })?;
     Ok(match known {

@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod allocation;
 pub mod answer;
 pub mod attach;
 pub mod binder;

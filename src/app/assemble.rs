@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::api::allocation::AllocationCalls;
 use crate::api::attach;
 use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
@@ -23,6 +24,7 @@ use crate::app::settings;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
+use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::gateways::reaper::Reaper;
@@ -83,6 +85,7 @@ pub struct Daemon {
     pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
+    pub allocator: Arc<Allocator>,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
@@ -149,6 +152,7 @@ impl Daemon {
         let (statuses, history, watches) = base.presence(&directory, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
+        let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
         Ok(Self {
             own,
@@ -160,6 +164,7 @@ impl Daemon {
             gateways,
             heartbeats,
             attaching,
+            allocator,
             streams,
             peers,
             peer_calls: Some(peer_calls),
@@ -206,9 +211,11 @@ impl Daemon {
             stream_tools,
             attached: attached.clone(),
         };
+        let (allocator, peers) = (self.allocator.clone(), self.peers.clone());
+        let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         Services {
-            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching },
+            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
             more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
         }
     }
@@ -231,7 +238,12 @@ impl<'a> Foundation<'a> {
         let node_id = config.presence_service.node_id.clone();
         let is_given = node_id.is_some();
         let node_id = node_id.unwrap_or_else(|| incarnation.clone());
-        let own = NodeName { node_id, incarnation, addr: advertise.unwrap_or_else(|| data.to_string()) };
+        let own = NodeName {
+            node_id,
+            incarnation,
+            addr: advertise.unwrap_or_else(|| data.to_string()),
+            zone: config.node.zone.clone(),
+        };
         if is_given {
             neighbours::must_not_be_twins(&own, &database).await?;
         }

@@ -3,14 +3,19 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config;
 use crate::config::Config;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
 use crate::config::Watch;
+use crate::domain::allocation::Rules;
+use crate::domain::allocation::algorithm::Algorithm;
+use crate::domain::allocation::experiment::Experiment;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
+use crate::engine::gateways::allocation;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
@@ -25,6 +30,33 @@ use crate::store::connection::Engine;
 pub fn terms(config: &Config) -> Terms {
     let Gateway { heartbeat_interval, lease, doubt_share, doubt_for, .. } = config.gateway;
     Terms { heartbeat_interval, lease, doubt_share, doubt_for }
+}
+
+pub fn allocation(config: &Config) -> allocation::Settings {
+    let config::Allocation { max_load, default_capacity, login_rate, bounded_load, max_retry_after, .. } = config.allocation;
+    let experiment = |one: &config::Experiment| Experiment {
+        name: one.name.clone(),
+        share: one.share,
+        algorithm: one.algorithm.map(algorithm),
+        labels: one.labels.clone(),
+    };
+    let rules = Rules {
+        algorithm: algorithm(config.allocation.algorithm),
+        max_load,
+        bounded_load,
+        regions: config.allocation.regions.clone(),
+        experiments: config.allocation.experiments.iter().map(experiment).collect(),
+    };
+    let heartbeat_interval = config.gateway.heartbeat_interval;
+    allocation::Settings { rules, default_capacity, login_rate, max_retry_after, heartbeat_interval }
+}
+
+fn algorithm(configured: config::Algorithm) -> Algorithm {
+    match configured {
+        config::Algorithm::TwoChoices => Algorithm::TwoChoices,
+        config::Algorithm::LeastLoad => Algorithm::LeastLoad,
+        config::Algorithm::Rendezvous => Algorithm::Rendezvous,
+    }
 }
 
 pub fn lanes(config: &Config, engine: Engine) -> change::Settings {

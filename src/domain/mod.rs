@@ -1,5 +1,6 @@
 //! The rules of presence, pure: no IO, no clock, no wire types. They take the time as an argument and fail with values.
 
+pub mod allocation;
 pub mod caller;
 pub mod digest;
 pub mod doubt;

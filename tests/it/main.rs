@@ -2,6 +2,7 @@
 
 mod access;
 mod acks;
+mod allocation;
 mod bad_input;
 mod bind;
 mod client;

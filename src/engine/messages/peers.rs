@@ -17,6 +17,7 @@ use crate::engine::messages::acks::Taken;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::store::cluster::NodeName;
+use crate::store::cluster::NodeRow;
 
 /// Calls that may wait; what does not fit is not handed over, and tried again or given up by its sender.
 const QUEUE: usize = 4_096;
@@ -44,13 +45,15 @@ pub struct Peers {
     pub own: NodeName,
     /// Addresses of the nodes that are there, by id.
     nodes: ArcSwap<HashMap<String, Arc<str>>>,
+    /// As the database had them last.
+    listed: ArcSwap<Vec<NodeRow>>,
     calls: mpsc::Sender<Call>,
 }
 
 impl Peers {
     pub fn new(own: NodeName) -> (Arc<Self>, mpsc::Receiver<Call>) {
         let (calls, queue) = mpsc::channel(QUEUE);
-        (Arc::new(Self { own, nodes: ArcSwap::default(), calls }), queue)
+        (Arc::new(Self { own, nodes: ArcSwap::default(), listed: ArcSwap::default(), calls }), queue)
     }
 
     /// Takes over which nodes there are, and makes itself known to those that are new: they look for it once a second only.
@@ -61,6 +64,21 @@ impl Peers {
             let _ = self.calls.try_send(Call::Hello { addr: addr.clone() }); // full: it will look
         }
         self.nodes.store(nodes);
+    }
+
+    /// Takes over what the database says of the nodes, for those who ask which there are.
+    pub fn list(&self, nodes: Vec<NodeRow>) {
+        self.listed.store(Arc::new(nodes));
+    }
+
+    /// The nodes, as the database had them last.
+    pub fn listed(&self) -> Arc<Vec<NodeRow>> {
+        self.listed.load_full()
+    }
+
+    /// Nodes that are there; this one is.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.nodes.load().len()).unwrap_or(u32::MAX).max(1)
     }
 
     /// Whether a node that is there has this address.
