@@ -18,10 +18,12 @@ CREATE TABLE drains (
     pass        INT    NOT NULL DEFAULT 0,
     cursor_user BIGINT NOT NULL DEFAULT 0,       -- the last who was asked in this pass
     users       BIGINT NOT NULL DEFAULT 0,       -- who are to go
+    remaining   BIGINT NOT NULL DEFAULT 0,       -- who of them are still there
     asked       BIGINT NOT NULL DEFAULT 0,
     unheard     BIGINT NOT NULL DEFAULT 0,
     began_ms    BIGINT NOT NULL,
     ended_ms    BIGINT NOT NULL DEFAULT 0,
+    node_id     VARCHAR(64) NOT NULL DEFAULT '', -- that carries it out
     body        MEDIUMBLOB NOT NULL              -- the request
 ) /*! ENGINE = InnoDB DEFAULT CHARACTER SET ascii COLLATE ascii_bin */;
 

@@ -34,6 +34,7 @@ use tracing::warn;
 use crate::api::admin::Admin;
 use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
+use crate::api::moves::Moves;
 use crate::api::node::Caller;
 use crate::app::assemble::Daemon;
 use crate::app::protection::Protection;
@@ -203,6 +204,7 @@ impl App {
             audit: audit.clone(),
             lanes: engine.lanes.clone(),
             history: engine.history.clone(),
+            moves: Moves { drains: engine.drains.clone(), audit: audit.clone() },
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {

@@ -8,6 +8,7 @@ mod allocation;
 mod database;
 mod forms;
 mod load;
+mod moves;
 mod presence;
 mod rules;
 mod schema;
@@ -33,6 +34,7 @@ use forms::or_empty;
 use forms::seconds;
 pub use load::ConfigError;
 pub use load::Problem;
+pub use moves::Drain;
 pub use presence::History;
 pub use presence::Status;
 pub use presence::Watch;
@@ -65,6 +67,7 @@ pub struct Config {
     pub route: Route,
     pub gateway: Gateway,
     pub delivery: Delivery,
+    pub drain: Drain,
     pub status: Status,
     pub watch: Watch,
     pub history: History,

@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod allocation;
+mod moves;
 mod per_thread;
 mod presence;
 mod security;
@@ -23,6 +24,7 @@ use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 
 use crate::metrics::allocation::AllocationMetrics;
+pub use crate::metrics::moves::MoveMetrics;
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
 use crate::metrics::presence::PresenceMetrics;
@@ -118,6 +120,7 @@ pub struct Metrics {
     pub security: SecurityMetrics,
     pub presence: PresenceMetrics,
     pub allocation: AllocationMetrics,
+    pub moves: MoveMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -183,6 +186,7 @@ impl Metrics {
             security: SecurityMetrics::register(&mut r),
             presence: PresenceMetrics::register(&mut r),
             allocation: AllocationMetrics::register(&mut r),
+            moves: MoveMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),

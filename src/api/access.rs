@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 35] = [
+pub static RULES: [Rule; 40] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -75,6 +75,11 @@ pub static RULES: [Rule; 35] = [
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
     unlimited("/mpim.AdminService/ForgetUser", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/DrainGateway", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/CancelDrain", OPERATOR),
+    unlimited("/mpim.AdminService/ListDrains", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/RebalanceGateways", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/MigrateUser", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),

@@ -10,6 +10,7 @@ use tonic::Status;
 
 use crate::api::access;
 use crate::api::convert;
+use crate::api::moves::Moves;
 use crate::api::status::status;
 use crate::domain::event::Outcome;
 use crate::domain::gateway::Life;
@@ -42,6 +43,7 @@ pub struct Admin {
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
     pub history: Arc<History>,
+    pub moves: Moves,
 }
 
 #[tonic::async_trait]
@@ -106,6 +108,29 @@ impl AdminService for Admin {
         self.note(Entry { action: "ForgetUser".to_owned(), target, ..access::actor(request.extensions()) }, &forgotten);
         let rows = forgotten.map_err(|error| status(&error))?;
         Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
+    }
+
+    async fn drain_gateway(&self, request: Request<pb::DrainGatewayReq>) -> Result<Response<pb::DrainGatewayResp>, Status> {
+        self.moves.drain(request).await
+    }
+
+    async fn cancel_drain(&self, request: Request<pb::CancelDrainReq>) -> Result<Response<pb::CancelDrainResp>, Status> {
+        self.moves.cancel(request).await
+    }
+
+    async fn list_drains(&self, request: Request<pb::ListDrainsReq>) -> Result<Response<pb::ListDrainsResp>, Status> {
+        self.moves.list(request).await
+    }
+
+    async fn rebalance_gateways(
+        &self,
+        request: Request<pb::RebalanceGatewaysReq>,
+    ) -> Result<Response<pb::RebalanceGatewaysResp>, Status> {
+        self.moves.rebalance(request).await
+    }
+
+    async fn migrate_user(&self, request: Request<pb::MigrateUserReq>) -> Result<Response<pb::MigrateUserResp>, Status> {
+        self.moves.migrate(request).await
     }
 }
 

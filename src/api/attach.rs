@@ -97,6 +97,8 @@ pub struct Stream {
     watch: Option<Watch>,
     /// Frames that asked for that, in the order in which they are answered.
     watching: VecDeque<u64>,
+    /// The gateway was told that it is drained.
+    is_drained: bool,
     /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
@@ -106,8 +108,8 @@ pub struct Stream {
 impl Stream {
     pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        let (watch, watching) = (None, VecDeque::new());
-        Self { tools, credential, session, speaker: None, attached: None, watch, watching, in_flight, answers, out }
+        let (watch, is_drained, watching) = (None, false, VecDeque::new());
+        Self { tools, credential, session, speaker: None, attached: None, watch, is_drained, watching, in_flight, answers, out }
     }
 
     /// Serves the gateway until one of both ends it.
@@ -180,6 +182,14 @@ impl Stream {
     }
 
     fn note_answer(&mut self, answer: pb::NodeFrame) {
+        if let Some(Down::Heartbeat(pb::HeartbeatResp { result: Some(result), draining, .. })) = &answer.body
+            && result.code() == pb::Code::Ok
+            && std::mem::replace(&mut self.is_drained, *draining) != *draining
+            && *draining
+        {
+            let drain = pb::Drain { deadline_ms: 0, reason: pb::Reason::Drain.into() };
+            self.answers.push_back(frame(0, Down::Drain(drain)));
+        }
         if answer.seq != 0 {
             self.answers.push_back(answer);
         }

@@ -153,6 +153,8 @@ fn reason_label(reason: Reason) -> &'static str {
         Reason::DeviceLimit => "device_limit",
         Reason::PlatformLimit => "platform_limit",
         Reason::Operator => "operator",
+        Reason::Drain => "drain",
+        Reason::Migrate => "migrate",
         Reason::Banned => "banned",
     }
 }

@@ -382,12 +382,13 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
 }
 
 pub fn kick(kick: &KickOrder) -> pb::Kick {
-    let (device_id, route_key) = (kick.device_id.clone(), kick.route_key.clone());
-    pb::Kick { user_id: kick.user_id, device_id, route_key, reason: kick.reason, ..Default::default() }
+    let KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms } = kick.clone();
+    pb::Kick { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
 pub fn kick_order(kick: pb::Kick) -> KickOrder {
-    KickOrder { user_id: kick.user_id, device_id: kick.device_id, route_key: kick.route_key, reason: kick.reason }
+    let pb::Kick { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms } = kick;
+    KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
 pub fn refusal(refusal: Refusal) -> &'static str {

@@ -14,6 +14,7 @@ pub mod delivery;
 pub mod gateway;
 pub mod http;
 pub mod listen;
+pub mod moves;
 pub mod node;
 pub mod presence;
 pub mod queries;

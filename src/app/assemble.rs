@@ -26,7 +26,10 @@ use crate::config;
 use crate::config::Config;
 use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::drain_run::Executor;
+use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::heartbeats::Heartbeats;
+use crate::engine::gateways::moving::Mover;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::gateways::sweep::Sweep;
@@ -99,6 +102,7 @@ pub struct Daemon {
     pub statuses: Arc<Statuses>,
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
+    pub drains: Arc<Drains>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -150,6 +154,7 @@ impl Daemon {
         );
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
+        let drains = base.drains(&outlets, &kicks, &lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
@@ -177,6 +182,7 @@ impl Daemon {
             statuses,
             history,
             watches,
+            drains,
         })
     }
 
@@ -376,6 +382,23 @@ impl<'a> Foundation<'a> {
         let pruning = Pruning::new(database, lives, &claimant, keep, config.history.keep_rows.into());
         self.spawn(upkeep::keep_pruning(pruning, self.stop.clone()));
         (Arc::new(statuses), Arc::new(history), watches)
+    }
+
+    fn drains(&mut self, outlets: &Arc<Outlets>, kicks: &Arc<Kicks>, lanes: &Arc<Lanes>) -> Arc<Drains> {
+        let mover = Arc::new(Mover {
+            node_id: self.own.node_id.clone(),
+            claimant: self.own.incarnation.clone(),
+            database: self.database.clone(),
+            lives: self.lives.clone(),
+            lanes: lanes.clone(),
+            outlets: outlets.clone(),
+            kicks: kicks.clone(),
+            metrics: self.metrics.clone(),
+            rooms: settings::rooms(self.config),
+            settings: settings::moving(self.config),
+        });
+        self.spawn(upkeep::keep_draining(Executor::new(mover.clone(), self.stop.clone()), self.stop.clone()));
+        Arc::new(Drains { mover })
     }
 
     fn inboxes(

@@ -16,6 +16,8 @@ use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
 use crate::engine::gateways::allocation;
+use crate::engine::gateways::destinations::Rooms;
+use crate::engine::gateways::moving;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
@@ -89,6 +91,18 @@ pub fn watches(config: &Config) -> watches::Settings {
     let Watch { offline_delay, min_interval, max_users_per_stream, max_users, max_streams, resync_rate } = config.watch;
     let damping = Damping { offline_delay, min_interval };
     watches::Settings { damping, max_users_per_stream, max_users, max_streams, resync_rate }
+}
+
+pub fn moving(config: &Config) -> moving::Settings {
+    let config::Drain { rate, settle, close_after, outstanding } = config.drain;
+    let heartbeat_interval = config.gateway.heartbeat_interval;
+    moving::Settings { rate, settle, close_after, outstanding, heartbeat_interval }
+}
+
+/// How gateways are chosen for users who have to go.
+pub fn rooms(config: &Config) -> Rooms {
+    let allocation::Settings { rules, default_capacity, login_rate, heartbeat_interval, .. } = allocation(config);
+    Rooms { rules, default_capacity, login_rate, heartbeat_interval }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

@@ -9,6 +9,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use tracing::warn;
 
+use crate::engine::gateways::drain_run;
+use crate::engine::gateways::drain_run::Executor;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::sweep::CENSUS_INTERVAL;
 use crate::engine::gateways::sweep::SWEEP_INTERVAL;
@@ -66,6 +68,18 @@ pub async fn keep_ending_statuses(mut ends: StatusEnds, stop: CancellationToken)
             debug!(%error, "statuses whose time is over cannot be ended yet");
         }
     }
+}
+
+pub async fn keep_draining(mut drains: Executor, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(drain_run::LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(drains.step()).await {
+            debug!(%error, "drains cannot be looked at");
+        }
+    }
+    drains.finish().await;
 }
 
 pub async fn keep_pruning(mut pruning: Pruning, stop: CancellationToken) {

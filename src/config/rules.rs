@@ -36,6 +36,7 @@ const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
 const MAX_INBOX_MESSAGES: u64 = 1_000_000;
 const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
 const MAX_STATUS_CHANGES: u64 = 1000;
+const MAX_DRAIN_RATE: u64 = 1_000_000;
 const MAX_DELAY_MS: u64 = 60_000;
 const MAX_PAIRS: u64 = 100_000_000;
 const MAX_KEPT_ROWS: u64 = 10_000_000;
@@ -89,6 +90,9 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("delivery", "inbox_max_messages") => 1..=MAX_INBOX_MESSAGES,
         ("delivery", "inbox_max_bytes") => 1..=MAX_INBOX_BYTES,
         ("delivery", "inbox_ttl") => 1..=YEAR_S,
+        ("drain", "rate") => 1..=MAX_DRAIN_RATE,
+        ("drain", "settle" | "close_after") => 0..=HOUR_S,
+        ("drain", "outstanding") => 1..=HOUR_S,
         ("status", "rate") => 0..=MAX_STATUS_CHANGES,
         ("status", "burst") => 1..=MAX_STATUS_CHANGES,
         ("status", "text_bytes") => 0..=MAX_TEXT_BYTES as u64,

@@ -91,6 +91,8 @@ pub enum Event<'a> {
     EndStatus,
     /// Erase what is known of the user.
     Forget,
+    /// Remove the routes on this life of a gateway.
+    Evict(Epoch),
 }
 
 /// What came of an event.
@@ -125,6 +127,10 @@ pub enum Outcome {
     NoDevice,
     /// The user has no device on a gateway that the caller may speak for.
     NotTheirs,
+    /// The routes that were removed.
+    Evicted {
+        kicked: Vec<(Route, Reason)>,
+    },
     /// Rows of routes, stored messages and history that were there.
     Forgotten {
         rows: u64,

@@ -20,13 +20,17 @@ pub struct DevicePolicy {
     pub on_overflow: OnOverflow,
 }
 
-/// Why a route was removed by others than its gateway.
+/// Why a route was removed by others than its gateway, or is to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     Replaced,
     DeviceLimit,
     PlatformLimit,
     Operator,
+    /// The route stays: its gateway is drained, and the client has to go elsewhere.
+    Drain,
+    /// The same, without a drain.
+    Migrate,
     /// The user may not be bound for a while.
     Banned,
 }

@@ -1,5 +1,6 @@
 //! A user's record and the one function that changes it.
 
+mod eviction;
 mod presence;
 mod settling;
 mod wish;
@@ -113,6 +114,7 @@ impl UserRecord {
             Event::SetStatus(set) => self.set_status(set, context),
             Event::EndStatus => self.end_status(context),
             Event::Forget => return self.forget(context),
+            Event::Evict(epoch) => self.evict(*epoch, context),
         };
         self.settled(applied, event, context)
     }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use prost::Message;
 
+use crate::domain::drain::DrainState;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::LifeKind;
 use crate::domain::history::Cause;
@@ -111,7 +112,7 @@ pub struct Labels {
     pub labels: BTreeMap<String, String>,
 }
 
-/// A route that was removed by another device's bind; its gateway has to close the connection.
+/// A route that was removed by another device's bind, or whose client is to go elsewhere: its gateway has to be told.
 #[derive(Clone, PartialEq, Message)]
 pub struct KickedRoute {
     #[prost(int64, tag = "1")]
@@ -124,6 +125,13 @@ pub struct KickedRoute {
     pub bound_version: u64,
     #[prost(int32, tag = "5")]
     pub reason: i32,
+    /// The rest as in [`KickOrder`].
+    #[prost(string, repeated, tag = "6")]
+    pub reconnect_to: Vec<String>,
+    #[prost(uint32, tag = "7")]
+    pub reconnect_after_ms: u32,
+    #[prost(uint32, tag = "8")]
+    pub close_after_ms: u32,
 }
 
 /// A user's record in Redis.
@@ -337,14 +345,17 @@ impl KickedRoute {
     /// What an order to the gateway that lives `epoch` is about.
     pub fn of(order: KickOrder, epoch: Epoch) -> Self {
         let bound_version = order.route_key.rsplit(':').next().and_then(|version| version.parse().ok()).unwrap_or_default();
-        let KickOrder { user_id, device_id, reason, .. } = order;
-        Self { user_id, device_id, epoch: epoch.0, bound_version, reason }
+        let KickOrder { user_id, device_id, reason, reconnect_to, reconnect_after_ms, close_after_ms, .. } = order;
+        let epoch = epoch.0;
+        Self { user_id, device_id, epoch, bound_version, reason, reconnect_to, reconnect_after_ms, close_after_ms }
     }
 
     /// The order to the gateway.
     pub fn order(&self) -> KickOrder {
         let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
-        KickOrder { user_id: self.user_id, device_id: self.device_id.clone(), route_key, reason: self.reason }
+        let Self { user_id, reason, reconnect_after_ms, close_after_ms, .. } = *self;
+        let (device_id, reconnect_to) = (self.device_id.clone(), self.reconnect_to.clone());
+        KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
     }
 
     /// The order to a gateway that does not attach: a `NodeFrame` with a `Kick`, as `gateway.proto` has it.
@@ -371,6 +382,13 @@ pub struct KickOrder {
     pub route_key: String,
     #[prost(int32, tag = "4")]
     pub reason: i32,
+    /// Public addresses, the best first.
+    #[prost(string, repeated, tag = "5")]
+    pub reconnect_to: Vec<String>,
+    #[prost(uint32, tag = "6")]
+    pub reconnect_after_ms: u32,
+    #[prost(uint32, tag = "7")]
+    pub close_after_ms: u32,
 }
 
 impl OutboxBody {
@@ -411,7 +429,19 @@ numbered!(
 );
 numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
-numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3, Operator = 4, Banned = 8);
+numbered!(
+    reason_to_i32,
+    reason_from_i32,
+    Reason,
+    Replaced = 1,
+    DeviceLimit = 2,
+    PlatformLimit = 3,
+    Operator = 4,
+    Drain = 6,
+    Migrate = 7,
+    Banned = 8
+);
+numbered!(drain_to_i32, drain_from_i32, DrainState, Waiting = 1, Running = 2, Done = 3, Cancelled = 4, Ended = 5);
 numbered!(
     cause_to_i32,
     cause_from_i32,

@@ -15,6 +15,9 @@
 //! It says `{"watch": [2, 3]}`, its contacts, and is told `{"user": 2, "status": "online", "text": ""}` of each, now and
 //! whenever that changes. `{"status": "busy", "text": "in a meeting"}` is how its user wants to be seen. Whatever it says but
 //! `got` shows that somebody is there; `{"here": true}` says nothing else. Whose clients are silent for a minute is away.
+//!
+//! `{"move": ["127.0.0.1:8002"], "after_ms": 300}` asks it to connect to the first of these that takes it, then, and to close
+//! this connection once the other one is open.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -143,6 +146,11 @@ enum ToClient {
         status: String,
         text: String,
     },
+    Move {
+        #[serde(rename = "move")]
+        to: Vec<String>,
+        after_ms: u32,
+    },
 }
 
 /// What travels through im-presence.
@@ -179,6 +187,13 @@ fn hear(sockets: &Sockets, watchers: &Watchers, addr: &str, event: Event) {
         Event::Kick(connection, _) | Event::Lost(connection, _) => {
             lock(sockets).remove(&(connection.user_id, connection.conn_id));
         }
+        Event::Move(connection, kick) => {
+            if let Some(socket) = lock(sockets).get(&(connection.user_id, connection.conn_id)) {
+                let (to, after_ms) = (kick.reconnect_to, kick.reconnect_after_ms);
+                let _ = socket.to_client.try_send(ToClient::Move { to, after_ms }); // full: it is closed, and comes back anywhere
+            }
+        }
+        Event::Draining(is_drained) => eprintln!("{addr} {} clients", if is_drained { "is to lose its" } else { "may take" }),
         Event::Presence { client, presence } => {
             if let Some(news) = lock(watchers).get(&client) {
                 lock(&news.presences).insert(presence.user_id, presence);

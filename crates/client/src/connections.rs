@@ -79,6 +79,13 @@ impl Connections {
 
     /// Which connection is to be closed. None: it has ended, or that was said before.
     pub fn kicked(&mut self, kick: &pb::Kick) -> Option<Connection> {
+        let meant = self.meant(kick)?;
+        self.held.remove(&key(&meant));
+        Some(meant)
+    }
+
+    /// Which connection a kick means. None: it has ended, or is not bound yet; then the kick waits for that.
+    pub fn meant(&mut self, kick: &pb::Kick) -> Option<Connection> {
         let (mut meant, mut unanswered) = (None, false);
         for held in self.of_device(kick.user_id, &kick.device_id) {
             unanswered |= held.route_key.is_empty();
@@ -86,10 +93,8 @@ impl Connections {
                 meant = Some(held.connection.clone());
             }
         }
-        match &meant {
-            Some(connection) => _ = self.held.remove(&key(connection)),
-            None if unanswered => self.early.push(kick.clone()),
-            None => {}
+        if meant.is_none() && unanswered {
+            self.early.push(kick.clone());
         }
         meant
     }

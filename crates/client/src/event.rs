@@ -78,8 +78,15 @@ pub struct Connection {
 pub enum Event {
     /// Hand this over to the user's devices (`device_ids`, or all), then acknowledge for each.
     Delivery(pb::Delivery, Acker),
-    /// Close this connection: another bind has removed its route.
+    /// Close this connection: another bind has removed its route, or it was to go elsewhere and its time is over. There is
+    /// nothing to unbind.
     Kick(Connection, pb::Kick),
+    /// Tell this client to connect elsewhere: to the first of `reconnect_to` that takes it (empty: anywhere), after
+    /// `reconnect_after_ms`. Keep the connection until then: its route stays until the client is bound there, and the connection
+    /// is kicked when that is done, or after `close_after_ms`.
+    Move(Connection, pb::Kick),
+    /// This gateway is to lose its clients (true: take no new ones), or not any more.
+    Draining(bool),
     /// A bind that had to be made again after the gateway's life was over did not succeed: close the connection.
     Lost(Connection, pb::BindRouteResp),
     /// A user whom this client watches is shown like this now.

@@ -45,6 +45,8 @@ pub struct Life {
     /// Another process has begun a life under this address.
     superseded: bool,
     lease: Duration,
+    /// As the last heartbeat's answer said.
+    is_drained: bool,
     dialogue: Dialogue,
     usage: Usage,
 }
@@ -66,7 +68,7 @@ impl Life {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
         let node = usize::try_from(uuid::Uuid::new_v4().as_u128() % 64).unwrap_or(0);
-        Ok(Self { options, nodes, node, epoch: 0, superseded: false, lease: Duration::ZERO, dialogue, usage })
+        Ok(Self { options, nodes, node, epoch: 0, superseded: false, lease: Duration::ZERO, is_drained: false, dialogue, usage })
     }
 
     /// Goes on until it is dropped.
@@ -155,7 +157,7 @@ impl Life {
             let (silent_until, due) = (stream.beaten.map(|since| since + BEAT_LIMIT), self.dialogue.due());
             tokio::select! {
                 frame = stream.answers.message() => match frame {
-                    Ok(Some(pb::NodeFrame { body: Some(Down::Drain(_)), .. })) => {
+                    Ok(Some(pb::NodeFrame { body: Some(Down::Drain(drain)), .. })) if drain.reason() != pb::Reason::Drain => {
                         return Status::unavailable("the node stops");
                     }
                     Ok(Some(frame)) => self.take(stream, frame),
@@ -193,7 +195,12 @@ impl Life {
             return;
         };
         match answer.result.unwrap_or_default().code() {
-            Code::Ok => stream.beaten = None,
+            Code::Ok => {
+                stream.beaten = None;
+                if std::mem::replace(&mut self.is_drained, answer.draining) != answer.draining {
+                    self.dialogue.tell(Event::Draining(answer.draining));
+                }
+            }
             code @ (Code::Fenced | Code::Superseded) => self.over(code),
             _ => self.beat_elsewhere(stream),
         }

@@ -44,6 +44,8 @@ pub enum Change {
     EndStatus,
     /// Erase what is known of the user.
     Forget,
+    /// Remove the routes on this life of a gateway.
+    Evict(Epoch),
 }
 
 impl Change {
