@@ -13,4 +13,5 @@ pub mod route;
 pub mod session;
 pub mod status;
 pub mod time;
+pub mod top;
 pub mod user;
