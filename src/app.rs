@@ -4,6 +4,7 @@ mod admin_port;
 pub mod assemble;
 mod audit;
 mod files;
+mod lists;
 mod neighbours;
 mod protection;
 pub mod serve;
@@ -202,6 +203,8 @@ impl App {
             audit: audit.clone(),
             lanes: engine.lanes.clone(),
             history: engine.history.clone(),
+            metrics: engine.metrics.clone(),
+            lists: lists::start(&config, &engine, &mut tasks, &stop),
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {

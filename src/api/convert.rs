@@ -51,7 +51,7 @@ pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
 
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
-const MAX_REGION_BYTES: usize = 128;
+pub const MAX_REGION_BYTES: usize = 128;
 /// Of a gateway's weight next to others.
 const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;

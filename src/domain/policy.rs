@@ -42,7 +42,10 @@ pub enum Refusal {
     DeviceLimit,
     PlatformLimit,
     /// Nothing may be bound before.
-    Banned { until: Timestamp, left: Duration },
+    Banned {
+        until: Timestamp,
+        left: Duration,
+    },
 }
 
 impl DevicePolicy {

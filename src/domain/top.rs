@@ -145,11 +145,10 @@ mod tests {
     #[test]
     fn few_keys_are_counted_exactly() {
         let all = check(&[3, 1, 3, 2, 3, 2]);
-        assert_eq!(all.iter().map(|counted| (counted.key, counted.count, counted.error)).collect::<Vec<_>>(), [
-            (3, 3, 0),
-            (2, 2, 0),
-            (1, 1, 0)
-        ]);
+        assert_eq!(
+            all.iter().map(|counted| (counted.key, counted.count, counted.error)).collect::<Vec<_>>(),
+            [(3, 3, 0), (2, 2, 0), (1, 1, 0)]
+        );
     }
 
     #[test]
