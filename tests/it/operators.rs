@@ -153,7 +153,7 @@ async fn a_ban_holds_on_every_node_at_once_until_it_is_lifted() {
     devices.sort_unstable();
     assert_eq!(devices, [(LAPTOP, GATEWAY), (PHONE, "gw-9:7000")]);
     let kick = gateway.is_kicked().await;
-    assert_eq!((kick.route_key, kick.reason()), (bound.route_key, Reason::Banned));
+    assert_eq!((kick.reason(), kick.route_key), (Reason::Banned, bound.route_key));
     for node in [one, two] {
         let left = node.refuses(on("gw-9:7000", epoch, a_bind(ALICE, PHONE, "c3"))).await;
         assert!(left > Duration::from_secs(u64::from(DAY_S) - 3_600) && left <= Duration::from_secs(DAY_S.into()), "{left:?}");
@@ -302,7 +302,7 @@ async fn one_device_is_kicked_and_what_is_only_tried_changes_nothing() {
     let kicked = two.kick(kick(ALICE, PHONE)).await;
     assert_eq!((code(&kicked.result), kicked.kicked.len()), (Code::Ok, 1));
     let told = gateway.is_kicked().await;
-    assert_eq!((told.route_key, told.reason()), (phone.route_key, Reason::Operator));
+    assert_eq!((told.reason(), told.route_key), (Reason::Operator, phone.route_key));
     assert_eq!(two.query_sql(ALICE).await.routes.len(), 1, "the laptop stays");
     gateway.bind(ALICE, PHONE, "c3").await;
 }
