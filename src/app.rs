@@ -4,6 +4,7 @@ mod admin_port;
 pub mod assemble;
 mod audit;
 mod files;
+mod lists;
 mod neighbours;
 mod protection;
 pub mod serve;
@@ -205,6 +206,8 @@ impl App {
             lanes: engine.lanes.clone(),
             history: engine.history.clone(),
             moves: Moves { drains: engine.drains.clone(), audit: audit.clone() },
+            metrics: engine.metrics.clone(),
+            lists: lists::start(&config, &engine, &mut tasks, &stop),
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {

@@ -8,6 +8,7 @@ mod gateway;
 mod gateways;
 mod listen;
 mod moment;
+mod operators;
 mod presence;
 mod print;
 mod shown;
@@ -34,6 +35,7 @@ use crate::ctl::forget::ForgetUser;
 use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
 use crate::ctl::listen::Listen;
+use crate::ctl::operators::Operators;
 use crate::ctl::presence::BatchQuery;
 use crate::ctl::presence::Bind;
 use crate::ctl::presence::Deliver;
@@ -76,6 +78,7 @@ Examples:
   im-presence ctl allocate 42 --region eu                where the user should connect
   im-presence ctl nodes                                  which nodes there are
   im-presence ctl forget-user 42 --dry-run               on the admin port
+  im-presence ctl offline 42 --ban 3600                  also kick, online, count, preview-policy, top
   im-presence ctl gateways                               who lives; see its own --help
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
@@ -137,6 +140,8 @@ enum Command {
     /// Kick a user's devices and erase all that is known of the user; on the node's admin port
     ForgetUser(ForgetUser),
     Gateways(Gateways),
+    #[command(flatten)]
+    Operators(Operators),
 }
 
 /// What goes to stdout (an answer) or stderr (why there is none), and the exit code.
@@ -189,6 +194,9 @@ impl Ctl {
                 let link = link(gateways.addr(), self.patience(), "--admin", &self.security()?).await?;
                 gateways.call(link, self.json).await
             }
+            Command::Operators(command) => {
+                command.call(link(command.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
+            }
             Command::Status(status) => status.call(&mut self.connect().await?, self.json).await,
             Command::History(history) => history.call(&mut self.connect().await?, self.json).await,
             Command::OnlineTime(time) => time.call(&mut self.connect().await?, self.json).await,
@@ -229,6 +237,7 @@ impl Ctl {
         match &self.command {
             Command::Gateways(gateways) => gateways.addr(),
             Command::ForgetUser(forget) => forget.addr(),
+            Command::Operators(command) => command.addr(),
             _ => &self.addr,
         }
     }

@@ -138,7 +138,7 @@ impl Metrics {
         Arc::new(Self {
             binds: r.family("binds", "binds by result"),
             unbinds: r.family("unbinds", "unbinds by result"),
-            kicks: r.family("kicks", "routes removed by another device's bind, by reason"),
+            kicks: r.family("kicks", "routes removed by another device's bind or by an operator, by reason"),
             queries: LookedUp::of(&r.family("queries", "users looked up one by one, by the tier that answered")),
             query_seconds: r.add("query_seconds", "time to answer a query", HotSeconds::default()),
             bind_seconds: r.add("bind_seconds", "time to answer a bind", HotSeconds::default()),

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 40] = [
+pub static RULES: [Rule; 46] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -80,6 +80,12 @@ pub static RULES: [Rule; 40] = [
     unlimited("/mpim.AdminService/ListDrains", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/RebalanceGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/MigrateUser", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/KickDevice", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ForceOffline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ListOnline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/CountOnline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/PreviewPolicy", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ListTop", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),

@@ -30,6 +30,7 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::time::written_time;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::StoredMessage;
@@ -391,11 +392,14 @@ pub fn kick_order(kick: pb::Kick) -> KickOrder {
     KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
-pub fn refusal(refusal: Refusal) -> &'static str {
+pub fn refusal(refusal: Refusal) -> String {
     match refusal {
-        Refusal::Older => "a newer connection holds the device",
-        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)",
-        Refusal::PlatformLimit => "the user has as many devices of this platform online as allowed (route.per_platform)",
+        Refusal::Older => "a newer connection holds the device".to_owned(),
+        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)".to_owned(),
+        Refusal::PlatformLimit => {
+            "the user has as many devices of this platform online as allowed (route.per_platform)".to_owned()
+        }
+        Refusal::Banned { until, .. } => format!("banned until {}", written_time(until)),
     }
 }
 

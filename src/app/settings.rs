@@ -61,17 +61,20 @@ fn algorithm(configured: config::Algorithm) -> Algorithm {
     }
 }
 
-pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
+pub fn policy(config: &Config) -> DevicePolicy {
     let on_overflow = match config.route.on_overflow {
         OnOverflow::KickOldest => policy::OnOverflow::KickOldest,
         OnOverflow::RefuseNew => policy::OnOverflow::RefuseNew,
     };
-    let policy = DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow };
+    DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow }
+}
+
+pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
     change::Settings {
         lanes: if engine == Engine::Sqlite { 1 } else { config.store.lanes },
         queue: config.store.queue,
         max_event_age: config.store.max_event_age,
-        policy,
+        policy: policy(config),
         inbox: Limits {
             messages: config.delivery.inbox_max_messages,
             bytes: config.delivery.inbox_max_bytes,

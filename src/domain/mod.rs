@@ -16,4 +16,5 @@ pub mod route;
 pub mod session;
 pub mod status;
 pub mod time;
+pub mod top;
 pub mod user;

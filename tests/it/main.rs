@@ -25,6 +25,7 @@ mod kicks;
 mod memory;
 mod neighbours;
 mod online_time;
+mod operators;
 mod order;
 mod redis_faults;
 mod running;

@@ -59,6 +59,11 @@ impl Entry {
         Self { record, as_of: as_of.into(), from_l2, trust }
     }
 
+    /// Of a record that is looked at once, and not kept.
+    pub fn passing(record: UserRecord, as_of: Instant) -> Self {
+        Self { record, as_of: as_of.into(), from_l2: false, trust: 0 }
+    }
+
     /// The record was complete at this instant, or later.
     pub fn as_of(&self) -> Instant {
         self.as_of.into()

@@ -21,6 +21,7 @@ use crate::domain::route::Route;
 use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::cache::Entry;
 use crate::engine::read::cache::L2_AGE;
@@ -278,6 +279,14 @@ impl Directory {
             Err(_) => self.database_slow.set(Instant::now()),
         }
         loads.take()
+    }
+
+    /// What follows now from records that were just read from SQL, with the lives of their routes. They do not stay in memory.
+    pub fn judge(&self, records: impl IntoIterator<Item = (UserId, UserRecord)>) -> Vec<(UserId, Answer)> {
+        let now = Instant::now();
+        let moment = Arc::new(self.moment(now));
+        let answer = |(user, record)| (user, self.loaded(Arc::new(Entry::passing(record, now)), &moment));
+        records.into_iter().map(answer).collect()
     }
 
     /// How long ago all changes made until then were known. None: some may be missing.
