@@ -202,6 +202,8 @@ impl App {
             audit: audit.clone(),
             lanes: engine.lanes.clone(),
             history: engine.history.clone(),
+            explaining: engine.explaining.clone(),
+            peers: engine.peers.clone(),
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 33] = [
+pub static RULES: [Rule; 35] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -69,10 +69,12 @@ pub static RULES: [Rule; 33] = [
     unlimited("/mpim.GatewayService/AckInbox", GATEWAY | SERVICE),
     unlimited("/mpim.NodeService/Forward", NODE),
     unlimited("/mpim.NodeService/ForwardAcks", NODE),
+    unlimited("/mpim.NodeService/Inspect", NODE),
     unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
     unlimited("/mpim.AdminService/ForgetUser", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ExplainRoute", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),

@@ -18,6 +18,8 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::peers::Peers;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
@@ -42,6 +44,8 @@ pub struct Admin {
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
     pub history: Arc<History>,
+    pub explaining: Arc<Explaining>,
+    pub peers: Arc<Peers>,
 }
 
 #[tonic::async_trait]
@@ -107,6 +111,10 @@ impl AdminService for Admin {
         let rows = forgotten.map_err(|error| status(&error))?;
         Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
     }
+
+    async fn explain_route(&self, request: Request<pb::ExplainRouteReq>) -> Result<Response<pb::ExplainRouteResp>, Status> {
+        self.explain(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
 }
 
 impl Admin {
@@ -131,7 +139,7 @@ impl Admin {
         });
     }
 
-    fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
+    pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),

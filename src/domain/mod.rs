@@ -4,6 +4,7 @@ pub mod caller;
 pub mod digest;
 pub mod doubt;
 pub mod event;
+pub mod explanation;
 pub mod gateway;
 pub mod history;
 pub mod id;

@@ -1,6 +1,7 @@
 //! What users are shown as: how they want to be seen ([`statuses`]), who is told of it ([`watches`], by a [`teller`]), and what is
-//! written down of the past ([`history`]).
+//! written down of the past ([`history`]); and why ([`explaining`]).
 
+pub mod explaining;
 pub mod history;
 mod interest;
 pub mod pruning;
