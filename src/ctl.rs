@@ -2,6 +2,7 @@
 //! other client sees.
 
 mod credentials;
+mod explain;
 mod forget;
 mod gateway;
 mod gateways;
@@ -27,6 +28,7 @@ use crate::client::security::Link;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
 pub use crate::ctl::credentials::Credentials;
+use crate::ctl::explain::Explain;
 use crate::ctl::forget::ForgetUser;
 use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
@@ -71,6 +73,7 @@ Examples:
   im-presence ctl history 42 --from 2026-11-01 --limit 20
   im-presence ctl online-time 42
   im-presence ctl forget-user 42 --dry-run               on the admin port
+  im-presence ctl explain 42                             why the user is online or not; on the admin port
   im-presence ctl gateways                               who lives; see its own --help
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
@@ -126,6 +129,8 @@ enum Command {
     OnlineTime(OnlineTime),
     /// Kick a user's devices and erase all that is known of the user; on the node's admin port
     ForgetUser(ForgetUser),
+    /// Say why a user is online, suspect or offline: what each tier holds, what each route is worth; on the node's admin port
+    Explain(Explain),
     Gateways(Gateways),
 }
 
@@ -186,6 +191,9 @@ impl Ctl {
                 forget.is_meant()?;
                 forget.call(link(forget.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
             }
+            Command::Explain(explain) => {
+                explain.call(link(explain.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
+            }
             Command::Watch(watch) => {
                 match watch.until_interrupted(&self.addr, self.json, self.patience(), self.security()?).await {
                     Err(End::Said(outcome)) => return Err(outcome),
@@ -217,6 +225,7 @@ impl Ctl {
         match &self.command {
             Command::Gateways(gateways) => gateways.addr(),
             Command::ForgetUser(forget) => forget.addr(),
+            Command::Explain(explain) => explain.addr(),
             _ => &self.addr,
         }
     }

@@ -15,6 +15,7 @@ mod deliver;
 mod docs;
 mod doubt;
 mod ends;
+mod explain;
 mod gateways;
 mod harness;
 mod hints;
