@@ -140,6 +140,8 @@ async fn each_tier_says_what_it_has_and_nothing_is_changed_by_looking() {
     assert!(here.presence().deliver(stored).await.expect("an answer").into_inner().stored);
     assert_eq!(explain(here, BOB).await.inbox_messages, 1);
 
+    let believed = async || tier(&explain(there, ALICE).await, "shared").trusted;
+    eventually("the other node knows the gateway", SEEN_WITHIN, believed).await;
     for _ in 0..2 {
         let it = explain(there, ALICE).await;
         let of = |view: &pb::TierView| (view.tier.clone(), view.node_id == it.node_id, view.present, view.trusted, view.routes);
@@ -244,8 +246,16 @@ async fn a_node_that_does_not_know_who_lives_says_so_and_hears_of_a_death_from_t
     let it = explain(there, ALICE).await;
     assert!(tier(&it, "durable").trusted, "SQL answers: {it:?}");
     every_node_explains(&cluster.nodes[..1], ALICE, &["live"], "online: phone is on gw-1:7000, which lives").await;
+
+    cluster.db.another_sweeps().await;
+    proxy.cut_off();
+    here.operator().purge_gateways(pb::PurgeGatewaysReq { epochs: vec![gateway.epoch], held: false }).await.expect("a purge");
+    every_node_explains(&cluster.nodes[..1], ALICE, &["over"], "offline: phone was on gw-1:7000; an operator declared it").await;
+    let it = explain(there, ALICE).await;
+    let heard = format!("; node {} takes its gateway's life for over", explain(here, ALICE).await.node_id);
+    assert!(it.routes[0].why.ends_with(&heard) && verdicts(&it) == ["unsure"], "{it:?}");
     proxy.release();
-    every_node_explains(&cluster.nodes, ALICE, &["live"], "online: phone is on gw-1:7000, which lives").await;
+    every_node_explains(&cluster.nodes, ALICE, &["over"], "offline: phone was on gw-1:7000; an operator declared it").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
