@@ -208,6 +208,8 @@ impl App {
             moves: Moves { drains: engine.drains.clone(), audit: audit.clone() },
             metrics: engine.metrics.clone(),
             lists: lists::start(&config, &engine, &mut tasks, &stop),
+            explaining: engine.explaining.clone(),
+            peers: engine.peers.clone(),
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {

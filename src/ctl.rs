@@ -3,6 +3,7 @@
 
 mod allocation;
 mod credentials;
+mod explain;
 mod forget;
 mod gateway;
 mod gateways;
@@ -31,6 +32,7 @@ use crate::client::security::root_cause;
 use crate::ctl::allocation::Allocate;
 use crate::ctl::allocation::nodes;
 pub use crate::ctl::credentials::Credentials;
+use crate::ctl::explain::Explain;
 use crate::ctl::forget::ForgetUser;
 use crate::ctl::gateway::Gateway;
 use crate::ctl::gateways::Gateways;
@@ -79,6 +81,7 @@ Examples:
   im-presence ctl nodes                                  which nodes there are
   im-presence ctl forget-user 42 --dry-run               on the admin port
   im-presence ctl offline 42 --ban 3600                  also kick, online, count, preview-policy, top
+  im-presence ctl explain 42                             why the user is online or not; on the admin port
   im-presence ctl gateways                               who lives; see its own --help
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
@@ -139,6 +142,8 @@ enum Command {
     Nodes,
     /// Kick a user's devices and erase all that is known of the user; on the node's admin port
     ForgetUser(ForgetUser),
+    /// Say why a user is online, suspect or offline: what each tier holds, what each route is worth; on the node's admin port
+    Explain(Explain),
     Gateways(Gateways),
     #[command(flatten)]
     Operators(Operators),
@@ -206,6 +211,9 @@ impl Ctl {
                 forget.is_meant()?;
                 forget.call(link(forget.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
             }
+            Command::Explain(explain) => {
+                explain.call(link(explain.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
+            }
             Command::Watch(watch) => {
                 match watch.until_interrupted(&self.addr, self.json, self.patience(), self.security()?).await {
                     Err(End::Said(outcome)) => return Err(outcome),
@@ -238,6 +246,7 @@ impl Ctl {
             Command::Gateways(gateways) => gateways.addr(),
             Command::ForgetUser(forget) => forget.addr(),
             Command::Operators(command) => command.addr(),
+            Command::Explain(explain) => explain.addr(),
             _ => &self.addr,
         }
     }

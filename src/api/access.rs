@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 46] = [
+pub static RULES: [Rule; 48] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -71,6 +71,7 @@ pub static RULES: [Rule; 46] = [
     unlimited("/mpim.GatewayService/AckInbox", GATEWAY | SERVICE),
     unlimited("/mpim.NodeService/Forward", NODE),
     unlimited("/mpim.NodeService/ForwardAcks", NODE),
+    unlimited("/mpim.NodeService/Inspect", NODE),
     unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
@@ -86,6 +87,7 @@ pub static RULES: [Rule; 46] = [
     unlimited("/mpim.AdminService/CountOnline", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PreviewPolicy", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/ListTop", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ExplainRoute", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),

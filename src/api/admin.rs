@@ -20,6 +20,8 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::peers::Peers;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
@@ -48,6 +50,8 @@ pub struct Admin {
     pub metrics: Arc<Metrics>,
     pub lists: Arc<Lists>,
     pub moves: Moves,
+    pub explaining: Arc<Explaining>,
+    pub peers: Arc<Peers>,
 }
 
 #[tonic::async_trait]
@@ -160,6 +164,10 @@ impl AdminService for Admin {
     async fn list_top(&self, request: Request<pb::ListTopReq>) -> Result<Response<pb::ListTopResp>, Status> {
         self.lists.top(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
     }
+
+    async fn explain_route(&self, request: Request<pb::ExplainRouteReq>) -> Result<Response<pb::ExplainRouteResp>, Status> {
+        self.explain(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
 }
 
 impl Admin {
@@ -184,7 +192,7 @@ impl Admin {
         });
     }
 
-    fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
+    pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),

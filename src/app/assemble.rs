@@ -42,6 +42,7 @@ use crate::engine::messages::outlets::Outlets;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Streams;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::presence::pruning::Pruning;
 use crate::engine::presence::status_ends::StatusEnds;
@@ -52,6 +53,7 @@ use crate::engine::read::cache::Cache;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::feed::Feed;
 use crate::engine::read::hints::Hints;
+use crate::engine::read::inspection::Inspection;
 use crate::engine::read::l2::L2;
 use crate::engine::read::l2::L2Check;
 use crate::engine::read::lives::Lives;
@@ -103,6 +105,7 @@ pub struct Daemon {
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
     pub drains: Arc<Drains>,
+    pub explaining: Arc<Explaining>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -155,6 +158,7 @@ impl Daemon {
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
         let drains = base.drains(&outlets, &kicks, &lanes);
+        let explaining = base.explaining(&directory, &watches);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
@@ -183,6 +187,7 @@ impl Daemon {
             history,
             watches,
             drains,
+            explaining,
         })
     }
 
@@ -220,9 +225,11 @@ impl Daemon {
         let (allocator, peers) = (self.allocator.clone(), self.peers.clone());
         let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
+        let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
+        let node = Node { store_id, streams, acks, peers, lives, explaining };
         Services {
             presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
-            more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
+            more: Some((queries, leases, node)),
         }
     }
 }
@@ -399,6 +406,13 @@ impl<'a> Foundation<'a> {
         });
         self.spawn(upkeep::keep_draining(Executor::new(mover.clone(), self.stop.clone()), self.stop.clone()));
         Arc::new(Drains { mover })
+    }
+
+    fn explaining(&self, directory: &Arc<Directory>, watches: &Arc<Watches>) -> Arc<Explaining> {
+        let (lives, database) = (self.lives.clone(), self.database.clone());
+        let inspection = Inspection::new(directory.clone(), lives, self.l2.clone(), database);
+        let heartbeat_interval = self.config.gateway.heartbeat_interval;
+        Arc::new(Explaining { inspection, watches: watches.clone(), heartbeat_interval })
     }
 
     fn inboxes(

@@ -6,6 +6,7 @@ pub mod digest;
 pub mod doubt;
 pub mod drain;
 pub mod event;
+pub mod explanation;
 pub mod gateway;
 pub mod history;
 pub mod id;

@@ -16,6 +16,7 @@ mod deliver;
 mod docs;
 mod doubt;
 mod ends;
+mod explain;
 mod gateways;
 mod harness;
 mod hints;

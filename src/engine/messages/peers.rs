@@ -6,11 +6,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::future::join_all;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::domain::explanation::Inspected;
 use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::acks::Taken;
@@ -38,6 +41,12 @@ pub enum Call {
     /// Nothing but who this node is and where: whoever hears it can answer.
     Hello {
         addr: Arc<str>,
+    },
+    /// What the node holds of a user.
+    Inspect {
+        addr: Arc<str>,
+        user: UserId,
+        answer: oneshot::Sender<Inspected>,
     },
 }
 
@@ -110,6 +119,22 @@ impl Peers {
             Ok(Ok(outcomes)) if outcomes.len() == count => outcomes,
             _ => none(),
         }
+    }
+
+    /// What each other node holds of a user, by id. None: it did not answer in time.
+    pub async fn inspect(&self, user: UserId) -> Vec<(String, Option<Inspected>)> {
+        let nodes = self.nodes.load_full();
+        let others = nodes.iter().filter(|(id, _)| **id != self.own.node_id);
+        let mut inspected =
+            join_all(others.map(async |(id, addr)| (id.clone(), self.inspect_at(addr.clone(), user).await))).await;
+        inspected.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        inspected
+    }
+
+    async fn inspect_at(&self, addr: Arc<str>, user: UserId) -> Option<Inspected> {
+        let (answer, answered) = oneshot::channel();
+        self.calls.try_send(Call::Inspect { addr, user, answer }).ok()?;
+        timeout(FORWARD_LIMIT, answered).await.ok()?.ok()
     }
 
     /// Gives each acknowledgement to the node that waits for it; `own` waits here. Returns how many were not their sender's.

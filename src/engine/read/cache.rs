@@ -159,6 +159,13 @@ impl Cache {
         self.l1.get(&user).filter(|entry| entry.trust == self.trust.load(Ordering::Acquire))
     }
 
+    /// The user's entry in L1, and whether it is trusted.
+    pub fn peek(&self, user: UserId) -> Option<(Arc<Entry>, bool)> {
+        let entry = self.l1.get(&user)?;
+        let is_trusted = entry.trust == self.trust();
+        Some((entry, is_trusted))
+    }
+
     /// Changes whenever what was in memory before is not used any more.
     pub fn trust(&self) -> u32 {
         self.trust.load(Ordering::Acquire)
