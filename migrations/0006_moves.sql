@@ -32,7 +32,7 @@ CREATE INDEX drains_by_age ON drains (began_ms);
 
 CREATE TABLE census (
     kind  VARCHAR(16)  NOT NULL,
-    name  VARCHAR(255) NOT NULL,
+    name  VARCHAR(255) /*! CHARACTER SET utf8mb4 COLLATE utf8mb4_bin */ NOT NULL,
     users BIGINT NOT NULL,
     at_ms BIGINT NOT NULL,
     PRIMARY KEY (kind, name)

@@ -10,6 +10,7 @@ use tonic::Status;
 
 use crate::api::access;
 use crate::api::convert;
+use crate::api::lists::Lists;
 use crate::api::moves::Moves;
 use crate::api::status::status;
 use crate::domain::event::Outcome;
@@ -19,11 +20,14 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::peers::Peers;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
+use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
 use crate::security::audit::Audit;
@@ -43,7 +47,11 @@ pub struct Admin {
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
     pub history: Arc<History>,
+    pub metrics: Arc<Metrics>,
+    pub lists: Arc<Lists>,
     pub moves: Moves,
+    pub explaining: Arc<Explaining>,
+    pub peers: Arc<Peers>,
 }
 
 #[tonic::async_trait]
@@ -132,6 +140,34 @@ impl AdminService for Admin {
     async fn migrate_user(&self, request: Request<pb::MigrateUserReq>) -> Result<Response<pb::MigrateUserResp>, Status> {
         self.moves.migrate(request).await
     }
+
+    async fn kick_device(&self, request: Request<pb::KickDeviceReq>) -> Result<Response<pb::KickDeviceResp>, Status> {
+        self.kick(request).await.map(Response::new)
+    }
+
+    async fn force_offline(&self, request: Request<pb::ForceOfflineReq>) -> Result<Response<pb::ForceOfflineResp>, Status> {
+        self.force(request).await.map(Response::new)
+    }
+
+    async fn list_online(&self, request: Request<pb::ListOnlineReq>) -> Result<Response<pb::ListOnlineResp>, Status> {
+        self.lists.online(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn count_online(&self, request: Request<pb::CountOnlineReq>) -> Result<Response<pb::CountOnlineResp>, Status> {
+        self.lists.count(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn preview_policy(&self, request: Request<pb::PreviewPolicyReq>) -> Result<Response<pb::PreviewPolicyResp>, Status> {
+        self.lists.preview(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn list_top(&self, request: Request<pb::ListTopReq>) -> Result<Response<pb::ListTopResp>, Status> {
+        self.lists.top(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn explain_route(&self, request: Request<pb::ExplainRouteReq>) -> Result<Response<pb::ExplainRouteResp>, Status> {
+        self.explain(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
 }
 
 impl Admin {
@@ -149,14 +185,14 @@ impl Admin {
     }
 
     /// Takes down what an operator did, and whether it could be done.
-    fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
+    pub(super) fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
         self.audit.note(match done {
             Ok(_) => Entry { outcome: "ok", ..entry },
             Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
         });
     }
 
-    fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
+    pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),

@@ -30,6 +30,7 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::time::written_time;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::StoredMessage;
@@ -50,12 +51,12 @@ pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
 
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
-const MAX_REGION_BYTES: usize = 128;
+pub const MAX_REGION_BYTES: usize = 128;
 /// Of a gateway's weight next to others.
 const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;
-const MAX_LABEL_NAME_BYTES: usize = 63;
-const MAX_LABEL_BYTES: usize = 255;
+pub const MAX_LABEL_NAME_BYTES: usize = 63;
+pub const MAX_LABEL_BYTES: usize = 255;
 
 const KEY_PREFIX: &str = "user:route:";
 
@@ -198,7 +199,7 @@ fn client_port(raw: i32) -> Result<u16, Error> {
     u16::try_from(raw).map_err(|_| Error::Invalid { field: "client_port", reason: format!("must be 0 to 65535, is {raw}") })
 }
 
-fn platform(raw: i32) -> Result<Platform, Error> {
+pub fn platform(raw: i32) -> Result<Platform, Error> {
     let known = pb::Platform::try_from(raw)
         .map_err(|_| Error::Invalid { field: "platform", reason: format!("must be 0 to 8, is {raw}") })?;
     Ok(match known {
@@ -391,11 +392,14 @@ pub fn kick_order(kick: pb::Kick) -> KickOrder {
     KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
-pub fn refusal(refusal: Refusal) -> &'static str {
+pub fn refusal(refusal: Refusal) -> String {
     match refusal {
-        Refusal::Older => "a newer connection holds the device",
-        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)",
-        Refusal::PlatformLimit => "the user has as many devices of this platform online as allowed (route.per_platform)",
+        Refusal::Older => "a newer connection holds the device".to_owned(),
+        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)".to_owned(),
+        Refusal::PlatformLimit => {
+            "the user has as many devices of this platform online as allowed (route.per_platform)".to_owned()
+        }
+        Refusal::Banned { until, .. } => format!("banned until {}", written_time(until)),
     }
 }
 

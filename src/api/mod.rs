@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod allocation;
 pub mod answer;
 pub mod attach;
 pub mod binder;
@@ -10,9 +11,11 @@ pub mod contents;
 pub mod convert;
 pub mod credential;
 pub mod delivery;
+pub mod explain;
 pub mod gateway;
 pub mod http;
 pub mod listen;
+pub mod lists;
 pub mod moves;
 pub mod node;
 pub mod presence;
@@ -21,4 +24,5 @@ pub mod room;
 pub mod status;
 pub mod statuses;
 pub mod transport;
+mod users;
 pub mod watch;

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::api::allocation::AllocationCalls;
 use crate::api::attach;
 use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
@@ -17,17 +18,17 @@ use crate::api::presence::Presence;
 use crate::api::queries::Queries;
 use crate::api::watch::WatchContext;
 use crate::app::StartError;
+use crate::app::moving;
 use crate::app::neighbours;
 use crate::app::serve::Services;
 use crate::app::settings;
 use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
+use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
-use crate::engine::gateways::drain_run::Executor;
 use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::heartbeats::Heartbeats;
-use crate::engine::gateways::moving::Mover;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::gateways::sweep::Sweep;
@@ -40,6 +41,7 @@ use crate::engine::messages::outlets::Outlets;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Streams;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::presence::pruning::Pruning;
 use crate::engine::presence::status_ends::StatusEnds;
@@ -50,6 +52,7 @@ use crate::engine::read::cache::Cache;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::feed::Feed;
 use crate::engine::read::hints::Hints;
+use crate::engine::read::inspection::Inspection;
 use crate::engine::read::l2::L2;
 use crate::engine::read::l2::L2Check;
 use crate::engine::read::lives::Lives;
@@ -86,6 +89,7 @@ pub struct Daemon {
     pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
+    pub allocator: Arc<Allocator>,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
@@ -100,6 +104,7 @@ pub struct Daemon {
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
     pub drains: Arc<Drains>,
+    pub explaining: Arc<Explaining>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -120,7 +125,7 @@ struct Foundation<'a> {
 }
 
 impl Daemon {
-    /// In this order: subscribe, read the lives, start the lanes, warm the memory while queries are answered already.
+    /// In this order: subscribe, look at Redis, read the lives, start the lanes, warm the memory while queries are answered already.
     pub async fn start(
         config: &Config,
         database: Arc<Database>,
@@ -134,8 +139,8 @@ impl Daemon {
         let (outlets, peer_calls) = base.outlets();
         let kicks = base.kicks(&outlets);
         let publisher = base.publisher(&kicks);
+        base.check_l2().await; // it may raise the generation; whoever has seen the one before trusts no memory then
         let (gateways, heartbeats) = base.gateways(&outlets, &publisher).await;
-        base.check_l2().await;
         let inbox_queue = Arc::new(InboxQueue::default());
         let lanes = base.lanes(publisher, &inbox_queue);
         let directory = base.directory();
@@ -152,8 +157,10 @@ impl Daemon {
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
         let drains = base.drains(&outlets, &kicks, &lanes);
+        let explaining = base.explaining(&directory, &watches);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
+        let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
         Ok(Self {
             own,
@@ -165,6 +172,7 @@ impl Daemon {
             gateways,
             heartbeats,
             attaching,
+            allocator,
             streams,
             peers,
             peer_calls: Some(peer_calls),
@@ -178,6 +186,7 @@ impl Daemon {
             history,
             watches,
             drains,
+            explaining,
         })
     }
 
@@ -212,10 +221,14 @@ impl Daemon {
             stream_tools,
             attached: attached.clone(),
         };
+        let (allocator, peers) = (self.allocator.clone(), self.peers.clone());
+        let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
+        let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
+        let node = Node { store_id, streams, acks, peers, lives, explaining };
         Services {
-            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching },
-            more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
+            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
+            more: Some((queries, leases, node)),
         }
     }
 }
@@ -237,7 +250,12 @@ impl<'a> Foundation<'a> {
         let node_id = config.presence_service.node_id.clone();
         let is_given = node_id.is_some();
         let node_id = node_id.unwrap_or_else(|| incarnation.clone());
-        let own = NodeName { node_id, incarnation, addr: advertise.unwrap_or_else(|| data.to_string()) };
+        let own = NodeName {
+            node_id,
+            incarnation,
+            addr: advertise.unwrap_or_else(|| data.to_string()),
+            zone: config.node.zone.clone(),
+        };
         if is_given {
             neighbours::must_not_be_twins(&own, &database).await?;
         }
@@ -373,20 +391,16 @@ impl<'a> Foundation<'a> {
     }
 
     fn drains(&mut self, outlets: &Arc<Outlets>, kicks: &Arc<Kicks>, lanes: &Arc<Lanes>) -> Arc<Drains> {
-        let mover = Arc::new(Mover {
-            node_id: self.own.node_id.clone(),
-            claimant: self.own.incarnation.clone(),
-            database: self.database.clone(),
-            lives: self.lives.clone(),
-            lanes: lanes.clone(),
-            outlets: outlets.clone(),
-            kicks: kicks.clone(),
-            metrics: self.metrics.clone(),
-            rooms: settings::rooms(self.config),
-            settings: settings::moving(self.config),
-        });
-        self.spawn(upkeep::keep_draining(Executor::new(mover.clone(), self.stop.clone()), self.stop.clone()));
-        Arc::new(Drains { mover })
+        let on = (self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let with = (lanes.clone(), outlets.clone(), kicks.clone());
+        moving::start(self.config, &self.own, on, with, self.tasks, self.stop)
+    }
+
+    fn explaining(&self, directory: &Arc<Directory>, watches: &Arc<Watches>) -> Arc<Explaining> {
+        let (lives, database) = (self.lives.clone(), self.database.clone());
+        let inspection = Inspection::new(directory.clone(), lives, self.l2.clone(), database);
+        let heartbeat_interval = self.config.gateway.heartbeat_interval;
+        Arc::new(Explaining { inspection, watches: watches.clone(), heartbeat_interval })
     }
 
     fn inboxes(

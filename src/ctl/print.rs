@@ -181,7 +181,7 @@ fn user(user: &pb::UserRoute) -> Vec<String> {
     vec![user.user_id.to_string(), state, status, or_dash(&user.gateway_addr)]
 }
 
-fn routes(routes: &[pb::Route]) -> String {
+pub fn routes(routes: &[pb::Route]) -> String {
     table(&ROUTE_HEADERS, &routes.iter().map(route).collect::<Vec<_>>())
 }
 

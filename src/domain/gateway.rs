@@ -149,6 +149,14 @@ impl Life {
         }
     }
 
+    /// Where clients reach its gateway.
+    pub fn public_addr(&self) -> &str {
+        match self.profile.public_addr.as_str() {
+            "" => self.gateway.as_str(),
+            public => public,
+        }
+    }
+
     pub fn is_alive(&self) -> bool {
         self.end.is_none()
     }

@@ -1,6 +1,7 @@
 //! A user's record and the one function that changes it.
 
 mod eviction;
+mod offline;
 mod presence;
 mod settling;
 mod wish;
@@ -113,6 +114,7 @@ impl UserRecord {
             Event::Sweep => self.sweep(context),
             Event::SetStatus(set) => self.set_status(set, context),
             Event::EndStatus => self.end_status(context),
+            Event::ForceOffline(force) => self.force_offline(force, context),
             Event::Forget => return self.forget(context),
             Event::Evict(epoch) => self.evict(*epoch, context),
         };
@@ -120,6 +122,9 @@ impl UserRecord {
     }
 
     fn bind(&self, bind: &Bind, life: &Life, waited: Duration, context: &Context<'_>) -> Applied {
+        if let Some(refusal) = self.ban(context) {
+            return Applied::unchanged(Outcome::Refused(refusal));
+        }
         let holder = self.routes.iter().find(|route| route.device == bind.device && context.is_live(route));
         if let Some(holder) = holder
             && holder.epoch == life.epoch

@@ -69,6 +69,15 @@ impl Connection {
         Ok(lives)
     }
 
+    /// The lives that are not over: of one gateway, or all.
+    pub async fn living(&mut self, gateway: Option<&GatewayAddr>) -> Result<Vec<Arc<Life>>, SqlError> {
+        let select = match gateway {
+            Some(gateway) => statement(format!("{COLUMNS}alive = 1 AND gateway_addr = ?")).bind(gateway.to_string()),
+            None => statement(format!("{COLUMNS}alive = 1")),
+        };
+        self.fetch(select).await?.iter().map(read_life).collect()
+    }
+
     /// Loads users, and then the lives their routes name: as fresh as the records.
     pub async fn load_users_with_lives(&mut self, users: &[UserId]) -> Result<(Records, Vec<Arc<Life>>), SqlError> {
         let records = self.load_users(users).await?.records;

@@ -2,6 +2,7 @@
 
 pub mod audit;
 pub mod bus;
+pub mod census;
 pub mod cluster;
 pub mod codec;
 mod column;
@@ -18,6 +19,7 @@ pub mod kick;
 mod life_row;
 pub mod link;
 pub mod lives;
+pub mod online;
 pub mod open_error;
 pub mod outbox;
 pub mod readers;

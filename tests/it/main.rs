@@ -2,6 +2,7 @@
 
 mod access;
 mod acks;
+mod allocation;
 mod bad_input;
 mod bind;
 mod client;
@@ -15,6 +16,7 @@ mod deliver;
 mod docs;
 mod doubt;
 mod ends;
+mod explain;
 mod gateways;
 mod harness;
 mod hints;
@@ -25,6 +27,7 @@ mod memory;
 mod moves;
 mod neighbours;
 mod online_time;
+mod operators;
 mod order;
 mod redis_faults;
 mod running;

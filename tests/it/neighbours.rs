@@ -21,6 +21,8 @@ use crate::harness::node::Process;
 
 const SHOWN_WITHIN: Duration = Duration::from_secs(3);
 const REFUSES_WITHIN: Duration = Duration::from_secs(5);
+/// By then each node has looked at the database a second time.
+const LOOKED_AGAIN: Duration = Duration::from_secs(2);
 const OWNER: &str = "presence:store";
 /// How long the name of a store stays when all its nodes are gone.
 const OWNER_TTL: i64 = 10;
@@ -60,6 +62,9 @@ async fn records_and_hints_of_another_store_are_ignored_and_counted() {
     let warned = |node: &Node| node.log().iter().any(|line| line.contains("another store uses this Redis"));
     eventually("who came later was warned", SHOWN_WITHIN, async || warned(theirs)).await;
     assert_eq!(theirs.degraded().await, [""; 0], "both go on");
+    tokio::time::sleep(LOOKED_AGAIN).await;
+    let distrusted = ours.log().into_iter().find(|line| line.contains("memory is not trusted"));
+    assert_eq!(distrusted, None, "a node that begins a generation when it starts knows of no other");
 }
 
 async fn refused(db: &TestDb, more: &[(&str, &str)]) -> (ExitStatus, String) {

@@ -166,7 +166,8 @@ async fn nodes_prove_to_each_other_that_they_are_nodes() {
         told.is_ok_and(|answer| code(&answer.get_ref().result) == Code::Ok)
     })
     .await;
-    assert!(attached.texts().contains(&"hello".to_owned()));
+    attached.hears(1).await; // it was handed to the stream, and may not have been read yet
+    assert_eq!(attached.texts()[0], "hello");
     for who in [&shown, &service] {
         let mut nodes = NodeServiceClient::new(link(who, cluster[0].data));
         let denied = nodes.forward(pb::ForwardReq::default()).await.expect_err("no node");

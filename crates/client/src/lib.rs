@@ -11,6 +11,7 @@ pub mod gateway;
 mod idleness;
 mod life;
 mod pauses;
+mod rendezvous;
 pub mod security;
 pub mod watch;
 mod watched;

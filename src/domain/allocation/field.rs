@@ -37,17 +37,9 @@ impl Gateway {
         Self { life: life.clone(), share: f64::from(profile.weight) * capacity, capacity, hash, zone }
     }
 
-    /// Where clients reach it.
-    pub fn public_addr(&self) -> &str {
-        match self.life.profile.public_addr.as_str() {
-            "" => self.life.gateway.as_str(),
-            public => public,
-        }
-    }
-
     /// By either address.
     pub fn is_called(&self, addr: &str) -> bool {
-        self.life.gateway.as_str() == addr || self.public_addr() == addr
+        self.life.gateway.as_str() == addr || self.life.public_addr() == addr
     }
 }
 

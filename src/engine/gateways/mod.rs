@@ -1,6 +1,8 @@
 //! Who lives: [`registry`] gives lives out, [`heartbeats`] extends them, [`reaper`] notices their end, [`sweep`] removes the
-//! routes that are left. [`drains`] takes orders to move users elsewhere, [`drain_run`] carries them out.
+//! routes that are left; [`allocation`] says where users should go, [`drains`] takes orders to move them, [`drain_run`] carries them
+//! out.
 
+pub mod allocation;
 pub mod attaching;
 pub mod destinations;
 pub mod drain_run;
@@ -11,3 +13,4 @@ pub mod reaper;
 pub mod rebalance;
 pub mod registry;
 pub mod sweep;
+pub mod tally;

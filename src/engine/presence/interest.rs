@@ -1,5 +1,6 @@
 //! Which users are watched, by which streams, and what is shown of them: the node's one copy, however many watch.
 
+use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -108,6 +109,15 @@ impl Interest {
     /// All users of one part of [`SHARDS`].
     pub fn users_of(&self, shard: usize) -> Vec<UserId> {
         lock(&self.shards[shard]).keys().copied().collect()
+    }
+
+    /// The users of one part who are watched most, and by how many streams.
+    pub fn most_watched(&self, shard: usize, count: usize) -> Vec<(UserId, usize)> {
+        let watched = |(user, watched): (&UserId, &Watched)| (*user, watched.watchers.all().len());
+        let mut users: Vec<_> = lock(&self.shards[shard]).iter().map(watched).collect();
+        users.sort_unstable_by_key(|(user, watches)| (Reverse(*watches), *user));
+        users.truncate(count);
+        users
     }
 
     /// Users of one part whom the end of one of these lives may concern.

@@ -4,6 +4,7 @@ pub mod cache;
 pub mod directory;
 pub mod feed;
 pub mod hints;
+pub mod inspection;
 pub mod l2;
 pub mod lives;
 pub mod loader;

@@ -217,6 +217,7 @@ impl Transaction<'_> {
             Change::SetStatus(set) => record.apply(&Event::SetStatus(set), &context),
             Change::Evict(epoch) => record.apply(&Event::Evict(*epoch), &context),
             Change::EndStatus => record.apply(&Event::EndStatus, &context),
+            Change::ForceOffline(force) => record.apply(&Event::ForceOffline(force), &context),
             Change::Forget => {
                 work.forget(event.user, &record);
                 record.apply(&Event::Forget, &context)

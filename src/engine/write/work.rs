@@ -116,7 +116,13 @@ impl<'a> Work<'a> {
 
     pub fn keep(&mut self, user: UserId, applied: Applied, table: &LifeTable) -> Outcome {
         self.note_history(user, &applied.chronicle, table);
-        if let Outcome::Bound { kicked, .. } | Outcome::Forgotten { kicked, .. } | Outcome::Evicted { kicked } = &applied.outcome
+        if let (
+            Outcome::Bound { kicked, .. }
+            | Outcome::ForcedOffline { kicked, .. }
+            | Outcome::Forgotten { kicked, .. }
+            | Outcome::Evicted { kicked },
+            Some(_),
+        ) = (&applied.outcome, &applied.next)
         {
             self.kicks.extend(kicked.iter().map(|(route, reason)| KickedRoute {
                 user_id: user.get(),

@@ -1,0 +1,136 @@
+//! ExplainRoute, and what other nodes tell of their memory for it: between wire types and domain types.
+
+use std::time::Duration;
+
+use crate::api::admin::Admin;
+use crate::api::convert;
+use crate::api::statuses;
+use crate::domain::explanation::Inspected;
+use crate::domain::explanation::Look;
+use crate::domain::explanation::RouteView;
+use crate::domain::explanation::Tier;
+use crate::domain::explanation::TierView;
+use crate::domain::explanation::Verdict;
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::domain::id::Version;
+use crate::domain::status::Status;
+use crate::engine::presence::explaining::Explanation;
+use crate::error::Error;
+use crate::pb;
+
+impl Admin {
+    pub(super) async fn explain(&self, request: &pb::ExplainRouteReq) -> Result<pb::ExplainRouteResp, Error> {
+        let user = convert::user_id(request.user_id)?;
+        let others = async { if request.this_node_only { Vec::new() } else { self.peers.inspect(user).await } };
+        let (explanation, others) = tokio::join!(self.explaining.explain(user), others);
+        let mut answer = self.explanation(user, explanation);
+        for (node_id, inspected) in others {
+            match inspected {
+                Some(inspected) => tell_of(&mut answer, &node_id, &inspected),
+                None => answer.silent_nodes.push(node_id),
+            }
+        }
+        Ok(answer)
+    }
+
+    fn explanation(&self, user: UserId, it: Explanation) -> pb::ExplainRouteResp {
+        let (record, look, own) = (it.record, it.look, &self.peers.own.node_id);
+        pb::ExplainRouteResp {
+            result: convert::result(pb::Code::Ok, ""),
+            because: it.because,
+            is_online: it.shown != Status::Offline,
+            wanted: convert::status_to_pb(record.wanted()).into(),
+            shown: convert::status_to_pb(it.shown).into(),
+            status_text: record.text().to_owned(),
+            status_until_ms: record.wish_until().map_or(0, |until| until.0),
+            banned_until_ms: Some(record.banned_until()).filter(|until| *until > look.now).map_or(0, |until| until.0),
+            last_seen_ms: it.last_seen.0,
+            shown_version: it.shown_version.0,
+            routes: it.routes.into_iter().map(|view| self.route(user, view, &look)).collect(),
+            tiers: it.tiers.iter().map(|view| tier(view, own)).collect(),
+            inbox_messages: record.inbox_pending.into(),
+            inbox_seq: record.inbox_seq,
+            watchers: it.watchers,
+            recent: it.recent.into_iter().map(statuses::change).collect(),
+            node_id: own.clone(),
+            silent_nodes: Vec::new(),
+            lives_age_ms: convert::millis(look.lives_age),
+            hold: look.hold,
+        }
+    }
+
+    fn route(&self, user: UserId, view: RouteView, look: &Look) -> pb::RouteView {
+        let state = match view.verdict {
+            Verdict::Live => pb::RouteState::Live,
+            Verdict::Late | Verdict::Held | Verdict::Unsure => pb::RouteState::Suspect,
+            Verdict::Over | Verdict::Expired => pb::RouteState::Unspecified,
+        };
+        let gateway = view.life.as_ref().map(|life| life.gateway.to_string()).unwrap_or_default();
+        pb::RouteView {
+            route: Some(pb::Route { state: state.into(), ..convert::route(user, &view.route, gateway) }),
+            life: view.life.map(|life| self.life(&life, 0, look.hold, look.now)),
+            verdict: view.verdict.name().to_owned(),
+            why: view.why,
+        }
+    }
+}
+
+/// Adds what another node holds, and which lives it knows to be over that this one believes in.
+fn tell_of(answer: &mut pb::ExplainRouteResp, node_id: &str, inspected: &Inspected) {
+    answer.tiers.push(tier(&inspected.memory, node_id));
+    let is_doubted = |view: &&mut pb::RouteView| {
+        let epoch = view.route.as_ref().map_or(0, |route| route.gateway_epoch);
+        view.verdict != Verdict::Over.name() && inspected.ended.contains(&Epoch(epoch))
+    };
+    for view in answer.routes.iter_mut().filter(is_doubted) {
+        let and = if view.why.is_empty() { "" } else { "; " };
+        view.why = format!("{}{and}node {node_id} takes its gateway's life for over", view.why);
+    }
+}
+
+fn tier(view: &TierView, node_id: &str) -> pb::TierView {
+    pb::TierView {
+        tier: view.tier.name().to_owned(),
+        node_id: node_id.to_owned(),
+        present: view.present,
+        version: view.version.0,
+        shown_version: view.shown_version.0,
+        generation: view.generation,
+        age_ms: convert::millis(view.age),
+        trusted: view.trusted,
+        why: view.why.clone(),
+        routes: view.routes,
+    }
+}
+
+/// What this node holds, for another one.
+pub fn inspected(inspected: &Inspected, node_id: &str) -> pb::InspectResp {
+    pb::InspectResp {
+        memory: Some(tier(&inspected.memory, node_id)),
+        lives_age_ms: convert::millis(inspected.lives_age),
+        watchers: inspected.watchers,
+        ended: inspected.ended.iter().map(|epoch| epoch.0).collect(),
+    }
+}
+
+/// What another node holds.
+pub fn inspected_by(answer: &pb::InspectResp) -> Inspected {
+    let view = answer.memory.clone().unwrap_or_default();
+    Inspected {
+        memory: TierView {
+            tier: Tier::Memory,
+            present: view.present,
+            version: Version(view.version),
+            shown_version: Version(view.shown_version),
+            generation: view.generation,
+            age: Duration::from_millis(view.age_ms.into()),
+            trusted: view.trusted,
+            why: view.why,
+            routes: view.routes,
+        },
+        lives_age: Duration::from_millis(answer.lives_age_ms.into()),
+        watchers: answer.watchers,
+        ended: answer.ended.iter().map(|epoch| Epoch(*epoch)).collect(),
+    }
+}
