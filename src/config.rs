@@ -5,6 +5,7 @@
 //! from. Passwords show neither in errors nor in `Debug`, nor in `Display`, which is the effective configuration as TOML.
 
 mod database;
+mod digest;
 mod forms;
 mod load;
 mod presence;
@@ -24,6 +25,7 @@ use serde_json::Value;
 
 pub use database::Store;
 pub use database::StoreTls;
+pub use digest::Digest;
 use forms::millis;
 use forms::or_empty;
 use forms::seconds;
@@ -63,6 +65,7 @@ pub struct Config {
     pub status: Status,
     pub watch: Watch,
     pub history: History,
+    pub digest: Digest,
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,

@@ -1,5 +1,6 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
+mod digests;
 mod per_thread;
 mod presence;
 mod security;
@@ -21,6 +22,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 
+use crate::metrics::digests::DigestMetrics;
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
 use crate::metrics::presence::PresenceMetrics;
@@ -115,6 +117,7 @@ pub struct Metrics {
     connections: Family<ByTls, Gauge>,
     pub security: SecurityMetrics,
     pub presence: PresenceMetrics,
+    pub digests: DigestMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -179,6 +182,7 @@ impl Metrics {
             connections: r.gauges("connections", "client connections, with TLS or without"),
             security: SecurityMetrics::register(&mut r),
             presence: PresenceMetrics::register(&mut r),
+            digests: DigestMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),

@@ -17,6 +17,7 @@ use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
+use crate::engine::gateways::digests::Digests;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
@@ -38,6 +39,7 @@ const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Registry>,
+    pub digests: Arc<Digests>,
     pub lives: Arc<Lives>,
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
@@ -151,7 +153,7 @@ impl Admin {
             public_addr: life.profile.public_addr.clone(),
             login_rate: life.profile.login_rate,
             draining: life.draining,
-            digest: String::new(),
+            digest: self.digests.report(life.epoch),
         }
     }
 }

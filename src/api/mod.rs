@@ -10,6 +10,7 @@ pub mod contents;
 pub mod convert;
 pub mod credential;
 pub mod delivery;
+mod digests;
 pub mod gateway;
 pub mod http;
 pub mod listen;

@@ -24,6 +24,7 @@ use crate::app::upkeep;
 use crate::config;
 use crate::config::Config;
 use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::digests::Digests;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::registry::Registry;
@@ -83,6 +84,7 @@ pub struct Daemon {
     pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
+    pub digests: Arc<Digests>,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
@@ -147,6 +149,7 @@ impl Daemon {
         );
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
+        let digests = base.digests(&lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
@@ -160,6 +163,7 @@ impl Daemon {
             gateways,
             heartbeats,
             attaching,
+            digests,
             streams,
             peers,
             peer_calls: Some(peer_calls),
@@ -184,6 +188,7 @@ impl Daemon {
         let (statuses, watches, history) = (self.statuses.clone(), self.watches.clone(), self.history.clone());
         let stream_tools = Arc::new(attach::StreamContext {
             attaching: self.attaching.clone(),
+            digests: self.digests.clone(),
             heartbeats: self.heartbeats.clone(),
             binder: binder.clone(),
             acks: self.acks.clone(),
@@ -299,6 +304,13 @@ impl<'a> Foundation<'a> {
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
         self.spawn(recorder.run(self.stop.clone()));
         (gateways, heartbeats)
+    }
+
+    fn digests(&mut self, lanes: &Arc<Lanes>) -> Arc<Digests> {
+        let (database, lives, metrics) = (self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let (digests, due) = Digests::new(settings::digests(self.config), database, lanes.clone(), lives, metrics);
+        self.spawn(digests.clone().run(due, self.stop.clone()));
+        digests
     }
 
     async fn check_l2(&mut self) {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::Config;
+use crate::config::Digest;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
@@ -11,6 +12,7 @@ use crate::config::Watch;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
+use crate::engine::gateways::digests;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
@@ -57,6 +59,11 @@ pub fn watches(config: &Config) -> watches::Settings {
     let Watch { offline_delay, min_interval, max_users_per_stream, max_users, max_streams, resync_rate } = config.watch;
     let damping = Damping { offline_delay, min_interval };
     watches::Settings { damping, max_users_per_stream, max_users, max_streams, resync_rate }
+}
+
+pub fn digests(config: &Config) -> digests::Settings {
+    let Digest { interval, settle, rows_per_s, max_share, repair } = config.digest;
+    digests::Settings { interval, settle, rows_per_s, max_share, repair }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

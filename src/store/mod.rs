@@ -8,6 +8,7 @@ mod column;
 pub mod connection;
 pub mod database;
 mod database_file;
+pub mod digests;
 pub mod ended_lives;
 pub mod history;
 pub mod inbox;
