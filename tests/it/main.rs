@@ -12,6 +12,7 @@ mod contention;
 mod crash;
 mod deaths;
 mod deliver;
+mod digests;
 mod docs;
 mod doubt;
 mod ends;
