@@ -106,21 +106,24 @@ impl Connection {
 
     /// Lets rows say the digests that they ought to, if they are still of the same binds. Returns how many.
     pub async fn correct_digests(&mut self, routes: &[&Stored]) -> Result<u64, SqlError> {
-        const ROW: &str = "SELECT CAST(? AS SIGNED) AS user_id, CAST(? AS SIGNED) AS bound_version, CAST(? AS SIGNED) AS digest";
-        let (head, tail) = match self.engine() {
+        let (head, row, between, tail) = match self.engine() {
             Engine::MySql => (
                 "UPDATE (",
+                "SELECT CAST(? AS SIGNED) AS user_id, CAST(? AS SIGNED) AS bound_version, CAST(? AS SIGNED) AS digest",
+                " UNION ALL ",
                 ") AS new STRAIGHT_JOIN routes AS r FORCE INDEX (PRIMARY) \
                  ON r.user_id = new.user_id AND r.bound_version = new.bound_version SET r.digest = new.digest",
             ),
             Engine::Sqlite => (
-                "UPDATE routes SET digest = new.digest FROM (",
-                ") AS new WHERE routes.user_id = new.user_id AND routes.bound_version = new.bound_version",
+                "WITH new (user_id, bound_version, digest) AS (VALUES ",
+                "(?,?,?)",
+                ",",
+                ") UPDATE routes SET digest = new.digest FROM new WHERE routes.user_id = new.user_id AND routes.bound_version = new.bound_version",
             ),
         };
         let mut corrected = 0;
         for (chunk, fill) in chunks(routes) {
-            let rows = [ROW].repeat(chunk.len() + fill).join(" UNION ALL ");
+            let rows = [row].repeat(chunk.len() + fill).join(between);
             let mut update = statement(format!("{head}{rows}{tail}"));
             for route in filled(chunk, fill) {
                 update = update.bind(route.user.get()).bind(signed(route.bound_version.0)).bind(route.element.cast_signed());
