@@ -148,7 +148,7 @@ impl Destinations {
     /// The same for so many users together.
     pub fn choose_for(&mut self, user: UserId, users: u64) -> Place {
         let candidates = self.candidates(user);
-        let public = |at: &usize| self.field.gateways[*at].public_addr().to_owned();
+        let public = |at: &usize| self.field.gateways[*at].life.public_addr().to_owned();
         let to = candidates.iter().map(public).collect();
         let Some(first) = candidates.first() else { return Place::default() };
         let (rate, now) = (self.login_rate(*first), Instant::now());
