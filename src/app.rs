@@ -202,6 +202,7 @@ impl App {
         let Protection { access, audit, peers, .. } = &protection;
         let for_operators = Admin {
             gateways: engine.gateways.clone(),
+            digests: engine.digests.clone(),
             lives: engine.lives.clone(),
             audit: audit.clone(),
             lanes: engine.lanes.clone(),

@@ -6,6 +6,7 @@
 
 mod allocation;
 mod database;
+mod digest;
 mod forms;
 mod load;
 mod moves;
@@ -29,6 +30,7 @@ pub use allocation::Allocation;
 pub use allocation::Experiment;
 pub use database::Store;
 pub use database::StoreTls;
+pub use digest::Digest;
 use forms::millis;
 use forms::or_empty;
 use forms::seconds;
@@ -72,6 +74,7 @@ pub struct Config {
     pub watch: Watch,
     pub history: History,
     pub allocation: Allocation,
+    pub digest: Digest,
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,

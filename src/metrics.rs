@@ -1,6 +1,7 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod allocation;
+mod digests;
 mod moves;
 mod per_thread;
 mod presence;
@@ -24,6 +25,7 @@ use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 
 use crate::metrics::allocation::AllocationMetrics;
+use crate::metrics::digests::DigestMetrics;
 pub use crate::metrics::moves::MoveMetrics;
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
@@ -121,6 +123,7 @@ pub struct Metrics {
     pub presence: PresenceMetrics,
     pub allocation: AllocationMetrics,
     pub moves: MoveMetrics,
+    pub digests: DigestMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -187,6 +190,7 @@ impl Metrics {
             presence: PresenceMetrics::register(&mut r),
             allocation: AllocationMetrics::register(&mut r),
             moves: MoveMetrics::register(&mut r),
+            digests: DigestMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),

@@ -19,6 +19,7 @@ use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
+use crate::engine::gateways::digests::Digests;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::messages::peers::Peers;
 use crate::engine::presence::explaining::Explaining;
@@ -43,6 +44,7 @@ const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Registry>,
+    pub digests: Arc<Digests>,
     pub lives: Arc<Lives>,
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
@@ -212,7 +214,7 @@ impl Admin {
             public_addr: life.profile.public_addr.clone(),
             login_rate: life.profile.login_rate,
             draining: life.draining,
-            digest: String::new(),
+            digest: self.digests.report(life.epoch),
         }
     }
 }

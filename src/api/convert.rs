@@ -367,6 +367,10 @@ pub fn device_id(raw: &str) -> Result<DeviceId, Error> {
     DeviceId::parse(raw).map_err(invalid("device_id"))
 }
 
+pub fn conn_id(raw: &str) -> Result<ConnId, Error> {
+    ConnId::parse(raw).map_err(invalid("conn_id"))
+}
+
 pub fn envelope(delivery: pb::Delivery) -> Envelope {
     Envelope {
         delivery_id: delivery.delivery_id,

@@ -11,6 +11,7 @@ pub mod contents;
 pub mod convert;
 pub mod credential;
 pub mod delivery;
+mod digests;
 pub mod explain;
 pub mod gateway;
 pub mod http;

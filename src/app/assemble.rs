@@ -27,6 +27,7 @@ use crate::config;
 use crate::config::Config;
 use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::digests::Digests;
 use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::gateways::reaper::Reaper;
@@ -90,6 +91,7 @@ pub struct Daemon {
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
     pub allocator: Arc<Allocator>,
+    pub digests: Arc<Digests>,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
@@ -158,6 +160,7 @@ impl Daemon {
         let (statuses, history, watches) = base.presence(&directory, &lanes);
         let drains = base.drains(&outlets, &kicks, &lanes);
         let explaining = base.explaining(&directory, &watches);
+        let digests = base.digests(&lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
         let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
@@ -173,6 +176,7 @@ impl Daemon {
             heartbeats,
             attaching,
             allocator,
+            digests,
             streams,
             peers,
             peer_calls: Some(peer_calls),
@@ -199,6 +203,7 @@ impl Daemon {
         let (statuses, watches, history) = (self.statuses.clone(), self.watches.clone(), self.history.clone());
         let stream_tools = Arc::new(attach::StreamContext {
             attaching: self.attaching.clone(),
+            digests: self.digests.clone(),
             heartbeats: self.heartbeats.clone(),
             binder: binder.clone(),
             acks: self.acks.clone(),
@@ -323,6 +328,13 @@ impl<'a> Foundation<'a> {
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
         self.spawn(recorder.run(self.stop.clone()));
         (gateways, heartbeats)
+    }
+
+    fn digests(&mut self, lanes: &Arc<Lanes>) -> Arc<Digests> {
+        let (database, lives, metrics) = (self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let (digests, due) = Digests::new(settings::digests(self.config), database, lanes.clone(), lives, metrics);
+        self.spawn(digests.clone().run(due, self.stop.clone()));
+        digests
     }
 
     async fn check_l2(&mut self) {

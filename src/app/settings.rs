@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::config;
 use crate::config::Config;
+use crate::config::Digest;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
@@ -17,6 +18,7 @@ use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
 use crate::engine::gateways::allocation;
 use crate::engine::gateways::destinations::Rooms;
+use crate::engine::gateways::digests;
 use crate::engine::gateways::moving;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
@@ -106,6 +108,11 @@ pub fn moving(config: &Config) -> moving::Settings {
 pub fn rooms(config: &Config) -> Rooms {
     let allocation::Settings { rules, default_capacity, login_rate, heartbeat_interval, .. } = allocation(config);
     Rooms { rules, default_capacity, login_rate, heartbeat_interval }
+}
+
+pub fn digests(config: &Config) -> digests::Settings {
+    let Digest { interval, settle, rows_per_s, max_share, repair } = config.digest;
+    digests::Settings { interval, settle, rows_per_s, max_share, repair }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

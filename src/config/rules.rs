@@ -46,6 +46,10 @@ const MAX_SQL_CONNECTIONS: u64 = 1000;
 /// Less would not hold what one call of the largest batch needs beside the others.
 const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
 const MAX_LANES: u64 = 64;
+/// Shorter, what is under way would be taken for a difference.
+const SETTLE_MS: RangeInclusive<u64> = 100..=HOUR_MS;
+/// Slower, a large gateway would never be done.
+const ROWS_PER_S: RangeInclusive<u64> = 1_000..=MAX_PER_SECOND;
 /// What a URL may say besides where the database is. TLS has keys of its own, which cannot be misspelt silently.
 const MYSQL_URL_KEYS: [&str; 1] = ["socket"];
 const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
@@ -106,6 +110,9 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("allocation", "default_capacity") => 1..=MAX_USERS,
         ("allocation", "login_rate") => 0..=MAX_LOGIN_RATE,
         ("allocation", "max_retry_after") => 1..=HOUR_S,
+        ("digest", "interval") => 0..=DAY_MS,
+        ("digest", "settle") => SETTLE_MS,
+        ("digest", "rows_per_s") => ROWS_PER_S,
         ("store", "connections") => 1..=MAX_SQL_CONNECTIONS,
         ("store", "lanes") => 1..=MAX_LANES,
         ("store", "queue") => QUEUE,
@@ -252,6 +259,8 @@ impl Config {
             .unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || "stream_grace must not be above lease".into());
         let share = self.gateway.doubt_share;
         faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || "must be from 0 to 1".into());
+        let share = self.digest.max_share;
+        faults.unless((0.0..=1.0).contains(&share), &["digest.max_share"], || "must be from 0 to 1".into());
     }
 }
 

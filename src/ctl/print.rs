@@ -115,7 +115,7 @@ pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
         false => String::new(),
     };
     let rows: Vec<Vec<String>> = answer.lives.iter().map(life).collect();
-    let headers = ["GATEWAY", "EPOCH", "IS", "LEASE LEFT", "CONNECTIONS", "ROUTES", "REGION", "LABELS"];
+    let headers = ["GATEWAY", "EPOCH", "IS", "LEASE LEFT", "CONNECTIONS", "ROUTES", "DIGEST", "REGION", "LABELS"];
     let parts = [format!("{} live{hold}", counted(u32::try_from(alive).unwrap_or(u32::MAX), "gateway")), table(&headers, &rows)];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
 }
@@ -132,7 +132,8 @@ fn life(life: &pb::Life) -> Vec<String> {
     let labels: Vec<String> = labels.iter().map(|(name, value)| harmless(&format!("{name}={value}"))).collect();
     let (connections, routes) = (life.connections.to_string(), life.routes.to_string());
     let (region, labels) = (or_dash(&harmless(&life.region)), or_dash(&labels.join(",")));
-    vec![life.gateway_addr.clone(), life.epoch.to_string(), state.to_owned(), lease, connections, routes, region, labels]
+    let digest = or_dash(&harmless(&life.digest));
+    vec![life.gateway_addr.clone(), life.epoch.to_string(), state.to_owned(), lease, connections, routes, digest, region, labels]
 }
 
 pub fn purged(answer: &pb::PurgeGatewaysResp) -> String {

@@ -194,7 +194,7 @@ impl Connection {
     }
 
     /// How many users have a route on this life, and how many of them up to `cursor`.
-    pub async fn count_users_of_life(&mut self, epoch: Epoch, cursor: i64) -> Result<(u64, u64), SqlError> {
+    pub async fn count_users_up_to(&mut self, epoch: Epoch, cursor: i64) -> Result<(u64, u64), SqlError> {
         const SQL: &str = "SELECT COUNT(DISTINCT user_id), COUNT(DISTINCT CASE WHEN user_id <= ? THEN user_id END) \
             FROM routes /*! FORCE INDEX (routes_by_life) */ WHERE epoch = ?";
         let rows = self.fetch(statement(SQL).bind(cursor).bind(signed(epoch.0))).await?;

@@ -9,6 +9,7 @@ mod column;
 pub mod connection;
 pub mod database;
 mod database_file;
+pub mod digests;
 pub mod drains;
 pub mod ended_lives;
 pub mod history;

@@ -13,6 +13,7 @@ mod contention;
 mod crash;
 mod deaths;
 mod deliver;
+mod digests;
 mod docs;
 mod doubt;
 mod ends;

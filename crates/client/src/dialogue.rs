@@ -122,6 +122,14 @@ impl Dialogue {
         self.connections.len()
     }
 
+    /// The digest of all connections, and their number. None: many binds are being made again, and nodes would find a difference
+    /// where none is.
+    pub fn digest(&self) -> Option<(u64, u32)> {
+        let is_repeated = |asked: &Asked| matches!(asked, Asked::Bind(_, None));
+        let is_settled = !self.asked.values().chain(self.later.values()).any(is_repeated);
+        is_settled.then(|| self.connections.digest())
+    }
+
     pub fn tell(&self, event: Event) {
         (self.on_event)(event);
     }
@@ -243,9 +251,22 @@ impl Dialogue {
                     self.tell(Event::NotWatched { client, users, why: why.clone() });
                 }
             }
-            Some(Down::Watched(_) | Down::Heartbeat(_) | Down::Drain(_) | Down::Welcome(_) | Down::DigestQuery(_)) | None => {}
+            Some(Down::DigestQuery(query)) => self.digest_query(frame.seq, &query),
+            Some(Down::Watched(_) | Down::Heartbeat(_) | Down::Drain(_) | Down::Welcome(_)) | None => {}
         }
         None
+    }
+
+    /// A node asks what is held here, or says what of it has no route. Whatever is being bound anyway is not bound twice.
+    fn digest_query(&mut self, seq: u64, query: &pb::DigestQuery) {
+        if seq != 0 {
+            let frames = self.connections.answer(query).into_iter();
+            self.outgoing.extend(frames.map(|answer| pb::GatewayFrame { seq, body: Some(Up::Digest(answer)) }));
+        }
+        let pending: HashSet<_> = self.asked.values().chain(self.later.values()).filter_map(Asked::connection).collect();
+        let named = query.bind_again.iter().filter_map(|bound| self.connections.named(bound));
+        let again: Vec<_> = named.filter(|held| !pending.contains(held)).cloned().collect();
+        again.into_iter().for_each(|connection| self.ask(Asked::Bind(connection, None)));
     }
 
     fn ask(&mut self, asked: Asked) {

@@ -44,6 +44,9 @@ pub struct Options {
     /// A device is idle after so long without [`crate::gateway::Gateway::active`]; zero: never. Only devices for which that was
     /// ever called.
     pub idle_after: Duration,
+    /// Nobody else binds for this gateway. Then nodes and this library compare what they believe to be bound, and mend what
+    /// differs.
+    pub binds_alone: bool,
 }
 
 impl Default for Options {
@@ -56,6 +59,7 @@ impl Default for Options {
             labels: HashMap::new(),
             security: Security::default(),
             idle_after: IDLE_AFTER,
+            binds_alone: true,
         }
     }
 }
@@ -87,7 +91,8 @@ pub enum Event {
     Move(Connection, pb::Kick),
     /// This gateway is to lose its clients (true: take no new ones), or not any more.
     Draining(bool),
-    /// A bind that had to be made again after the gateway's life was over did not succeed: close the connection.
+    /// A bind that had to be made again, in a new life of the gateway or because its route was lost, did not succeed: close the
+    /// connection.
     Lost(Connection, pb::BindRouteResp),
     /// A user whom this client watches is shown like this now.
     Presence { client: ClientKey, presence: pb::UserPresence },
@@ -138,10 +143,14 @@ pub(crate) fn request(connection: &Connection, since: Instant) -> pb::BindRouteR
         platform: connection.platform,
         client_ip: connection.client_ip.clone(),
         client_port: connection.client_port,
-        connected_ms_ago: u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX),
+        connected_ms_ago: ms_ago(since),
         idle: connection.idle,
         ..Default::default()
     }
+}
+
+pub(crate) fn ms_ago(since: Instant) -> u32 {
+    u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX)
 }
 
 pub(crate) fn refusal(code: Code, why: impl Into<String>) -> pb::BindRouteResp {

@@ -5,6 +5,7 @@ pub mod caller;
 mod connections;
 mod contacts;
 mod dialogue;
+mod digest;
 mod event;
 pub mod fields;
 pub mod gateway;

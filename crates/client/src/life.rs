@@ -224,7 +224,9 @@ impl Life {
     fn beat(&self) -> pb::HeartbeatReq {
         let connections = u32::try_from(self.dialogue.connections()).unwrap_or(u32::MAX);
         let gateway_addr = self.options.gateway_addr.clone();
-        pb::HeartbeatReq { gateway_addr, gateway_epoch: self.epoch, connections, ..Default::default() }
+        let digest = self.dialogue.digest().filter(|_| self.options.binds_alone);
+        let (routes_digest, routes) = (digest.map(|(digest, _)| digest), digest.map_or(0, |(_, routes)| routes));
+        pb::HeartbeatReq { gateway_addr, gateway_epoch: self.epoch, connections, routes_digest, routes, ..Default::default() }
     }
 
     pub async fn deregister(&mut self) -> Result<(), Status> {

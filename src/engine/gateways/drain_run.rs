@@ -322,7 +322,7 @@ impl Run {
 /// Who has to go and has not, and who of them was asked in this pass.
 pub async fn count(connection: &mut Connection, drain: &Drain) -> Result<(u64, u64), SqlError> {
     if drain.terms.is_whole() {
-        return connection.count_users_of_life(drain.epoch, drain.cursor).await;
+        return connection.count_users_up_to(drain.epoch, drain.cursor).await;
     }
     let (mut after, mut left, mut asked) = (0, 0, 0);
     loop {

@@ -185,12 +185,20 @@ impl Lanes {
         users: impl IntoIterator<Item = UserId>,
         change: impl Fn() -> Change,
     ) -> Vec<Result<Outcome, Error>> {
-        let mut changes = JoinSet::new();
-        for user in users {
-            let (lanes, change) = (self.clone(), change());
-            changes.spawn(async move { lanes.submit_in_background(user, change).await });
+        self.submit_each_in_background(users.into_iter().map(|user| (user, change()))).await
+    }
+
+    /// Many changes; the outcomes come in any order.
+    pub async fn submit_each_in_background(
+        self: &Arc<Self>,
+        changes: impl IntoIterator<Item = (UserId, Change)>,
+    ) -> Vec<Result<Outcome, Error>> {
+        let mut submitted = JoinSet::new();
+        for (user, change) in changes {
+            let lanes = self.clone();
+            submitted.spawn(async move { lanes.submit_in_background(user, change).await });
         }
-        changes.join_all().await
+        submitted.join_all().await
     }
 
     /// What each lane has counted lately.
