@@ -46,6 +46,8 @@ const DAY_S: u32 = 86_400;
 const TEN_YEARS_S: u32 = 315_360_000;
 /// The last statement of a lane before COMMIT.
 const OUTBOX: &str = "INTO outbox";
+/// Gateways of these tests do not beat, and their users may change at any pace.
+const UNHURRIED: &[(&str, &str)] = &[("GATEWAY__LEASE", "3600000"), ("STATUS__RATE", "0")];
 
 fn ban(user_id: i64, ban_for_s: u32) -> pb::ForceOfflineReq {
     pb::ForceOfflineReq { user_id, ban_for_s, reason: "spam".to_owned(), ..Default::default() }
@@ -141,7 +143,7 @@ async fn rows(db: &TestDb) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ban_holds_on_every_node_at_once_until_it_is_lifted() {
-    let cluster = Cluster::with_redis(2, &[]).await;
+    let cluster = Cluster::with_redis(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, epoch) = RawStream::attach(one, "gw-9:7000", 0).await;
     let bound = gateway.bind(ALICE, PHONE, "c1").await;
@@ -248,7 +250,7 @@ async fn a_ban_outlives_nodes_and_ends_by_itself_or_with_all_that_is_known_of_th
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ban_of_a_user_who_hides_is_seen_by_nobody() {
-    let cluster = Cluster::with_redis(2, &[]).await;
+    let cluster = Cluster::with_redis(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, _) = RawStream::attach(one, "gw-9:7000", 0).await;
     gateway.bind(ALICE, PHONE, "c1").await;
@@ -273,7 +275,7 @@ async fn a_ban_of_a_user_who_hides_is_seen_by_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_device_is_kicked_and_what_is_only_tried_changes_nothing() {
-    let cluster = Cluster::mariadb(2, &[]).await;
+    let cluster = Cluster::mariadb(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, _) = RawStream::attach(one, "gw-9:7000", 0).await;
     let phone = gateway.bind(ALICE, PHONE, "c1").await;
@@ -383,7 +385,7 @@ async fn selected(db: &TestDb, condition: &str) -> BTreeSet<i64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_list_of_who_is_online_is_what_sql_says_with_each_filter_and_page() {
-    each_engine(&[("STATUS__RATE", "0")], async |cluster| {
+    each_engine(UNHURRIED, async |cluster| {
         let (node, db) = (cluster.node(), &cluster.db);
         a_crowd(node).await;
         let all_idle = "(SELECT MIN(i.idle) FROM routes i WHERE i.user_id = r.user_id) = 1";
@@ -446,7 +448,7 @@ async fn a_list_of_who_is_online_is_what_sql_says_with_each_filter_and_page() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_stays_is_listed_once_however_many_come_and_go_meanwhile() {
-    let cluster = Cluster::mariadb(2, &[]).await;
+    let cluster = Cluster::mariadb(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     for addr in [GATEWAY, OTHER_GATEWAY] {
         let request = RegisterGatewayReq { gateway_addr: addr.to_owned(), region: "eu".to_owned(), ..Default::default() };
@@ -496,7 +498,7 @@ fn named(counts: &pb::CountOnlineResp) -> Vec<(&str, u64)> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_are_counted_by_gateway_now_and_by_anything_else_once_a_minute() {
-    each_engine(&[("STATUS__RATE", "0")], async |cluster| {
+    each_engine(UNHURRIED, async |cluster| {
         let (node, db) = (cluster.node(), &cluster.db);
         let first = async || code(&node.count(CountBy::Status).await.result) == Code::Ok;
         eventually("the first count", SOON, first).await;
@@ -590,7 +592,7 @@ async fn a_preview_says_what_the_policy_then_really_costs() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_top_list_finds_who_flaps_and_who_is_watched() {
-    let cluster = Cluster::mariadb(1, &[]).await;
+    let cluster = Cluster::mariadb(1, UNHURRIED).await;
     let node = cluster.node();
     let (_stream, _) = RawStream::attach(node, "gw-9:7000", 0).await;
     node.bind_all(1..=300, GATEWAY, 0).await;
@@ -665,7 +667,7 @@ async fn fastest(times: usize, mut work: impl AsyncFnMut()) -> Duration {
 async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
     let users: i64 = if long() { 1_000_000 } else { 20_000 };
     let _turn = heavy().await;
-    let cluster = Cluster::mariadb(1, &[]).await;
+    let cluster = Cluster::mariadb(1, UNHURRIED).await;
     let node = cluster.node();
     let mut epochs = Vec::new();
     for n in 0..10 {
