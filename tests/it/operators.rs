@@ -44,6 +44,8 @@ use crate::harness::watcher::set_status;
 const SOON: Duration = Duration::from_secs(5);
 const DAY_S: u32 = 86_400;
 const TEN_YEARS_S: u32 = 315_360_000;
+/// Longer than a count by gateway is kept for others.
+const COUNT_KEPT: Duration = Duration::from_secs(6);
 /// The last statement of a lane before COMMIT.
 const OUTBOX: &str = "INTO outbox";
 /// Gateways of these tests do not beat, and their users may change at any pace.
@@ -652,7 +654,7 @@ async fn an_operator_does_all_this_from_a_shell() {
     has(ctl("top streams"), 0, "nothing");
 }
 
-/// Seconds that `work` takes at best.
+/// How long `work` takes at best.
 async fn fastest(times: usize, mut work: impl AsyncFnMut()) -> Duration {
     let mut best = Duration::MAX;
     for _ in 0..times {
@@ -699,11 +701,17 @@ async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
         println!("{users} users, region {region:?}: first page {first:?}, last {last:?}");
         assert!(last < 2 * first + Duration::from_millis(5), "{last:?} against {first:?}");
     }
-    let counted = fastest(1, async || {
-        let counts = node.count(CountBy::Gateway).await;
-        assert_eq!((counts.users, counts.counts.len()), (users as u64, 10), "{counts:?}");
-    })
-    .await;
+    let mut counted = Duration::MAX;
+    for _ in 0..if long() { 3 } else { 1 } {
+        let count = async || {
+            let counts = node.count(CountBy::Gateway).await;
+            assert_eq!((counts.users, counts.counts.len()), (users as u64, 10), "{counts:?}");
+        };
+        counted = counted.min(fastest(1, count).await);
+        if long() {
+            tokio::time::sleep(COUNT_KEPT).await;
+        }
+    }
     println!("{users} users counted by gateway in {counted:?}");
     cluster.db.run("UPDATE census SET at_ms = at_ms - 60000").await;
     let began = std::time::Instant::now();

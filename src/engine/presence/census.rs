@@ -58,10 +58,10 @@ impl Census {
     pub async fn step(&mut self) -> Result<(), SqlError> {
         let mut connection = self.slot.take().await?;
         // Looked at again with the claim: somebody may have finished in between.
-        if is_due(&mut connection).await? && claim(&mut connection, &self.claimant).await? && is_due(&mut connection).await? {
-            if count(&mut connection, &self.lives, &self.claimant).await? {
-                self.metrics.presence.censuses.inc();
-            }
+        let is_ours =
+            is_due(&mut connection).await? && claim(&mut connection, &self.claimant).await? && is_due(&mut connection).await?;
+        if is_ours && count(&mut connection, &self.lives, &self.claimant).await? {
+            self.metrics.presence.censuses.inc();
         }
         self.slot.give_back(connection);
         Ok(())
