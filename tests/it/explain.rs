@@ -125,7 +125,7 @@ async fn who_is_there_hides_left_was_erased_or_banned_or_was_never_seen_is_expla
     let hidden = explain(there, BOB).await;
     assert!(hidden.recent.iter().any(|change| change.hidden) || hidden.recent[0].shown() == Shown::Offline, "{hidden:?}");
     assert!(explain(there, ERIN).await.banned_until_ms > it.last_seen_ms);
-    assert_eq!(tier(&explain(there, NOBODY).await, "durable").present, false);
+    assert!(!tier(&explain(there, NOBODY).await, "durable").present);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
