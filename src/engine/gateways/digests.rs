@@ -200,19 +200,19 @@ impl Digests {
             return Ok(Verdict::Equal);
         }
         let routes = stored.total().routes.max(answer.sums.total().routes);
-        let refused = |found: &Difference| {
-            let (differ, share) = (found.len(), self.settings.max_share);
-            found.is_beyond(share, routes).then_some(Verdict::Refused { differ, routes })
-        };
+        let credible = Difference::credible(self.settings.max_share, routes);
         let Some(first) = self.difference(holdings, buckets).await? else { return Ok(Verdict::Silent) };
-        if first.is_empty() {
-            return Ok(Verdict::Equal); // but for what is under way
+        match first.len() {
+            0 => return Ok(Verdict::Equal), // but for what is under way
+            differ if differ > credible => return Ok(Verdict::Refused { differ, routes }),
+            // A gateway that lost its memory a moment ago, perhaps: the next look will tell.
+            differ if differ + first.young > credible => return Ok(Verdict::UnderWay),
+            _ => sleep(self.settings.settle).await,
         }
-        if let Some(refused) = refused(&first) {
-            return Ok(refused);
-        }
-        sleep(self.settings.settle).await;
         let Some(again) = self.difference(holdings, first.buckets()).await? else { return Ok(Verdict::Silent) };
+        if again.len() + again.young > credible {
+            return Ok(Verdict::UnderWay); // the same
+        }
         let found = first.still_in(again);
         Ok(match self.settings.repair {
             _ if found.is_empty() => Verdict::UnderWay,
