@@ -18,6 +18,7 @@ use im_presence::domain::id::UserId;
 
 use crate::world::SECOND;
 use crate::world::World;
+use crate::world::number;
 use crate::world::rules;
 
 #[global_allocator]
@@ -170,13 +171,12 @@ fn rendezvous(users: u64) {
         let profiles = (0..gateways).map(|_| Profile { capacity: 10_000_000, ..Profile::default() });
         let mut world = World::new(1, profiles, &rules(Algorithm::Rendezvous), 0);
         world.run(1);
-        let homes: Vec<String> = (0..users)
+        let homes: Vec<usize> = (0..users)
             .map(|user| {
                 let offers = world.allocate(0, &someone(user)).offers;
-                let gateway = offers[0].life.gateway.to_string();
-                let at: usize = gateway[3..].split(':').next().and_then(|n| n.parse().ok()).expect("a number");
+                let at = number(&offers[0].life.gateway).expect("a number");
                 world.gateways[at].connections += 1;
-                gateway
+                at
             })
             .collect();
         (homes, world.imbalance())

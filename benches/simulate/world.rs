@@ -249,7 +249,6 @@ impl World {
         let allocated = self.allocate(node, &ask);
         let mut then = self.now + u64::try_from(allocated.retry_after.as_micros()).expect("not long");
         if let Some(offer) = allocated.offers.first() {
-            let number = |addr: &GatewayAddr| addr.as_str()[3..].split(':').next().and_then(|n| n.parse().ok());
             self.users[user].going_to = number(&offer.life.gateway);
             then += (self.dice.fraction() * CONNECTING as f64) as u64;
         }
@@ -268,4 +267,9 @@ impl World {
         let mean = up().map(|gateway| f64::from(gateway.connections)).sum::<f64>() / up().map(share).sum::<f64>();
         up().map(|gateway| f64::from(gateway.connections) / share(gateway)).fold(0.0, f64::max) / mean
     }
+}
+
+/// Which gateway has this address.
+pub fn number(addr: &GatewayAddr) -> Option<usize> {
+    addr.as_str().strip_prefix("gw-")?.split(':').next()?.parse().ok()
 }

@@ -63,8 +63,8 @@ impl Admin {
     fn route(&self, user: UserId, view: RouteView, look: &Look) -> pb::RouteView {
         let state = match view.verdict {
             Verdict::Live => pb::RouteState::Live,
-            Verdict::Late | Verdict::Held | Verdict::Unsure => pb::RouteState::Suspect,
-            Verdict::Over | Verdict::Expired => pb::RouteState::Unspecified,
+            _ if view.is_usable() => pb::RouteState::Suspect,
+            _ => pb::RouteState::Unspecified,
         };
         let gateway = view.life.as_ref().map(|life| life.gateway.to_string()).unwrap_or_default();
         pb::RouteView {

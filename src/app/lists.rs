@@ -18,7 +18,7 @@ use crate::engine::presence::preview::Previews;
 /// Starts counting, too.
 pub fn start(config: &Config, engine: &Daemon, tasks: &mut JoinSet<()>, stop: &CancellationToken) -> Arc<Lists> {
     let (database, lives) = (engine.database.clone(), engine.lives.clone());
-    let census = Census::new(database.clone(), engine.metrics.clone(), &engine.own.incarnation);
+    let census = Census::new(database.clone(), lives.clone(), engine.metrics.clone(), &engine.own.incarnation);
     tasks.spawn(upkeep::keep_counting(census, stop.clone()));
     let online = Arc::new(Online::new(database, engine.directory.clone(), lives.clone()));
     Arc::new(Lists {

@@ -12,11 +12,11 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use crate::domain::allocation::algorithm::Algorithm;
-use crate::domain::allocation::algorithm::Ranking;
 use crate::domain::allocation::dice::Dice;
 use crate::domain::allocation::experiment::Experiment;
 use crate::domain::allocation::field::Field;
 use crate::domain::allocation::field::Tier;
+use crate::domain::allocation::view::Ranking;
 use crate::domain::allocation::view::View;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;

@@ -76,6 +76,8 @@ pub struct Stored {
 pub struct Difference {
     pub ghosts: Vec<Stored>,
     pub missing: Vec<Held>,
+    /// How many of both there are besides that are too young to say anything.
+    pub young: u64,
 }
 
 impl Default for Sums {
@@ -131,9 +133,20 @@ impl Difference {
     pub fn of(held: &[Held], stored: Vec<Stored>, now: Timestamp, settled: Duration) -> Self {
         let there: HashSet<u64> = held.iter().map(|held| held.element).collect();
         let routed: HashSet<u64> = stored.iter().map(|route| route.element).collect();
-        let is_missing = |held: &&Held| !routed.contains(&held.element) && held.ago >= settled;
-        let is_ghost = |route: &Stored| !there.contains(&route.element) && now.since(route.bound_at) >= settled;
-        Self { missing: held.iter().filter(is_missing).cloned().collect(), ghosts: stored.into_iter().filter(is_ghost).collect() }
+        let mut found = Self::default();
+        for held in held.iter().filter(|held| !routed.contains(&held.element)) {
+            match held.ago >= settled {
+                true => found.missing.push(held.clone()),
+                false => found.young += 1,
+            }
+        }
+        for route in stored.into_iter().filter(|route| !there.contains(&route.element)) {
+            match now.since(route.bound_at) >= settled {
+                true => found.ghosts.push(route),
+                false => found.young += 1,
+            }
+        }
+        found
     }
 
     /// What differs in the same way again: the very same bind, the very same connection.
@@ -144,6 +157,7 @@ impl Difference {
         Self {
             ghosts: again.ghosts.into_iter().filter(is_still_ghost).collect(),
             missing: again.missing.into_iter().filter(|held| missing.contains(&held.element)).collect(),
+            young: 0,
         }
     }
 
@@ -155,9 +169,9 @@ impl Difference {
         self.len() == 0
     }
 
-    /// Whether it is more than `share` of `routes`: then it is likelier that the gateway has lost its memory.
-    pub fn is_beyond(&self, share: f64, routes: u64) -> bool {
-        self.len() as f64 > (routes as f64 * share).max(ALWAYS_BELIEVED as f64)
+    /// What may be believed of a gateway with so many routes: the larger of `share` of them and a few.
+    pub fn credible(share: f64, routes: u64) -> u64 {
+        ((routes as f64 * share) as u64).max(ALWAYS_BELIEVED)
     }
 
     /// Where it is.
@@ -227,7 +241,7 @@ mod tests {
         let (both, ghost, missing) = (stored(1, "a", 1, 60), stored(2, "b", 2, 60), held(3, "c", 60));
         let young = (stored(4, "d", 4, 9), held(5, "e", 9));
         let found = differ(&[held(1, "a", 60), missing.clone(), young.1], &[both, ghost.clone(), young.0]);
-        assert_eq!(found, Difference { ghosts: vec![ghost], missing: vec![missing] });
+        assert_eq!(found, Difference { ghosts: vec![ghost], missing: vec![missing], young: 2 });
         assert_eq!((found.len(), found.buckets()), (2, vec![2, 3]));
     }
 
@@ -237,16 +251,14 @@ mod tests {
         // User 1 was bound anew, user 4 has another connection.
         let again = differ(&[held(3, "c", 70), held(4, "e", 70)], &[stored(1, "a", 11, 60), stored(2, "b", 2, 70)]);
         let sure = first.still_in(again);
-        assert_eq!(sure, Difference { ghosts: vec![stored(2, "b", 2, 70)], missing: vec![held(3, "c", 70)] });
+        assert_eq!(sure, Difference { ghosts: vec![stored(2, "b", 2, 70)], missing: vec![held(3, "c", 70)], young: 0 });
     }
 
     #[test]
-    fn a_few_differences_are_believed_of_any_gateway_and_many_of_none() {
-        let of = |ghosts: i64| differ(&[], &(1..=ghosts).map(|id| stored(id, "c", 1, 60)).collect::<Vec<_>>());
-        assert!(!of(100).is_beyond(0.1, 100));
-        assert!(of(101).is_beyond(0.1, 1_000));
-        assert!(!of(200).is_beyond(0.1, 2_000));
-        assert!(of(201).is_beyond(0.1, 2_000));
-        assert!(!of(0).is_beyond(0.0, 0));
+    fn a_few_differences_are_believed_of_any_gateway_and_a_share_of_a_large_one() {
+        for (share, routes, want) in [(0.1, 0, 100), (0.1, 1_000, 100), (0.1, 2_009, 200), (0.0, 1_000_000, 100), (1.0, 101, 101)]
+        {
+            assert_eq!(Difference::credible(share, routes), want, "{share} of {routes}");
+        }
     }
 }

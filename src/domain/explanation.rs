@@ -39,7 +39,7 @@ pub struct TierView {
     pub age: Duration,
     /// Queries may be answered from it.
     pub trusted: bool,
-    /// If not, why not.
+    /// If not, why not; or why answers from it are suspect.
     pub why: String,
     pub routes: u32,
 }

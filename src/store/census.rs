@@ -1,17 +1,11 @@
-//! The census: how many users are online, by what they are counted by. Whole pages of users are counted, so sums of pages are
-//! right; and the database adds up, so that no user leaves it.
+//! The last census: how many users were online, by what they are counted by.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
 
 use sqlx::Row;
-use sqlx::any::AnyRow;
 
-use crate::domain::route::Platform;
-use crate::domain::status::Activity;
-use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
-use crate::store::codec;
 use crate::store::column::clock_millis;
 use crate::store::column::unsigned;
 use crate::store::connection::Connection;
@@ -49,40 +43,7 @@ impl Kind {
     }
 }
 
-/// The routes on living lives of a page of users: each looked up by its key.
-const LIVE: &str = "FROM routes r /*! FORCE INDEX (PRIMARY) */ CROSS JOIN lives l /*! FORCE INDEX (PRIMARY) */ \
-    ON l.epoch = r.epoch AND l.alive = 1";
-const PAGE: &str = "WHERE r.user_id > ? AND r.user_id <= ?";
-
 impl Connection {
-    /// Adds the users after `after` up to `last` to `counts`.
-    pub async fn count_page(&mut self, after: i64, last: i64, counts: &mut Counts) -> Result<(), SqlError> {
-        let by_platform =
-            format!("SELECT /*! STRAIGHT_JOIN */ r.platform, COUNT(DISTINCT r.user_id) {LIVE} {PAGE} GROUP BY r.platform");
-        for row in self.fetch(statement(by_platform).bind(after).bind(last)).await? {
-            let platform = codec::platform_from_i32(row.try_get(0)?).unwrap_or_default();
-            add(counts, Kind::Platform, platform_word(platform), row.try_get(1)?);
-        }
-        // Regions are told apart to the letter, which the column's collation does not.
-        let by_region = format!(
-            "SELECT /*! STRAIGHT_JOIN */ MIN(l.region), COUNT(DISTINCT r.user_id) {LIVE} {PAGE} GROUP BY /*! BINARY */ l.region"
-        );
-        for row in self.fetch(statement(by_region).bind(after).bind(last)).await? {
-            add(counts, Kind::Region, row.try_get(0)?, row.try_get(1)?);
-        }
-        let by_status = format!(
-            "SELECT status, idle, COUNT(*) FROM (SELECT /*! STRAIGHT_JOIN */ r.user_id, MIN(u.status) AS status, MIN(r.idle) AS idle \
-             {LIVE} CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id {PAGE} GROUP BY r.user_id) AS page \
-             GROUP BY status, idle"
-        );
-        for row in self.fetch(statement(by_status).bind(after).bind(last)).await? {
-            let users = row.try_get(2)?;
-            add(counts, Kind::Status, shown_word(&row)?, users);
-            add(counts, Kind::All, "", users);
-        }
-        Ok(())
-    }
-
     /// How long ago the last census began. None: there was none, or one that has yet to come by this clock.
     pub async fn census_age(&mut self) -> Result<Option<Duration>, SqlError> {
         let now = clock_millis(self.engine());
@@ -119,32 +80,5 @@ impl Connection {
             at = Some(Timestamp(row.try_get(3)?));
         }
         Ok(at.map(|at| (counts, at)))
-    }
-}
-
-fn add(counts: &mut Counts, kind: Kind, name: &str, users: i64) {
-    *counts.entry((kind, name.to_owned())).or_default() += unsigned(users);
-}
-
-fn shown_word(row: &AnyRow) -> Result<&'static str, SqlError> {
-    let wanted = codec::status_from_i32(row.try_get(0)?).unwrap_or_default();
-    let idle = row.try_get::<i32, _>(1)? != 0;
-    Ok(match wanted.shown(if idle { Activity::AllIdle } else { Activity::Active }) {
-        Status::Offline => "invisible",
-        shown => codec::status_word(shown),
-    })
-}
-
-fn platform_word(platform: Platform) -> &'static str {
-    match platform {
-        Platform::Unspecified => "unspecified",
-        Platform::Ios => "ios",
-        Platform::Android => "android",
-        Platform::Windows => "windows",
-        Platform::Macos => "macos",
-        Platform::Linux => "linux",
-        Platform::Web => "web",
-        Platform::Tablet => "tablet",
-        Platform::Other => "other",
     }
 }

@@ -3,10 +3,14 @@
 use std::collections::HashMap;
 
 use sqlx::Row;
+use sqlx::any::AnyRow;
 
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
-use crate::store::column::bind_epochs;
+use crate::domain::route::Platform;
+use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
+use crate::store::codec;
 use crate::store::column::signed;
 use crate::store::column::unsigned;
 use crate::store::column::user_id;
@@ -15,11 +19,22 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
-use crate::store::statement::repeated;
 
-/// Lives that one statement walks, or counts: none may take long.
+/// Lives that one statement walks: none may take long.
 const WALKED_AT_ONCE: usize = 64;
-const COUNTED_AT_ONCE: usize = 16;
+
+/// What of a route, and of its user, has to be known to count it.
+#[derive(Debug)]
+pub struct RouteSketch {
+    pub user: UserId,
+    pub epoch: Epoch,
+    pub platform: Platform,
+    pub idle: bool,
+    /// Only on unmanaged lives.
+    pub expires_at: Option<Timestamp>,
+    /// As the user wants to be seen.
+    pub wanted: Status,
+}
 
 impl Connection {
     /// Up to `each` users after `after` with a route on each of these lives, by number.
@@ -48,15 +63,15 @@ impl Connection {
         rows.iter().map(|row| Ok((user_id(row.try_get(0)?)?, row.try_get(1)?))).collect()
     }
 
-    /// How many users there are on each of these lives that has one.
+    /// How many users there are on each of these lives that has one. One by one: together they could take longer than one
+    /// statement may, and grouping them takes several times as long.
     pub async fn count_users_of(&mut self, epochs: &[Epoch]) -> Result<HashMap<Epoch, u64>, SqlError> {
-        let head = "SELECT epoch, COUNT(DISTINCT user_id) FROM routes /*! FORCE INDEX (routes_by_life) */ WHERE epoch IN (";
+        const SQL: &str = "SELECT COUNT(*) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ WHERE epoch = ?) AS users";
         let mut counts = HashMap::with_capacity(epochs.len());
-        for (chunk, fill) in epochs.chunks(COUNTED_AT_ONCE).flat_map(chunks) {
-            let select = statement(repeated(head, "?", chunk.len() + fill, ") GROUP BY epoch"));
-            for row in self.fetch(bind_epochs(select, chunk, fill)).await? {
-                counts.insert(Epoch(unsigned(row.try_get(0)?)), unsigned(row.try_get(1)?));
-            }
+        for epoch in epochs {
+            let rows = self.fetch(statement(SQL).bind(signed(epoch.0))).await?;
+            counts.insert(*epoch, rows.first().map_or(Ok(0), |row| row.try_get(0).map(unsigned))?);
         }
         Ok(counts)
     }
@@ -69,15 +84,22 @@ impl Connection {
         Ok(rows.first().map_or(Ok(None), |row| row.try_get(0))?)
     }
 
-    /// How many of the users after `after` up to `last` have a route that is on none of the lives `over`.
-    pub async fn count_users_between(&mut self, after: i64, last: i64, over: &[Epoch]) -> Result<u64, SqlError> {
-        const ALL: &str = "SELECT COUNT(DISTINCT user_id) FROM routes /*! FORCE INDEX (PRIMARY) */ \
-            WHERE user_id > ? AND user_id <= ?";
-        let mut sql = ALL.to_owned();
-        if !over.is_empty() {
-            sql.push_str(&repeated(" AND epoch NOT IN (", "?", over.len(), ")"));
-        }
-        let rows = self.fetch(bind_epochs(statement(sql).bind(after).bind(last), over, 0)).await?;
-        Ok(rows.first().map_or(Ok(0), |row| row.try_get(0).map(unsigned))?)
+    /// The routes of the users after `after` up to `last`, by user.
+    pub async fn sketches(&mut self, after: i64, last: i64) -> Result<Vec<RouteSketch>, SqlError> {
+        const SQL: &str = "SELECT /*! STRAIGHT_JOIN */ r.user_id, r.epoch, r.platform, r.idle, r.expires_at_ms, u.status \
+            FROM routes r /*! FORCE INDEX (PRIMARY) */ CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id \
+            WHERE r.user_id > ? AND r.user_id <= ? ORDER BY r.user_id";
+        let rows = self.fetch(statement(SQL).bind(after).bind(last)).await?;
+        let sketch = |row: &AnyRow| {
+            Ok(RouteSketch {
+                user: user_id(row.try_get(0)?)?,
+                epoch: Epoch(unsigned(row.try_get(1)?)),
+                platform: codec::platform_from_i32(row.try_get(2)?).unwrap_or_default(),
+                idle: row.try_get::<i32, _>(3)? != 0,
+                expires_at: row.try_get::<Option<i64>, _>(4)?.map(Timestamp),
+                wanted: codec::status_from_i32(row.try_get(5)?).unwrap_or_default(),
+            })
+        };
+        rows.iter().map(sketch).collect()
     }
 }

@@ -295,13 +295,17 @@ impl Connection {
         Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
     }
 
-    /// How many users have a route. Statement by statement: the whole table could take longer than one may.
-    pub async fn count_users_online(&mut self) -> Result<i64, SqlError> {
-        const SQL: &str = "SELECT COUNT(*), MAX(user_id) FROM \
-            (SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
+    /// How many users have a route that is on none of the lives `over`. Statement by statement: the whole table could take
+    /// longer than one may.
+    pub async fn count_users_online(&mut self, over: &[Epoch]) -> Result<i64, SqlError> {
+        const HEAD: &str = "SELECT COUNT(*), MAX(user_id) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ?";
+        const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
+        let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len(), ")") };
         let (mut counted, mut after) = (0, 0);
         loop {
-            let rows = self.fetch(statement(SQL).bind(after).bind(COUNTED_AT_ONCE)).await?;
+            let select = bind_epochs(statement(format!("{HEAD}{living}{TAIL}")).bind(after), over, 0);
+            let rows = self.fetch(select.bind(COUNTED_AT_ONCE)).await?;
             let Some(row) = rows.first() else { return Ok(counted) };
             let page: i64 = row.try_get(0)?;
             counted += page;

@@ -78,7 +78,7 @@ fn someone() -> AllocateGatewayReq {
 }
 
 fn a_gateway(addr: &str) -> RegisterGatewayReq {
-    RegisterGatewayReq { gateway_addr: addr.to_owned(), capacity: 1_000, ..Default::default() }
+    RegisterGatewayReq { gateway_addr: addr.to_owned(), capacity: 1_000_000, ..Default::default() }
 }
 
 fn addresses(answer: &AllocateGatewayResp) -> Vec<String> {
@@ -330,7 +330,7 @@ async fn the_client_library_asks_one_node_about_a_user_as_long_as_it_answers() {
     let nodes: Vec<&str> = addresses.iter().map(String::as_str).collect();
     let caller = Caller::new(&nodes, Duration::from_secs(10)).expect("addresses");
     let home = addresses.iter().position(|addr| addr == caller.home_of(ALICE)).expect("one of them");
-    let _gateway = cluster.nodes[home].keep(a_gateway(GATEWAY)).await;
+    let _gateway = cluster.nodes[1 - home].keep(a_gateway(GATEWAY)).await;
     for _ in 0..20 {
         caller.query(pb::QueryRouteReq { user_id: ALICE, max_staleness_ms: None }).await.expect("a query");
     }

@@ -40,6 +40,7 @@ use crate::harness::node::Node;
 use crate::harness::stream::RawStream;
 use crate::harness::stream::connection;
 
+const SETTLE: Duration = Duration::from_millis(200);
 const OFTEN: [(&str, &str); 2] = [("DIGEST__INTERVAL", "100"), ("DIGEST__SETTLE", "200")];
 const SOON: Duration = Duration::from_secs(20);
 /// Between heartbeats.
@@ -268,6 +269,7 @@ async fn who_connects_anew_between_the_two_looks_stays() {
     assert_eq!(again.buckets, [1, 2]);
     // Alice binds before the gateway answers, and the gateway forgets her again.
     gateway.stream.bind(ALICE, PHONE, "c-new").await;
+    tokio::time::sleep(2 * SETTLE).await; // that bind is no more under way
     gateway.obey(seq, &again).await;
     gateway.lives_until("the look is over", async || looks(node, "mended").await >= 1.0).await;
     let alice = node.query_sql(ALICE).await;

@@ -44,8 +44,12 @@ use crate::harness::watcher::set_status;
 const SOON: Duration = Duration::from_secs(5);
 const DAY_S: u32 = 86_400;
 const TEN_YEARS_S: u32 = 315_360_000;
+/// Longer than a count by gateway is kept for others.
+const COUNT_KEPT: Duration = Duration::from_secs(6);
 /// The last statement of a lane before COMMIT.
 const OUTBOX: &str = "INTO outbox";
+/// Gateways of these tests do not beat, and their users may change at any pace.
+const UNHURRIED: &[(&str, &str)] = &[("GATEWAY__LEASE", "3600000"), ("STATUS__RATE", "0")];
 
 fn ban(user_id: i64, ban_for_s: u32) -> pb::ForceOfflineReq {
     pb::ForceOfflineReq { user_id, ban_for_s, reason: "spam".to_owned(), ..Default::default() }
@@ -125,12 +129,11 @@ impl RawStream {
 async fn rows(db: &TestDb) -> Vec<String> {
     let mut connection = db.connect().await;
     let mut all = Vec::new();
-    for table in ["users", "routes", "status_log", "audit"] {
+    for table in ["users", "routes", "status_log"] {
         let select = match table {
             "users" => "SELECT CONCAT(user_id, ' ', version, ' ', last_seen_ms, ' ', banned_until_ms) FROM users",
             "routes" => "SELECT CONCAT(user_id, ' ', device_id, ' ', bound_version) FROM routes",
-            "status_log" => "SELECT CONCAT(user_id, ' ', version) FROM status_log",
-            _ => "SELECT CONCAT('audit ', COUNT(*)) FROM audit",
+            _ => "SELECT CONCAT(user_id, ' ', version) FROM status_log",
         };
         for row in sqlx::query(AssertSqlSafe(select.to_owned())).fetch_all(&mut connection).await.expect("rows") {
             all.push(row.try_get::<String, _>(0).expect("text"));
@@ -142,7 +145,7 @@ async fn rows(db: &TestDb) -> Vec<String> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ban_holds_on_every_node_at_once_until_it_is_lifted() {
-    let cluster = Cluster::with_redis(2, &[]).await;
+    let cluster = Cluster::with_redis(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, epoch) = RawStream::attach(one, "gw-9:7000", 0).await;
     let bound = gateway.bind(ALICE, PHONE, "c1").await;
@@ -249,7 +252,7 @@ async fn a_ban_outlives_nodes_and_ends_by_itself_or_with_all_that_is_known_of_th
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ban_of_a_user_who_hides_is_seen_by_nobody() {
-    let cluster = Cluster::with_redis(2, &[]).await;
+    let cluster = Cluster::with_redis(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, _) = RawStream::attach(one, "gw-9:7000", 0).await;
     gateway.bind(ALICE, PHONE, "c1").await;
@@ -274,7 +277,7 @@ async fn a_ban_of_a_user_who_hides_is_seen_by_nobody() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_device_is_kicked_and_what_is_only_tried_changes_nothing() {
-    let cluster = Cluster::mariadb(2, &[]).await;
+    let cluster = Cluster::mariadb(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let (mut gateway, _) = RawStream::attach(one, "gw-9:7000", 0).await;
     let phone = gateway.bind(ALICE, PHONE, "c1").await;
@@ -290,14 +293,9 @@ async fn one_device_is_kicked_and_what_is_only_tried_changes_nothing() {
         assert_eq!(code(&two.kick(kick(user, device)).await.result), Code::NotFound);
     }
     assert_eq!(two.force(ban(BOB, 0)).await.kicked.len(), 0, "nothing to do is no error");
-    eventually("the audit is written", SOON, async || {
-        cluster.db.number("SELECT COUNT(*) FROM audit").await == 3 // what was not only tried
-    })
-    .await;
-    let mut after = rows(&cluster.db).await;
-    after.iter_mut().filter(|row| **row == "audit 3").for_each(|row| *row = "audit 0".to_owned());
-    after.sort_unstable();
-    assert_eq!(after, before);
+    assert_eq!(rows(&cluster.db).await, before);
+    let taken_down = "SELECT COUNT(*) FROM audit WHERE action IN ('ForceOffline', 'KickDevice')";
+    eventually("what was not only tried is taken down", SOON, async || cluster.db.number(taken_down).await == 3).await;
 
     let kicked = two.kick(kick(ALICE, PHONE)).await;
     assert_eq!((code(&kicked.result), kicked.kicked.len()), (Code::Ok, 1));
@@ -389,7 +387,7 @@ async fn selected(db: &TestDb, condition: &str) -> BTreeSet<i64> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_list_of_who_is_online_is_what_sql_says_with_each_filter_and_page() {
-    each_engine(&[("STATUS__RATE", "0")], async |cluster| {
+    each_engine(UNHURRIED, async |cluster| {
         let (node, db) = (cluster.node(), &cluster.db);
         a_crowd(node).await;
         let all_idle = "(SELECT MIN(i.idle) FROM routes i WHERE i.user_id = r.user_id) = 1";
@@ -415,12 +413,12 @@ async fn a_list_of_who_is_online_is_what_sql_says_with_each_filter_and_page() {
             (
                 pb::ListOnlineReq {
                     region: "eu".to_owned(),
-                    gateway_addr: gateway(1),
+                    gateway_addr: gateway(2),
                     platform: Platform::Web.into(),
                     status: Shown::Busy.into(),
                     ..default()
                 },
-                format!("{} AND l.gateway_addr = 'gw-1:7000' AND r.platform = 6 AND u.status = 3", exactly("eu")),
+                format!("{} AND l.gateway_addr = 'gw-2:7000' AND r.platform = 6 AND u.status = 3", exactly("eu")),
             ),
         ] {
             let expected = selected(db, &condition).await;
@@ -452,7 +450,7 @@ async fn a_list_of_who_is_online_is_what_sql_says_with_each_filter_and_page() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_stays_is_listed_once_however_many_come_and_go_meanwhile() {
-    let cluster = Cluster::mariadb(2, &[]).await;
+    let cluster = Cluster::mariadb(2, UNHURRIED).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     for addr in [GATEWAY, OTHER_GATEWAY] {
         let request = RegisterGatewayReq { gateway_addr: addr.to_owned(), region: "eu".to_owned(), ..Default::default() };
@@ -502,7 +500,7 @@ fn named(counts: &pb::CountOnlineResp) -> Vec<(&str, u64)> {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn users_are_counted_by_gateway_now_and_by_anything_else_once_a_minute() {
-    each_engine(&[("STATUS__RATE", "0")], async |cluster| {
+    each_engine(UNHURRIED, async |cluster| {
         let (node, db) = (cluster.node(), &cluster.db);
         let first = async || code(&node.count(CountBy::Status).await.result) == Code::Ok;
         eventually("the first count", SOON, first).await;
@@ -596,7 +594,7 @@ async fn a_preview_says_what_the_policy_then_really_costs() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_top_list_finds_who_flaps_and_who_is_watched() {
-    let cluster = Cluster::mariadb(1, &[]).await;
+    let cluster = Cluster::mariadb(1, UNHURRIED).await;
     let node = cluster.node();
     let (_stream, _) = RawStream::attach(node, "gw-9:7000", 0).await;
     node.bind_all(1..=300, GATEWAY, 0).await;
@@ -656,7 +654,7 @@ async fn an_operator_does_all_this_from_a_shell() {
     has(ctl("top streams"), 0, "nothing");
 }
 
-/// Seconds that `work` takes at best.
+/// How long `work` takes at best.
 async fn fastest(times: usize, mut work: impl AsyncFnMut()) -> Duration {
     let mut best = Duration::MAX;
     for _ in 0..times {
@@ -671,7 +669,7 @@ async fn fastest(times: usize, mut work: impl AsyncFnMut()) -> Duration {
 async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
     let users: i64 = if long() { 1_000_000 } else { 20_000 };
     let _turn = heavy().await;
-    let cluster = Cluster::mariadb(1, &[]).await;
+    let cluster = Cluster::mariadb(1, UNHURRIED).await;
     let node = cluster.node();
     let mut epochs = Vec::new();
     for n in 0..10 {
@@ -703,11 +701,17 @@ async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
         println!("{users} users, region {region:?}: first page {first:?}, last {last:?}");
         assert!(last < 2 * first + Duration::from_millis(5), "{last:?} against {first:?}");
     }
-    let counted = fastest(1, async || {
-        let counts = node.count(CountBy::Gateway).await;
-        assert_eq!((counts.users, counts.counts.len()), (users as u64, 10), "{counts:?}");
-    })
-    .await;
+    let mut counted = Duration::MAX;
+    for _ in 0..if long() { 3 } else { 1 } {
+        let count = async || {
+            let counts = node.count(CountBy::Gateway).await;
+            assert_eq!((counts.users, counts.counts.len()), (users as u64, 10), "{counts:?}");
+        };
+        counted = counted.min(fastest(1, count).await);
+        if long() {
+            tokio::time::sleep(COUNT_KEPT).await;
+        }
+    }
     println!("{users} users counted by gateway in {counted:?}");
     cluster.db.run("UPDATE census SET at_ms = at_ms - 60000").await;
     let began = std::time::Instant::now();

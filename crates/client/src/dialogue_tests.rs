@@ -217,3 +217,43 @@ fn a_client_who_is_to_go_keeps_its_connection_until_it_has_gone_or_its_time_is_o
     assert_eq!((unbind.user_id, &*unbind.route_key), (2, "2"), "only that one still has its route");
     assert_eq!(gateway.dialogue.connections(), 1);
 }
+
+#[test]
+fn what_a_node_has_lost_is_bound_again_once_and_what_has_moved_is_told_as_lost() {
+    let mut gateway = Fixture::new();
+    [1, 2, 3].into_iter().for_each(|user| gateway.bind(user));
+    let binds = gateway.says();
+    let answer = |gateway: &mut Fixture, seq, code| {
+        let bound = pb::BindRouteResp { result: crate::event::result(code, ""), ..Default::default() };
+        assert_eq!(gateway.dialogue.take(pb::NodeFrame { seq, body: Some(Down::Bound(bound)) }), None);
+    };
+    binds[..2].iter().for_each(|(seq, _)| answer(&mut gateway, *seq, Code::Ok));
+    assert_eq!(gateway.dialogue.digest().expect("nothing is repeated").1, 3, "who has no answer yet is held, too");
+    let named = |user_id| pb::Bound { user_id, device_id: "phone".to_owned(), ..Default::default() };
+    let bind_again = [1, 2, 3, 4].map(named).to_vec(); // 3 has no answer yet, 4 has gone
+    let query = pb::NodeFrame { seq: 0, body: Some(Down::DigestQuery(pb::DigestQuery { bind_again, ..Default::default() })) };
+    assert_eq!(gateway.dialogue.take(query.clone()), None);
+    let said = gateway.says();
+    let user = |body: &Up| if let Up::Bind(request) = body { request.user_id } else { panic!("{body:?}") };
+    assert_eq!(said.iter().map(|(_, body)| user(body)).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(gateway.dialogue.take(query), None);
+    assert!(gateway.says().is_empty(), "it is under way");
+    assert_eq!(gateway.dialogue.digest(), None, "so it says nothing of what it holds");
+    answer(&mut gateway, said[0].0, Code::Ok);
+    answer(&mut gateway, said[1].0, Code::Refused);
+    assert_eq!(gateway.dialogue.digest().expect("nothing is repeated").1, 2);
+    let events = gateway.events.lock().expect("nobody panics");
+    assert!(matches!(&events[..], [Event::Lost(Connection { user_id: 2, .. }, _)]), "{events:?}");
+}
+
+#[test]
+fn what_is_held_is_listed_with_the_number_of_the_query() {
+    let mut gateway = Fixture::new();
+    [1, 2].into_iter().for_each(|user| gateway.bind(user));
+    gateway.says();
+    let query = pb::DigestQuery { buckets: vec![2], list: true, ..Default::default() };
+    assert_eq!(gateway.dialogue.take(pb::NodeFrame { seq: 9, body: Some(Down::DigestQuery(query)) }), None);
+    let said = gateway.says();
+    let [(9, Up::Digest(answer))] = &said[..] else { panic!("{said:?}") };
+    assert_eq!(answer.buckets.iter().flat_map(|of| &of.bound).map(|bound| bound.user_id).collect::<Vec<_>>(), [2]);
+}

@@ -7,10 +7,8 @@ use crate::domain::allocation::dice::Dice;
 use crate::domain::allocation::dice::fraction;
 use crate::domain::allocation::dice::mixed;
 use crate::domain::allocation::field::Tier;
+use crate::domain::allocation::view::Ranking;
 use crate::domain::allocation::view::View;
-
-/// Gateways one after the other, the best first.
-pub type Ranking = SmallVec<[usize; 4]>;
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Algorithm {

@@ -3,13 +3,17 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use smallvec::SmallVec;
+
 use crate::domain::allocation::Ask;
 use crate::domain::allocation::Moment;
 use crate::domain::allocation::Rules;
-use crate::domain::allocation::algorithm::Ranking;
 use crate::domain::allocation::field::Field;
 use crate::domain::gateway::DEFAULT_WEIGHT;
 use crate::domain::gateway::Liveness;
+
+/// Gateways one after the other, the best first.
+pub type Ranking = SmallVec<[usize; 4]>;
 
 /// The field, as one question sees it.
 pub struct View<'a> {

@@ -111,7 +111,7 @@ impl Allocator {
         let moment = Moment {
             now: self.lives.clock.at(now),
             is_stale: self.lives.age(now) > SUSPECT_AFTER,
-            on_their_way: &|at| ready.tallies[at].on_their_way(nodes),
+            on_their_way: &|at| ready.tallies[at].on_their_way(micros, nodes, self.rate(&ready.field.gateways[at].life)),
             is_booked: &|at| ready.tallies[at].wait_micros(micros) > limit,
             seed: self.seeds.fetch_add(1, Ordering::Relaxed),
         };
@@ -123,15 +123,20 @@ impl Allocator {
                 ("booked", spread(self.settings.max_retry_after.mul_f64(2.0 / 3.0), seed))
             }
             Some(first) => {
-                let rate = match ready.field.gateways[first.at].life.profile.login_rate {
-                    0 => self.settings.login_rate,
-                    rate => rate,
-                };
+                let rate = self.rate(&ready.field.gateways[first.at].life);
                 let wait = ready.tallies[first.at].hand_out(micros, nodes, rate);
                 (if first.why == Why::Late { "late" } else { "ok" }, wait)
             }
         };
         self.answer(&ready, allocation, result, retry_after)
+    }
+
+    /// Log-ins per second; 0: as many as come.
+    fn rate(&self, life: &Life) -> u32 {
+        match life.profile.login_rate {
+            0 => self.settings.login_rate,
+            rate => rate,
+        }
     }
 
     fn answer(&self, ready: &Ready, allocation: Allocation, result: &'static str, retry_after: Duration) -> Allocated {

@@ -19,6 +19,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::sync::Mutex as AsyncMutex;
 use tokio::sync::Semaphore;
+use tokio::sync::SemaphorePermit;
 use tokio::sync::mpsc;
 use tokio::time::sleep;
 use tokio::time::sleep_until;
@@ -26,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 use tracing::warn;
 
+use crate::domain::digest::BUCKETS;
 use crate::domain::digest::Difference;
 use crate::domain::digest::Held;
 use crate::domain::digest::Stored;
@@ -45,15 +47,14 @@ use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::metrics::Metrics;
-use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::ConnectionSlot;
 use crate::store::database::Database;
 
 /// Gateways whose next look may wait for its turn; those for which there is no room come with a later heartbeat.
 const DUE: usize = 1_024;
-/// Looks that hold lists in memory at the same time.
-const LISTED_AT_ONCE: usize = 2;
+/// Looks that ask and read, and have lists in memory, at the same time.
+const AT_ONCE: usize = 2;
 /// Users whose routes are read by one statement after the other before others have their turn.
 const SUSPECTS_AT_ONCE: usize = 4_096;
 /// Routes that are unbound, and connections that are told, at a time.
@@ -82,7 +83,7 @@ pub struct Digests {
     attached: Mutex<HashMap<Epoch, Arc<Holdings>>>,
     due: mpsc::Sender<Arc<Holdings>>,
     reader: AsyncMutex<Reader>,
-    listing: Semaphore,
+    turns: Semaphore,
 }
 
 /// The stream's own end. The look ends when this is dropped.
@@ -92,7 +93,7 @@ pub struct Holder {
     queries: mpsc::Receiver<(u64, Query)>,
 }
 
-/// The one connection that reads, and when it may read again.
+/// The one connection that reads, and when what it has read is paid for.
 struct Reader {
     slot: ConnectionSlot,
     free_at: Instant,
@@ -124,8 +125,8 @@ impl Digests {
     ) -> (Arc<Self>, mpsc::Receiver<Arc<Holdings>>) {
         let (due, looks) = mpsc::channel(DUE);
         let reader = AsyncMutex::new(Reader { slot: ConnectionSlot::new(database), free_at: Instant::now() });
-        let (attached, listing) = (Mutex::default(), Semaphore::new(LISTED_AT_ONCE));
-        (Arc::new(Self { settings, lanes, lives, metrics, attached, due, reader, listing }), looks)
+        let (attached, turns) = (Mutex::default(), Semaphore::new(AT_ONCE));
+        (Arc::new(Self { settings, lanes, lives, metrics, attached, due, reader, turns }), looks)
     }
 
     /// A gateway has a stream here.
@@ -190,29 +191,33 @@ impl Digests {
     }
 
     async fn look(&self, holdings: &Holdings) -> Result<Verdict, SqlError> {
+        let turn = self.turn().await;
         if self.sums(holdings.epoch).await?.total() == holdings.said() {
             return Ok(Verdict::Equal);
         }
+        drop(turn);
+        let turn = self.turn().await;
         let Some(answer) = holdings.ask(Query::Sums).await else { return Ok(Verdict::Silent) };
-        let stored = self.sums(holdings.epoch).await?; // as close to the answer as can be
+        let stored = self.sums(holdings.epoch).await?;
+        drop(turn);
         let buckets = stored.differing(&answer.sums);
         if buckets.is_empty() {
             return Ok(Verdict::Equal);
         }
         let routes = stored.total().routes.max(answer.sums.total().routes);
-        let refused = |found: &Difference| {
-            let (differ, share) = (found.len(), self.settings.max_share);
-            found.is_beyond(share, routes).then_some(Verdict::Refused { differ, routes })
-        };
+        let credible = Difference::credible(self.settings.max_share, routes);
         let Some(first) = self.difference(holdings, buckets).await? else { return Ok(Verdict::Silent) };
-        if first.is_empty() {
-            return Ok(Verdict::Equal); // but for what is under way
+        match first.len() {
+            0 => return Ok(Verdict::Equal), // but for what is under way
+            differ if differ > credible => return Ok(Verdict::Refused { differ, routes }),
+            // A gateway that lost its memory a moment ago, perhaps: the next look will tell.
+            differ if differ + first.young > credible => return Ok(Verdict::UnderWay),
+            _ => sleep(self.settings.settle).await,
         }
-        if let Some(refused) = refused(&first) {
-            return Ok(refused);
-        }
-        sleep(self.settings.settle).await;
         let Some(again) = self.difference(holdings, first.buckets()).await? else { return Ok(Verdict::Silent) };
+        if again.len() + again.young > credible {
+            return Ok(Verdict::UnderWay); // the same
+        }
         let found = first.still_in(again);
         Ok(match self.settings.repair {
             _ if found.is_empty() => Verdict::UnderWay,
@@ -223,7 +228,7 @@ impl Digests {
 
     /// What the gateway's list of these buckets and the database do not have in common. None: there is no list.
     async fn difference(&self, holdings: &Holdings, buckets: Vec<u8>) -> Result<Option<Difference>, SqlError> {
-        let Ok(_turn) = self.listing.acquire().await else { return Ok(None) }; // it is never closed
+        let _turn = self.turn().await;
         let Some(answer) = holdings.ask(Query::List(buckets.clone())).await else { return Ok(None) };
         let stored = self.elements(holdings.epoch, &buckets).await?;
         let users = suspects(&answer.held, &stored);
@@ -232,9 +237,18 @@ impl Digests {
         Ok(Some(Difference::of(&held, routes, self.lives.clock.now(), self.settings.settle)))
     }
 
+    /// Waits until what was read before is paid for in time. So what is read afterwards is as close as can be to what the
+    /// gateway answers.
+    async fn turn(&self) -> Option<SemaphorePermit<'_>> {
+        let turn = self.turns.acquire().await.ok()?; // it is never closed
+        let free_at = self.reader.lock().await.free_at;
+        sleep_until(free_at.into()).await;
+        Some(turn)
+    }
+
     async fn sums(&self, epoch: Epoch) -> Result<Sums, SqlError> {
         let mut reader = self.reader.lock().await;
-        let mut connection = reader.connect().await?;
+        let mut connection = reader.slot.take().await?;
         let sums = connection.route_sums(epoch).await?;
         reader.slot.give_back(connection);
         reader.has_read(sums.total().routes, self.settings.rows_per_s);
@@ -245,10 +259,12 @@ impl Digests {
         let (mut elements, mut after) = (Vec::new(), Some(0));
         while let Some(from) = after {
             let mut reader = self.reader.lock().await;
-            let mut connection = reader.connect().await?;
+            let mut connection = reader.slot.take().await?;
             let page = connection.route_elements(epoch, buckets, from).await?;
             reader.slot.give_back(connection);
-            reader.has_read(page.of_users.len() as u64, self.settings.rows_per_s);
+            // Users are spread evenly: of the others' rows as many were passed over as there are other buckets.
+            let passed = page.of_users.len() * BUCKETS / buckets.len().max(1);
+            reader.has_read(passed as u64, self.settings.rows_per_s);
             elements.extend(page.of_users);
             after = page.next_after;
         }
@@ -260,7 +276,7 @@ impl Digests {
         let mut routes = Vec::new();
         for users in users.chunks(SUSPECTS_AT_ONCE) {
             let mut reader = self.reader.lock().await;
-            let mut connection = reader.connect().await?;
+            let mut connection = reader.slot.take().await?;
             let read = connection.routes_on(epoch, users).await?;
             let wrong: Vec<&Stored> = read.iter().filter(|route| route.digest != route.element && self.settings.repair).collect();
             let corrected = connection.correct_digests(&wrong).await?;
@@ -298,14 +314,9 @@ impl Digests {
 }
 
 impl Reader {
-    /// The connection, as soon as it may read again.
-    async fn connect(&mut self) -> Result<Connection, SqlError> {
-        sleep_until(self.free_at.into()).await;
-        self.slot.take().await
-    }
-
     fn has_read(&mut self, rows: u64, rows_per_s: u32) {
-        self.free_at = Instant::now() + Duration::from_secs_f64(rows as f64 / f64::from(rows_per_s));
+        let paid_in = Duration::from_secs_f64(rows as f64 / f64::from(rows_per_s));
+        self.free_at = self.free_at.max(Instant::now()) + paid_in;
     }
 }
 

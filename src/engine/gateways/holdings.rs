@@ -128,3 +128,59 @@ impl Holdings {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: Option<Sum> = Some(Sum { digest: 5, routes: 1 });
+
+    fn holdings() -> (Holdings, mpsc::Receiver<(u64, Query)>) {
+        Holdings::new(GatewayAddr::parse("gw-1:7000").unwrap(), Epoch(1))
+    }
+
+    #[tokio::test]
+    async fn a_look_begins_when_it_is_time_and_the_gateway_says_what_it_holds_and_one_at_a_time() {
+        let (holdings, _stream) = holdings();
+        assert!(!holdings.say(ONE, Duration::from_secs(3600)), "too early");
+        assert_eq!(holdings.report(), "not compared yet");
+        assert!(!holdings.say(None, Duration::ZERO), "it says nothing");
+        assert_eq!(holdings.report(), "");
+        assert!(holdings.say(ONE, Duration::ZERO));
+        assert!(!holdings.say(ONE, Duration::ZERO), "one is under way");
+        holdings.looked_at(Some("equal".to_owned()));
+        assert_eq!(holdings.report(), "equal, 0 s ago");
+        assert!(holdings.say(ONE, Duration::ZERO));
+        holdings.looked_at(None);
+        assert_eq!(holdings.report(), "equal, 0 s ago", "of the one before");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_nobody_waits_for_any_more_is_dropped_and_only_then_a_look_begins() {
+        let (holdings, mut stream) = holdings();
+        assert!(timeout(Duration::from_millis(1), holdings.ask(Query::Sums)).await.is_err());
+        assert_eq!(stream.recv().await, Some((1, Query::Sums)));
+        assert!(!holdings.say(ONE, Duration::ZERO), "its answer would be taken for another's");
+        assert_eq!(holdings.take(2, Part::default()), Err(Illegal::Unasked));
+        assert_eq!(holdings.take(1, Part { more: true, ..Part::default() }), Ok(()));
+        assert_eq!(holdings.take(1, Part::default()), Ok(()));
+        assert_eq!(holdings.take(1, Part::default()), Err(Illegal::Unasked), "it was whole");
+        assert!(holdings.say(ONE, Duration::ZERO));
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_is_told_when_the_answer_is_whole_or_the_stream_has_ended() {
+        let (holdings, mut stream) = holdings();
+        let answers = async {
+            let (seq, _) = stream.recv().await.unwrap();
+            for (bucket, more) in [(1, true), (2, false)] {
+                holdings.take(seq, Part { sums: vec![(bucket, ONE.unwrap())], more, ..Part::default() }).unwrap();
+            }
+        };
+        let (asked, ()) = tokio::join!(holdings.ask(Query::Sums), answers);
+        assert_eq!(asked.unwrap().sums.total().routes, 2);
+        drop(stream);
+        holdings.ended().await;
+        assert!(holdings.ask(Query::Sums).await.is_none());
+    }
+}

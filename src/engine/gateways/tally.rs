@@ -40,10 +40,12 @@ impl Tally {
         Self { sent, missing, next, seen: Mutex::new(seen) }
     }
 
-    /// Users of all `nodes` whom the last beat could not tell of yet, as far as one node can know.
-    pub fn on_their_way(&self, nodes: u32) -> f64 {
+    /// Users of all `nodes` whom the last beat could not tell of yet, as far as one node can know: who was sent there lately, and
+    /// who was asked to come later, at `rate`.
+    pub fn on_their_way(&self, now: u64, nodes: u32, rate: u32) -> f64 {
         let sent = f64::from(self.sent.load(Ordering::Relaxed)) * f64::from(nodes);
-        sent + f64::from(self.missing.load(Ordering::Relaxed))
+        let waiting = self.wait_micros(now) as f64 / 1_000_000.0 * f64::from(rate);
+        waiting.max(sent + f64::from(self.missing.load(Ordering::Relaxed)))
     }
 
     /// How long the next log-in would have to wait.
@@ -94,13 +96,13 @@ mod tests {
         let now = Instant::now();
         let tally = Tally::new(&beaten(0, 100), now);
         (0..10).for_each(|_| _ = tally.hand_out(0, 2, 0));
-        assert_eq!(tally.on_their_way(2), 20.0, "as many through the other node");
+        assert_eq!(tally.on_their_way(0, 2, 0), 20.0, "as many through the other node");
         tally.look(&beaten(0, 100), 2, now + Duration::from_secs(4));
-        assert_eq!(tally.on_their_way(2), 20.0, "no beat yet");
+        assert_eq!(tally.on_their_way(0, 2, 0), 20.0, "no beat yet");
         tally.look(&beaten(5_000, 115), 2, now + Duration::from_secs(5));
-        assert_eq!(tally.on_their_way(2), 5.0, "fifteen have come");
+        assert_eq!(tally.on_their_way(0, 2, 0), 5.0, "fifteen have come");
         tally.look(&beaten(10_000, 115), 2, now + Duration::from_secs(10));
-        assert_eq!(tally.on_their_way(2), 0.0, "five never will");
+        assert_eq!(tally.on_their_way(0, 2, 0), 0.0, "five never will");
     }
 
     #[test]
@@ -110,7 +112,7 @@ mod tests {
         tally.hand_out(0, 1, 0);
         let at = |ms| {
             tally.look(&silent, 1, begin + Duration::from_millis(ms));
-            tally.on_their_way(1)
+            tally.on_their_way(0, 1, 0)
         };
         assert_eq!([at(7_499), at(7_500), at(14_999), at(15_000)], [1.0, 1.0, 1.0, 0.0]);
     }
@@ -121,5 +123,17 @@ mod tests {
         let waits: Vec<u128> = (0..3).map(|_| tally.hand_out(1_000, 2, 100).as_millis()).collect();
         assert_eq!(waits, [0, 20, 40]);
         assert_eq!((tally.wait_micros(1_000), tally.wait_micros(61_001)), (60_000, 0));
+        assert_eq!(tally.on_their_way(1_000, 2, 100), 6.0);
+    }
+
+    #[test]
+    fn who_was_asked_to_come_later_counts_until_then() {
+        let begin = Instant::now();
+        let tally = Tally::new(&beaten(0, 0), begin);
+        (0..600).for_each(|_| _ = tally.hand_out(0, 1, 10));
+        for (beat, second) in [(5_000, 5), (10_000, 10), (15_000, 15)] {
+            tally.look(&beaten(beat, second * 10), 1, begin + Duration::from_secs(second.into()));
+            assert_eq!(tally.on_their_way(u64::from(second) * 1_000_000, 1, 10), f64::from(600 - second * 10));
+        }
     }
 }

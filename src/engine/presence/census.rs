@@ -2,6 +2,7 @@
 //! everybody, some users at a time, and writes it down.
 
 use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -9,10 +10,15 @@ use std::time::Instant;
 use futures_util::FutureExt;
 use tokio::sync::Mutex;
 use tokio::time::sleep;
+use tokio::try_join;
 
 use crate::domain::id::Epoch;
+use crate::domain::route::Platform;
+use crate::domain::status::Activity;
+use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::engine::presence::online::Online;
+use crate::engine::read::lives::Lives;
 use crate::error::Error;
 use crate::metrics::Metrics;
 pub use crate::store::census::Counts;
@@ -21,6 +27,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::ConnectionSlot;
 use crate::store::database::Database;
+use crate::store::online::RouteSketch;
 
 /// How old a count may be before it is made again.
 const CENSUS_EVERY: Duration = Duration::from_secs(60);
@@ -36,24 +43,25 @@ const KEPT: Duration = Duration::from_secs(5);
 /// Counts once a minute, unless another node has.
 pub struct Census {
     slot: ConnectionSlot,
+    lives: Arc<Lives>,
     metrics: Arc<Metrics>,
     /// This process, as its claims name it.
     claimant: String,
 }
 
 impl Census {
-    pub fn new(database: Arc<Database>, metrics: Arc<Metrics>, claimant: &str) -> Self {
-        Self { slot: ConnectionSlot::new(database), metrics, claimant: claimant.to_owned() }
+    pub fn new(database: Arc<Database>, lives: Arc<Lives>, metrics: Arc<Metrics>, claimant: &str) -> Self {
+        Self { slot: ConnectionSlot::new(database), lives, metrics, claimant: claimant.to_owned() }
     }
 
     /// Counts, if it is time and this node's turn.
     pub async fn step(&mut self) -> Result<(), SqlError> {
         let mut connection = self.slot.take().await?;
         // Looked at again with the claim: somebody may have finished in between.
-        if is_due(&mut connection).await? && claim(&mut connection, &self.claimant).await? && is_due(&mut connection).await? {
-            if count(&mut connection, &self.claimant).await? {
-                self.metrics.presence.censuses.inc();
-            }
+        let is_ours =
+            is_due(&mut connection).await? && claim(&mut connection, &self.claimant).await? && is_due(&mut connection).await?;
+        if is_ours && count(&mut connection, &self.lives, &self.claimant).await? {
+            self.metrics.presence.censuses.inc();
         }
         self.slot.give_back(connection);
         Ok(())
@@ -65,13 +73,15 @@ async fn claim(connection: &mut Connection, claimant: &str) -> Result<bool, SqlE
 }
 
 /// Half of the time is left to others. False: it stood still for so long that another node counts.
-async fn count(connection: &mut Connection, claimant: &str) -> Result<bool, SqlError> {
+async fn count(connection: &mut Connection, lives: &Lives, claimant: &str) -> Result<bool, SqlError> {
     let (began, mut after) = (Instant::now(), 0);
     let mut counts = Counts::from([((Kind::All, String::new()), 0)]);
+    lives.learn(&connection.living(None).await?);
     loop {
         let page_began = Instant::now();
         let Some(last) = connection.last_of_page(after, PAGE).await? else { break };
-        connection.count_page(after, last, &mut counts).await?;
+        let routes = connection.sketches(after, last).await?;
+        add(&mut counts, &routes, lives);
         if !claim(connection, claimant).await? {
             return Ok(false);
         }
@@ -80,6 +90,52 @@ async fn count(connection: &mut Connection, claimant: &str) -> Result<bool, SqlE
     }
     connection.write_census(&counts, began.elapsed()).await?;
     Ok(true)
+}
+
+/// Adds users with all their routes.
+fn add(counts: &mut Counts, routes: &[RouteSketch], lives: &Lives) {
+    let (table, over_by) = (lives.glance(), lives.clock.over_by());
+    let is_live = |route: &&RouteSketch| {
+        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_none_or(|life| life.is_alive())
+    };
+    let mut one = |kind: Kind, name: &str| match counts.get_mut(&(kind, name.to_owned())) {
+        Some(users) => *users += 1,
+        None => _ = counts.insert((kind, name.to_owned()), 1),
+    };
+    for routes in routes.chunk_by(|one, next| one.user == next.user) {
+        let live = || routes.iter().filter(is_live);
+        let Some(first) = live().next() else { continue };
+        one(Kind::All, "");
+        one(Kind::Status, shown_word(first.wanted.shown(Activity::of(live().map(|route| route.idle)))));
+        let region = |route: &RouteSketch| table.get(route.epoch).map_or("", |life| life.profile.region.as_str());
+        live().map(region).collect::<BTreeSet<_>>().into_iter().for_each(|region| one(Kind::Region, region));
+        let platforms: BTreeSet<_> = live().map(|route| platform_word(route.platform)).collect();
+        platforms.into_iter().for_each(|platform| one(Kind::Platform, platform));
+    }
+}
+
+/// Only who hides is online and shown as `OFFLINE`.
+fn shown_word(shown: Status) -> &'static str {
+    match shown {
+        Status::Online => "online",
+        Status::Away => "away",
+        Status::Busy => "busy",
+        Status::Invisible | Status::Offline => "invisible",
+    }
+}
+
+fn platform_word(platform: Platform) -> &'static str {
+    match platform {
+        Platform::Unspecified => "unspecified",
+        Platform::Ios => "ios",
+        Platform::Android => "android",
+        Platform::Windows => "windows",
+        Platform::Macos => "macos",
+        Platform::Linux => "linux",
+        Platform::Web => "web",
+        Platform::Tablet => "tablet",
+        Platform::Other => "other",
+    }
 }
 
 async fn is_due(connection: &mut Connection) -> Result<bool, SqlError> {
@@ -140,29 +196,19 @@ impl Tallies {
         let table = self.online.lives.table();
         let epochs: Arc<[Epoch]> = living.iter().map(|life| life.epoch).collect();
         let over: Arc<[Epoch]> = table.iter().filter(|life| !life.is_alive()).map(|life| life.epoch).collect();
-        let counted = self
-            .online
-            .read(move |connection| {
-                let epochs = epochs.clone();
-                async move { connection.count_users_of(&epochs).await }.boxed()
-            })
-            .await?;
-        let mut tally = Tally::default();
-        for life in &living {
-            let users = counted.get(&life.epoch).copied().unwrap_or(0);
-            *tally.counts.entry(life.gateway.to_string()).or_default() += users;
-        }
-        let mut after = 0;
-        while let Some(last) = self.online.read(move |connection| connection.last_of_page(after, 5 * PAGE).boxed()).await? {
+        let of_lives = self.online.read(move |connection| {
+            let epochs = epochs.clone();
+            async move { connection.count_users_of(&epochs).await }.boxed()
+        });
+        let of_all = self.online.read(move |connection| {
             let over = over.clone();
-            tally.users += self
-                .online
-                .read(move |connection| {
-                    let over = over.clone();
-                    async move { connection.count_users_between(after, last, &over).await }.boxed()
-                })
-                .await?;
-            after = last;
+            async move { connection.count_users_online(&over).await }.boxed()
+        });
+        let (of_lives, users) = try_join!(of_lives, of_all)?;
+        let mut tally = Tally { users: u64::try_from(users).unwrap_or(0), ..Tally::default() };
+        for life in &living {
+            let users = of_lives.get(&life.epoch).copied().unwrap_or(0);
+            *tally.counts.entry(life.gateway.to_string()).or_default() += users;
         }
         Ok(tally)
     }

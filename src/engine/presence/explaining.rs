@@ -20,6 +20,7 @@ use crate::domain::time::Timestamp;
 use crate::domain::user::UserRecord;
 use crate::engine::presence::watches::Watches;
 use crate::engine::read::inspection::Durable;
+use crate::engine::read::inspection::Held;
 use crate::engine::read::inspection::Inspection;
 use crate::engine::read::lives::SUSPECT_AFTER;
 use crate::store::history::LoggedLine;
@@ -52,7 +53,7 @@ pub struct Explanation {
 impl Explaining {
     /// What this node's memory holds of a user.
     pub fn inspect(&self, user: UserId) -> Inspected {
-        let (memory, record) = self.inspection.memory(user);
+        let (memory, record) = self.memory(user);
         let table = self.watches.lives.glance();
         let is_over = |epoch: &Epoch| table.get(*epoch).is_some_and(|life| !life.is_alive());
         let named = record.iter().flat_map(|record| &record.routes).map(|route| route.epoch);
@@ -61,7 +62,7 @@ impl Explaining {
 
     /// Looks at every tier. One that does not answer is left out, and says why.
     pub async fn explain(&self, user: UserId) -> Explanation {
-        let memory = self.inspection.memory(user); // before anything is awaited
+        let memory = self.memory(user); // before anything is awaited
         let look = self.look();
         let (shared, (durable_view, durable)) = tokio::join!(self.inspection.shared(user), self.inspection.durable(user));
         let (source, Durable { record, lives, recent, hold }) = match durable {
@@ -90,6 +91,16 @@ impl Explaining {
         }
     }
 
+    /// What this node's memory holds, and that its answers are suspect, if they are.
+    fn memory(&self, user: UserId) -> Held {
+        let (mut view, record) = self.inspection.memory(user);
+        let lives_age = self.lives_age();
+        if view.trusted && lives_age > SUSPECT_AFTER {
+            view.why = format!("its answers are SUSPECT: it knew {} ms ago who lives", lives_age.as_millis());
+        }
+        (view, record)
+    }
+
     /// How this node judges now; whether a hold is on, as it saw last.
     fn look(&self) -> Look {
         let (lives_age, lives) = (self.lives_age(), &self.watches.lives);
@@ -104,12 +115,13 @@ impl Explaining {
         }
     }
 
-    /// The life as SQL has just told of it, or as this node knows it; over, if either says so.
+    /// The life as SQL has just told of it, or as this node knows it; over, if either says so. Why, SQL knows best.
     fn life(&self, epoch: Epoch, read: &[Arc<Life>]) -> Option<Arc<Life>> {
         let table = self.watches.lives.glance();
         let known = table.get(epoch);
         let read = read.iter().find(|life| life.epoch == epoch);
-        known.filter(|known| !known.is_alive()).or(read).or(known).cloned()
+        let is_over = |life: &&Arc<Life>| !life.is_alive();
+        read.filter(is_over).or(known.filter(is_over)).or(read).or(known).cloned()
     }
 
     fn lives_age(&self) -> Duration {

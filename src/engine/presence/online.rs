@@ -23,7 +23,7 @@ use crate::store::readers::Readers;
 use crate::store::readers::Reading;
 
 /// Connections that read lists and counts.
-pub const READERS: usize = 2;
+pub const READERS: usize = 4;
 /// Users that one call looks at, when few of them are wanted.
 pub const MAX_LOOKED_AT: usize = 20_000;
 /// Users that are read at a time, at least and at most.

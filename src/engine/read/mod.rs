@@ -1,4 +1,5 @@
 //! Where is a user? [`directory`] answers from memory ([`cache`]), then Redis ([`l2`]), then SQL ([`loader`]).
+//! [`inspection`] looks at each of them for operators.
 
 pub mod cache;
 pub mod directory;
