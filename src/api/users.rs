@@ -14,6 +14,7 @@ use crate::api::status::status;
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
+use crate::domain::event::Which;
 use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
@@ -42,7 +43,7 @@ impl Admin {
         let (_, extensions, request) = request.into_parts();
         let (user, device, dry_run) = kick_of(&request).map_err(|error| status(&error))?;
         let args = format!("device {device}");
-        let force = ForceOffline { device: Some(device), ban: Ban::Stays, dry_run };
+        let force = ForceOffline { which: Which::One(device), ban: Ban::Stays, dry_run };
         let entry = Entry { action: "KickDevice".to_owned(), args, reason: request.reason, ..Entry::default() };
         let Some(Forced { kicked, version, .. }) = self.change(&extensions, user, force, entry).await? else {
             let result = convert::result(pb::Code::NotFound, "device_id has no live route");
@@ -60,7 +61,7 @@ impl Admin {
             Ban::For(length) => format!("banned for {} s", length.as_secs()),
             Ban::Lifted => "ban lifted".to_owned(),
         };
-        let force = ForceOffline { device: None, ban, dry_run: request.dry_run };
+        let force = ForceOffline { which: Which::All, ban, dry_run: request.dry_run };
         let entry = Entry { action: "ForceOffline".to_owned(), args, reason: request.reason, ..Entry::default() };
         let forced = self.change(&extensions, user, force, entry).await?;
         let Forced { kicked, version, banned_until } = forced.ok_or_else(|| status(&another_outcome()))?;

@@ -75,14 +75,23 @@ pub struct SetStatus {
     pub by: Option<Arc<GatewayPatterns>>,
 }
 
-/// An operator takes a user's devices off.
+/// An operator takes devices of a user off.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ForceOffline {
-    /// None: all of them.
-    pub device: Option<DeviceId>,
+    pub which: Which,
     pub ban: Ban,
     /// Only say what it would do.
     pub dry_run: bool,
+}
+
+/// Devices of a user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Which {
+    #[default]
+    All,
+    One(DeviceId),
+    /// Those on this life of a gateway.
+    On(Epoch),
 }
 
 /// What becomes of a user's ban.
@@ -115,8 +124,6 @@ pub enum Event<'a> {
     ForceOffline(&'a ForceOffline),
     /// Erase what is known of the user.
     Forget,
-    /// Remove the routes on this life of a gateway.
-    Evict(Epoch),
 }
 
 /// What came of an event.
@@ -151,10 +158,6 @@ pub enum Outcome {
     NoDevice,
     /// The user has no device on a gateway that the caller may speak for.
     NotTheirs,
-    /// The routes that were removed.
-    Evicted {
-        kicked: Vec<(Route, Reason)>,
-    },
     /// With all that was live, or the one device, removed; `banned_until`: long ago, if no ban is on.
     ForcedOffline {
         kicked: Vec<(Route, Reason)>,

@@ -1,6 +1,5 @@
 //! A user's record and the one function that changes it.
 
-mod eviction;
 mod offline;
 mod presence;
 mod settling;
@@ -116,7 +115,6 @@ impl UserRecord {
             Event::EndStatus => self.end_status(context),
             Event::ForceOffline(force) => self.force_offline(force, context),
             Event::Forget => return self.forget(context),
-            Event::Evict(epoch) => self.evict(*epoch, context),
         };
         self.settled(applied, event, context)
     }

@@ -8,6 +8,7 @@ use super::*;
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
 use crate::domain::event::SetStatus;
+use crate::domain::event::Which;
 use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::id::ConnId;
@@ -664,13 +665,16 @@ fn a_ban_lasts_as_much_longer_as_the_clock_was_set_forward() {
 #[test]
 fn one_device_is_kicked_and_the_others_stay() {
     let mut world = World::with(ANY, &[("phone", "c1", HERE, 9), ("tv", "c1", HERE, 9), ("car", "c1", OVER, 9)]);
-    let kick = |device: &str| ForceOffline { device: Some(DeviceId::parse(device).unwrap()), ..ForceOffline::default() };
+    let kick = |device: &str| ForceOffline { which: Which::One(DeviceId::parse(device).unwrap()), ..ForceOffline::default() };
     for device in ["car", "watch"] {
         assert_eq!(world.apply(&Event::ForceOffline(&kick(device))), Outcome::NoDevice, "{device}");
     }
     assert_eq!(world.forced(&kick("tv")), (vec![("tv".to_owned(), Reason::Operator)], Duration::ZERO));
     assert_eq!(world.devices(), "phone/c1");
     assert!(matches!(world.bind(HERE, &bind("tv", "c2")), Outcome::Bound { .. }), "it may come back");
+    let on = |epoch| ForceOffline { which: Which::On(Epoch(epoch)), ..ForceOffline::default() };
+    assert_eq!(world.apply(&Event::ForceOffline(&on(OVER))), Outcome::NoDevice);
+    assert_eq!(world.forced(&on(HERE)).0.len(), 2, "all on one gateway");
 }
 
 #[test]

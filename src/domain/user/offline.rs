@@ -3,7 +3,7 @@
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
-use crate::domain::id::DeviceId;
+use crate::domain::event::Which;
 use crate::domain::policy::Reason;
 use crate::domain::policy::Refusal;
 use crate::domain::route::Route;
@@ -32,9 +32,14 @@ impl UserRecord {
         let is_on = ban.plus(context.slack) > context.now;
         let banned_until = if is_on { ban } else { Timestamp::default() };
         let reason = if let Ban::For(_) = force.ban { Reason::Banned } else { Reason::Operator };
-        let is_meant = |device: &DeviceId| force.ban != Ban::Lifted && force.device.as_ref().is_none_or(|meant| meant == device);
-        let (going, staying): (Routes, Routes) = self.live(context).cloned().partition(|route| is_meant(&route.device));
-        if force.device.is_some() && going.is_empty() {
+        let is_meant = |route: &Route| match &force.which {
+            _ if force.ban == Ban::Lifted => false,
+            Which::All => true,
+            Which::One(device) => route.device == *device,
+            Which::On(epoch) => route.epoch == *epoch,
+        };
+        let (going, staying): (Routes, Routes) = self.live(context).cloned().partition(is_meant);
+        if force.which != Which::All && going.is_empty() {
             return Applied::unchanged(Outcome::NoDevice);
         }
         let kicked: Vec<(Route, Reason)> = going.into_iter().map(|route| (route, reason)).collect();

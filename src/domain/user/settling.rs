@@ -89,6 +89,6 @@ fn cause(event: &Event<'_>) -> Cause {
         Event::SetStatus(SetStatus { status: None, text: None, idle: Some((_, false)), .. }) => Cause::Active,
         Event::SetStatus(_) => Cause::Set,
         Event::EndStatus => Cause::StatusEnded,
-        Event::ForceOffline(_) | Event::Forget | Event::Evict(_) => Cause::Operator,
+        Event::ForceOffline(_) | Event::Forget => Cause::Operator,
     }
 }

@@ -18,7 +18,9 @@ use crate::domain::drain::DrainState;
 use crate::domain::drain::END_OF_WALK;
 use crate::domain::drain::Look;
 use crate::domain::drain::Next;
+use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
+use crate::domain::event::Which;
 use crate::domain::id::UserId;
 use crate::domain::policy::Reason;
 use crate::engine::gateways::destinations::Destinations;
@@ -301,9 +303,10 @@ impl Run {
         let Some(last) = users.last() else { return Ok(true) };
         self.removed_to = last.get();
         let users = users.into_iter().filter(|user| self.drain.takes(*user));
-        let outcomes = self.mover.lanes.submit_all_in_background(users, || Change::Evict(epoch)).await;
-        let is_removed = |outcome: &Outcome| matches!(outcome, Outcome::Evicted { kicked } if !kicked.is_empty());
-        let removed = outcomes.iter().flatten().filter(|outcome| is_removed(outcome)).count();
+        let all_on_it = || Change::ForceOffline(ForceOffline { which: Which::On(epoch), ..ForceOffline::default() });
+        let outcomes = self.mover.lanes.submit_all_in_background(users, all_on_it).await;
+        let is_removed = |outcome: &&Outcome| matches!(outcome, Outcome::ForcedOffline { .. });
+        let removed = outcomes.iter().flatten().filter(is_removed).count();
         self.mover.metrics.moves.removed(removed as u64);
         Ok(false)
     }

@@ -46,8 +46,6 @@ pub enum Change {
     ForceOffline(ForceOffline),
     /// Erase what is known of the user.
     Forget,
-    /// Remove the routes on this life of a gateway.
-    Evict(Epoch),
 }
 
 impl Change {

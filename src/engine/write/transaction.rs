@@ -215,7 +215,6 @@ impl Transaction<'_> {
             Change::Unbind(unbind) => work.fenced_unbind(unbind, record.apply(&Event::Unbind(unbind), &context), &table),
             Change::Sweep => record.apply(&Event::Sweep, &context),
             Change::SetStatus(set) => record.apply(&Event::SetStatus(set), &context),
-            Change::Evict(epoch) => record.apply(&Event::Evict(*epoch), &context),
             Change::EndStatus => record.apply(&Event::EndStatus, &context),
             Change::ForceOffline(force) => record.apply(&Event::ForceOffline(force), &context),
             Change::Forget => {

@@ -117,10 +117,7 @@ impl<'a> Work<'a> {
     pub fn keep(&mut self, user: UserId, applied: Applied, table: &LifeTable) -> Outcome {
         self.note_history(user, &applied.chronicle, table);
         if let (
-            Outcome::Bound { kicked, .. }
-            | Outcome::ForcedOffline { kicked, .. }
-            | Outcome::Forgotten { kicked, .. }
-            | Outcome::Evicted { kicked },
+            Outcome::Bound { kicked, .. } | Outcome::ForcedOffline { kicked, .. } | Outcome::Forgotten { kicked, .. },
             Some(_),
         ) = (&applied.outcome, &applied.next)
         {
