@@ -155,13 +155,15 @@ fn candidates(
     labels: &BTreeMap<String, String>,
     algorithm: Algorithm,
 ) -> Vec<Candidate> {
-    let (takes_late, takes_booked, taken, but_zone) = (false, false, Ranking::new(), None);
+    let (takes_late, takes_booked, taken, but_zone) = (moment.is_stale, false, Ranking::new(), None);
     let mut view = View { field, ask, rules, moment, labels, takes_late, takes_booked, taken, but_zone };
     let mut dice = Dice::new(moment.seed);
     let mut candidates = chosen(&mut view, algorithm, &mut dice);
-    if candidates.is_empty() {
+    if candidates.is_empty() && !view.takes_late {
         view.takes_late = true;
         candidates = chosen(&mut view, algorithm, &mut dice);
+    }
+    if view.takes_late {
         candidates.iter_mut().for_each(|candidate| candidate.why = Why::Late);
     }
     candidates
