@@ -8,6 +8,7 @@ mod lists;
 mod moving;
 mod neighbours;
 mod protection;
+mod redis;
 pub mod serve;
 mod settings;
 pub mod threads;

@@ -20,10 +20,10 @@ use crate::api::watch::WatchContext;
 use crate::app::StartError;
 use crate::app::moving;
 use crate::app::neighbours;
+use crate::app::redis;
 use crate::app::serve::Services;
 use crate::app::settings;
 use crate::app::upkeep;
-use crate::config;
 use crate::config::Config;
 use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
@@ -74,7 +74,6 @@ use crate::store::bus::Bus;
 use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::database::Database;
-use crate::store::shared::SharedCache;
 
 /// How long a starting node waits to hear itself on the bus before it serves, deaf.
 const HEAR_PATIENCE: Duration = Duration::from_secs(2);
@@ -266,7 +265,7 @@ impl<'a> Foundation<'a> {
         }
         let (lives, cache) = (Lives::new(), Cache::new(config.route.l1_capacity));
         let memory = Memory::new(config.limits.memory_bytes);
-        let (bus, shared) = redis(config, &database).await?;
+        let (bus, shared) = redis::open(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&own, &*database.store_id);
         let feed = Arc::<Feed>::default();
@@ -438,24 +437,4 @@ impl<'a> Foundation<'a> {
         self.spawn(upkeep::keep_looking(inboxes.clone(), self.stop.clone()));
         inboxes
     }
-}
-
-/// Both uses of Redis, as far as they are configured.
-async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>, Option<SharedCache>), StartError> {
-    let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
-    let cache = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
-    if database.engine == Engine::Sqlite {
-        neighbours::must_not_be(&database.store_id, cache.as_ref(), bus.as_deref()).await?;
-    }
-    Ok((bus, cache))
-}
-
-fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {
-    let section = "redis_queue";
-    Bus::new(queue).map_err(|cause| StartError::Redis { section, cause })
-}
-
-fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<SharedCache, StartError> {
-    let section = "redis_cache";
-    SharedCache::new(redis, &config.route, store_id).map_err(|cause| StartError::Redis { section, cause })
 }
