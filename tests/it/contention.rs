@@ -26,6 +26,8 @@ use crate::harness::proxy::Proxy;
 
 /// After this a node that stands still has lost its locks.
 const LOCKS_END: Duration = Duration::from_secs(11);
+/// Of each caller, however slow the machine.
+const BINDS_AT_LEAST: u64 = 1_000;
 const OTHERS_WAIT: Duration = Duration::from_secs(2);
 const LATE: &str = "late";
 const ONE_LANE: &[(&str, &str)] = &[("STORE__LANES", "1")];
@@ -37,7 +39,7 @@ async fn keep_binding(mut client: Presence, users: i64, seed: i64, until: Instan
     const BATCH: i64 = 256;
     let (mut bound, mut slowest) = (0, Duration::ZERO);
     let mut at = seed;
-    while Instant::now() < until {
+    while Instant::now() < until || bound < BINDS_AT_LEAST {
         at += 1;
         let user = |i: i64| (at * 7_919 + i * 1_663) % users + 1;
         let binds = (0..BATCH).map(|i| a_bind(user(i), PHONE, &format!("c-{seed}-{at}"))).collect();
