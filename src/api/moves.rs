@@ -174,12 +174,8 @@ impl Moves {
                 let routes = u32::try_from(routes).unwrap_or(u32::MAX);
                 pb::MigrateUserResp { result: result(Code::Ok, ""), routes, plan: plan_to_pb(&from, to) }
             }
-            Migrated::NotOnline => {
-                pb::MigrateUserResp { result: result(Code::NotFound, NO_DEVICE), ..Default::default() }
-            }
-            Migrated::Nowhere => {
-                pb::MigrateUserResp { result: result(Code::Refused, NO_GATEWAY), ..Default::default() }
-            }
+            Migrated::NotOnline => pb::MigrateUserResp { result: result(Code::NotFound, NO_DEVICE), ..Default::default() },
+            Migrated::Nowhere => pb::MigrateUserResp { result: result(Code::Refused, NO_GATEWAY), ..Default::default() },
         }))
     }
 }
@@ -266,7 +262,10 @@ fn page_after(token: &str) -> Result<Option<(Timestamp, String)>, Error> {
     if token.is_empty() {
         return Ok(None);
     }
-    let place = token.split_once('@').filter(|_| token.len() <= MAX_TOKEN_BYTES).and_then(|(began, id)| Some((Timestamp(began.parse().ok()?), id.to_owned())));
+    let place = token
+        .split_once('@')
+        .filter(|_| token.len() <= MAX_TOKEN_BYTES)
+        .and_then(|(began, id)| Some((Timestamp(began.parse().ok()?), id.to_owned())));
     let reason = || "must be the next_page_token of an answer".to_owned();
     place.map(Some).ok_or_else(|| Error::Invalid { field: "page_token", reason: reason() })
 }

@@ -254,3 +254,7 @@ impl Destinations {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "destinations_tests.rs"]
+mod tests;

@@ -58,12 +58,7 @@ impl Drains {
         self.level(&mut connection, order, dry_run).await.map_err(|error| unavailable(&error))
     }
 
-    async fn level(
-        &self,
-        connection: &mut Connection,
-        order: &RebalanceOrder,
-        dry_run: bool,
-    ) -> Result<Levelled, SqlError> {
+    async fn level(&self, connection: &mut Connection, order: &RebalanceOrder, dry_run: bool) -> Result<Levelled, SqlError> {
         let mut regions: BTreeMap<String, Vec<Arc<Life>>> = BTreeMap::new();
         for life in self.levelled(order) {
             regions.entry(life.profile.region.clone()).or_default().push(life);
