@@ -29,7 +29,9 @@ use crate::harness::cluster::code;
 use crate::harness::eventually;
 use crate::harness::heavy;
 use crate::harness::long;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
+use crate::harness::proxy::Proxy;
 use crate::harness::stream::Devices;
 use crate::harness::stream::RawStream;
 use crate::harness::stream::TestGateway;
@@ -750,6 +752,26 @@ async fn orders_that_make_no_sense_change_nothing() {
     assert_eq!(code(&node.drain(drain_of("gw-9:7000")).await.result), Code::NotFound);
     assert_eq!(node.drains().await, []);
     assert_eq!(cluster.db.number("SELECT COUNT(*) FROM lives WHERE draining = 1").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_order_whose_caller_goes_away_is_carried_out_and_taken_down() {
+    let server = MariaDb::shared();
+    let proxy = Proxy::start(server.port).await;
+    let mut cluster = Cluster::mariadb(0, &[]).await;
+    cluster.add_node_through(&proxy, QUICK).await;
+    let node = cluster.node();
+    let _world = World::start(&cluster, 2, Clients::Follow).await;
+    proxy.hold_requests("INSERT INTO drains"); // on a connection for transactions: it would not keep the gateway from beating
+    let mut operator = node.operator();
+    let order = tokio::spawn(async move { operator.drain_gateway(drain_of(&addr(0))).await });
+    proxy.struck().await;
+    order.abort();
+    assert!(order.await.expect_err("it is not waited for").is_cancelled());
+    proxy.release();
+    let audit = "SELECT COUNT(*) FROM audit WHERE action = 'DrainGateway' AND outcome = 'ok'";
+    eventually("it is taken down", SOON, async || cluster.db.number(audit).await == 1).await;
+    assert_eq!(node.drains().await.len(), 1);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
