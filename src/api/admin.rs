@@ -9,6 +9,8 @@ use tonic::Response;
 use tonic::Status;
 
 use crate::api::access;
+use crate::api::audited::audited;
+use crate::api::audited::never;
 use crate::api::convert;
 use crate::api::lists::Lists;
 use crate::api::moves::Moves;
@@ -109,14 +111,15 @@ impl AdminService for Admin {
             return Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }));
         }
         access::check_operator(request.extensions())?;
-        let forgotten = match self.lanes.submit(user, Change::Forget).await {
-            Ok(Outcome::Forgotten { rows, .. }) => Ok(rows),
-            Ok(_) => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
-            Err(error) => Err(error),
+        let entry = Entry { action: "ForgetUser".to_owned(), target: format!("user {user}"), ..Entry::default() };
+        let lanes = self.lanes.clone();
+        let forgetting = async move {
+            match lanes.submit(user, Change::Forget).await? {
+                Outcome::Forgotten { rows, .. } => Ok(rows),
+                _ => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
+            }
         };
-        let target = format!("user {user}");
-        self.note(Entry { action: "ForgetUser".to_owned(), target, ..access::actor(request.extensions()) }, &forgotten);
-        let rows = forgotten.map_err(|error| status(&error))?;
+        let rows = audited(&self.audit, request.extensions(), entry, never, forgetting).await?;
         Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
     }
 
@@ -187,7 +190,7 @@ impl Admin {
     }
 
     /// Takes down what an operator did, and whether it could be done.
-    pub(super) fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
+    fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
         self.audit.note(match done {
             Ok(_) => Entry { outcome: "ok", ..entry },
             Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },

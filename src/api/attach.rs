@@ -106,6 +106,8 @@ pub struct Stream {
     watching: VecDeque<u64>,
     /// The gateway was told that it is drained.
     is_drained: bool,
+    /// It is not of the last release, for which any `drain` means that this node stops: it would attach anew without end.
+    knows_moves: bool,
     /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
@@ -115,7 +117,7 @@ pub struct Stream {
 impl Stream {
     pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        let (watch, is_drained, watching, holder) = (None, false, VecDeque::new(), None);
+        let (watch, watching, holder) = (None, VecDeque::new(), None);
         Self {
             tools,
             credential,
@@ -124,7 +126,8 @@ impl Stream {
             attached: None,
             holder,
             watch,
-            is_drained,
+            is_drained: false,
+            knows_moves: false,
             watching,
             in_flight,
             answers,
@@ -207,6 +210,7 @@ impl Stream {
             && result.code() == pb::Code::Ok
             && std::mem::replace(&mut self.is_drained, *draining) != *draining
             && *draining
+            && self.knows_moves
         {
             let drain = pb::Drain { deadline_ms: 0, reason: pb::Reason::Drain.into() };
             self.answers.push_back(frame(0, Down::Drain(drain)));
@@ -264,6 +268,7 @@ impl Stream {
     }
 
     async fn hello(&mut self, seq: u64, hello: pb::RegisterGatewayReq) -> Result<(), Status> {
+        self.knows_moves |= hello.weight.is_some();
         let refused = |error| match error {
             Error::Invalid { .. } => Status::invalid_argument(format!("hello (seq {seq}): {error}")),
             error => status(&error),
@@ -290,6 +295,7 @@ impl Stream {
     fn heartbeat(&mut self, seq: u64, mut beat: pb::HeartbeatReq) -> Result<(), String> {
         let (gateway, epoch) = self.speaks_for(&beat.gateway_addr, beat.gateway_epoch)?;
         (beat.gateway_addr, beat.gateway_epoch) = (gateway.to_string(), epoch.0);
+        self.knows_moves |= beat.routes_digest.is_some();
         let said = digests::said(&beat);
         let (gateway, beat) = convert::beat(&beat).map_err(|error| error.to_string())?;
         self.holder.iter().for_each(|holder| holder.beat(said));

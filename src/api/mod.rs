@@ -5,6 +5,7 @@ pub mod admin;
 pub mod allocation;
 pub mod answer;
 pub mod attach;
+pub mod audited;
 pub mod binder;
 pub mod body;
 pub mod contents;

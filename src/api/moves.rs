@@ -6,9 +6,9 @@ use std::time::Duration;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
-use tonic::codegen::http::Extensions;
 
 use crate::api::access;
+use crate::api::audited::audited;
 use crate::api::convert;
 use crate::api::convert::at_most;
 use crate::api::convert::result;
@@ -21,6 +21,7 @@ use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::drains::Migrated;
 use crate::engine::gateways::drains::Ordered;
 use crate::engine::gateways::drains::Plan;
+use crate::engine::gateways::rebalance::Levelled;
 use crate::engine::gateways::rebalance::RebalanceOrder;
 use crate::error::Error;
 use crate::pb;
@@ -31,6 +32,10 @@ use crate::security::audit::Entry;
 const MAX_REASON_BYTES: usize = 255;
 const MAX_TARGETS: usize = 64;
 const MAX_LABELS: usize = 64;
+/// Of the name and of the value of a label.
+const MAX_LABEL_BYTES: usize = 255;
+/// A time in milliseconds and an id.
+const MAX_TOKEN_BYTES: usize = 64;
 /// Users per second.
 const MAX_RATE: usize = 1_000_000;
 /// Seconds that a drain may wait, pause or take.
@@ -39,6 +44,9 @@ const PAGE: usize = 100;
 const MAX_PAGE: usize = 1_000;
 /// Of the mean, if the caller does not say.
 const TOLERANCE: f64 = 0.1;
+
+const NO_DEVICE: &str = "the user has no device that could go there";
+const NO_GATEWAY: &str = "there is no other gateway that takes users";
 
 /// Orders to move users.
 pub struct Moves {
@@ -49,17 +57,18 @@ pub struct Moves {
 impl Moves {
     pub async fn drain(&self, request: Request<pb::DrainGatewayReq>) -> Result<Response<pb::DrainGatewayResp>, Status> {
         let order = drain_order(request.get_ref()).map_err(|error| status(&error))?;
-        let (from, dry_run) = (order.gateway.to_string(), request.get_ref().dry_run);
-        if !dry_run {
+        let from = order.gateway.to_string();
+        let ordered = if request.get_ref().dry_run {
+            self.drains.order(order, true).await.map_err(|error| status(&error))?
+        } else {
             access::check_operator(request.extensions())?;
-        }
-        let (target, reason, args) = (from.clone(), order.reason.clone(), format!("{order:?}"));
-        let ordered = self.drains.order(order, dry_run).await;
-        if !dry_run {
+            let (target, reason, args) = (from.clone(), order.reason.clone(), format!("{order:?}"));
             let entry = Entry { action: "DrainGateway".to_owned(), target, args, reason, ..Entry::default() };
-            self.note(request.extensions(), entry, &ordered);
-        }
-        let answer = match ordered.map_err(|error| status(&error))? {
+            let drains = self.drains.clone();
+            let doing = async move { drains.order(order, false).await };
+            audited(&self.audit, request.extensions(), entry, not_ordered, doing).await?
+        };
+        let answer = match ordered {
             Ordered::Planned { drain, plan, eta, against } => {
                 let eta_s = u32::try_from(eta.as_secs()).unwrap_or(u32::MAX);
                 let drain = Some(pb::Drained { state: "planned".to_owned(), eta_s, ..drained(&drain, drain.began) });
@@ -87,11 +96,12 @@ impl Moves {
             return Err(status(&Error::Invalid { field: "gateway_addr", reason }));
         }
         let gateway = optional_gateway("gateway_addr", &asked.gateway_addr).map_err(|error| status(&error))?;
-        let cancelled = self.drains.cancel(gateway.as_ref(), &asked.id).await;
         let target = format!("{}{}", asked.gateway_addr, asked.id);
         let entry = Entry { action: "CancelDrain".to_owned(), target, ..Entry::default() };
-        self.note(request.extensions(), entry, &cancelled);
-        Ok(Response::new(match cancelled.map_err(|error| status(&error))? {
+        let (drains, id) = (self.drains.clone(), asked.id.clone());
+        let doing = async move { drains.cancel(gateway.as_ref(), &id).await };
+        let cancelled = audited(&self.audit, request.extensions(), entry, not_ordered, doing).await?;
+        Ok(Response::new(match cancelled {
             Ordered::Begun(drain) => {
                 pb::CancelDrainResp { result: result(Code::Ok, ""), drain: Some(drained(&drain, drain.began)) }
             }
@@ -121,19 +131,23 @@ impl Moves {
     ) -> Result<Response<pb::RebalanceGatewaysResp>, Status> {
         let order = rebalance_order(request.get_ref()).map_err(|error| status(&error))?;
         let dry_run = request.get_ref().dry_run;
-        if !dry_run {
+        let levelled = if dry_run {
+            self.drains.rebalance(&order, true).await.map_err(|error| status(&error))?
+        } else {
             access::check_operator(request.extensions())?;
-        }
-        let done = self.drains.rebalance(&order, dry_run).await;
-        if !dry_run {
-            let (args, reason) = (format!("{order:?}"), order.reason);
+            let (args, reason) = (format!("{order:?}"), order.reason.clone());
             let entry = Entry { action: "RebalanceGateways".to_owned(), args, reason, ..Entry::default() };
-            self.note(request.extensions(), entry, &done);
-        }
-        let (moves, drains) = done.map_err(|error| status(&error))?;
+            let drains = self.drains.clone();
+            let doing = async move { drains.rebalance(&order, false).await };
+            let refusal = |levelled: &Levelled| levelled.against.clone();
+            audited(&self.audit, request.extensions(), entry, refusal, doing).await?
+        };
+        let Levelled { moves, drains, against } = levelled;
+        let code = if against.is_some() && !dry_run { Code::Refused } else { Code::Ok };
         let plan = moves.into_iter().map(|(from, to, users)| move_to_pb(&from.to_string(), &to, users)).collect();
         let drains = drains.iter().map(|drain| drained(drain, drain.began)).collect();
-        Ok(Response::new(pb::RebalanceGatewaysResp { result: result(Code::Ok, ""), plan, drains }))
+        let result = result(code, against.unwrap_or_default());
+        Ok(Response::new(pb::RebalanceGatewaysResp { result, plan, drains }))
     }
 
     pub async fn migrate(&self, request: Request<pb::MigrateUserReq>) -> Result<Response<pb::MigrateUserResp>, Status> {
@@ -143,41 +157,42 @@ impl Moves {
         at_most("reason", asked.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let device = (!asked.device_id.is_empty()).then(|| convert::device_id(&asked.device_id)).transpose();
         let device = device.map_err(|error| status(&error))?;
-        if !asked.dry_run {
+        let migrated = if asked.dry_run {
+            self.drains.migrate(user, to.as_ref(), device.as_ref(), true).await.map_err(|error| status(&error))?
+        } else {
             access::check_operator(request.extensions())?;
-        }
-        let migrated = self.drains.migrate(user, to.as_ref(), device.as_ref(), asked.dry_run).await;
-        if !asked.dry_run {
             let (target, args) = (format!("user {}", asked.user_id), format!("to {:?}, device {:?}", asked.to, asked.device_id));
             let reason = asked.reason.clone();
             let entry = Entry { action: "MigrateUser".to_owned(), target, args, reason, ..Entry::default() };
-            self.note(request.extensions(), entry, &migrated);
-        }
-        Ok(Response::new(match migrated.map_err(|error| status(&error))? {
+            let drains = self.drains.clone();
+            let doing = async move { drains.migrate(user, to.as_ref(), device.as_ref(), false).await };
+            audited(&self.audit, request.extensions(), entry, not_migrated, doing).await?
+        };
+        Ok(Response::new(match migrated {
             Migrated::Asked { routes, from, to } => {
                 let from = from.iter().map(GatewayAddr::to_string).collect::<Vec<_>>().join(" ");
                 let routes = u32::try_from(routes).unwrap_or(u32::MAX);
                 pb::MigrateUserResp { result: result(Code::Ok, ""), routes, plan: plan_to_pb(&from, to) }
             }
-            Migrated::NotOnline => {
-                let why = "the user has no device that could go there";
-                pb::MigrateUserResp { result: result(Code::NotFound, why), ..Default::default() }
-            }
-            Migrated::Nowhere => {
-                let why = "there is no other gateway that takes users";
-                pb::MigrateUserResp { result: result(Code::Refused, why), ..Default::default() }
-            }
+            Migrated::NotOnline => pb::MigrateUserResp { result: result(Code::NotFound, NO_DEVICE), ..Default::default() },
+            Migrated::Nowhere => pb::MigrateUserResp { result: result(Code::Refused, NO_GATEWAY), ..Default::default() },
         }))
     }
+}
 
-    /// Takes down who has ordered what, and whether it could be done.
-    fn note<T>(&self, extensions: &Extensions, entry: Entry, done: &Result<T, Error>) {
-        let Entry { who, role, from_addr, .. } = access::actor(extensions);
-        let entry = Entry { who, role, from_addr, ..entry };
-        self.audit.note(match done {
-            Ok(_) => Entry { outcome: "ok", ..entry },
-            Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
-        });
+fn not_ordered(ordered: &Ordered) -> Option<String> {
+    match ordered {
+        Ordered::Planned { .. } | Ordered::Begun(_) => None,
+        Ordered::Refused(why) => Some(why.clone()),
+        Ordered::NotFound => Some("not found".to_owned()),
+    }
+}
+
+fn not_migrated(migrated: &Migrated) -> Option<String> {
+    match migrated {
+        Migrated::Asked { .. } => None,
+        Migrated::NotOnline => Some(NO_DEVICE.to_owned()),
+        Migrated::Nowhere => Some(NO_GATEWAY.to_owned()),
     }
 }
 
@@ -208,6 +223,9 @@ fn rebalance_order(request: &pb::RebalanceGatewaysReq) -> Result<RebalanceOrder,
     at_most("region", request.region.len(), MAX_REASON_BYTES, "bytes")?;
     at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes")?;
     at_most("labels", request.labels.len(), MAX_LABELS, "labels")?;
+    for text in request.labels.iter().flat_map(|(name, value)| [name, value]) {
+        at_most("labels", text.len(), MAX_LABEL_BYTES, "bytes each")?;
+    }
     Ok(RebalanceOrder {
         region: request.region.clone(),
         labels: request.labels.clone().into_iter().collect(),
@@ -244,7 +262,10 @@ fn page_after(token: &str) -> Result<Option<(Timestamp, String)>, Error> {
     if token.is_empty() {
         return Ok(None);
     }
-    let place = token.split_once('@').and_then(|(began, id)| Some((Timestamp(began.parse().ok()?), id.to_owned())));
+    let place = token
+        .split_once('@')
+        .filter(|_| token.len() <= MAX_TOKEN_BYTES)
+        .and_then(|(began, id)| Some((Timestamp(began.parse().ok()?), id.to_owned())));
     let reason = || "must be the next_page_token of an answer".to_owned();
     place.map(Some).ok_or_else(|| Error::Invalid { field: "page_token", reason: reason() })
 }

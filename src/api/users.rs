@@ -8,6 +8,7 @@ use tonic::codegen::http::Extensions;
 
 use crate::api::access;
 use crate::api::admin::Admin;
+use crate::api::audited::audited;
 use crate::api::binder::reason_label;
 use crate::api::convert;
 use crate::api::status::status;
@@ -31,6 +32,8 @@ use crate::security::audit::Entry;
 const MAX_BAN_S: u32 = 10 * 365 * 86_400;
 const MAX_REASON_BYTES: usize = 255;
 
+const NO_ROUTE: &str = "device_id has no live route";
+
 /// What was done, or would be.
 struct Forced {
     kicked: Vec<(Route, Reason)>,
@@ -46,7 +49,7 @@ impl Admin {
         let force = ForceOffline { which: Which::One(device), ban: Ban::Stays, dry_run };
         let entry = Entry { action: "KickDevice".to_owned(), args, reason: request.reason, ..Entry::default() };
         let Some(Forced { kicked, version, .. }) = self.change(&extensions, user, force, entry).await? else {
-            let result = convert::result(pb::Code::NotFound, "device_id has no live route");
+            let result = convert::result(pb::Code::NotFound, NO_ROUTE);
             return Ok(pb::KickDeviceResp { result, ..Default::default() });
         };
         let (result, kicked) = (convert::result(pb::Code::Ok, ""), self.routes(user, &kicked));
@@ -82,26 +85,28 @@ impl Admin {
         entry: Entry,
     ) -> Result<Option<Forced>, Status> {
         let (dry_run, is_ban) = (force.dry_run, matches!(force.ban, Ban::For(_)));
-        if !dry_run {
-            access::check_operator(extensions)?;
-        }
-        let forced = match self.lanes.submit(user, Change::ForceOffline(force)).await {
-            Ok(Outcome::ForcedOffline { kicked, version, banned_until }) => Ok(Some(Forced { kicked, version, banned_until })),
-            Ok(Outcome::NoDevice) => Ok(None),
-            Ok(_) => Err(another_outcome()),
-            Err(error) => Err(error),
-        };
-        if !dry_run {
-            let actor = access::actor(extensions);
-            let Entry { who, role, from_addr, .. } = actor;
-            self.note(Entry { who, role, from_addr, target: format!("user {user}"), ..entry }, &forced);
-            let kicked = forced.iter().flatten().flat_map(|forced| &forced.kicked);
-            for (_, reason) in kicked {
-                self.metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
+        let (lanes, metrics) = (self.lanes.clone(), self.metrics.clone());
+        let forcing = async move {
+            let forced = match lanes.submit(user, Change::ForceOffline(force)).await? {
+                Outcome::ForcedOffline { kicked, version, banned_until } => Some(Forced { kicked, version, banned_until }),
+                Outcome::NoDevice => None,
+                _ => return Err(another_outcome()),
+            };
+            if !dry_run {
+                for (_, reason) in forced.iter().flat_map(|forced| &forced.kicked) {
+                    metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
+                }
+                metrics.presence.bans.inc_by(u64::from(is_ban));
             }
-            self.metrics.presence.bans.inc_by(u64::from(is_ban && forced.is_ok()));
+            Ok(forced)
+        };
+        if dry_run {
+            return forcing.await.map_err(|error| status(&error));
         }
-        forced.map_err(|error| status(&error))
+        access::check_operator(extensions)?;
+        let entry = Entry { target: format!("user {user}"), ..entry };
+        let refusal = |forced: &Option<Forced>| forced.is_none().then(|| NO_ROUTE.to_owned());
+        audited(&self.audit, extensions, entry, refusal, forcing).await
     }
 
     fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> Vec<pb::Route> {

@@ -106,8 +106,8 @@ pub fn moving(config: &Config) -> moving::Settings {
 
 /// How gateways are chosen for users who have to go.
 pub fn rooms(config: &Config) -> Rooms {
-    let allocation::Settings { rules, default_capacity, login_rate, heartbeat_interval, .. } = allocation(config);
-    Rooms { rules, default_capacity, login_rate, heartbeat_interval }
+    let allocation::Settings { rules, default_capacity, login_rate, max_retry_after, heartbeat_interval } = allocation(config);
+    Rooms { rules, default_capacity, login_rate, heartbeat_interval, patience: config.drain.close_after, max_retry_after }
 }
 
 pub fn digests(config: &Config) -> digests::Settings {

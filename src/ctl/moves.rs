@@ -288,10 +288,12 @@ impl Rebalance {
         };
         let answer = Client::new(link).rebalance_gateways(request).await?.into_inner();
         let users: u64 = answer.plan.iter().map(|step| step.users).sum();
-        let sentence = match (users, self.dry_run) {
-            (0, _) => "loads are level: nobody moves".to_owned(),
-            (users, true) => format!("{users} users would move"),
-            (users, false) => format!("{users} users move; see ctl drains"),
+        let why = refusal(&answer.result);
+        let sentence = match (users, self.dry_run, code(&answer.result)) {
+            (0, ..) => format!("loads are level: nobody moves{why}"),
+            (users, true, _) => format!("{users} users would move{why}"),
+            (users, false, Code::Ok) => format!("{users} users move; see ctl drains"),
+            (_, false, _) => format!("not all that is planned was ordered{why}"),
         };
         let text = if json { print::json("RebalanceGatewaysResp", &answer) } else { with_plan(sentence, &answer.plan) };
         Ok(Outcome { text, exit: exit(code(&answer.result), true) })

@@ -15,6 +15,8 @@ use crate::domain::time::Timestamp;
 
 /// After the last user of a walk.
 pub const END_OF_WALK: i64 = i64::MAX;
+/// A share of the users stays where it is if for so many pauses there was no gateway to go to.
+const HOMELESS_PAUSES: u32 = 4;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DrainState {
@@ -50,6 +52,8 @@ pub struct Target {
     pub gateway: GatewayAddr,
     /// 0: as many as it can hold.
     pub quota: u64,
+    /// Who were sent there, if there is a quota.
+    pub sent: u64,
 }
 
 /// What an operator has asked for.
@@ -76,6 +80,18 @@ impl DrainTerms {
     /// Whether all have to go. Then the gateway takes nobody new.
     pub fn is_whole(&self) -> bool {
         self.share >= 1.0
+    }
+
+    /// Whether it is said how many users each gateway takes.
+    pub fn has_quotas(&self) -> bool {
+        self.to.iter().any(|target| target.quota > 0)
+    }
+
+    /// Whether what runs can go on with these terms instead. Another share would be other users, and quotas were made for the
+    /// users of one share.
+    pub fn may_become(&self, next: &Self) -> bool {
+        let both_whole = self.is_whole() && next.is_whole();
+        both_whole || self.share == next.share && !self.has_quotas() && !next.has_quotas()
     }
 }
 
@@ -140,18 +156,22 @@ impl Drain {
             return Next::Finish;
         }
         if self.terms.deadline.is_some_and(|deadline| look.now >= deadline) {
-            return Next::Remove;
+            return Next::Remove { up_to: END_OF_WALK };
+        }
+        if !self.terms.is_whole() && look.homeless_for >= self.terms.settle * HOMELESS_PAUSES {
+            return Next::Finish;
         }
         match (has_walked, self.pass) {
             (false, ..=1) => match look.bound.saturating_sub(look.outstanding) {
-                0 if look.still_for >= self.terms.settle => Next::AskThoseAgain,
-                0 => Next::Wait,
+                0 if look.still_for < self.terms.settle => Next::Wait,
+                0 if look.were_asked_again && self.terms.force => Next::Remove { up_to: self.cursor },
+                0 => Next::AskThoseAgain,
                 room => Next::Ask { at_most: room },
             },
             (false, _) => Next::Ask { at_most: u64::MAX },
             (true, _) if look.still_for < self.terms.settle => Next::Wait,
             (true, ..=1) => Next::AskAllAgain,
-            (true, _) if self.terms.force => Next::Remove,
+            (true, _) if self.terms.force => Next::Remove { up_to: END_OF_WALK },
             (true, _) if self.terms.deadline.is_some() => Next::AskAllAgain,
             (true, _) => Next::Finish,
         }
@@ -167,8 +187,12 @@ pub struct Look {
     /// Who of them were asked, and how many may be.
     pub outstanding: u64,
     pub bound: u64,
-    /// How long nobody was asked, and none of them has gone.
+    /// For how long all who were asked may have gone.
     pub still_for: Duration,
+    /// Since the walk went on last.
+    pub were_asked_again: bool,
+    /// For how long there has been no gateway to go to.
+    pub homeless_for: Duration,
 }
 
 /// What to do until the next look.
@@ -183,8 +207,10 @@ pub enum Next {
     AskThoseAgain,
     /// Begin another walk.
     AskAllAgain,
-    /// Whoever is left loses the route.
-    Remove,
+    /// Whoever is left of the users up to this one loses the route.
+    Remove {
+        up_to: i64,
+    },
     Finish,
 }
 
@@ -225,7 +251,17 @@ mod tests {
 
     #[test]
     fn all_are_asked_twice_and_whoever_stays_goes_only_by_force_or_at_the_deadline() {
-        let look = Look { now: Timestamp(5_000), left: 10, outstanding: 0, bound: 100, still_for: SETTLE };
+        const ALL: Next = Next::Remove { up_to: END_OF_WALK };
+        let (were_asked_again, homeless_for) = (false, Duration::ZERO);
+        let look = Look {
+            now: Timestamp(5_000),
+            left: 10,
+            outstanding: 0,
+            bound: 100,
+            still_for: SETTLE,
+            were_asked_again,
+            homeless_for,
+        };
         let (early, late) = (Duration::ZERO, SETTLE);
         let by_force = |mut drain: Drain| {
             drain.terms.force = true;
@@ -246,13 +282,39 @@ mod tests {
             (drain(2, 7), 500, early, Next::Ask { at_most: u64::MAX }),
             (drain(2, END_OF_WALK), 10, early, Next::Wait),
             (drain(2, END_OF_WALK), 10, late, Next::Finish),
-            (by_force(drain(2, END_OF_WALK)), 10, late, Next::Remove),
+            (by_force(drain(2, END_OF_WALK)), 10, late, ALL),
             (until(drain(2, END_OF_WALK), 9_000), 10, late, Next::AskAllAgain),
-            (until(drain(1, 7), 5_000), 10, early, Next::Remove),
+            (until(drain(1, 7), 5_000), 10, early, ALL),
         ] {
             assert_eq!(drain.next(&Look { outstanding, still_for, ..look }), want, "{drain:?}, {outstanding}, {still_for:?}");
         }
         assert_eq!(until(drain(1, 0), 1).next(&Look { left: 0, ..look }), Next::Finish);
+        let stuck = Look { outstanding: 100, were_asked_again: true, ..look };
+        assert_eq!(drain(1, 7).next(&stuck), Next::AskThoseAgain);
+        assert_eq!(by_force(drain(1, 7)).next(&stuck), Next::Remove { up_to: 7 }, "those who come next have a chance, too");
+        let homeless = Look { homeless_for: SETTLE * 4, ..look };
+        assert_eq!(drain(1, 0).next(&homeless), Next::Ask { at_most: 100 }, "all have to go: somebody may come");
+        let mut share = drain(1, 0);
+        share.terms.share = 0.5;
+        assert_eq!((share.next(&look), share.next(&homeless)), (Next::Ask { at_most: 100 }, Next::Finish));
+    }
+
+    #[test]
+    fn only_the_same_users_can_be_moved_in_another_way() {
+        let of = |share: f64, quota: u64| {
+            let target = Target { gateway: GatewayAddr::parse("gw-2:7000").unwrap(), quota, sent: 0 };
+            DrainTerms { share, to: vec![target], ..drain(1, 0).terms }
+        };
+        for (runs, next, may) in [
+            ((1.0, 0), (1.0, 0), true),
+            ((0.1, 0), (0.1, 0), true),
+            ((0.1, 0), (0.2, 0), false),
+            ((0.1, 7), (0.1, 0), false),
+            ((0.1, 0), (0.1, 7), false),
+            ((0.1, 0), (1.0, 0), false),
+        ] {
+            assert_eq!(of(runs.0, runs.1).may_become(&of(next.0, next.1)), may, "{runs:?}, {next:?}");
+        }
     }
 
     #[test]

@@ -32,6 +32,8 @@ const SELECT: &str = "SELECT id, epoch, state, pass, cursor_user, users, remaini
 const ACTIVE: &str = "state IN (1, 2)";
 /// Rows that one statement removes.
 const PRUNED_AT_ONCE: i64 = 1_000;
+/// Users that one statement counts.
+const COUNTED_AT_ONCE: i64 = 100_000;
 
 /// What the column `body` holds.
 #[derive(Clone, PartialEq, Message)]
@@ -63,45 +65,77 @@ struct Quota {
     gateway: String,
     #[prost(uint64, tag = "2")]
     users: u64,
+    #[prost(uint64, tag = "3")]
+    sent: u64,
+}
+
+/// What came of an order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Placed {
+    /// This is active now.
+    Active(Drain),
+    /// This is active, moves other users, and stays as it is.
+    Busy(Drain),
+    /// The life of the gateway is over.
+    Over,
 }
 
 impl Connection {
-    /// Orders a drain, and notes with a whole one that the gateway takes nobody new. If one of the same kind is active on this
-    /// life, its terms change, but for when it starts and its share; one of the other kind is cancelled. Returns what is active
-    /// now; None: the life is over.
-    pub async fn order_drain(&mut self, drain: &Drain) -> Result<Option<Drain>, SqlError> {
-        const LIFE: &str = "SELECT epoch FROM lives WHERE epoch = ? AND alive = 1";
-        let tail = if self.engine() == Engine::MySql { " FOR UPDATE" } else { "" }; // drains of one life one after the other
+    /// Orders a drain, and notes with a whole one that the gateway takes nobody new. If one of the same users is active on this
+    /// life, its terms change, but for when it starts; of all and a share of them, the one that was ordered before is cancelled.
+    /// On a connection for transactions: a node that stands still here must not keep the gateway from beating.
+    pub async fn order_drain(&mut self, drain: &Drain) -> Result<Placed, SqlError> {
         self.begin().await?;
-        if self.fetch(statement(format!("{LIFE}{tail}")).bind(signed(drain.epoch.0))).await?.is_empty() {
+        if !self.lock_life(drain.epoch).await? {
             self.rollback().await?;
-            return Ok(None);
+            return Ok(Placed::Over);
         }
         let active = self.drains(statement(format!("{SELECT}epoch = ? AND {ACTIVE}")).bind(signed(drain.epoch.0))).await?;
         let (same, others): (Vec<_>, Vec<_>) =
             active.into_iter().partition(|active| active.terms.is_whole() == drain.terms.is_whole());
-        for other in others {
-            self.set_drain_state(&other.id, DrainState::Cancelled).await?;
+        let same = same.into_iter().next();
+        if let Some(busy) = same.as_ref().filter(|active| !active.terms.may_become(&drain.terms)) {
+            self.rollback().await?;
+            return Ok(Placed::Busy(busy.clone()));
         }
-        let id = match same.into_iter().next() {
-            Some(active) => {
-                let (starts_at, share) = (active.terms.starts_at, active.terms.share);
-                let terms = DrainTerms { starts_at, share, ..drain.terms.clone() };
-                let change = statement("UPDATE drains SET body = ? WHERE id = ?").bind(body(&drain.gateway, &terms));
-                self.execute(change.bind(active.id.clone())).await?;
-                active.id
-            }
-            None => {
+        for other in &others {
+            self.set_drain_state(&other.id, DrainState::Cancelled).await?;
+            self.forget_drain_job(&other.id).await?;
+        }
+        let id = match same {
+            Some(active) if self.change_terms(&active, drain).await? => active.id,
+            _ => {
                 self.insert_drain(drain).await?;
                 drain.id.clone()
             }
         };
-        if drain.terms.is_whole() {
-            self.execute(statement("UPDATE lives SET draining = 1 WHERE epoch = ?").bind(signed(drain.epoch.0))).await?;
+        if drain.terms.is_whole() || !others.is_empty() {
+            self.set_draining(drain.epoch, drain.terms.is_whole()).await?;
         }
         let active = self.read_drain(&id).await?;
         self.commit().await?;
-        Ok(active)
+        Ok(active.map_or(Placed::Over, Placed::Active))
+    }
+
+    /// Whether it lives. Until the transaction ends, nobody else changes which drains there are of it.
+    async fn lock_life(&mut self, epoch: Epoch) -> Result<bool, SqlError> {
+        const LIFE: &str = "SELECT alive FROM lives WHERE epoch = ?";
+        let tail = if self.engine() == Engine::MySql { " FOR UPDATE" } else { "" };
+        let rows = self.fetch(statement(format!("{LIFE}{tail}")).bind(signed(epoch.0))).await?;
+        Ok(rows.first().map_or(Ok(0), |row| row.try_get::<i32, _>(0))? == 1)
+    }
+
+    async fn set_draining(&mut self, epoch: Epoch, draining: bool) -> Result<(), SqlError> {
+        const SET: &str = "UPDATE lives SET draining = ? WHERE epoch = ? AND draining <> ?";
+        let draining = i32::from(draining);
+        self.execute(statement(SET).bind(draining).bind(signed(epoch.0)).bind(draining)).await.map(|_| ())
+    }
+
+    /// False: it is not active any more.
+    async fn change_terms(&mut self, active: &Drain, drain: &Drain) -> Result<bool, SqlError> {
+        let terms = DrainTerms { starts_at: active.terms.starts_at, ..drain.terms.clone() };
+        let change = statement(format!("UPDATE drains SET body = ? WHERE id = ? AND {ACTIVE}"));
+        Ok(self.execute(change.bind(body(&drain.gateway, &terms)).bind(active.id.clone())).await? == 1)
     }
 
     async fn insert_drain(&mut self, drain: &Drain) -> Result<(), SqlError> {
@@ -125,11 +159,13 @@ impl Connection {
         self.drains(statement(format!("{SELECT}{ACTIVE} ORDER BY began_ms, id"))).await
     }
 
-    /// The newest drain of a life that is active, or that is done and keeps the gateway from taking anybody new.
+    /// The newest drain of a life that is active; or else that is done and keeps the gateway from taking anybody new.
     pub async fn drain_to_cancel(&mut self, epoch: Epoch) -> Result<Option<Drain>, SqlError> {
         let select = statement(format!("{SELECT}epoch = ? AND state IN (1, 2, 3) ORDER BY began_ms DESC")).bind(signed(epoch.0));
-        let mut drains = self.drains(select).await?.into_iter();
-        Ok(drains.next().filter(Drain::can_be_cancelled))
+        Ok(self.drains(select).await?.into_iter().filter(Drain::can_be_cancelled).max_by_key(|drain| {
+            let is_active = drain.state.is_active();
+            (is_active, drain.began)
+        }))
     }
 
     /// Up to `limit` drains, the newest first, of these lives (None: of all), after the one that began then with this id.
@@ -159,31 +195,43 @@ impl Connection {
         self.drains(select.bind(limit)).await
     }
 
-    /// Takes down how far an active drain is. False: it is not active any more.
+    /// Takes down how far an active drain is, with quotas also how many users each gateway was sent. False: it is not active any
+    /// more.
     pub async fn note_drain(&mut self, drain: &Drain) -> Result<bool, SqlError> {
+        let quotas = drain.terms.has_quotas(); // only then: an order must not be undone that has changed the terms meanwhile
+        let sent = if quotas { ", body = ?" } else { "" };
         let sql = format!(
-            "UPDATE drains SET state = ?, pass = ?, cursor_user = ?, users = ?, remaining = ?, asked = ?, unheard = ?, node_id = ? \
-             WHERE id = ? AND {ACTIVE}"
+            "UPDATE drains SET state = ?, pass = ?, cursor_user = ?, users = ?, remaining = ?, asked = ?, unheard = ?, \
+             node_id = ?{sent} WHERE id = ? AND {ACTIVE}"
         );
         let note = statement(sql).bind(drain_to_i32(drain.state)).bind(i64::from(drain.pass)).bind(drain.cursor);
         let note = note.bind(signed(drain.users)).bind(signed(drain.left)).bind(signed(drain.asked));
-        let note = note.bind(signed(drain.unheard)).bind(drain.node_id.clone()).bind(drain.id.clone());
-        Ok(self.execute(note).await? == 1)
+        let note = note.bind(signed(drain.unheard)).bind(drain.node_id.clone());
+        let note = if quotas { note.bind(body(&drain.gateway, &drain.terms)) } else { note };
+        Ok(self.execute(note.bind(drain.id.clone())).await? == 1)
     }
 
-    /// Ends a drain. One that is cancelled, or ends with the life, lets the gateway take users again; one that is done does not:
-    /// the gateway was to be empty. False: somebody else has ended it.
+    /// Ends a drain. One that is cancelled, or ends with the life, lets the gateway take users again, unless another one empties
+    /// it; one that is done does not: the gateway was to be empty. False: somebody else has ended it. On a connection for
+    /// transactions.
     pub async fn end_drain(&mut self, drain: &Drain, state: DrainState) -> Result<bool, SqlError> {
         self.begin().await?;
+        self.lock_life(drain.epoch).await?;
         let has_ended = self.set_drain_state(&drain.id, state).await?;
         if has_ended && drain.terms.is_whole() && state != DrainState::Done {
-            const OPEN: &str = "UPDATE lives SET draining = 0 WHERE epoch = ? AND draining = 1";
-            self.execute(statement(OPEN).bind(signed(drain.epoch.0))).await?;
+            let active = self.drains(statement(format!("{SELECT}epoch = ? AND {ACTIVE}")).bind(signed(drain.epoch.0))).await?;
+            if !active.iter().any(|other| other.terms.is_whole()) {
+                self.set_draining(drain.epoch, false).await?;
+            }
         }
-        const FORGET: &str = "DELETE FROM jobs WHERE name = ?";
-        self.execute(statement(FORGET).bind(job(&drain.id))).await?;
+        self.forget_drain_job(&drain.id).await?;
         self.commit().await?;
         Ok(has_ended)
+    }
+
+    /// Nobody carries it out any more.
+    pub async fn forget_drain_job(&mut self, id: &str) -> Result<(), SqlError> {
+        self.execute(statement("DELETE FROM jobs WHERE name = ?").bind(job(id))).await.map(|_| ())
     }
 
     async fn set_drain_state(&mut self, id: &str, state: DrainState) -> Result<bool, SqlError> {
@@ -194,18 +242,33 @@ impl Connection {
     }
 
     /// How many users have a route on this life, and how many of them up to `cursor`.
+    /// By page: no statement may take long, however many there are.
     pub async fn count_users_up_to(&mut self, epoch: Epoch, cursor: i64) -> Result<(u64, u64), SqlError> {
-        const SQL: &str = "SELECT COUNT(DISTINCT user_id), COUNT(DISTINCT CASE WHEN user_id <= ? THEN user_id END) \
-            FROM routes /*! FORCE INDEX (routes_by_life) */ WHERE epoch = ?";
-        let rows = self.fetch(statement(SQL).bind(cursor).bind(signed(epoch.0))).await?;
-        let Some(row) = rows.first() else { return Ok((0, 0)) };
-        Ok((unsigned(row.try_get(0)?), unsigned(row.try_get(1)?)))
+        const SQL: &str = "SELECT COUNT(*), COUNT(CASE WHEN user_id <= ? THEN 1 END), MAX(user_id) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ \
+            WHERE epoch = ? AND user_id > ? ORDER BY user_id LIMIT ?) AS page";
+        let (mut all, mut up_to, mut after) = (0, 0, 0);
+        loop {
+            let select = statement(SQL).bind(cursor).bind(signed(epoch.0)).bind(after).bind(COUNTED_AT_ONCE);
+            let rows = self.fetch(select).await?;
+            let Some(row) = rows.first() else { return Ok((all, up_to)) };
+            let (counted, last) = (row.try_get::<i64, _>(0)?, row.try_get::<Option<i64>, _>(2)?);
+            all += unsigned(counted);
+            up_to += unsigned(row.try_get(1)?);
+            match last {
+                Some(last) if counted == COUNTED_AT_ONCE => after = last,
+                _ => return Ok((all, up_to)),
+            }
+        }
     }
 
-    /// Removes drains that ended longer ago than `keep`. True: there may be more.
+    /// Removes drains that ended longer ago than `keep`; not those that keep a gateway closed. True: there may be more.
     pub async fn prune_drains(&mut self, keep: Duration) -> Result<bool, SqlError> {
         let now = clock_millis(self.engine());
-        let sql = format!("SELECT id FROM drains WHERE began_ms < {now} - ? AND ended_ms > 0 AND ended_ms < {now} - ? LIMIT ?");
+        let sql = format!(
+            "SELECT id FROM drains WHERE began_ms < {now} - ? AND ended_ms > 0 AND ended_ms < {now} - ? \
+             AND NOT (state = 3 AND epoch IN (SELECT epoch FROM lives WHERE draining = 1 AND alive = 1)) LIMIT ?"
+        );
         let keep = duration_millis(keep);
         let rows = self.fetch(statement(sql).bind(keep).bind(keep).bind(PRUNED_AT_ONCE)).await?;
         for row in &rows {
@@ -225,7 +288,10 @@ pub fn job(id: &str) -> String {
 }
 
 fn body(gateway: &GatewayAddr, terms: &DrainTerms) -> Vec<u8> {
-    let to = terms.to.iter().map(|target| Quota { gateway: target.gateway.to_string(), users: target.quota });
+    let to = terms.to.iter().map(|target| {
+        let Target { gateway, quota, sent } = target;
+        Quota { gateway: gateway.to_string(), users: *quota, sent: *sent }
+    });
     let body = Body {
         gateway: gateway.to_string(),
         rate: terms.rate,
@@ -244,7 +310,7 @@ fn read(row: &AnyRow) -> Result<Drain, SqlError> {
     let bytes: Vec<u8> = row.try_get(12)?;
     let body = Body::decode(bytes.as_slice()).map_err(|error| corrupt("body", error))?;
     let gateway = |addr: &str| GatewayAddr::parse(addr).map_err(|error| corrupt("body", error));
-    let target = |quota: &Quota| Ok::<_, SqlError>(Target { gateway: gateway(&quota.gateway)?, quota: quota.users });
+    let target = |to: &Quota| Ok::<_, SqlError>(Target { gateway: gateway(&to.gateway)?, quota: to.users, sent: to.sent });
     let terms = DrainTerms {
         rate: body.rate,
         starts_at: Timestamp(body.starts_at_ms),

@@ -391,3 +391,25 @@ async fn clients_of_a_websocket_gateway_that_is_drained_move_to_the_other_one_an
     assert_eq!(moved.lock().unwrap_or_else(PoisonError::into_inner).to, Some(gateways[1].addr.clone()));
     assert!(!following.is_finished(), "the client has not failed");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_a_websocket_gateway_that_does_not_move_is_closed_in_time_and_may_come_back() {
+    let cluster = Cluster::sqlite(&[("DRAIN__CLOSE_AFTER", "1")]).await;
+    let gateways = [WsGateway::start(&cluster.nodes).await, WsGateway::start(&cluster.nodes).await];
+    let url = format!("ws://{}/ws?user=1&device=phone", gateways[0].addr);
+    let mut phone = connect_async(&url).await.expect("it listens").0;
+    let request = im_presence::pb::MigrateUserReq { user_id: 1, ..Default::default() };
+    let asked = async || {
+        let answer = cluster.node().operator().migrate_user(request.clone()).await;
+        answer.is_ok_and(|answer| answer.into_inner().routes == 1)
+    };
+    eventually("it is asked to go", ARRIVED_WITHIN, asked).await;
+    let (mut is_told, mut code) = (false, None);
+    while let Some(Ok(message)) = tokio::time::timeout(ARRIVED_WITHIN, phone.next()).await.expect("it is closed") {
+        is_told |= message.to_text().is_ok_and(|text| text.starts_with("{\"move\""));
+        if let Message::Close(frame) = message {
+            code = frame.map(|frame| u16::from(frame.code));
+        }
+    }
+    assert_eq!((is_told, code), (true, Some(4_001)), "the page gives up only after 4000");
+}

@@ -36,6 +36,10 @@ pub struct Rooms {
     /// Log-ins per second of a gateway that does not say; 0: no limit.
     pub login_rate: u32,
     pub heartbeat_interval: Duration,
+    /// A gateway where users would have to wait for longer before they log in is passed over as long as there is another.
+    pub patience: Duration,
+    /// How long a client may be asked to wait.
+    pub max_retry_after: Duration,
 }
 
 impl Rooms {
@@ -68,6 +72,15 @@ pub struct Destinations {
     sent: HashMap<GatewayAddr, Sent>,
 }
 
+/// Who is sent somewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sending {
+    /// So many users, who were sent nowhere before.
+    First(u64),
+    /// One who was sent before: quotas and loads count such a user already.
+    Again,
+}
+
 /// What one gateway was sent.
 #[derive(Clone, Debug, Default)]
 struct Sent {
@@ -79,8 +92,9 @@ struct Sent {
 }
 
 impl Destinations {
-    /// For users of the gateway `from`. `to`: only these; empty: any, those in its region first.
+    /// For users of the gateway `from`. `to`: only these, which were sent some before; empty: any, those in its region first.
     pub fn of(lives: &Lives, rooms: &Rooms, from: &Life, to: &[Target]) -> Self {
+        let before = |target: &Target| (target.gateway.clone(), Sent { users: target.sent, ..Sent::default() });
         let mut destinations = Self {
             rooms: rooms.clone(),
             from: from.gateway.clone(),
@@ -91,7 +105,7 @@ impl Destinations {
             now: Timestamp::default(),
             is_stale: false,
             began: Instant::now(),
-            sent: HashMap::new(),
+            sent: to.iter().filter(|target| target.sent > 0).map(before).collect(),
         };
         destinations.look_again(lives, to);
         destinations
@@ -140,19 +154,22 @@ impl Destinations {
         (!rates.is_empty() && !rates.contains(&0)).then(|| rates.into_iter().fold(0, u32::saturating_add))
     }
 
-    /// Where the next user goes. If none has room, the best that there is: whoever is asked has to go somewhere.
-    pub fn choose(&mut self, user: UserId) -> Place {
-        self.choose_for(user, 1)
+    /// Where the next user goes, or so many together. If none has room, the best that there is: whoever is asked has to go
+    /// somewhere.
+    pub fn choose(&mut self, user: UserId, sending: Sending) -> Place {
+        self.choose_at(user, sending, self.began.elapsed())
     }
 
-    /// The same for so many users together.
-    pub fn choose_for(&mut self, user: UserId, users: u64) -> Place {
-        let candidates = self.candidates(user);
+    /// The same, that long after the beginning.
+    pub fn choose_at(&mut self, user: UserId, sending: Sending, at: Duration) -> Place {
+        let micros = u64::try_from(at.as_micros()).unwrap_or(u64::MAX);
+        let candidates = self.candidates(user, micros);
         let public = |at: &usize| self.field.gateways[*at].life.public_addr().to_owned();
         let to = candidates.iter().map(public).collect();
         let Some(first) = candidates.first() else { return Place::default() };
         let (rate, now) = (self.login_rate(*first), Instant::now());
         let sent = self.sent.entry(self.field.gateways[*first].life.gateway.clone()).or_default();
+        let users = if let Sending::First(users) = sending { users } else { 0 };
         sent.users += users;
         match sent.lately.back_mut().filter(|(at, _)| now.duration_since(*at) < Duration::from_secs(1)) {
             Some((_, count)) => *count += users,
@@ -161,10 +178,17 @@ impl Destinations {
         if rate == 0 {
             return Place { to, after: Duration::ZERO };
         }
-        let micros = u64::try_from(now.duration_since(self.began).as_micros()).unwrap_or(u64::MAX);
-        let (after, next) = paced(sent.next_login, micros, 1, rate);
+        let together = u32::try_from(users.max(1)).unwrap_or(u32::MAX);
+        let (after, next) = paced(sent.next_login, micros, together, rate);
         sent.next_login = next;
-        Place { to, after }
+        Place { to, after: after.min(self.rooms.max_retry_after) }
+    }
+
+    /// Takes down how many users each of these was sent.
+    pub fn note(&self, to: &mut [Target]) {
+        for target in to {
+            target.sent = self.sent.get(&target.gateway).map_or(0, |sent| sent.users);
+        }
     }
 
     /// How many users each was sent.
@@ -172,24 +196,28 @@ impl Destinations {
         self.sent.iter().map(|(gateway, sent)| (gateway.clone(), sent.users)).collect()
     }
 
-    fn candidates(&self, user: UserId) -> Vec<usize> {
+    fn candidates(&self, user: UserId, micros: u64) -> Vec<usize> {
         let addr = |target: &Target| target.gateway.to_string();
         let mut ask = Ask { count: PLACES, exclude: vec![self.from.to_string()], ..Ask::of(user) };
         ask.only = self.to.iter().map(addr).collect();
         if self.to.is_empty() {
             ask.region.clone_from(&self.region);
         }
-        let mut found = self.allocate(&ask, &self.rooms.rules);
+        let mut found = self.allocate(&ask, &self.rooms.rules, micros);
         if found.candidates.is_empty() {
             ask.region.clear();
-            found = self.allocate(&ask, &self.overfull);
+            found = self.allocate(&ask, &self.overfull, micros);
         }
         found.candidates.into_iter().map(|candidate| candidate.at).collect()
     }
 
-    fn allocate(&self, ask: &Ask, rules: &Rules) -> Allocation {
+    fn allocate(&self, ask: &Ask, rules: &Rules, micros: u64) -> Allocation {
         let on_their_way = |at| self.on_their_way(at);
-        let is_booked = |at| self.quota(at).is_some_and(|(quota, sent)| sent >= quota);
+        let latest = micros.saturating_add(u64::try_from(self.rooms.patience.as_micros()).unwrap_or(u64::MAX));
+        let is_booked = |at| {
+            let has_its_own = self.quota(at).is_some_and(|(quota, sent)| sent >= quota);
+            has_its_own || self.sent(at).is_some_and(|sent| sent.next_login > latest)
+        };
         let moment = Moment {
             now: self.now,
             is_stale: self.is_stale,
@@ -226,3 +254,7 @@ impl Destinations {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "destinations_tests.rs"]
+mod tests;

@@ -20,6 +20,7 @@ use crate::domain::policy::Reason;
 use crate::domain::route::Route;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::destinations::Destinations;
+use crate::engine::gateways::destinations::Sending;
 use crate::engine::gateways::drain_run::count;
 use crate::engine::gateways::moving::Asking;
 use crate::engine::gateways::moving::Mover;
@@ -27,11 +28,12 @@ use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
+use crate::store::drains::Placed;
 
 /// By then every node knows that the gateways which were named together are drained, and sends nobody from one to the other.
 const MARKED_WITHIN: Duration = Duration::from_secs(2);
-/// Users who are planned together, where there are many.
-const PLANNED_APART: u64 = 10_000;
+/// Where there are many users, they are planned in so many parts.
+const PLANNED_APART: u64 = 1_000;
 /// How long the lives of one address are remembered that ended.
 const LIVES_OF_ONE: usize = 64;
 
@@ -102,17 +104,21 @@ impl Drains {
         let mut drain = self.drain(&order, &life)?;
         (drain.left, _) = count(&mut connection, &drain).await.map_err(|error| unavailable(&error))?;
         drain.users = drain.left;
-        let (destinations, against) = self.plan(&life, &drain);
+        let (destinations, against) = self.plan(&life, &drain).await?;
         if dry_run {
             drain.unheard = if self.mover.hears(&life) { 0 } else { drain.users };
-            let eta = self.takes(&drain, &destinations);
+            let eta = self.takes(&drain, rate_of(&drain, &destinations));
             return Ok(Ordered::Planned { plan: destinations.plan(), drain, eta, against });
         }
         if let Some(against) = against.filter(|_| !order.force) {
             return Ok(Ordered::Refused(against));
         }
-        let ordered = connection.order_drain(&drain).await.map_err(|error| unavailable(&error))?;
-        Ok(ordered.map_or(Ordered::NotFound, Ordered::Begun))
+        let ordered = async { self.mover.connect_to_lock().await?.order_drain(&drain).await };
+        Ok(match ordered.await.map_err(|error| unavailable(&error))? {
+            Placed::Active(drain) => Ordered::Begun(drain),
+            Placed::Busy(other) => Ordered::Refused(busy(&other)),
+            Placed::Over => Ordered::NotFound,
+        })
     }
 
     /// Stops the drain with this id, or the last one of a gateway. A gateway that is empty by now takes users again.
@@ -127,7 +133,8 @@ impl Drains {
         };
         let found = found.map_err(|error| unavailable(&error))?.filter(Drain::can_be_cancelled);
         let Some(drain) = found else { return Ok(Ordered::NotFound) };
-        let is_cancelled = connection.end_drain(&drain, DrainState::Cancelled).await.map_err(|error| unavailable(&error))?;
+        let ended = async { self.mover.connect_to_lock().await?.end_drain(&drain, DrainState::Cancelled).await };
+        let is_cancelled = ended.await.map_err(|error| unavailable(&error))?;
         let drain = connection.read_drain(&drain.id).await.map_err(|error| unavailable(&error))?;
         Ok(drain.filter(|_| is_cancelled).map_or(Ordered::NotFound, Ordered::Begun))
     }
@@ -181,25 +188,30 @@ impl Drains {
         from.retain(|life| life.is_alive() && is_elsewhere(life));
         from.sort_unstable_by_key(|life| life.epoch);
         from.dedup_by_key(|life| life.epoch);
-        let (mut routes, mut plan) = (0, Plan::new());
-        for life in &from {
-            let mut destinations = self.mover.destinations(life, &to);
-            if destinations.is_empty() {
-                return Ok(Migrated::Nowhere);
-            }
+        let mut places: Vec<Destinations> = from.iter().map(|life| self.mover.destinations(life, &to)).collect();
+        if places.iter().any(Destinations::is_empty) {
+            return Ok(Migrated::Nowhere);
+        }
+        let (mut routes, mut asked, mut plan) = (0, 0, Plan::new());
+        for (life, destinations) in from.iter().zip(&mut places) {
+            let sending = Sending::First(1);
             if dry_run {
-                destinations.choose(user);
+                destinations.choose(user, sending);
+                asked += 1;
                 routes += epochs.iter().filter(|epoch| **epoch == life.epoch).count() as u64;
             } else {
                 let close_after = self.mover.settings.close_after;
-                let asking = Asking { epoch: Some(life.epoch), device, reason: Reason::Migrate, close_after };
-                let asked = self.mover.ask(&mut connection, &[user], &mut destinations, &asking).await;
-                routes += asked.map_err(|error| unavailable(&error))?.routes;
+                let asking = Asking { epoch: Some(life.epoch), device, reason: Reason::Migrate, close_after, sending };
+                let told = self.mover.ask(&mut connection, &[user], destinations, &asking).await;
+                let told = told.map_err(|error| unavailable(&error))?;
+                (routes, asked) = (routes + told.routes, asked + told.users);
             }
             destinations.plan().into_iter().for_each(|(gateway, users)| *plan.entry(gateway).or_default() += users);
         }
-        if routes == 0 {
-            return Ok(Migrated::NotOnline);
+        match (asked, routes) {
+            (0, _) => return Ok(Migrated::NotOnline), // they have gone
+            (_, 0) => return Err(Error::unavailable("no gateway of the user took what its client was to be told")),
+            _ => {}
         }
         Ok(Migrated::Asked { routes, from: from.iter().map(|life| life.gateway.clone()).collect(), to: plan })
     }
@@ -223,7 +235,7 @@ impl Drains {
     fn targets(&self, to: &[GatewayAddr]) -> Result<Vec<Target>, Error> {
         to.iter()
             .map(|gateway| match self.life(gateway, "to")? {
-                Some(life) if !life.draining => Ok(Target { gateway: gateway.clone(), quota: 0 }),
+                Some(life) if !life.draining => Ok(Target { gateway: gateway.clone(), quota: 0, sent: 0 }),
                 Some(_) => Err(Error::Invalid { field: "to", reason: format!("{gateway} is drained itself") }),
                 None => Err(Error::Invalid { field: "to", reason: format!("there is no gateway {gateway}") }),
             })
@@ -250,28 +262,33 @@ impl Drains {
     }
 
     /// Where all of them would go, and what speaks against that.
-    fn plan(&self, life: &Life, drain: &Drain) -> (Destinations, Option<String>) {
+    async fn plan(&self, life: &Life, drain: &Drain) -> Result<(Destinations, Option<String>), Error> {
         let mut destinations = self.mover.destinations(life, &drain.terms.to);
-        let room = destinations.room();
-        let (mut left, together) = (drain.users, (drain.users / PLANNED_APART).max(1));
-        for user in (1..).map_while(|n| UserId::parse(n).ok()) {
-            if left == 0 || destinations.is_empty() {
-                break;
+        let (room, users, rate) = (destinations.room(), drain.users, rate_of(drain, &destinations));
+        let drawing = move || {
+            let (mut planned, together) = (0, users.div_ceil(PLANNED_APART).max(1));
+            for user in (1..).map_while(|n| UserId::parse(n).ok()) {
+                if planned == users || destinations.is_empty() {
+                    break;
+                }
+                let (next, at) = (together.min(users - planned), planned as f64 / f64::from(rate));
+                destinations.choose_at(user, Sending::First(next), Duration::from_secs_f64(at));
+                planned += next;
             }
-            let users = left.min(together);
-            destinations.choose_for(user, users);
-            left -= users;
-        }
+            destinations
+        };
+        // Other calls are served meanwhile, though there are many gateways.
+        let drawn = tokio::task::spawn_blocking(drawing).await;
+        let destinations = drawn.map_err(|_| Error::internal("a plan of where users go was not finished"))?;
         let against = match (drain.users.saturating_sub(room), destinations.is_empty()) {
             (_, true) => Some("capacity: there is no other gateway that takes users".to_owned()),
             (0, false) => None,
             (over, false) => Some(format!("capacity: the others have room for {room} users, {over} too few")),
         };
-        (destinations, against)
+        Ok((destinations, against))
     }
 
-    fn takes(&self, drain: &Drain, destinations: &Destinations) -> Duration {
-        let rate = drain.terms.rate.min(destinations.log_in_rate().unwrap_or(u32::MAX)).max(1);
+    fn takes(&self, drain: &Drain, rate: u32) -> Duration {
         let wait = drain.terms.starts_at.since(drain.began);
         wait + Duration::from_secs_f64(drain.users as f64 / f64::from(rate)) + self.mover.settings.close_after
     }
@@ -286,6 +303,17 @@ impl Drains {
         };
         connecting.await.map_err(|error| unavailable(&error))
     }
+}
+
+/// Users per second: no more than come back elsewhere.
+fn rate_of(drain: &Drain, destinations: &Destinations) -> u32 {
+    drain.terms.rate.min(destinations.log_in_rate().unwrap_or(u32::MAX)).max(1)
+}
+
+/// Why another order for the same gateway has to wait.
+pub(super) fn busy(other: &Drain) -> String {
+    let Drain { id, gateway, .. } = other;
+    format!("busy: a part of the users of {gateway} is being moved (drain {id}): wait for its end, or cancel it")
 }
 
 /// One that has not begun.

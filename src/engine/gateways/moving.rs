@@ -14,6 +14,7 @@ use crate::domain::policy::Reason;
 use crate::domain::route::Route;
 use crate::engine::gateways::destinations::Destinations;
 use crate::engine::gateways::destinations::Rooms;
+use crate::engine::gateways::destinations::Sending;
 use crate::engine::messages::kicks::Kicks;
 use crate::engine::messages::outlets::Outlets;
 use crate::engine::read::lives::Lives;
@@ -22,6 +23,7 @@ use crate::metrics::Metrics;
 use crate::store::codec::KickedRoute;
 use crate::store::codec::reason_to_i32;
 use crate::store::connection::Connection;
+use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 
@@ -63,24 +65,33 @@ pub struct Asking<'a> {
     /// Only this device. None: all.
     pub device: Option<&'a DeviceId>,
     pub reason: Reason,
-    /// Zero: at once.
+    /// From when they may log in elsewhere. Zero: then at once.
     pub close_after: Duration,
+    pub sending: Sending,
 }
 
 /// What came of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Asked {
-    /// Who had a route, and how many routes that was.
+    /// Who had a route.
     pub users: u64,
+    /// Routes of which somebody took what was to be told.
     pub routes: u64,
-    /// Users of whom nobody took what was to be told.
+    /// Users of whom nobody did.
     pub unheard: u64,
+    /// By then all of them may have logged in elsewhere.
+    pub after: Duration,
 }
 
 impl Mover {
     /// Where users of this gateway may go now.
     pub fn destinations(&self, from: &Life, to: &[Target]) -> Destinations {
         Destinations::of(&self.lives, &self.rooms, from, to)
+    }
+
+    /// A connection for transactions that lock rows of lives: its session ends soon if this node stands still.
+    pub async fn connect_to_lock(&self) -> Result<Connection, SqlError> {
+        self.database.connect(Purpose::Lane).await
     }
 
     /// Whether anybody hears what is said to this gateway.
@@ -101,13 +112,14 @@ impl Mover {
         let is_meant = |route: &&Route| {
             asking.epoch.is_none_or(|epoch| epoch == route.epoch) && asking.device.is_none_or(|device| *device == route.device)
         };
-        let (mut kicks, mut owners) = (Vec::new(), Vec::new());
+        let (mut kicks, mut owners, mut asked) = (Vec::new(), Vec::new(), Asked::default());
         for user in users {
             let routes: Vec<&Route> = records.get(user).into_iter().flat_map(|record| &record.routes).filter(is_meant).collect();
             if routes.is_empty() {
                 continue; // they have gone
             }
-            let place = destinations.choose(*user);
+            let place = destinations.choose(*user, asking.sending);
+            asked.after = asked.after.max(place.after);
             for route in routes {
                 kicks.push(KickedRoute {
                     user_id: user.get(),
@@ -117,13 +129,13 @@ impl Mover {
                     reason: reason_to_i32(asking.reason),
                     reconnect_to: place.to.clone(),
                     reconnect_after_ms: millis(place.after),
-                    close_after_ms: millis(asking.close_after),
+                    close_after_ms: millis(place.after + asking.close_after),
                 });
                 owners.push(*user);
             }
         }
         let heard = self.kicks.ask(&kicks, Instant::now() + READ_LIMIT).await;
-        let mut asked = Asked { routes: kicks.len() as u64, ..Asked::default() };
+        asked.routes = heard.iter().filter(|heard| **heard).count() as u64;
         let fates: Vec<(UserId, bool)> = owners.into_iter().zip(heard).collect();
         for of_user in fates.chunk_by(|one, next| one.0 == next.0) {
             asked.users += 1;

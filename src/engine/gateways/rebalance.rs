@@ -16,11 +16,13 @@ use crate::domain::rebalancing::Load;
 use crate::domain::rebalancing::Move;
 use crate::domain::rebalancing::plan;
 use crate::engine::gateways::drains::Drains;
+use crate::engine::gateways::drains::busy;
 use crate::engine::gateways::drains::new_drain;
 use crate::engine::gateways::drains::unavailable;
 use crate::error::Error;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
+use crate::store::drains::Placed;
 
 /// Users that one statement reads.
 const PAGE: i64 = 4_096;
@@ -39,46 +41,55 @@ pub struct RebalanceOrder {
     pub reason: String,
 }
 
-/// Users who move, from where to where.
-pub type Moves = Vec<(GatewayAddr, GatewayAddr, u64)>;
+/// What came of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Levelled {
+    /// Users who move, from where to where.
+    pub moves: Vec<(GatewayAddr, GatewayAddr, u64)>,
+    pub drains: Vec<Drain>,
+    /// What speaks against it. Then nothing was ordered; or, if somebody else ordered something meanwhile, less than planned.
+    pub against: Option<String>,
+}
 
 impl Drains {
     /// Says who moves, and orders it unless that is all that is wanted.
-    pub async fn rebalance(&self, order: &RebalanceOrder, dry_run: bool) -> Result<(Moves, Vec<Drain>), Error> {
+    pub async fn rebalance(&self, order: &RebalanceOrder, dry_run: bool) -> Result<Levelled, Error> {
         let mut connection = self.connect().await?;
         self.level(&mut connection, order, dry_run).await.map_err(|error| unavailable(&error))
     }
 
-    async fn level(
-        &self,
-        connection: &mut Connection,
-        order: &RebalanceOrder,
-        dry_run: bool,
-    ) -> Result<(Moves, Vec<Drain>), SqlError> {
+    async fn level(&self, connection: &mut Connection, order: &RebalanceOrder, dry_run: bool) -> Result<Levelled, SqlError> {
         let mut regions: BTreeMap<String, Vec<Arc<Life>>> = BTreeMap::new();
         for life in self.levelled(order) {
             regions.entry(life.profile.region.clone()).or_default().push(life);
         }
-        let (mut moves, mut drains) = (Vec::new(), Vec::new());
+        let is_levelled = |drain: &&Drain| regions.values().flatten().any(|life| life.epoch == drain.epoch);
+        let against = connection.active_drains().await?.iter().find(is_levelled).map(busy);
+        let only_plan = dry_run || against.is_some();
+        let mut levelled = Levelled { against, ..Levelled::default() };
         for lives in regions.values() {
             let epochs: Vec<Epoch> = lives.iter().map(|life| life.epoch).collect();
-            let routes = connection.count_routes(&epochs).await?;
+            let users = connection.count_users_of(&epochs).await?;
             let load = |life: &Arc<Life>| Load {
-                users: routes.get(&life.epoch).copied().unwrap_or(0),
+                users: users.get(&life.epoch).copied().unwrap_or(0),
                 weight: f64::from(life.profile.weight) * self.mover.rooms.capacity_of(life),
             };
             let loads: Vec<Load> = lives.iter().map(load).collect();
             let steps = plan(&loads, order.tolerance);
             for (from, life) in lives.iter().enumerate() {
                 let own: Vec<&Move> = steps.iter().filter(|step| step.from == from).collect();
-                moves.extend(own.iter().map(|step| (life.gateway.clone(), lives[step.to].gateway.clone(), step.users)));
-                if !own.is_empty() && !dry_run {
-                    let to = own.iter().map(|step| Target { gateway: lives[step.to].gateway.clone(), quota: step.users });
-                    drains.extend(self.give(connection, order, life, to.collect()).await?);
+                levelled.moves.extend(own.iter().map(|step| (life.gateway.clone(), lives[step.to].gateway.clone(), step.users)));
+                if !own.is_empty() && !only_plan {
+                    let to = |step: &&Move| Target { gateway: lives[step.to].gateway.clone(), quota: step.users, sent: 0 };
+                    match self.give(connection, order, life, own.iter().map(to).collect()).await? {
+                        Placed::Active(drain) => levelled.drains.push(drain),
+                        Placed::Busy(other) => levelled.against = Some(busy(&other)),
+                        Placed::Over => {} // its users log in where there is room
+                    }
                 }
             }
         }
-        Ok((moves, drains))
+        Ok(levelled)
     }
 
     /// The gateways in question, always in the same order.
@@ -105,7 +116,7 @@ impl Drains {
         order: &RebalanceOrder,
         life: &Life,
         to: Vec<Target>,
-    ) -> Result<Option<Drain>, SqlError> {
+    ) -> Result<Placed, SqlError> {
         let (now, settings) = (self.mover.lives.clock.now(), &self.mover.settings);
         let users = to.iter().map(|target| target.quota).sum();
         let terms = DrainTerms {
@@ -121,7 +132,7 @@ impl Drains {
         let mut drain = new_drain(life, terms, now);
         drain.terms.share = share_of(connection, &drain, users).await?;
         (drain.users, drain.left) = (users, users);
-        connection.order_drain(&drain).await
+        self.mover.connect_to_lock().await?.order_drain(&drain).await
     }
 }
 
