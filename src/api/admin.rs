@@ -12,6 +12,7 @@ use crate::api::access;
 use crate::api::convert;
 use crate::api::lists::Lists;
 use crate::api::moves::Moves;
+use crate::api::orders::carry_out;
 use crate::api::status::status;
 use crate::domain::event::Outcome;
 use crate::domain::gateway::Life;
@@ -85,8 +86,8 @@ impl AdminService for Admin {
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
         let args = format!("epochs {:?}, held {}", request.epochs, request.held);
-        let purged = self.purge(request).await;
-        self.note(Entry { action: "PurgeGateways".to_owned(), args, ..actor }, &purged);
+        let entry = Entry { action: "PurgeGateways".to_owned(), args, ..actor };
+        let purged = carry_out(&self.audit, entry, purge(self.gateways.clone(), request)).await;
         purged.map(Response::new).map_err(|error| status(&error))
     }
 
@@ -95,10 +96,11 @@ impl AdminService for Admin {
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let reason = format!("operator: {}", request.reason);
         let length = Duration::from_millis(request.for_ms.into());
-        let held = self.gateways.hold(length, reason).await;
         let args = format!("for {} ms", request.for_ms);
-        self.note(Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor }, &held);
-        held.map_err(|error| status(&error))?;
+        let entry = Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor };
+        let gateways = self.gateways.clone();
+        let held = carry_out(&self.audit, entry, async move { gateways.hold(length, reason).await });
+        held.await.map_err(|error| status(&error))?;
         Ok(Response::new(pb::HoldGatewaysResp { result: convert::result(pb::Code::Ok, "") }))
     }
 
@@ -109,14 +111,16 @@ impl AdminService for Admin {
             return Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }));
         }
         access::check_operator(request.extensions())?;
-        let forgotten = match self.lanes.submit(user, Change::Forget).await {
-            Ok(Outcome::Forgotten { rows, .. }) => Ok(rows),
-            Ok(_) => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
-            Err(error) => Err(error),
-        };
-        let target = format!("user {user}");
-        self.note(Entry { action: "ForgetUser".to_owned(), target, ..access::actor(request.extensions()) }, &forgotten);
-        let rows = forgotten.map_err(|error| status(&error))?;
+        let actor = access::actor(request.extensions());
+        let entry = Entry { action: "ForgetUser".to_owned(), target: format!("user {user}"), ..actor };
+        let lanes = self.lanes.clone();
+        let forgotten = carry_out(&self.audit, entry, async move {
+            match lanes.submit(user, Change::Forget).await? {
+                Outcome::Forgotten { rows, .. } => Ok(rows),
+                _ => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
+            }
+        });
+        let rows = forgotten.await.map_err(|error| status(&error))?;
         Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
     }
 
@@ -173,27 +177,6 @@ impl AdminService for Admin {
 }
 
 impl Admin {
-    async fn purge(&self, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
-        let epochs = request.epochs.into_iter().map(Epoch).collect();
-        let mut lives = self.gateways.purge(epochs).await?;
-        let mut result = convert::result(pb::Code::Ok, "");
-        if request.held {
-            match self.gateways.confirm_hold().await? {
-                Some(ended) => lives += ended,
-                None => result = convert::result(pb::Code::NotFound, "no hold is on"),
-            }
-        }
-        Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
-    }
-
-    /// Takes down what an operator did, and whether it could be done.
-    pub(super) fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
-        self.audit.note(match done {
-            Ok(_) => Entry { outcome: "ok", ..entry },
-            Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
-        });
-    }
-
     pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
@@ -217,6 +200,19 @@ impl Admin {
             digest: self.digests.report(life.epoch),
         }
     }
+}
+
+async fn purge(gateways: Arc<Registry>, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
+    let epochs = request.epochs.into_iter().map(Epoch).collect();
+    let mut lives = gateways.purge(epochs).await?;
+    let mut result = convert::result(pb::Code::Ok, "");
+    if request.held {
+        match gateways.confirm_hold().await? {
+            Some(ended) => lives += ended,
+            None => result = convert::result(pb::Code::NotFound, "no hold is on"),
+        }
+    }
+    Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
 }
 
 /// Where the page before ended.

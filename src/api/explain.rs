@@ -44,7 +44,7 @@ impl Admin {
             shown: convert::status_to_pb(it.shown).into(),
             status_text: record.text().to_owned(),
             status_until_ms: record.wish_until().map_or(0, |until| until.0),
-            banned_until_ms: Some(record.banned_until()).filter(|until| *until > look.now).map_or(0, |until| until.0),
+            banned_until_ms: record.banned_for(look.now, look.slack).map_or(0, |_| record.banned_until().0),
             last_seen_ms: it.last_seen.0,
             shown_version: it.shown_version.0,
             routes: it.routes.into_iter().map(|view| self.route(user, view, &look)).collect(),

@@ -19,6 +19,7 @@ pub mod listen;
 pub mod lists;
 pub mod moves;
 pub mod node;
+mod orders;
 pub mod presence;
 pub mod queries;
 pub mod room;

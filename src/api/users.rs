@@ -10,6 +10,7 @@ use crate::api::access;
 use crate::api::admin::Admin;
 use crate::api::binder::reason_label;
 use crate::api::convert;
+use crate::api::orders::carry_out;
 use crate::api::status::status;
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
@@ -22,6 +23,7 @@ use crate::domain::policy::Reason;
 use crate::domain::route::Route;
 use crate::domain::time::Timestamp;
 use crate::engine::write::change::Change;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::ByReason;
 use crate::pb;
@@ -81,32 +83,36 @@ impl Admin {
         force: ForceOffline,
         entry: Entry,
     ) -> Result<Option<Forced>, Status> {
-        let (dry_run, is_ban) = (force.dry_run, matches!(force.ban, Ban::For(_)));
-        if !dry_run {
-            access::check_operator(extensions)?;
+        if force.dry_run {
+            return force_offline(&self.lanes, user, force).await.map_err(|error| status(&error));
         }
-        let forced = match self.lanes.submit(user, Change::ForceOffline(force)).await {
-            Ok(Outcome::ForcedOffline { kicked, version, banned_until }) => Ok(Some(Forced { kicked, version, banned_until })),
-            Ok(Outcome::NoDevice) => Ok(None),
-            Ok(_) => Err(another_outcome()),
-            Err(error) => Err(error),
-        };
-        if !dry_run {
-            let actor = access::actor(extensions);
-            let Entry { who, role, from_addr, .. } = actor;
-            self.note(Entry { who, role, from_addr, target: format!("user {user}"), ..entry }, &forced);
-            let kicked = forced.iter().flatten().flat_map(|forced| &forced.kicked);
-            for (_, reason) in kicked {
-                self.metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
+        access::check_operator(extensions)?;
+        let Entry { who, role, from_addr, .. } = access::actor(extensions);
+        let entry = Entry { who, role, from_addr, target: format!("user {user}"), ..entry };
+        let (lanes, metrics, is_ban) = (self.lanes.clone(), self.metrics.clone(), matches!(force.ban, Ban::For(_)));
+        let forced = carry_out(&self.audit, entry, async move {
+            let forced = force_offline(&lanes, user, force).await?;
+            for (_, reason) in forced.iter().flat_map(|forced| &forced.kicked) {
+                metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
             }
-            self.metrics.presence.bans.inc_by(u64::from(is_ban && forced.is_ok()));
-        }
-        forced.map_err(|error| status(&error))
+            metrics.presence.bans.inc_by(u64::from(is_ban));
+            Ok(forced)
+        });
+        forced.await.map_err(|error| status(&error))
     }
 
     fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> Vec<pb::Route> {
         let lives = self.lives.table();
         kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect()
+    }
+}
+
+/// None: the device that is meant has no live route.
+async fn force_offline(lanes: &Lanes, user: UserId, force: ForceOffline) -> Result<Option<Forced>, Error> {
+    match lanes.submit(user, Change::ForceOffline(force)).await? {
+        Outcome::ForcedOffline { kicked, version, banned_until } => Ok(Some(Forced { kicked, version, banned_until })),
+        Outcome::NoDevice => Ok(None),
+        _ => Err(another_outcome()),
     }
 }
 

@@ -96,7 +96,7 @@ async fn count(connection: &mut Connection, lives: &Lives, claimant: &str) -> Re
 fn add(counts: &mut Counts, routes: &[RouteSketch], lives: &Lives) {
     let (table, over_by) = (lives.glance(), lives.clock.over_by());
     let is_live = |route: &&RouteSketch| {
-        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_none_or(|life| life.is_alive())
+        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_some_and(|life| life.is_alive())
     };
     let mut one = |kind: Kind, name: &str| match counts.get_mut(&(kind, name.to_owned())) {
         Some(users) => *users += 1,
