@@ -3,13 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
 
 use crate::api::access;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
 use crate::api::lists::Lists;
 use crate::api::moves::Moves;
 use crate::api::orders::carry_out;
@@ -40,8 +41,6 @@ const MAX_REASON_BYTES: usize = 200;
 const MAX_EPOCHS: usize = 10_000;
 /// Lives in one answer.
 const MAX_PAGE: usize = 20_000;
-/// What an answer says beside the lives.
-const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Registry>,
@@ -67,7 +66,7 @@ impl AdminService for Admin {
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
         let mut lives: Vec<_> = listing.lives.into_iter().map(|(life, routes)| self.life(&life, routes, held, now)).collect();
-        let is_whole = fit(&mut lives) && lives.len() < limit;
+        let is_whole = fit(&mut lives, ROOM) == 0 && lives.len() < limit;
         let last = lives.last().filter(|_| !is_whole);
         Ok(Response::new(pb::ListGatewaysResp {
             next_page_token: last.map_or_else(String::new, |last| format!("{}@{}", last.epoch, last.gateway_addr)),
@@ -224,21 +223,6 @@ fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
     let (gateway, epoch) = place
         .ok_or_else(|| Error::Invalid { field: "page_token", reason: "must be the next_page_token of an answer".to_owned() })?;
     Ok(Some((gateway, Epoch(epoch))))
-}
-
-/// Leaves out what an answer has no room for. True: that was nothing.
-fn fit(lives: &mut Vec<pb::Life>) -> bool {
-    let mut left = convert::MAX_ANSWER_BYTES - BESIDE_BYTES;
-    let fits = |life: &&pb::Life| match left.checked_sub(1 + 3 + life.encoded_len()) {
-        Some(less) => {
-            left = less;
-            true
-        }
-        None => false,
-    };
-    let (all, fitting) = (lives.len(), lives.iter().take_while(fits).count());
-    lives.truncate(fitting);
-    fitting == all
 }
 
 /// Negative: so long ago.

@@ -10,6 +10,8 @@ use crate::api::access;
 use crate::api::admin::Admin;
 use crate::api::binder::reason_label;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
 use crate::api::orders::carry_out;
 use crate::api::status::status;
 use crate::domain::event::Ban;
@@ -51,7 +53,7 @@ impl Admin {
             let result = convert::result(pb::Code::NotFound, "device_id has no live route");
             return Ok(pb::KickDeviceResp { result, ..Default::default() });
         };
-        let (result, kicked) = (convert::result(pb::Code::Ok, ""), self.routes(user, &kicked));
+        let (result, kicked) = self.routes(user, &kicked);
         Ok(pb::KickDeviceResp { result, kicked, version: version.0 })
     }
 
@@ -67,12 +69,8 @@ impl Admin {
         let entry = Entry { action: "ForceOffline".to_owned(), args, reason: request.reason, ..Entry::default() };
         let forced = self.change(&extensions, user, force, entry).await?;
         let Forced { kicked, version, banned_until } = forced.ok_or_else(|| status(&another_outcome()))?;
-        Ok(pb::ForceOfflineResp {
-            result: convert::result(pb::Code::Ok, ""),
-            kicked: self.routes(user, &kicked),
-            version: version.0,
-            banned_until_ms: banned_until.0,
-        })
+        let (result, kicked) = self.routes(user, &kicked);
+        Ok(pb::ForceOfflineResp { result, kicked, version: version.0, banned_until_ms: banned_until.0 })
     }
 
     /// None: the device that is meant has no live route.
@@ -101,9 +99,15 @@ impl Admin {
         forced.await.map_err(|error| status(&error))
     }
 
-    fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> Vec<pb::Route> {
+    /// As many as an answer has room for, and how many more there are.
+    fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> (Option<pb::Result>, Vec<pb::Route>) {
         let lives = self.lives.table();
-        kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect()
+        let mut routes = kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect();
+        let msg = match fit(&mut routes, ROOM) {
+            0 => String::new(),
+            left_out => format!("{left_out} more devices: there is no room to name them"),
+        };
+        (convert::result(pb::Code::Ok, msg), routes)
     }
 }
 
