@@ -4,10 +4,9 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
-
 use crate::api::convert;
 use crate::api::fit::ROOM;
+use crate::api::fit::bytes;
 use crate::api::fit::fit;
 use crate::domain::id::UserId;
 use crate::domain::route::Platform;
@@ -56,7 +55,7 @@ impl Lists {
         let page = self.online.list(&filter, after, limit).await?;
         let mut users: Vec<pb::OnlineUser> = page.users.iter().map(|(user, answer)| online_user(*user, answer)).collect();
         // Who alone has more routes than there is room for is listed without them.
-        if let Some(first) = users.first_mut().filter(|first| first.encoded_len() > ROOM / 2) {
+        if let Some(first) = users.first_mut().filter(|first| bytes(*first) > ROOM) {
             first.routes.clear();
         }
         let last = if fit(&mut users, ROOM) == 0 { page.last } else { users.last().map(|user| user.user_id) };
