@@ -3,8 +3,14 @@
 ALTER TABLE users ADD COLUMN banned_until_ms BIGINT NOT NULL DEFAULT 0;
 -- Of (user_id, device_id, conn_id); 0: a node of the last release has written the row.
 ALTER TABLE routes ADD COLUMN digest BIGINT NOT NULL DEFAULT 0;
--- One statement: nodes of the last release name the index. SQLite, with one node and few gateways, does without.
-/*! ALTER TABLE routes DROP INDEX routes_by_life, ADD INDEX routes_by_life (epoch, user_id, digest) */;
+-- One statement, for nodes of the last release name the index; none if it is there already, for it takes minutes on a large
+-- table. SQLite, with one node and few gateways, does without.
+/*! SET @wider = IF(EXISTS(SELECT 1 FROM information_schema.statistics WHERE table_schema = DATABASE() AND table_name = 'routes'
+    AND index_name = 'routes_by_life' AND column_name = 'digest'), 'DO 0',
+    'ALTER TABLE routes DROP INDEX routes_by_life, ADD INDEX routes_by_life (epoch, user_id, digest)') */;
+/*! PREPARE wider FROM @wider */;
+/*! EXECUTE wider */;
+/*! DEALLOCATE PREPARE wider */;
 ALTER TABLE lives ADD COLUMN weight INT NOT NULL DEFAULT 100;
 ALTER TABLE lives ADD COLUMN public_addr VARCHAR(255) NOT NULL DEFAULT '';
 ALTER TABLE lives ADD COLUMN login_rate BIGINT NOT NULL DEFAULT 0;

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
@@ -12,6 +11,8 @@ use crate::api::access;
 use crate::api::audited::audited;
 use crate::api::audited::never;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
 use crate::api::lists::Lists;
 use crate::api::moves::Moves;
 use crate::api::status::status;
@@ -41,8 +42,6 @@ const MAX_REASON_BYTES: usize = 200;
 const MAX_EPOCHS: usize = 10_000;
 /// Lives in one answer.
 const MAX_PAGE: usize = 20_000;
-/// What an answer says beside the lives.
-const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Registry>,
@@ -68,7 +67,7 @@ impl AdminService for Admin {
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
         let mut lives: Vec<_> = listing.lives.into_iter().map(|(life, routes)| self.life(&life, routes, held, now)).collect();
-        let is_whole = fit(&mut lives) && lives.len() < limit;
+        let is_whole = fit(&mut lives, ROOM) == 0 && lives.len() < limit;
         let last = lives.last().filter(|_| !is_whole);
         Ok(Response::new(pb::ListGatewaysResp {
             next_page_token: last.map_or_else(String::new, |last| format!("{}@{}", last.epoch, last.gateway_addr)),
@@ -80,27 +79,26 @@ impl AdminService for Admin {
     }
 
     async fn purge_gateways(&self, request: Request<pb::PurgeGatewaysReq>) -> Result<Response<pb::PurgeGatewaysResp>, Status> {
-        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
+        let (_, extensions, request) = request.into_parts();
         convert::at_most("epochs", request.epochs.len(), MAX_EPOCHS, "epochs").map_err(|error| status(&error))?;
         if request.epochs.is_empty() && !request.held {
             let reason = "must be given, unless held is set".to_owned();
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
         let args = format!("epochs {:?}, held {}", request.epochs, request.held);
-        let purged = self.purge(request).await;
-        self.note(Entry { action: "PurgeGateways".to_owned(), args, ..actor }, &purged);
-        purged.map(Response::new).map_err(|error| status(&error))
+        let entry = Entry { action: "PurgeGateways".to_owned(), args, ..Entry::default() };
+        audited(&self.audit, &extensions, entry, never, purge(self.gateways.clone(), request)).await.map(Response::new)
     }
 
     async fn hold_gateways(&self, request: Request<pb::HoldGatewaysReq>) -> Result<Response<pb::HoldGatewaysResp>, Status> {
-        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
+        let (_, extensions, request) = request.into_parts();
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let reason = format!("operator: {}", request.reason);
         let length = Duration::from_millis(request.for_ms.into());
-        let held = self.gateways.hold(length, reason).await;
         let args = format!("for {} ms", request.for_ms);
-        self.note(Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor }, &held);
-        held.map_err(|error| status(&error))?;
+        let entry = Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..Entry::default() };
+        let gateways = self.gateways.clone();
+        audited(&self.audit, &extensions, entry, never, async move { gateways.hold(length, reason).await }).await?;
         Ok(Response::new(pb::HoldGatewaysResp { result: convert::result(pb::Code::Ok, "") }))
     }
 
@@ -176,27 +174,6 @@ impl AdminService for Admin {
 }
 
 impl Admin {
-    async fn purge(&self, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
-        let epochs = request.epochs.into_iter().map(Epoch).collect();
-        let mut lives = self.gateways.purge(epochs).await?;
-        let mut result = convert::result(pb::Code::Ok, "");
-        if request.held {
-            match self.gateways.confirm_hold().await? {
-                Some(ended) => lives += ended,
-                None => result = convert::result(pb::Code::NotFound, "no hold is on"),
-            }
-        }
-        Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
-    }
-
-    /// Takes down what an operator did, and whether it could be done.
-    fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
-        self.audit.note(match done {
-            Ok(_) => Entry { outcome: "ok", ..entry },
-            Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
-        });
-    }
-
     pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
@@ -222,6 +199,19 @@ impl Admin {
     }
 }
 
+async fn purge(gateways: Arc<Registry>, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
+    let epochs = request.epochs.into_iter().map(Epoch).collect();
+    let mut lives = gateways.purge(epochs).await?;
+    let mut result = convert::result(pb::Code::Ok, "");
+    if request.held {
+        match gateways.confirm_hold().await? {
+            Some(ended) => lives += ended,
+            None => result = convert::result(pb::Code::NotFound, "no hold is on"),
+        }
+    }
+    Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
+}
+
 /// Where the page before ended.
 fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
     if token.is_empty() {
@@ -231,21 +221,6 @@ fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
     let (gateway, epoch) = place
         .ok_or_else(|| Error::Invalid { field: "page_token", reason: "must be the next_page_token of an answer".to_owned() })?;
     Ok(Some((gateway, Epoch(epoch))))
-}
-
-/// Leaves out what an answer has no room for. True: that was nothing.
-fn fit(lives: &mut Vec<pb::Life>) -> bool {
-    let mut left = convert::MAX_ANSWER_BYTES - BESIDE_BYTES;
-    let fits = |life: &&pb::Life| match left.checked_sub(1 + 3 + life.encoded_len()) {
-        Some(less) => {
-            left = less;
-            true
-        }
-        None => false,
-    };
-    let (all, fitting) = (lives.len(), lives.iter().take_while(fits).count());
-    lives.truncate(fitting);
-    fitting == all
 }
 
 /// Negative: so long ago.

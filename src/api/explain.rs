@@ -2,8 +2,12 @@
 
 use std::time::Duration;
 
+use prost::Message;
+
 use crate::api::admin::Admin;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
 use crate::api::statuses;
 use crate::domain::explanation::Inspected;
 use crate::domain::explanation::Look;
@@ -31,6 +35,7 @@ impl Admin {
                 None => answer.silent_nodes.push(node_id),
             }
         }
+        shorten(&mut answer);
         Ok(answer)
     }
 
@@ -44,7 +49,7 @@ impl Admin {
             shown: convert::status_to_pb(it.shown).into(),
             status_text: record.text().to_owned(),
             status_until_ms: record.wish_until().map_or(0, |until| until.0),
-            banned_until_ms: Some(record.banned_until()).filter(|until| *until > look.now).map_or(0, |until| until.0),
+            banned_until_ms: record.banned_for(look.now, look.slack).map_or(0, |_| record.banned_until().0),
             last_seen_ms: it.last_seen.0,
             shown_version: it.shown_version.0,
             routes: it.routes.into_iter().map(|view| self.route(user, view, &look)).collect(),
@@ -87,6 +92,19 @@ fn tell_of(answer: &mut pb::ExplainRouteResp, node_id: &str, inspected: &Inspect
         let and = if view.why.is_empty() { "" } else { "; " };
         view.why = format!("{}{and}node {node_id} takes its gateway's life for over", view.why);
     }
+}
+
+/// Leaves out labels, then routes, for which there is no room, and says so.
+fn shorten(answer: &mut pb::ExplainRouteResp) {
+    if answer.encoded_len() <= ROOM {
+        return;
+    }
+    let mut routes = std::mem::take(&mut answer.routes);
+    routes.iter_mut().filter_map(|view| view.life.as_mut()).for_each(|life| life.labels.clear());
+    let left_out = fit(&mut routes, ROOM.saturating_sub(answer.encoded_len()));
+    answer.routes = routes;
+    let msg = format!("there is no room for the labels of gateways, nor for {left_out} more routes");
+    answer.result = convert::result(pb::Code::Ok, msg);
 }
 
 fn tier(view: &TierView, node_id: &str) -> pb::TierView {
@@ -132,5 +150,35 @@ pub fn inspected_by(answer: &pb::InspectResp) -> Inspected {
         lives_age: Duration::from_millis(answer.lives_age_ms.into()),
         watchers: answer.watchers,
         ended: answer.ended.iter().map(|epoch| Epoch(*epoch)).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn explained(routes: usize, label: &str) -> pb::ExplainRouteResp {
+        let labels = [("rack".to_owned(), label.to_owned())].into();
+        let life = Some(pb::Life { gateway_addr: "gw-1:7000".to_owned(), labels, ..Default::default() });
+        let route = Some(pb::Route { device_id: "d".repeat(200), ..Default::default() });
+        let view = pb::RouteView { route, life, ..Default::default() };
+        pb::ExplainRouteResp { result: convert::result(pb::Code::Ok, ""), routes: vec![view; routes], ..Default::default() }
+    }
+
+    #[test]
+    fn an_explanation_is_no_larger_than_clients_take_and_says_what_it_leaves_out() {
+        let label = "x".repeat(convert::MAX_LABEL_BYTES);
+        for (routes, label, has_labels, left) in
+            [(10, &*label, true, 10), (10_000, &label, false, 10_000), (40_000, "", false, 15_000)]
+        {
+            let mut answer = explained(routes, label);
+            shorten(&mut answer);
+            let labels = answer.routes.iter().flat_map(|view| &view.life).flat_map(|life| &life.labels).count();
+            let msg = answer.result.as_ref().map_or("", |result| &result.msg);
+            assert!(answer.encoded_len() <= convert::MAX_ANSWER_BYTES && answer.routes.len() >= left, "{}", answer.routes.len());
+            assert_eq!((labels > 0, msg.is_empty()), (has_labels, has_labels), "{msg}");
+            let left_out = format!("nor for {} more routes", routes - answer.routes.len());
+            assert!(has_labels || msg.ends_with(&left_out), "{msg}");
+        }
     }
 }

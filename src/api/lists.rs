@@ -4,9 +4,10 @@ use std::cmp::Reverse;
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
-
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::bytes;
+use crate::api::fit::fit;
 use crate::domain::id::UserId;
 use crate::domain::route::Platform;
 use crate::domain::status::Status;
@@ -34,10 +35,6 @@ const MAX_PAGE: usize = 1_000;
 /// Items of a top list, in the same way.
 const TOP: usize = 20;
 const MAX_TOP: usize = 100;
-/// What an answer says beside its items.
-const BESIDE_BYTES: usize = 1_024;
-/// Key and length of an item.
-const HEAD_BYTES: usize = 1 + 5;
 
 pub struct Lists {
     pub online: Arc<Online>,
@@ -57,8 +54,11 @@ impl Lists {
         let limit = if request.page_size == 0 { PAGE } else { request.page_size as usize };
         let page = self.online.list(&filter, after, limit).await?;
         let mut users: Vec<pb::OnlineUser> = page.users.iter().map(|(user, answer)| online_user(*user, answer)).collect();
-        let is_whole = fit(&mut users);
-        let last = if is_whole { page.last } else { users.last().map(|user| user.user_id) };
+        // Who alone has more routes than there is room for is listed without them.
+        if let Some(first) = users.first_mut().filter(|first| bytes(*first) > ROOM) {
+            first.routes.clear();
+        }
+        let last = if fit(&mut users, ROOM) == 0 { page.last } else { users.last().map(|user| user.user_id) };
         let next_page_token = last.map(|last| last.to_string()).unwrap_or_default();
         Ok(pb::ListOnlineResp { result: convert::result(pb::Code::Ok, ""), users, next_page_token })
     }
@@ -190,36 +190,15 @@ fn online_user(user: UserId, answer: &Answer) -> pb::OnlineUser {
     }
 }
 
-/// Leaves out what an answer has no room for. Who alone has more routes than that is listed without them. True: nothing is
-/// left out.
-fn fit(users: &mut Vec<pb::OnlineUser>) -> bool {
-    let room = convert::MAX_ANSWER_BYTES - BESIDE_BYTES;
-    if let Some(first) = users.first_mut().filter(|first| HEAD_BYTES + first.encoded_len() > room) {
-        first.routes.clear();
-    }
-    let (mut used, all) = (0, users.len());
-    let fitting = users.iter().take_while(|user| {
-        used += HEAD_BYTES + user.encoded_len();
-        used <= room
-    });
-    let fitting = fitting.count();
-    users.truncate(fitting);
-    fitting == all
-}
-
 /// The greatest first; as many as there is room for.
 fn counted(tally: &Tally, age: Duration) -> pb::CountOnlineResp {
     let count = |(name, users): (&String, &u64)| pb::Count { name: name.clone(), users: *users };
     let mut counts: Vec<pb::Count> = tally.counts.iter().map(count).collect();
     counts.sort_by_key(|count| Reverse(count.users));
-    let (mut used, all) = (0, counts.len());
-    let fitting = counts.iter().take_while(|count| {
-        used += HEAD_BYTES + count.encoded_len();
-        used <= convert::MAX_ANSWER_BYTES - BESIDE_BYTES
-    });
-    let fitting = fitting.count();
-    counts.truncate(fitting);
-    let msg = if fitting == all { String::new() } else { format!("the greatest {fitting} of {all}") };
+    let msg = match fit(&mut counts, ROOM) {
+        0 => String::new(),
+        left_out => format!("the greatest {} of {}", counts.len(), counts.len() + left_out),
+    };
     let result = convert::result(pb::Code::Ok, msg);
     pb::CountOnlineResp { result, counts, users: tally.users, age_ms: convert::millis(age) }
 }

@@ -14,6 +14,7 @@ pub mod credential;
 pub mod delivery;
 mod digests;
 pub mod explain;
+mod fit;
 pub mod gateway;
 pub mod http;
 pub mod listen;

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
@@ -246,13 +247,18 @@ impl Caller {
         tokio::join!(self.forward_acks(node.client.clone(), &acks), inspect, self.forward(node, together));
     }
 
-    async fn inspect(&self, mut client: NodeServiceClient<Link>, inspections: Vec<(UserId, oneshot::Sender<Inspected>)>) {
-        for (user, answer) in inspections {
+    async fn inspect(&self, client: NodeServiceClient<Link>, inspections: Vec<(UserId, oneshot::Sender<Inspected>)>) {
+        let ask = |(user, answer): (UserId, oneshot::Sender<Inspected>)| {
+            let mut client = client.clone();
             let request = pb::InspectReq { store_id: self.store_id.clone(), user_id: user.get() };
-            if let Ok(inspected) = client.inspect(signed(request, &self.store_id)).await {
-                let _ = answer.send(explain::inspected_by(&inspected.into_inner())); // whoever gave up needs no answer
+            async move {
+                if let Ok(inspected) = client.inspect(signed(request, &self.store_id)).await {
+                    let _ = answer.send(explain::inspected_by(&inspected.into_inner())); // whoever gave up needs no answer
+                }
             }
-        }
+        };
+        let awaited = inspections.into_iter().filter(|(_, answer)| !answer.is_closed());
+        join_all(awaited.map(ask)).await;
     }
 
     async fn forward_acks(&self, mut client: NodeServiceClient<Link>, acks: &[Ack]) {

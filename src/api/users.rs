@@ -11,6 +11,8 @@ use crate::api::admin::Admin;
 use crate::api::audited::audited;
 use crate::api::binder::reason_label;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
 use crate::api::status::status;
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
@@ -23,6 +25,7 @@ use crate::domain::policy::Reason;
 use crate::domain::route::Route;
 use crate::domain::time::Timestamp;
 use crate::engine::write::change::Change;
+use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::ByReason;
 use crate::pb;
@@ -52,7 +55,7 @@ impl Admin {
             let result = convert::result(pb::Code::NotFound, NO_ROUTE);
             return Ok(pb::KickDeviceResp { result, ..Default::default() });
         };
-        let (result, kicked) = (convert::result(pb::Code::Ok, ""), self.routes(user, &kicked));
+        let (result, kicked) = self.routes(user, &kicked);
         Ok(pb::KickDeviceResp { result, kicked, version: version.0 })
     }
 
@@ -68,12 +71,8 @@ impl Admin {
         let entry = Entry { action: "ForceOffline".to_owned(), args, reason: request.reason, ..Entry::default() };
         let forced = self.change(&extensions, user, force, entry).await?;
         let Forced { kicked, version, banned_until } = forced.ok_or_else(|| status(&another_outcome()))?;
-        Ok(pb::ForceOfflineResp {
-            result: convert::result(pb::Code::Ok, ""),
-            kicked: self.routes(user, &kicked),
-            version: version.0,
-            banned_until_ms: banned_until.0,
-        })
+        let (result, kicked) = self.routes(user, &kicked);
+        Ok(pb::ForceOfflineResp { result, kicked, version: version.0, banned_until_ms: banned_until.0 })
     }
 
     /// None: the device that is meant has no live route.
@@ -84,34 +83,42 @@ impl Admin {
         force: ForceOffline,
         entry: Entry,
     ) -> Result<Option<Forced>, Status> {
-        let (dry_run, is_ban) = (force.dry_run, matches!(force.ban, Ban::For(_)));
-        let (lanes, metrics) = (self.lanes.clone(), self.metrics.clone());
-        let forcing = async move {
-            let forced = match lanes.submit(user, Change::ForceOffline(force)).await? {
-                Outcome::ForcedOffline { kicked, version, banned_until } => Some(Forced { kicked, version, banned_until }),
-                Outcome::NoDevice => None,
-                _ => return Err(another_outcome()),
-            };
-            if !dry_run {
-                for (_, reason) in forced.iter().flat_map(|forced| &forced.kicked) {
-                    metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
-                }
-                metrics.presence.bans.inc_by(u64::from(is_ban));
-            }
-            Ok(forced)
-        };
-        if dry_run {
-            return forcing.await.map_err(|error| status(&error));
+        if force.dry_run {
+            return force_offline(&self.lanes, user, force).await.map_err(|error| status(&error));
         }
         access::check_operator(extensions)?;
         let entry = Entry { target: format!("user {user}"), ..entry };
+        let (lanes, metrics, is_ban) = (self.lanes.clone(), self.metrics.clone(), matches!(force.ban, Ban::For(_)));
+        let forcing = async move {
+            let forced = force_offline(&lanes, user, force).await?;
+            for (_, reason) in forced.iter().flat_map(|forced| &forced.kicked) {
+                metrics.kicks.get_or_create(&ByReason { reason: reason_label(*reason) }).inc();
+            }
+            metrics.presence.bans.inc_by(u64::from(is_ban));
+            Ok(forced)
+        };
         let refusal = |forced: &Option<Forced>| forced.is_none().then(|| NO_ROUTE.to_owned());
         audited(&self.audit, extensions, entry, refusal, forcing).await
     }
 
-    fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> Vec<pb::Route> {
+    /// As many as an answer has room for, and how many more there are.
+    fn routes(&self, user: UserId, kicked: &[(Route, Reason)]) -> (Option<pb::Result>, Vec<pb::Route>) {
         let lives = self.lives.table();
-        kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect()
+        let mut routes = kicked.iter().map(|(route, _)| convert::kicked_route(user, route, &lives)).collect();
+        let msg = match fit(&mut routes, ROOM) {
+            0 => String::new(),
+            left_out => format!("{left_out} more devices: there is no room to name them"),
+        };
+        (convert::result(pb::Code::Ok, msg), routes)
+    }
+}
+
+/// None: the device that is meant has no live route.
+async fn force_offline(lanes: &Lanes, user: UserId, force: ForceOffline) -> Result<Option<Forced>, Error> {
+    match lanes.submit(user, Change::ForceOffline(force)).await? {
+        Outcome::ForcedOffline { kicked, version, banned_until } => Ok(Some(Forced { kicked, version, banned_until })),
+        Outcome::NoDevice => Ok(None),
+        _ => Err(another_outcome()),
     }
 }
 

@@ -16,6 +16,7 @@ use super::moment;
 use super::presence::PLATFORMS;
 use super::presence::platform;
 use super::print;
+use super::print::harmless;
 use super::print::or_dash;
 use super::print::table;
 use crate::client::security::Link;
@@ -114,7 +115,7 @@ pub struct Online {
     #[arg(long, value_enum)]
     status: Option<ShownAs>,
     /// How many at most
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
     limit: u32,
     #[command(flatten)]
     admin: Admin,
@@ -226,9 +227,11 @@ impl Offline {
             lift_ban: self.lift,
         };
         let answer = client.force_offline(request).await?.into_inner();
-        let ban = match answer.banned_until_ms {
-            0 => "no ban is on".to_owned(),
-            until => format!("banned until {}", moment::shown(until)),
+        let ban = match (answer.banned_until_ms, self.how.dry_run) {
+            (0, false) => "no ban is on".to_owned(),
+            (0, true) => "no ban would be on".to_owned(),
+            (until, false) => format!("banned until {}", moment::shown(until)),
+            (until, true) => format!("would be banned until {}", moment::shown(until)),
         };
         let human = || match code(&answer.result) {
             Code::Ok => format!("{}\n{ban}", taken_off(self.user, &answer.kicked, self.how.dry_run)),
@@ -277,7 +280,7 @@ impl Online {
         let mut all = pb::ListOnlineResp::default();
         loop {
             let missing = self.limit.saturating_sub(u32::try_from(all.users.len()).unwrap_or(u32::MAX));
-            request.page_size = missing.clamp(1, MAX_PAGE);
+            request.page_size = missing.min(MAX_PAGE);
             let page = client.list_online(request.clone()).await?.into_inner();
             (all.result, all.next_page_token) = (page.result, page.next_page_token);
             all.users.extend(page.users);
@@ -329,7 +332,7 @@ impl Count {
         let answer = client.count_online(pb::CountOnlineReq { by: by.into() }).await?.into_inner();
         let human = || match code(&answer.result) {
             Code::Ok => {
-                let row = |count: &pb::Count| vec![or_dash(&count.name), count.users.to_string()];
+                let row = |count: &pb::Count| vec![or_dash(&harmless(&count.name)), count.users.to_string()];
                 let rows = table(&["NAME", "USERS"], &answer.counts.iter().map(row).collect::<Vec<_>>());
                 let note = print::refusal(&answer.result);
                 format!("{} online, {} s ago{note}\n{rows}", counted(answer.users, "user"), answer.age_ms / 1_000)
@@ -377,7 +380,7 @@ impl Top {
             let row = |item: &pb::TopItem| {
                 let value =
                     if item.error > 0 { format!("{}..{}", item.value - item.error, item.value) } else { item.value.to_string() };
-                vec![or_dash(&item.name), value, or_dash(&item.detail)]
+                vec![or_dash(&harmless(&item.name)), value, or_dash(&harmless(&item.detail))]
             };
             let rows: Vec<Vec<String>> = answer.items.iter().map(row).collect();
             format!("on node {}{window}\n{}", answer.node_id, table(&[name, value, "DETAIL"], &rows))

@@ -106,6 +106,8 @@ pub struct Situation<'a> {
     /// Why what is shown has changed last, if the log says so.
     pub last: Option<Cause>,
     pub now: Timestamp,
+    /// How much longer than it says a ban may last, because the clock was set forward.
+    pub slack: Duration,
 }
 
 impl Tier {
@@ -267,7 +269,7 @@ impl Situation<'_> {
     }
 
     fn ban(&self) -> Option<Duration> {
-        Some(self.record.banned_until()).filter(|until| *until > self.now).map(|until| until.since(self.now))
+        self.record.banned_for(self.now, self.slack)
     }
 
     /// `phone is on gw-1:7000`

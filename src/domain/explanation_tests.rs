@@ -107,7 +107,8 @@ fn check(told: Told, verdicts: &[Verdict], shown: Status, want: &str) {
     let Told { record, lives, look, source, tiers, last } = told;
     let life = |epoch| lives.iter().find(|life| life.epoch == epoch).cloned().map(Arc::new);
     let routes: Vec<_> = record.routes.iter().map(|route| RouteView::of(route, life(route.epoch), &look)).collect();
-    let situation = Situation { record: &record, source, routes: &routes, tiers: &tiers, last, now: look.now };
+    let Look { now, slack, .. } = look;
+    let situation = Situation { record: &record, source, routes: &routes, tiers: &tiers, last, now, slack };
     assert_eq!(routes.iter().map(|view| view.verdict).collect::<Vec<_>>(), verdicts, "{routes:?}");
     assert_eq!((because(&situation).as_str(), situation.shown()), (want, shown));
 }
@@ -193,6 +194,10 @@ fn a_user_without_routes_is_offline() {
     let record = UserRecord { last_seen: Timestamp(0), ..user(&[]) };
     let lifted = Presence { banned_until: NOW, ..record.presence() };
     check(told(record.with(lifted), Vec::new()), "offline: no device was ever bound");
+    let set_forward = Look { slack: Duration::from_secs(30), ..LOOK };
+    let record = user(&[]);
+    let over = Presence { banned_until: NOW, ..record.presence() };
+    check(told(record.with(over), Vec::new()).by(set_forward), "offline: banned for 30 s more");
     let record = user(&[]);
     let erased = Presence { session: OnlineSession { since: Timestamp(0), is_counted: true }, ..record.presence() };
     check(told(record.with(erased), Vec::new()).after(Cause::Operator), "offline: erased by an operator, and not back since");
@@ -221,8 +226,8 @@ fn a_tier_that_has_another_record_is_named() {
 fn with_lives_that_are_over_what_is_shown_has_a_version_of_its_own() {
     let check = |record: &UserRecord, life: Life, want: u64| {
         let routes = [RouteView::of(&record.routes[0], Some(Arc::new(life)), &LOOK)];
-        let (source, now) = (Some(Tier::Durable), NOW);
-        let situation = Situation { record, source, routes: &routes, tiers: &[], last: None, now };
+        let (source, now, slack) = (Some(Tier::Durable), NOW, Duration::ZERO);
+        let situation = Situation { record, source, routes: &routes, tiers: &[], last: None, now, slack };
         assert_eq!(situation.shown_version(), Version(want));
     };
     let record = user(&[route("phone", 1)]);
@@ -236,8 +241,8 @@ fn who_is_offline_was_last_seen_when_their_gateway_was() {
     let check = |life: Life, want: i64| {
         let record = user(&[route("phone", 1)]);
         let routes = [RouteView::of(&record.routes[0], Some(Arc::new(life)), &LOOK)];
-        let (source, now) = (Some(Tier::Durable), NOW);
-        let situation = Situation { record: &record, source, routes: &routes, tiers: &[], last: None, now };
+        let (source, now, slack) = (Some(Tier::Durable), NOW, Duration::ZERO);
+        let situation = Situation { record: &record, source, routes: &routes, tiers: &[], last: None, now, slack };
         assert_eq!(situation.last_seen(), Timestamp(want));
     };
     check(on_time(1), 940_000);

@@ -11,6 +11,7 @@ use crate::domain::route::Platform;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
 use crate::store::codec;
+use crate::store::column::bind_epochs;
 use crate::store::column::signed;
 use crate::store::column::unsigned;
 use crate::store::column::user_id;
@@ -19,9 +20,13 @@ use crate::store::connection::SqlError;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
+use crate::store::statement::repeated;
 
 /// Lives that one statement walks: none may take long.
 const WALKED_AT_ONCE: usize = 64;
+
+/// Rows that one statement counts.
+pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
 
 /// What of a route, and of its user, has to be known to count it.
 #[derive(Debug)]
@@ -74,6 +79,44 @@ impl Connection {
             counts.insert(*epoch, rows.first().map_or(Ok(0), |row| row.try_get(0).map(unsigned))?);
         }
         Ok(counts)
+    }
+
+    /// Lives that routes name, and that nobody on them is online by: they are over, or unknown.
+    pub async fn named_in_vain(&mut self) -> Result<Vec<Epoch>, SqlError> {
+        const SQL: &str = "SELECT named.epoch FROM (SELECT DISTINCT epoch FROM routes) AS named \
+            LEFT JOIN lives ON lives.epoch = named.epoch WHERE lives.epoch IS NULL OR lives.alive = 0";
+        let rows = self.fetch(statement(SQL)).await?;
+        rows.iter().map(|row| Ok(Epoch(unsigned(row.try_get(0)?)))).collect()
+    }
+
+    /// About as many numbers of users are above it as below.
+    pub async fn middle_user(&mut self) -> Result<i64, SqlError> {
+        let rows = self.fetch(statement("SELECT MIN(user_id), MAX(user_id) FROM routes")).await?;
+        let at = |column: usize| rows.first().map_or(Ok(None), |row| row.try_get::<Option<i64>, _>(column));
+        let (least, greatest) = (at(0)?.unwrap_or(0), at(1)?.unwrap_or(0));
+        Ok(least + (greatest - least) / 2)
+    }
+
+    /// How many of the users after `after` up to `last` have a route that is on none of the lives `over`. Statement by
+    /// statement: all together could take longer than one may.
+    pub async fn count_users_online(&mut self, over: &[Epoch], after: i64, last: i64) -> Result<i64, SqlError> {
+        const HEAD: &str = "SELECT COUNT(*), MAX(user_id) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ? AND user_id <= ?";
+        const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
+        let fill = over.len().next_power_of_two() - over.len();
+        let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len() + fill, ")") };
+        let (mut counted, mut after) = (0, after);
+        loop {
+            let select = statement(format!("{HEAD}{living}{TAIL}")).bind(after).bind(last);
+            let rows = self.fetch(bind_epochs(select, over, fill).bind(COUNTED_AT_ONCE)).await?;
+            let Some(row) = rows.first() else { return Ok(counted) };
+            let page: i64 = row.try_get(0)?;
+            counted += page;
+            match row.try_get::<Option<i64>, _>(1)? {
+                Some(last) if page == COUNTED_AT_ONCE => after = last,
+                _ => return Ok(counted),
+            }
+        }
     }
 
     /// The last user of the next `limit` routes after `after`, by user. None: there are no more.

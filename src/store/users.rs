@@ -74,9 +74,6 @@ pub struct UserChange<'a> {
     pub after: &'a UserRecord,
 }
 
-/// Rows that one statement counts.
-pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
-
 impl Connection {
     /// Locks `users` (sorted, none twice) until the transaction ends, in the order given, also those that do not exist yet.
     ///
@@ -293,27 +290,6 @@ impl Connection {
     pub async fn count_routes_of(&mut self, epoch: Epoch) -> Result<i64, SqlError> {
         let rows = self.fetch(statement("SELECT COUNT(*) FROM routes WHERE epoch = ?").bind(signed(epoch.0))).await?;
         Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
-    }
-
-    /// How many users have a route that is on none of the lives `over`. Statement by statement: the whole table could take
-    /// longer than one may.
-    pub async fn count_users_online(&mut self, over: &[Epoch]) -> Result<i64, SqlError> {
-        const HEAD: &str = "SELECT COUNT(*), MAX(user_id) FROM \
-            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ?";
-        const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
-        let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len(), ")") };
-        let (mut counted, mut after) = (0, 0);
-        loop {
-            let select = bind_epochs(statement(format!("{HEAD}{living}{TAIL}")).bind(after), over, 0);
-            let rows = self.fetch(select.bind(COUNTED_AT_ONCE)).await?;
-            let Some(row) = rows.first() else { return Ok(counted) };
-            let page: i64 = row.try_get(0)?;
-            counted += page;
-            match row.try_get::<Option<i64>, _>(1)? {
-                Some(last) if page == COUNTED_AT_ONCE => after = last,
-                _ => return Ok(counted),
-            }
-        }
     }
 }
 

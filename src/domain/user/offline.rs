@@ -1,5 +1,7 @@
 //! What operators do to a user: devices are taken off, and a ban keeps them away.
 
+use std::time::Duration;
+
 use crate::domain::event::Ban;
 use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
@@ -15,11 +17,14 @@ use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
 
 impl UserRecord {
-    /// Why nothing may be bound now. It lasts as much longer as the clock was set forward.
+    /// For how long nothing may be bound yet, if that is so: as much longer than the ban says as the clock was set forward.
+    pub fn banned_for(&self, now: Timestamp, slack: Duration) -> Option<Duration> {
+        Some(self.banned_until().plus(slack).since(now)).filter(|left| !left.is_zero())
+    }
+
+    /// Why nothing may be bound now.
     pub(super) fn ban(&self, context: &Context<'_>) -> Option<Refusal> {
-        let until = self.banned_until();
-        let left = until.plus(context.slack).since(context.now);
-        (!left.is_zero()).then_some(Refusal::Banned { until, left })
+        self.banned_for(context.now, context.slack).map(|left| Refusal::Banned { until: self.banned_until(), left })
     }
 
     /// Removes what is meant and live; nothing happens if that is nothing, and the ban stays as it is.

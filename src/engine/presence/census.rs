@@ -4,13 +4,16 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
 use futures_util::FutureExt;
-use tokio::sync::Mutex;
+use tokio::sync::watch;
 use tokio::time::sleep;
 use tokio::try_join;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::domain::id::Epoch;
 use crate::domain::route::Platform;
@@ -37,7 +40,7 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 const TERM: Duration = Duration::from_secs(30);
 /// Routes that one statement counts.
 const PAGE: i64 = 20_000;
-/// How long a count by gateway is good for further callers.
+/// How long a count by gateway is good for further callers, once it is done.
 const KEPT: Duration = Duration::from_secs(5);
 
 /// Counts once a minute, unless another node has.
@@ -96,7 +99,7 @@ async fn count(connection: &mut Connection, lives: &Lives, claimant: &str) -> Re
 fn add(counts: &mut Counts, routes: &[RouteSketch], lives: &Lives) {
     let (table, over_by) = (lives.glance(), lives.clock.over_by());
     let is_live = |route: &&RouteSketch| {
-        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_none_or(|life| life.is_alive())
+        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_some_and(|life| life.is_alive())
     };
     let mut one = |kind: Kind, name: &str| match counts.get_mut(&(kind, name.to_owned())) {
         Some(users) => *users += 1,
@@ -145,8 +148,33 @@ async fn is_due(connection: &mut Connection) -> Result<bool, SqlError> {
 /// Counts, for whoever asks.
 pub struct Tallies {
     online: Arc<Online>,
-    /// Also has callers wait for the one who counts.
-    by_gateway: Mutex<Option<(Instant, Arc<Tally>)>>,
+    by_gateway: Mutex<Option<Count>>,
+}
+
+/// A count by gateway that is under way, or done. It goes on without those who wait for it: whoever asks again, because it took
+/// longer than he waits, finds it done.
+struct Count {
+    began: Instant,
+    done: watch::Receiver<Option<(Instant, Result<Arc<Tally>, Error>)>>,
+    _task: AbortOnDropHandle<()>,
+}
+
+impl Count {
+    fn begin(online: Arc<Online>) -> Self {
+        let (doing, done) = watch::channel(None);
+        let task = tokio::spawn(async move {
+            let tally = count_gateways(&online).await.map(Arc::new);
+            doing.send_replace(Some((Instant::now(), tally)));
+        });
+        Self { began: Instant::now(), done, _task: AbortOnDropHandle::new(task) }
+    }
+
+    fn is_good(&self) -> bool {
+        match &*self.done.borrow() {
+            Some((at, tally)) => tally.is_ok() && at.elapsed() < KEPT,
+            None => self.done.has_changed().is_ok(), // not broken off
+        }
+    }
 }
 
 /// Users by name, and everybody once.
@@ -180,36 +208,43 @@ impl Tallies {
     /// # Errors
     /// [`Error::Unavailable`] if SQL cannot be read.
     pub async fn by_gateway(&self) -> Result<(Arc<Tally>, Duration), Error> {
-        let mut kept = self.by_gateway.lock().await;
-        if let Some((at, tally)) = kept.as_ref().filter(|(at, _)| at.elapsed() < KEPT) {
-            return Ok((tally.clone(), at.elapsed()));
-        }
-        let began = Instant::now();
-        let tally = Arc::new(self.count_gateways().await?);
-        *kept = Some((began, tally.clone()));
-        Ok((tally, began.elapsed()))
+        let (began, mut done) = {
+            let mut last = self.by_gateway.lock().unwrap_or_else(PoisonError::into_inner);
+            let good = last.take().filter(Count::is_good);
+            let count = last.insert(good.unwrap_or_else(|| Count::begin(self.online.clone())));
+            (count.began, count.done.clone())
+        };
+        let counted = done.wait_for(Option::is_some).await.ok().and_then(|done| done.clone());
+        let (_, tally) = counted.ok_or_else(|| Error::internal("a count by gateway has broken off"))?;
+        Ok((tally?, began.elapsed()))
     }
+}
 
-    async fn count_gateways(&self) -> Result<Tally, Error> {
-        let living = self.online.read(|connection| connection.living(None).boxed()).await?;
-        self.online.lives.learn(&living);
-        let table = self.online.lives.table();
-        let epochs: Arc<[Epoch]> = living.iter().map(|life| life.epoch).collect();
-        let over: Arc<[Epoch]> = table.iter().filter(|life| !life.is_alive()).map(|life| life.epoch).collect();
-        let of_lives = self.online.read(move |connection| {
-            let epochs = epochs.clone();
-            async move { connection.count_users_of(&epochs).await }.boxed()
-        });
-        let of_all = self.online.read(move |connection| {
+/// The lives on one connection, everybody once on two more, for that takes longer.
+async fn count_gateways(online: &Online) -> Result<Tally, Error> {
+    let whom = online.read(|connection| {
+        async move { Ok((connection.living(None).await?, connection.named_in_vain().await?, connection.middle_user().await?)) }.boxed()
+    });
+    let (living, over, middle) = whom.await?;
+    online.lives.learn(&living);
+    let epochs: Arc<[Epoch]> = living.iter().map(|life| life.epoch).collect();
+    let of_lives = online.read(move |connection| {
+        let epochs = epochs.clone();
+        async move { connection.count_users_of(&epochs).await }.boxed()
+    });
+    let over: Arc<[Epoch]> = over.into();
+    let between = |after: i64, last: i64| {
+        let over = over.clone();
+        online.read(move |connection| {
             let over = over.clone();
-            async move { connection.count_users_online(&over).await }.boxed()
-        });
-        let (of_lives, users) = try_join!(of_lives, of_all)?;
-        let mut tally = Tally { users: u64::try_from(users).unwrap_or(0), ..Tally::default() };
-        for life in &living {
-            let users = of_lives.get(&life.epoch).copied().unwrap_or(0);
-            *tally.counts.entry(life.gateway.to_string()).or_default() += users;
-        }
-        Ok(tally)
+            async move { connection.count_users_online(&over, after, last).await }.boxed()
+        })
+    };
+    let (of_lives, lower, upper) = try_join!(of_lives, between(0, middle), between(middle, i64::MAX))?;
+    let mut tally = Tally { users: u64::try_from(lower + upper).unwrap_or(0), ..Tally::default() };
+    for life in &living {
+        let users = of_lives.get(&life.epoch).copied().unwrap_or(0);
+        *tally.counts.entry(life.gateway.to_string()).or_default() += users;
     }
+    Ok(tally)
 }

@@ -76,7 +76,8 @@ impl Explaining {
         let judged = record.routes.iter().map(|route| RouteView::of(route, self.life(route.epoch, &lives), &look));
         let (routes, tiers) = (judged.collect::<Vec<_>>(), vec![memory.0, shared.0, durable_view]);
         let last = recent.first().map(|line| line.cause);
-        let situation = Situation { record: &record, source, routes: &routes, tiers: &tiers, last, now: look.now };
+        let Look { now, slack, .. } = look;
+        let situation = Situation { record: &record, source, routes: &routes, tiers: &tiers, last, now, slack };
         Explanation {
             because: because(&situation),
             shown: situation.shown(),

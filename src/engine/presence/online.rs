@@ -24,11 +24,13 @@ use crate::store::readers::Reading;
 
 /// Connections that read lists and counts.
 pub const READERS: usize = 4;
-/// Users that one call looks at, when few of them are wanted.
+/// Routes that one call looks at, when few of their users are wanted.
 pub const MAX_LOOKED_AT: usize = 20_000;
 /// Users that are read at a time, at least and at most.
 const MIN_STEP: usize = 16;
 const MAX_STEP: usize = 1_000;
+/// Of each of several lives more are read than its share: a step ends where the first of them does.
+const SPARE: usize = 4;
 
 /// Who is wanted. What is given has to fit: gateway, region and platform one and the same device.
 #[derive(Clone, Debug, Default)]
@@ -48,10 +50,11 @@ pub struct Page {
     pub last: Option<i64>,
 }
 
-/// Users in order, and whether there are more.
+/// Users in order, whether there are more, and how many routes were looked at.
 struct Step {
     users: Vec<UserId>,
     is_last: bool,
+    looked_at: usize,
 }
 
 pub struct Online {
@@ -103,7 +106,7 @@ impl Online {
                 Some(epochs) => self.step_on(epochs, after, wanted).await?,
                 None => self.step(after, wanted).await?,
             };
-            looked_at += step.users.len();
+            looked_at += step.looked_at;
             for (user, answer) in self.answers(step.users).await? {
                 after = user.get();
                 if filter.fits(&answer) {
@@ -135,13 +138,14 @@ impl Online {
     async fn step(&self, after: i64, wanted: usize) -> Result<Step, Error> {
         let limit = i64::try_from(wanted).unwrap_or(i64::MAX);
         let users = self.read(move |connection| connection.users_with_routes(after, limit).boxed()).await?;
-        Ok(Step { is_last: users.len() < wanted, users })
+        Ok(Step { is_last: users.len() < wanted, looked_at: users.len(), users })
     }
 
-    /// The same on some lives. Of each a part is read; what is beyond the end of the shortest part comes with the next step.
+    /// The same on some lives. Of each a part is read; what is beyond the end of the shortest part comes with the next step. If
+    /// each life has users of its own that is nearly all, so what counts is what was read, not how many users came of it.
     async fn step_on(&self, epochs: &[Epoch], after: i64, wanted: usize) -> Result<Step, Error> {
         let lives = epochs.len().max(1);
-        let each = (2 * wanted / lives).clamp(MIN_STEP, MAX_STEP).min((MAX_LOOKED_AT / lives).max(1));
+        let each = (2 * wanted / lives + SPARE).min(wanted).min((MAX_LOOKED_AT / lives).max(1));
         let limit = i64::try_from(each).unwrap_or(i64::MAX);
         let walked: Arc<[Epoch]> = epochs.into();
         let found = self
@@ -156,9 +160,12 @@ impl Online {
             (*length, *last) = (*length + 1, *user.max(last));
         }
         let end = parts.values().filter(|(length, _)| *length == each).map(|(_, last)| *last).min();
+        let looked_at = found.len();
         let users: BTreeSet<UserId> = found.into_iter().map(|(_, user)| user).collect();
-        let users = users.into_iter().filter(|user| end.is_none_or(|end| *user <= end)).collect();
-        Ok(Step { users, is_last: end.is_none() })
+        let mut users: Vec<UserId> = users.into_iter().filter(|user| end.is_none_or(|end| *user <= end)).collect();
+        let is_last = end.is_none() && users.len() <= wanted;
+        users.truncate(wanted);
+        Ok(Step { users, is_last, looked_at })
     }
 
     /// Where these users are, in their order.

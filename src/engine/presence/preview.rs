@@ -1,14 +1,17 @@
 //! What another device policy would cost: all who are online are looked at, by the rule that a bind is judged by.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
 use futures_util::FutureExt;
 use tokio::sync::Mutex;
+use tokio::task::yield_now;
 
 use crate::domain::gateway::Liveness;
 use crate::domain::id::UserId;
+use crate::domain::id::Version;
 use crate::domain::policy::DevicePolicy;
 use crate::domain::policy::OnOverflow;
 use crate::domain::route::Route;
@@ -63,22 +66,34 @@ impl Previews {
                 return Ok(preview);
             };
             after = last.get();
-            preview.seen += page.len() as u64;
             // One device always has room.
-            let several: Vec<UserId> = page.into_iter().filter(|(_, routes)| *routes > 1).map(|(user, _)| user).collect();
-            self.judge(several, &policy, &mut preview).await?;
+            let several = page.iter().filter(|(_, routes)| *routes > 1).map(|(user, _)| *user).collect();
+            let left = self.judge(several, &policy, began, &mut preview).await?;
+            preview.seen += page.iter().take_while(|(user, _)| left.is_none_or(|left| *user < left)).count() as u64;
         }
         let all = u64::try_from(self.online.lives.users_online()).unwrap_or(0).max(preview.seen + 1);
         preview.share = preview.seen as f32 / all as f32;
         Ok(preview)
     }
 
-    async fn judge(&self, users: Vec<UserId>, policy: &DevicePolicy, preview: &mut Preview) -> Result<(), Error> {
+    /// Returns at whom time was up, if it was. A user may have thousands of devices, so others have their turn after each.
+    async fn judge(
+        &self,
+        users: Vec<UserId>,
+        policy: &DevicePolicy,
+        began: Instant,
+        preview: &mut Preview,
+    ) -> Result<Option<UserId>, Error> {
         for (user, answer) in self.online.answers(users).await? {
-            let live: Vec<(Route, bool)> = answer.live_routes().map(|live| (live.route.clone(), live.suspect)).collect();
-            let is_late = |route: &Route| live.iter().any(|(other, late)| *late && other.bound_version == route.bound_version);
+            if began.elapsed() >= MAX_TIME {
+                return Ok(Some(user));
+            }
+            yield_now().await;
+            let late: HashSet<Version> =
+                answer.live_routes().filter(|live| live.suspect).map(|live| live.route.bound_version).collect();
+            let is_late = |route: &Route| late.contains(&route.bound_version);
             let liveness = |route: &Route| if is_late(route) { Liveness::Late } else { Liveness::OnTime };
-            let routes: Vec<Route> = live.iter().map(|(route, _)| route.clone()).collect();
+            let routes: Vec<Route> = answer.live_routes().map(|live| live.route.clone()).collect();
             let surplus = policy.surplus(&routes, liveness);
             if surplus > 0 {
                 preview.users += 1;
@@ -88,6 +103,6 @@ impl Previews {
                 }
             }
         }
-        Ok(())
+        Ok(None)
     }
 }

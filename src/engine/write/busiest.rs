@@ -22,7 +22,7 @@ const SHOWN_EVERY: Duration = Duration::from_secs(1);
 /// What a lane has counted.
 #[derive(Debug, Default)]
 pub struct Busiest {
-    /// Changes that callers asked for.
+    /// Binds, unbinds, statuses and kicks that callers asked for, also those that changed nothing. Messages are none.
     pub changes: Tally<UserId>,
     pub binds: Tally<GatewayAddr>,
     /// How long that took: what is halved counts half.
@@ -51,7 +51,12 @@ impl Counter {
             if let Change::Bind(bind) = &event.change {
                 self.binds.count(&bind.gateway);
             }
-            if !matches!(event.change, Change::Sweep | Change::EndStatus) {
+            let is_asked_for = match &event.change {
+                Change::Bind(_) | Change::Unbind(_) | Change::SetStatus(_) => true,
+                Change::ForceOffline(force) => !force.dry_run,
+                Change::Sweep | Change::Inbox(_) | Change::EndStatus | Change::Forget => false,
+            };
+            if is_asked_for {
                 self.changes.count(&event.user);
             }
         }
