@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::Profile;
+use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
@@ -107,4 +108,26 @@ fn without_gateways_nobody_is_sent_and_told_when_to_ask_again() {
     let waits: Vec<u128> = (0..100).map(|user| node.allocate(&ask(user)).retry_after.as_millis()).collect();
     assert!(waits.iter().all(|ms| (2_500..=7_500).contains(ms)), "{waits:?}");
     assert!(waits.iter().max() > waits.iter().min(), "not all at the same time");
+}
+
+#[test]
+fn a_gateway_that_comes_back_still_expects_whom_it_was_told_of() {
+    let [node] = &nodes(1, 100)[..] else { panic!("one node") };
+    let start = Instant::now();
+    let field = |second: u64, gateway: Option<(u64, u32)>| {
+        let told = |(epoch, weight)| {
+            let beat = Timestamp(second as i64 * 1_000);
+            Arc::new(Life { epoch: Epoch(epoch), ..(*life(0, weight, 0, beat)).clone() })
+        };
+        let now = start + Duration::from_secs(second);
+        node.lives.replace(gateway.map(told).into_iter().collect(), true, now);
+        node.allocate_at(&ask(1), now)
+    };
+    let waits = |allocated: Allocated| (allocated.offers.len(), allocated.retry_after.as_millis());
+    assert_eq!(waits(field(0, Some((1, 100)))), (1, 0));
+    (0..1_999).for_each(|user| _ = node.allocate_at(&ask(user), start));
+    assert_eq!(field(2, Some((1, 0))).offers.len(), 0, "it takes nobody new");
+    assert_eq!(waits(field(4, Some((1, 100)))), (1, 16_000), "20 s of log-ins were handed out 4 s ago");
+    assert_eq!(field(6, None).offers.len(), 0, "it is gone");
+    assert_eq!(waits(field(8, Some((2, 100)))), (1, 12_010), "another process under its address");
 }
