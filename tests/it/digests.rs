@@ -278,6 +278,33 @@ async fn who_connects_anew_between_the_two_looks_stays() {
 }
 
 #[tokio::test]
+async fn a_gateway_that_gives_no_digest_any_more_is_asked_nothing_more_and_keeps_its_users() {
+    let cluster = Cluster::mariadb(1, &OFTEN).await;
+    let node = cluster.node();
+    let mut gateway = Listed::attach(node, GATEWAY).await;
+    gateway.bind_all(node, [ALICE].into_iter()).await;
+    gateway.held.clear();
+    loop {
+        let (seq, query) = gateway.asked().await;
+        if query.list {
+            gateway.beats_with_digest = false;
+            gateway.beat().await;
+            gateway.obey(seq, &query).await;
+            break;
+        }
+        gateway.obey(seq, &query).await;
+    }
+    let began = Instant::now();
+    while looks(node, "silent").await == 0.0 {
+        assert!(began.elapsed() < allowed(SOON), "the look does not end");
+        gateway.beat().await;
+        assert_eq!(gateway.heard().await, None);
+    }
+    assert_eq!((mended(node, "ghost").await, node.online([ALICE]).await), (0.0, 1));
+    assert_eq!(report(node, GATEWAY).await, "");
+}
+
+#[tokio::test]
 async fn with_repair_off_a_difference_is_only_shown() {
     let cluster = Cluster::mariadb(1, &[&OFTEN[..], &[("DIGEST__REPAIR", "false")]].concat()).await;
     let node = cluster.node();
