@@ -131,3 +131,39 @@ fn a_gateway_that_comes_back_still_expects_whom_it_was_told_of() {
     assert_eq!(field(6, None).offers.len(), 0, "it is gone");
     assert_eq!(waits(field(8, Some((2, 100)))), (1, 12_010), "another process under its address");
 }
+
+/// Twenty gateways, the first `new` of them empty, and 2,000 log-ins a second through four nodes that do not talk. Returns the most
+/// that one got in all, and in one second, both by the mean.
+fn of_twenty(new: u64) -> (f64, f64) {
+    const PER_SECOND: u64 = 2_000;
+    const SECONDS: u64 = 20;
+    let (nodes, start) = (nodes(4, 0), Instant::now());
+    (0..).zip(&nodes).for_each(|(n, node)| node.seeds.store(n * 1_000_000, Ordering::Relaxed));
+    let mut sent: Vec<u32> = (0..20).map(|n| if n < new { 0 } else { 100_000 }).collect();
+    let (mut reported, began, mut worst) = (sent.clone(), sent.clone(), 0);
+    for second in 0..SECONDS {
+        let now = start + Duration::from_secs(second);
+        let beat = |n: u64| second.saturating_sub((second + n) % 5);
+        let before = sent.clone();
+        (0..20).filter(|n| beat(*n) == second).for_each(|n| reported[n as usize] = sent[n as usize]);
+        let lives: Vec<_> = (0..20).map(|n| life(n, 100, reported[n as usize], Timestamp(beat(n) as i64 * 1_000))).collect();
+        nodes.iter().for_each(|node| node.lives.replace(lives.clone(), true, now));
+        for user in 0..PER_SECOND {
+            let now = now + Duration::from_micros(user * 1_000_000 / PER_SECOND);
+            let allocated = nodes[user as usize % 4].allocate_at(&ask(second * PER_SECOND + user), now);
+            sent[allocated.offers[0].life.epoch.0 as usize - 1] += 1;
+        }
+        worst = sent.iter().zip(before).map(|(after, before)| after - before).chain([worst]).max().unwrap();
+    }
+    let most = sent.iter().zip(began).map(|(after, before)| after - before).max().unwrap();
+    let mean = (PER_SECOND / 20) as f64;
+    (f64::from(most) / (mean * SECONDS as f64), f64::from(worst) / mean)
+}
+
+#[test]
+fn nodes_that_do_not_talk_keep_gateways_even_and_do_not_overrun_new_ones() {
+    let (most, worst) = of_twenty(0);
+    assert!(most <= 1.02 && worst <= 2.5, "{most} {worst}");
+    let (_, worst) = of_twenty(2);
+    assert!(worst <= 2.5, "{worst}");
+}
