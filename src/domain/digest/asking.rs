@@ -150,7 +150,7 @@ mod tests {
         let sizes = [(0, 20_000), (1, 20_000), (2, 10_000), (3, 1), (4, 90_000), (6, 5)];
         sizes.into_iter().for_each(|(bucket, routes)| sums.set(bucket, Sum { digest: 0, routes }));
         assert_eq!(groups(&[0, 1, 2, 3, 4, 5, 6], &sums), [vec![0, 1, 2], vec![3], vec![4], vec![5, 6]]);
-        assert_eq!(groups(&[], &sums), [vec![0_u8; 0]; 0]);
+        assert!(groups(&[], &sums).is_empty());
     }
 
     #[test]

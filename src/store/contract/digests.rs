@@ -15,7 +15,8 @@ use crate::domain::id::Epoch;
 use crate::store::connection::Connection;
 use crate::store::connection::statement;
 
-const POLL: Duration = Duration::from_millis(10);
+/// The server tells the same as before to whoever asks within a tenth of a second.
+const POLL: Duration = Duration::from_millis(250);
 
 /// Users 1 and 2, each with a phone whose row has not the digest that it ought to have.
 async fn wrong(connection: &mut Connection) -> Vec<Stored> {
