@@ -30,6 +30,10 @@ const REGIONS: [&str; 4] = ["eu", "us", "ap", "sa"];
 const LOGIN_RATE: u32 = 500;
 const USERS_PER_GATEWAY: u32 = 100_000;
 const CAPACITY: u32 = 200_000;
+/// Allocations from which on their rate means something.
+const MEASURED: u64 = 1_000_000;
+/// Allocations per second of one core with the default algorithm.
+const PROMISED_RATE: f64 = 50_000.0;
 
 /// How large the simulation is.
 #[derive(Clone, Copy)]
@@ -42,7 +46,7 @@ struct Scale {
 fn main() {
     let measuring = std::env::args().any(|arg| arg == "--bench");
     let scale = if measuring { Scale { gateways: 1_000, sample: 50 } } else { Scale { gateways: 40, sample: 500 } };
-    throughput(if measuring { 1_000_000 } else { 1_000 });
+    throughput(if measuring { MEASURED } else { 1_000 });
     promises(if measuring { 100_000 } else { 10_000 });
     death_of_one(if measuring { 1 } else { 20 });
     println!("\n| scenario | algorithm | log-ins | worst second of a gateway | until all are back, s | max/mean |");
@@ -134,7 +138,10 @@ fn throughput(count: u64) {
             let offers = world.allocate(0, &someone(user)).offers;
             assert_eq!(offers.len(), 3, "{algorithm:?}");
         }
-        println!("| {} | {:.0} |", algorithm.name(), count as f64 / began.elapsed().as_secs_f64());
+        let rate = count as f64 / began.elapsed().as_secs_f64();
+        println!("| {} | {rate:.0} |", algorithm.name());
+        let is_promised = algorithm == Algorithm::TwoChoices && count >= MEASURED;
+        assert!(!is_promised || rate >= PROMISED_RATE, "{algorithm:?}: {rate}");
     }
 }
 
@@ -209,7 +216,9 @@ fn death_of_one(sample: u32) {
             assert_eq!(world.came, users as u64, "everybody is back");
             let (worst, took) = (world.worst_second() * sample, (world.last_came - began) as f64 / SECOND as f64);
             println!("| {what}, {} | {worst} | {took:.1} |", algorithm.name());
-            assert!(rate == 0 || sample > 1 || worst <= 550, "{algorithm:?}: {worst}");
+            // Clients take up to 0.3 s to connect; with many it evens out.
+            let most = if sample == 1 { 550 } else { (rate * 13 / 10 + 2) * sample };
+            assert!(rate == 0 || worst <= most, "{algorithm:?}: {worst} of {most}");
         }
     }
 }

@@ -58,7 +58,7 @@ pub static RULES: [Rule; 48] = [
     unlimited("/mpim.PresenceService/UnbindRoute", GATEWAY | OPERATOR),
     rule("/mpim.PresenceService/SetStatus", GATEWAY | SERVICE | OPERATOR),
     rule("/mpim.PresenceService/Watch", GATEWAY | SERVICE | VIEWER | OPERATOR),
-    rule("/mpim.PresenceService/AllocateGateway", GATEWAY | SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/AllocateGateway", SERVICE | OPERATOR),
     rule("/mpim.PresenceService/ListNodes", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetStatusHistory", SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetOnlineTime", SERVICE | VIEWER | OPERATOR),

@@ -133,13 +133,15 @@ pub struct Allocation {
     pub experiment: Option<usize>,
 }
 
-/// The best gateways for a user. Of the experiments the first counts that the user is part of and that has a gateway.
+/// The best gateways for a user. Of the experiments the first counts that the user is part of and that has a gateway which takes
+/// the user now: late and booked-out gateways are for whoever finds no others anywhere.
 pub fn allocate(field: &Field, ask: &Ask, rules: &Rules, moment: &Moment<'_>) -> Allocation {
     let own = rules.experiments.iter().enumerate().filter(|(_, experiment)| experiment.includes(ask.user));
     for (number, experiment) in own {
         let algorithm = experiment.algorithm.unwrap_or(rules.algorithm);
         let candidates = candidates(field, ask, rules, moment, &experiment.labels, algorithm);
-        if !candidates.is_empty() {
+        let takes_now = |first: &Candidate| !(moment.is_booked)(first.at) && (moment.is_stale || first.why != Why::Late);
+        if candidates.first().is_some_and(takes_now) {
             return Allocation { candidates, algorithm, experiment: Some(number) };
         }
     }

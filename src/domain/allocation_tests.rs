@@ -312,3 +312,25 @@ fn an_experiment_counts_as_long_as_its_labels_leave_a_gateway() {
     let allocation = World::new([version(0, "1")]).allocate(&someone(1), &rules, 1);
     assert_eq!((allocation.experiment, allocation.algorithm, allocation.candidates.len()), (None, Algorithm::LeastLoad, 1));
 }
+
+#[test]
+fn an_experiment_keeps_nobody_with_gateways_that_are_late_or_booked_out_while_others_are_not() {
+    let canary = Profile { labels: BTreeMap::from([("version".to_owned(), "2".to_owned())]), ..of("", "") };
+    let experiment = Experiment { name: "canary".to_owned(), share: 1.0, algorithm: None, labels: canary.labels.clone() };
+    let rules = Rules { experiments: vec![experiment], ..rules(Algorithm::LeastLoad) };
+    let late = Life { lease_until: LATE, ..life(1, canary.clone()) };
+    let first = |world: &World| {
+        let allocation = world.allocate(&someone(1), &rules, 1);
+        (allocation.candidates[0].at, allocation.candidates[0].why, allocation.experiment)
+    };
+    assert_eq!(first(&World::new([life(0, of("", "")), late.clone()])), (0, Why::Anywhere, None));
+    let mut world = World::new([life(0, of("", "")), life(1, canary)]);
+    assert_eq!(first(&world), (1, Why::Anywhere, Some(0)));
+    world.is_stale = true;
+    assert_eq!(first(&world), (1, Why::Late, Some(0)), "then all are late");
+    world.booked = BTreeSet::from([1]);
+    assert_eq!(first(&world), (0, Why::Late, None));
+    world.is_stale = false;
+    assert_eq!(first(&world), (0, Why::Anywhere, None));
+    assert_eq!(first(&World::new([late])), (0, Why::Late, None), "better than none");
+}

@@ -98,6 +98,10 @@ impl Sums {
         self.0[usize::from(bucket(user))].add(Sum { digest: element, routes: 1 });
     }
 
+    pub fn of(&self, bucket: u8) -> Sum {
+        self.0[usize::from(bucket)]
+    }
+
     pub fn set(&mut self, bucket: u8, sum: Sum) {
         self.0[usize::from(bucket)] = sum;
     }
@@ -147,6 +151,13 @@ impl Difference {
             }
         }
         found
+    }
+
+    /// Takes over what differs elsewhere.
+    pub fn add(&mut self, other: Self) {
+        self.ghosts.extend(other.ghosts);
+        self.missing.extend(other.missing);
+        self.young += other.young;
     }
 
     /// What differs in the same way again: the very same bind, the very same connection.

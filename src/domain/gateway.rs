@@ -12,6 +12,8 @@ use crate::domain::time::Timestamp;
 
 /// How long after two missed beats a managed life is late: room for the network and the merging of heartbeats.
 const LATE_MARGIN: Duration = Duration::from_secs(1);
+/// Says where clients reach a gateway, if `public_addr` does not.
+const PUBLIC_ADDR_LABEL: &str = "public_addr";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LifeKind {
@@ -54,7 +56,7 @@ pub struct Profile {
     pub labels: BTreeMap<String, String>,
     /// How much of what is handed out it takes, next to others; 0: nobody new.
     pub weight: u32,
-    /// Where clients reach it; empty: at its address.
+    /// Where clients reach it; empty: by its label of that name, or at its address.
     pub public_addr: String,
     /// Log-ins a second that it likes; 0: it does not say.
     pub login_rate: u32,
@@ -149,12 +151,11 @@ impl Life {
         }
     }
 
-    /// Where clients reach its gateway.
+    /// Where clients reach its gateway: as it says, by its label, or at its own address.
     pub fn public_addr(&self) -> &str {
-        match self.profile.public_addr.as_str() {
-            "" => self.gateway.as_str(),
-            public => public,
-        }
+        let of_label = self.profile.labels.get(PUBLIC_ADDR_LABEL).map_or("", String::as_str);
+        let told = [self.profile.public_addr.as_str(), of_label].into_iter().find(|addr| !addr.is_empty());
+        told.unwrap_or(self.gateway.as_str())
     }
 
     pub fn is_alive(&self) -> bool {
@@ -259,6 +260,15 @@ mod tests {
         ] {
             let life = life(kind, alive, lease_until);
             assert_eq!(life.liveness(now, BEAT), want, "{life:?}");
+        }
+    }
+
+    #[test]
+    fn clients_reach_a_gateway_where_it_says_or_by_its_label_or_at_its_own_address() {
+        for (said, label, want) in [("wss://a", "wss://b", "wss://a"), ("", "wss://b", "wss://b"), ("", "", "gw-1:7000")] {
+            let labels = [(PUBLIC_ADDR_LABEL.to_owned(), label.to_owned())].into();
+            let profile = Arc::new(Profile { public_addr: said.to_owned(), labels, ..Profile::default() });
+            assert_eq!(Life { profile, ..life(LifeKind::Managed, true, 1) }.public_addr(), want);
         }
     }
 

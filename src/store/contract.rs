@@ -1,5 +1,6 @@
 //! What the store promises, each promise kept on both engines: SQLite in a file, and a real MariaDB.
 
+mod digests;
 mod history;
 mod schema;
 mod server;

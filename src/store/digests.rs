@@ -104,8 +104,10 @@ impl Connection {
         Ok(routes)
     }
 
-    /// Lets rows say the digests that they ought to, if they are still of the same binds. Returns how many.
-    pub async fn correct_digests(&mut self, routes: &[&Stored]) -> Result<u64, SqlError> {
+    /// Lets rows say the digests that they ought to, if they are still of the same binds. Returns how many. Users are locked
+    /// first and in order, as the write path does: neither waits for the other in a circle.
+    pub async fn correct_digests(&mut self, mut routes: Vec<&Stored>) -> Result<u64, SqlError> {
+        routes.sort_unstable_by_key(|route| route.user);
         let (head, row, between, tail) = match self.engine() {
             Engine::MySql => (
                 "UPDATE (",
@@ -122,13 +124,17 @@ impl Connection {
             ),
         };
         let mut corrected = 0;
-        for (chunk, fill) in chunks(routes) {
+        for (chunk, fill) in chunks(&routes) {
+            let users: Vec<UserId> = chunk.iter().map(|route| route.user).collect();
+            self.begin().await?;
+            self.lock_known_users(&users).await?;
             let rows = [row].repeat(chunk.len() + fill).join(between);
             let mut update = statement(format!("{head}{rows}{tail}"));
             for route in filled(chunk, fill) {
                 update = update.bind(route.user.get()).bind(signed(route.bound_version.0)).bind(route.element.cast_signed());
             }
             corrected += self.execute(update).await?;
+            self.commit().await?;
         }
         Ok(corrected)
     }

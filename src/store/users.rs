@@ -88,6 +88,18 @@ impl Connection {
         Ok(())
     }
 
+    /// Locks those of `users` (sorted) that exist until the transaction ends, in the order given.
+    pub(super) async fn lock_known_users(&mut self, users: &[UserId]) -> Result<(), SqlError> {
+        let lock = match self.engine() {
+            Engine::MySql => " ORDER BY user_id FOR UPDATE",
+            Engine::Sqlite => "", // a transaction that writes has the whole file
+        };
+        for (chunk, fill) in chunks(users) {
+            self.user_ids(chunk, fill, lock).await?;
+        }
+        Ok(())
+    }
+
     /// Which of `users` another session has locked now. Waits for nothing and leaves no locks behind.
     pub async fn locked_users(&mut self, users: &[UserId]) -> Result<Vec<UserId>, SqlError> {
         let mut locked = Vec::new();
@@ -104,7 +116,7 @@ impl Connection {
     }
 
     async fn user_ids(&mut self, chunk: &[UserId], fill: usize, lock: &str) -> Result<Vec<UserId>, SqlError> {
-        let head = "SELECT user_id FROM users FORCE INDEX (PRIMARY) WHERE user_id IN (";
+        let head = "SELECT user_id FROM users /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (";
         let sql = repeated(head, "?", chunk.len() + fill, &format!("){lock}"));
         let rows = self.fetch(bind_users(statement(sql), chunk, fill)).await?;
         rows.iter().map(|row| user_id(row.try_get(0)?)).collect()

@@ -228,6 +228,7 @@ async fn a_gateway_speaks_for_its_own_addresses_only() {
     is_denied(presence.bind_route(on(ALICE, OTHER_GATEWAY)).await);
     let both = pb::BatchBindRouteReq { binds: vec![on(ALICE, GATEWAY), on(ALICE, OTHER_GATEWAY)] };
     is_denied(presence.batch_bind_route(both).await);
+    is_denied(presence.allocate_gateway(pb::AllocateGatewayReq { user_id: ALICE, ..Default::default() }).await);
     let by_device = pb::UnbindRouteReq { user_id: BOB, device_id: PHONE.to_owned(), gateway_addr: addr, ..Default::default() };
     is_denied(presence.unbind_route(by_device).await);
     is_denied(own.pull_inbox(pb::PullInboxReq { user_id: BOB, ..Default::default() }).await);

@@ -5,13 +5,20 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::client::caller::Caller;
+use im_presence::client::gateway;
+use im_presence::client::gateway::Options;
 use im_presence::pb;
 use im_presence::pb::AllocateGatewayReq;
 use im_presence::pb::AllocateGatewayResp;
 use im_presence::pb::Code;
 use im_presence::pb::HoldGatewaysReq;
 use im_presence::pb::RegisterGatewayReq;
+use tokio::net::TcpListener;
+use tokio_stream::wrappers::TcpListenerStream;
+use tokio_util::task::AbortOnDropHandle;
 use tonic::Status;
+use tonic::service::Routes;
+use tonic::transport::Server;
 
 use crate::bad_input::check;
 use crate::harness::cluster::ALICE;
@@ -343,6 +350,54 @@ async fn the_client_library_asks_one_node_about_a_user_as_long_as_it_answers() {
     let answer = caller.allocate(someone()).await.expect("an allocation");
     assert_eq!(addresses_of(&answer), [GATEWAY]);
     assert!(!caller.nodes().await.expect("the nodes").nodes.is_empty());
+}
+
+#[tokio::test]
+async fn a_node_that_does_not_know_a_call_is_passed_over() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    let _gateway = node.keep(a_gateway(GATEWAY)).await;
+    eventually("it is known", KNOWN_WITHIN, async || !node.allocate(someone()).await.candidates.is_empty()).await;
+    // Of a release before these calls, as far as a caller can see.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (old, new) = (listener.local_addr().expect("its address").to_string(), node.data.to_string());
+    let server = Server::builder().add_routes(Routes::default()).serve_with_incoming(TcpListenerStream::new(listener));
+    let _server = AbortOnDropHandle::new(tokio::spawn(server));
+    let caller = Caller::new(&[&old, &new], Duration::from_secs(10)).expect("addresses");
+    for user_id in 1..=20 {
+        let answer = caller.allocate(AllocateGatewayReq { user_id, ..Default::default() }).await.expect("an allocation");
+        assert_eq!(addresses_of(&answer), [GATEWAY], "of {}", caller.home_of(user_id));
+        assert_eq!(caller.nodes().await.expect("the nodes").nodes.len(), 1);
+    }
+    assert!((1..=20).any(|user_id| caller.home_of(user_id) == old), "some ask the old one first");
+    let alone = Caller::new(&[&old], Duration::from_secs(10)).expect("an address");
+    assert_eq!(alone.nodes().await.expect_err("nobody knows it").code(), tonic::Code::Unimplemented);
+}
+
+#[tokio::test]
+async fn a_gateway_with_the_client_library_says_what_it_takes() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    let start = |addr: &str, public_addr: &str, label: &str, weight, login_rate| {
+        let labels = [("public_addr".to_owned(), label.to_owned())].into();
+        let (nodes, gateway_addr, public_addr) = (vec![node.data.to_string()], addr.to_owned(), public_addr.to_owned());
+        let options =
+            Options { nodes, gateway_addr, capacity: 1_000, weight, public_addr, login_rate, labels, ..Options::default() };
+        gateway::Gateway::start(options, |_| {}).expect("addresses")
+    };
+    let _one = start(GATEWAY, "wss://one", "wss://label", Some(300), 7);
+    let _other = start(OTHER_GATEWAY, "", "wss://other", None, 0);
+    let _closed = start("gw-closed:1", "", "", Some(0), 0);
+    let told = async || {
+        let candidates = node.allocate(someone()).await.candidates.into_iter();
+        candidates.map(|one| (one.gateway_addr, one.public_addr)).collect::<BTreeSet<_>>()
+    };
+    let both = [(GATEWAY, "wss://one"), (OTHER_GATEWAY, "wss://other")];
+    let both = BTreeSet::from(both.map(|(addr, public)| (addr.to_owned(), public.to_owned())));
+    eventually("both take users", KNOWN_WITHIN, async || told().await == both).await;
+    let lives = node.list_gateways(false).await.lives;
+    let said: BTreeSet<_> = lives.iter().map(|life| (&*life.gateway_addr, life.weight, life.login_rate)).collect();
+    assert_eq!(said, BTreeSet::from([(GATEWAY, 300, 7), (OTHER_GATEWAY, 100, 0), ("gw-closed:1", 0, 0)]));
 }
 
 fn addresses_of(answer: &AllocateGatewayResp) -> Vec<&str> {

@@ -251,7 +251,10 @@ impl Caller {
                 None if tried < self.nodes.len() => Duration::ZERO,
                 None => jittered(RETRY_AFTER),
             };
-            let is_worth_a_retry = broken || matches!(status.code(), Code::Unavailable | Code::ResourceExhausted);
+            let is_worth_a_retry = match status.code() {
+                Code::Unimplemented => tried < self.nodes.len(), // a node of a former release stands beside newer ones
+                code => broken || matches!(code, Code::Unavailable | Code::ResourceExhausted),
+            };
             if !is_worth_a_retry || Instant::now() + pause >= deadline {
                 return Err(status);
             }

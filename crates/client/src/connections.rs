@@ -7,6 +7,7 @@ use im_presence_proto as pb;
 
 use crate::digest::Digest;
 use crate::digest::element;
+use crate::digest::is_asked;
 use crate::event::Connection;
 use crate::event::ms_ago;
 use crate::event::request;
@@ -66,7 +67,8 @@ impl Connections {
 
     /// What a node is answered that asks what is held.
     pub fn answer(&self, query: &pb::DigestQuery) -> Vec<pb::DigestAnswer> {
-        self.digest.answer(query, self.held.values().map(Held::bound))
+        let asked = self.held.iter().filter(|((user_id, ..), _)| is_asked(query, *user_id));
+        self.digest.answer(query, asked.map(|(_, held)| held.bound()))
     }
 
     /// The connection that a node means.

@@ -2,7 +2,6 @@
 //! `proto/mpim/gateway.proto`.
 
 use std::collections::BTreeMap;
-use std::collections::HashSet;
 
 use im_presence_proto as pb;
 use ring::digest::SHA256;
@@ -20,6 +19,11 @@ pub fn element(user_id: i64, device_id: &str, conn_id: &str) -> u64 {
 
 fn bucket(user_id: i64) -> u8 {
     user_id.to_le_bytes()[0]
+}
+
+/// Whether a query wants to know of this user.
+pub fn is_asked(query: &pb::DigestQuery, user_id: i64) -> bool {
+    query.buckets.is_empty() || query.buckets.contains(&bucket(user_id).into())
 }
 
 /// The parts of all connections, joined by bucket of users.
@@ -47,16 +51,14 @@ impl Digest {
         self.0.iter().fold((0, 0), |(digest, routes), (more, count)| (digest ^ more, routes + count))
     }
 
-    /// What answers a query; `bound` are all connections.
+    /// What answers a query; `bound` are all connections, or those that are asked for.
     pub fn answer(&self, query: &pb::DigestQuery, bound: impl Iterator<Item = pb::Bound>) -> Vec<pb::DigestAnswer> {
-        let asked: HashSet<u32> = query.buckets.iter().copied().collect();
-        let is_asked = |bucket: u32| asked.is_empty() || asked.contains(&bucket);
         if !query.list {
             let of = |(bucket, (digest, routes))| pb::BucketDigest { bucket, digest, routes, bound: Vec::new() };
-            let buckets = (0..).zip(self.0).map(of).filter(|of| is_asked(of.bucket)).collect();
+            let buckets = (0..).zip(self.0).map(of).filter(|of| is_asked(query, of.bucket.into())).collect();
             return vec![pb::DigestAnswer { buckets, more: false }];
         }
-        let mut listed = bound.filter(|bound| is_asked(bucket(bound.user_id).into())).peekable();
+        let mut listed = bound.filter(|bound| is_asked(query, bound.user_id)).peekable();
         let mut frames = Vec::new();
         while frames.is_empty() || listed.peek().is_some() {
             let mut buckets = BTreeMap::<u32, Vec<pb::Bound>>::new();

@@ -38,6 +38,12 @@ pub struct Options {
     pub gateway_addr: String,
     pub region: String,
     pub capacity: u32,
+    /// How much of what is handed out it takes, next to others: 1 to 1000; 0: nobody new. None: 100.
+    pub weight: Option<u32>,
+    /// Where clients reach it; empty: by its label `public_addr`, or at `gateway_addr`.
+    pub public_addr: String,
+    /// Log-ins per second that it likes; 0: as many as nodes are configured to send.
+    pub login_rate: u32,
     pub labels: HashMap<String, String>,
     /// How it proves who it is, and which nodes it believes.
     pub security: Security,
@@ -56,6 +62,9 @@ impl Default for Options {
             gateway_addr: String::new(),
             region: String::new(),
             capacity: 0,
+            weight: None,
+            public_addr: String::new(),
+            login_rate: 0,
             labels: HashMap::new(),
             security: Security::default(),
             idle_after: IDLE_AFTER,

@@ -122,9 +122,11 @@ impl Life {
             gateway_addr: self.options.gateway_addr.clone(),
             region: self.options.region.clone(),
             capacity: self.options.capacity,
+            weight: self.options.weight,
+            public_addr: self.options.public_addr.clone(),
+            login_rate: self.options.login_rate,
             labels: self.options.labels.clone(),
             gateway_epoch: self.epoch,
-            ..Default::default()
         }
     }
 

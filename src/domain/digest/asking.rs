@@ -6,8 +6,11 @@ use crate::domain::digest::Sum;
 use crate::domain::digest::Sums;
 use crate::domain::digest::bucket;
 
-/// Connections of one gateway, as many as one answer may name in all its frames.
-pub const MAX_HELD: usize = 1_000_000;
+/// Connections that one answer should name in all its frames: as many buckets are asked for at once as have no more.
+pub const ASKED_AT_ONCE: u64 = 50_000;
+/// Of an answer that names more nothing is kept: the gateway has grown a lot since it said how many it holds, or one bucket is so
+/// full.
+pub const MAX_HELD: usize = 200_000;
 
 /// What a gateway is asked, or told.
 #[derive(Clone, Debug, PartialEq)]
@@ -36,8 +39,6 @@ pub enum Illegal {
     Unasked,
     #[error("bucket {0} was not asked for")]
     OtherBucket(u8),
-    #[error("at most {MAX_HELD} connections in one answer")]
-    TooMany,
 }
 
 /// A question that is not answered yet, and what is known of its answer.
@@ -48,6 +49,24 @@ pub struct Asked {
     listed: Option<[bool; BUCKETS]>,
     pub sums: Sums,
     pub held: Vec<Held>,
+    /// It names more than [`MAX_HELD`] connections, and nothing is kept of it.
+    pub is_too_long: bool,
+}
+
+/// Buckets that may be asked for together: each group has at most [`ASKED_AT_ONCE`] connections by `sums`, or is one bucket.
+pub fn groups(buckets: &[u8], sums: &Sums) -> Vec<Vec<u8>> {
+    let mut groups: Vec<(u64, Vec<u8>)> = Vec::new();
+    for bucket in buckets {
+        let routes = sums.of(*bucket).routes;
+        match groups.last_mut() {
+            Some((sum, group)) if *sum + routes <= ASKED_AT_ONCE => {
+                *sum += routes;
+                group.push(*bucket);
+            }
+            _ => groups.push((routes, vec![*bucket])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| group).collect()
 }
 
 impl Asked {
@@ -62,7 +81,7 @@ impl Asked {
             }
             Query::BindAgain(_) => return None,
         };
-        Some(Self { seq, listed, sums: Sums::default(), held: Vec::new() })
+        Some(Self { seq, listed, sums: Sums::default(), held: Vec::new(), is_too_long: false })
     }
 
     /// Takes a part of the answer. True: it is whole now.
@@ -78,11 +97,12 @@ impl Asked {
         if let Some(held) = part.held.iter().find(|held| !may_be_listed(held)) {
             return Err(Illegal::OtherBucket(bucket(held.user)));
         }
-        if self.held.len() + part.held.len() > MAX_HELD {
-            return Err(Illegal::TooMany);
-        }
         part.sums.into_iter().for_each(|(bucket, sum)| self.sums.set(bucket, sum));
-        self.held.extend(part.held);
+        self.is_too_long |= self.held.len() + part.held.len() > MAX_HELD;
+        match self.is_too_long {
+            true => self.held = Vec::new(),
+            false => self.held.extend(part.held),
+        }
         Ok(!part.more)
     }
 }
@@ -111,6 +131,26 @@ mod tests {
         assert_eq!(list.take(7, part(&[3], false)), Ok(true));
         assert_eq!(list.held, [held(1), held(257), held(3)]);
         assert!(Asked::new(8, &Query::BindAgain(vec![held(1)])).is_none());
+    }
+
+    #[test]
+    fn an_answer_that_is_too_long_is_no_crime_and_nothing_is_kept_of_it() {
+        let mut list = Asked::new(7, &Query::List(vec![1])).unwrap();
+        let of_many = |more| Part { held: vec![held(1); MAX_HELD / 2], more, ..Part::default() };
+        assert_eq!([list.take(7, of_many(true)), list.take(7, of_many(true))], [Ok(false); 2]);
+        assert_eq!((list.held.len(), list.is_too_long), (MAX_HELD, false));
+        assert_eq!(list.take(7, Part { held: vec![held(1)], more: true, ..Part::default() }), Ok(false));
+        assert_eq!(list.take(7, of_many(false)), Ok(true));
+        assert_eq!((list.held.len(), list.is_too_long), (0, true));
+    }
+
+    #[test]
+    fn buckets_are_asked_for_together_as_long_as_they_are_not_too_many_connections() {
+        let mut sums = Sums::default();
+        let sizes = [(0, 20_000), (1, 20_000), (2, 10_000), (3, 1), (4, 90_000), (6, 5)];
+        sizes.into_iter().for_each(|(bucket, routes)| sums.set(bucket, Sum { digest: 0, routes }));
+        assert_eq!(groups(&[0, 1, 2, 3, 4, 5, 6], &sums), [vec![0, 1, 2], vec![3], vec![4], vec![5, 6]]);
+        assert!(groups(&[], &sums).is_empty());
     }
 
     #[test]

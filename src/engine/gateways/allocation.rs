@@ -24,7 +24,7 @@ use crate::domain::allocation::dice::Dice;
 use crate::domain::allocation::field::Field;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
-use crate::domain::id::Epoch;
+use crate::domain::id::GatewayAddr;
 use crate::engine::gateways::tally::Tally;
 use crate::engine::messages::peers::Peers;
 use crate::engine::read::lives::Lives;
@@ -67,6 +67,15 @@ struct Ready {
     at: Instant,
     field: Field,
     tallies: Vec<Arc<Tally>>,
+    kept: HashMap<GatewayAddr, Kept>,
+}
+
+/// What was handed out of an address outlives its gateway for as long as clients may have been asked to wait: they come, even if
+/// it takes nobody new meanwhile, or is another process by then.
+#[derive(Clone)]
+struct Kept {
+    tally: Arc<Tally>,
+    forget_at: Instant,
 }
 
 /// A gateway that takes a user.
@@ -93,7 +102,8 @@ pub struct Allocated {
 impl Allocator {
     pub fn new(settings: Settings, lives: Arc<Lives>, peers: Arc<Peers>, metrics: Arc<Metrics>) -> Arc<Self> {
         let started = Instant::now();
-        let ready = Ready { table: Arc::default(), at: started, field: Field::default(), tallies: Vec::new() };
+        let (field, tallies, kept) = (Field::default(), Vec::new(), HashMap::new());
+        let ready = Ready { table: Arc::default(), at: started, field, tallies, kept };
         let (ready, seeds) = (ArcSwap::from_pointee(ready), AtomicU64::new(uuid::Uuid::new_v4().as_u128() as u64));
         Arc::new(Self { settings, lives, peers, metrics, started, ready, preparing: Mutex::default(), seeds })
     }
@@ -111,7 +121,7 @@ impl Allocator {
         let moment = Moment {
             now: self.lives.clock.at(now),
             is_stale: self.lives.age(now) > SUSPECT_AFTER,
-            on_their_way: &|at| ready.tallies[at].on_their_way(micros, nodes, self.rate(&ready.field.gateways[at].life)),
+            on_their_way: &|at| ready.tallies[at].on_their_way(nodes),
             is_booked: &|at| ready.tallies[at].wait_micros(micros) > limit,
             seed: self.seeds.fetch_add(1, Ordering::Relaxed),
         };
@@ -174,15 +184,18 @@ impl Allocator {
     fn prepare(&self, known: &Ready, now: Instant, nodes: u32) -> Ready {
         let table = self.lives.table();
         let field = Field::of(&table, self.settings.default_capacity, self.settings.heartbeat_interval);
-        let epochs = known.field.gateways.iter().map(|gateway| gateway.life.epoch);
-        let tallies: HashMap<Epoch, &Arc<Tally>> = epochs.zip(&known.tallies).collect();
-        let tally = |life: &Arc<Life>| {
-            let tally = tallies.get(&life.epoch).map_or_else(|| Arc::new(Tally::new(life, now)), |tally| Arc::clone(tally));
-            tally.look(life, nodes, now);
-            tally
+        let (micros, forget_at) = (self.micros(now), now + self.settings.max_retry_after);
+        let still_kept = known.kept.iter().filter(|(_, kept)| now < kept.forget_at);
+        let mut kept: HashMap<_, _> = still_kept.map(|(addr, kept)| (addr.clone(), kept.clone())).collect();
+        let mut tally = |life: &Life| {
+            let kept = kept.entry(life.gateway.clone());
+            let kept = kept.or_insert_with(|| Kept { tally: Arc::new(Tally::new(life, micros)), forget_at });
+            kept.forget_at = forget_at;
+            kept.tally.look(life, nodes, self.rate(life), micros);
+            kept.tally.clone()
         };
         let tallies = field.gateways.iter().map(|gateway| tally(&gateway.life)).collect();
-        Ready { table, at: now, field, tallies }
+        Ready { table, at: now, field, tallies, kept }
     }
 
     fn micros(&self, now: Instant) -> u64 {

@@ -3,6 +3,7 @@ use std::collections::BTreeMap;
 use super::*;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::Profile;
+use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
@@ -107,4 +108,62 @@ fn without_gateways_nobody_is_sent_and_told_when_to_ask_again() {
     let waits: Vec<u128> = (0..100).map(|user| node.allocate(&ask(user)).retry_after.as_millis()).collect();
     assert!(waits.iter().all(|ms| (2_500..=7_500).contains(ms)), "{waits:?}");
     assert!(waits.iter().max() > waits.iter().min(), "not all at the same time");
+}
+
+#[test]
+fn a_gateway_that_comes_back_still_expects_whom_it_was_told_of() {
+    let [node] = &nodes(1, 100)[..] else { panic!("one node") };
+    let start = Instant::now();
+    let field = |second: u64, gateway: Option<(u64, u32)>| {
+        let told = |(epoch, weight)| {
+            let beat = Timestamp(second as i64 * 1_000);
+            Arc::new(Life { epoch: Epoch(epoch), ..(*life(0, weight, 0, beat)).clone() })
+        };
+        let now = start + Duration::from_secs(second);
+        node.lives.replace(gateway.map(told).into_iter().collect(), true, now);
+        node.allocate_at(&ask(1), now)
+    };
+    let waits = |allocated: Allocated| (allocated.offers.len(), allocated.retry_after.as_millis());
+    assert_eq!(waits(field(0, Some((1, 100)))), (1, 0));
+    (0..1_999).for_each(|user| _ = node.allocate_at(&ask(user), start));
+    assert_eq!(field(2, Some((1, 0))).offers.len(), 0, "it takes nobody new");
+    assert_eq!(waits(field(4, Some((1, 100)))), (1, 16_000), "20 s of log-ins were handed out 4 s ago");
+    assert_eq!(field(6, None).offers.len(), 0, "it is gone");
+    assert_eq!(waits(field(8, Some((2, 100)))), (1, 12_010), "another process under its address");
+}
+
+/// Twenty gateways, the first `new` of them empty, and 2,000 log-ins a second through four nodes that do not talk. Returns the most
+/// that one got in all, and in one second, both by the mean.
+fn of_twenty(new: u64) -> (f64, f64) {
+    const PER_SECOND: u64 = 2_000;
+    const SECONDS: u64 = 20;
+    let (nodes, start) = (nodes(4, 0), Instant::now());
+    (0..).zip(&nodes).for_each(|(n, node)| node.seeds.store(n * 1_000_000, Ordering::Relaxed));
+    let mut sent: Vec<u32> = (0..20).map(|n| if n < new { 0 } else { 100_000 }).collect();
+    let (mut reported, began, mut worst) = (sent.clone(), sent.clone(), 0);
+    for second in 0..SECONDS {
+        let now = start + Duration::from_secs(second);
+        let beat = |n: u64| second.saturating_sub((second + n) % 5);
+        let before = sent.clone();
+        (0..20).filter(|n| beat(*n) == second).for_each(|n| reported[n as usize] = sent[n as usize]);
+        let lives: Vec<_> = (0..20).map(|n| life(n, 100, reported[n as usize], Timestamp(beat(n) as i64 * 1_000))).collect();
+        nodes.iter().for_each(|node| node.lives.replace(lives.clone(), true, now));
+        for user in 0..PER_SECOND {
+            let now = now + Duration::from_micros(user * 1_000_000 / PER_SECOND);
+            let allocated = nodes[user as usize % 4].allocate_at(&ask(second * PER_SECOND + user), now);
+            sent[allocated.offers[0].life.epoch.0 as usize - 1] += 1;
+        }
+        worst = sent.iter().zip(before).map(|(after, before)| after - before).chain([worst]).max().unwrap();
+    }
+    let most = sent.iter().zip(began).map(|(after, before)| after - before).max().unwrap();
+    let mean = (PER_SECOND / 20) as f64;
+    (f64::from(most) / (mean * SECONDS as f64), f64::from(worst) / mean)
+}
+
+#[test]
+fn nodes_that_do_not_talk_keep_gateways_even_and_do_not_overrun_new_ones() {
+    let (most, worst) = of_twenty(0);
+    assert!(most <= 1.02 && worst <= 2.5, "{most} {worst}");
+    let (_, worst) = of_twenty(2);
+    assert!(worst <= 2.5, "{worst}");
 }

@@ -7,7 +7,6 @@
 //! rather lost its memory. Rows whose digest is not that of what they say are corrected on the way.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
@@ -36,6 +35,8 @@ use crate::domain::digest::Sums;
 use crate::domain::digest::asking::Illegal;
 use crate::domain::digest::asking::Part;
 use crate::domain::digest::asking::Query;
+use crate::domain::digest::asking::groups;
+use crate::domain::digest::bucket;
 use crate::domain::digest::suspects;
 use crate::domain::event::Outcome;
 use crate::domain::event::Unbind;
@@ -43,6 +44,7 @@ use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
 use crate::engine::gateways::holdings::Holdings;
+use crate::engine::gateways::verdict::Verdict;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
@@ -99,21 +101,6 @@ struct Reader {
     free_at: Instant,
 }
 
-/// What came of a look.
-enum Verdict {
-    Equal,
-    /// What differed was gone, or another thing, at the second look.
-    UnderWay,
-    Differs(Difference),
-    Mended(Difference),
-    Refused {
-        differ: u64,
-        routes: u64,
-    },
-    /// The gateway did not answer.
-    Silent,
-}
-
 impl Digests {
     /// With what [`Digests::run`] works off.
     pub fn new(
@@ -164,8 +151,8 @@ impl Digests {
         match looked {
             Ok(verdict) => {
                 match &verdict {
-                    Verdict::Mended(found) => info!(
-                        gateway.addr = %gateway, gateway.epoch = epoch, ghosts = found.ghosts.len(), missing = found.missing.len(),
+                    Verdict::Mended { ghosts, missing } => info!(
+                        gateway.addr = %gateway, gateway.epoch = epoch, ghosts, missing,
                         "gateway {gateway} and the database disagreed: routes without a connection are unbound, connections \
                          without a route bound again"
                     ),
@@ -175,6 +162,9 @@ impl Digests {
                             gateway.addr = %gateway, gateway.epoch = epoch,
                             "gateway {gateway} and the database disagree too much for digest.max_share: nothing is mended; {verdict}"
                         );
+                    }
+                    Verdict::Failed { .. } | Verdict::TooLong => {
+                        warn!(gateway.addr = %gateway, gateway.epoch = epoch, "gateway {gateway} and the database: {verdict}");
                     }
                     Verdict::Equal | Verdict::UnderWay | Verdict::Differs(_) | Verdict::Silent => {}
                 }
@@ -192,7 +182,7 @@ impl Digests {
 
     async fn look(&self, holdings: &Holdings) -> Result<Verdict, SqlError> {
         let turn = self.turn().await;
-        if self.sums(holdings.epoch).await?.total() == holdings.said() {
+        if Some(self.sums(holdings.epoch).await?.total()) == holdings.said() {
             return Ok(Verdict::Equal);
         }
         drop(turn);
@@ -206,44 +196,78 @@ impl Digests {
         }
         let routes = stored.total().routes.max(answer.sums.total().routes);
         let credible = Difference::credible(self.settings.max_share, routes);
-        let Some(first) = self.difference(holdings, buckets).await? else { return Ok(Verdict::Silent) };
+        let first = match self.difference(holdings, &buckets, &answer.sums, credible).await? {
+            Ok(first) => first,
+            Err(verdict) => return Ok(verdict),
+        };
         match first.len() {
-            0 => return Ok(Verdict::Equal), // but for what is under way
+            0 if first.young == 0 => return Ok(Verdict::Equal),
+            0 => return Ok(Verdict::UnderWay),
             differ if differ > credible => return Ok(Verdict::Refused { differ, routes }),
             // A gateway that lost its memory a moment ago, perhaps: the next look will tell.
             differ if differ + first.young > credible => return Ok(Verdict::UnderWay),
             _ => sleep(self.settings.settle).await,
         }
-        let Some(again) = self.difference(holdings, first.buckets()).await? else { return Ok(Verdict::Silent) };
+        let again = match self.difference(holdings, &first.buckets(), &answer.sums, credible).await? {
+            Ok(again) => again,
+            Err(verdict) => return Ok(verdict),
+        };
         if again.len() + again.young > credible {
             return Ok(Verdict::UnderWay); // the same
         }
         let found = first.still_in(again);
         Ok(match self.settings.repair {
             _ if found.is_empty() => Verdict::UnderWay,
+            _ if holdings.said().is_none() => Verdict::Silent,
             true => self.mend(holdings, found).await,
             false => Verdict::Differs(found),
         })
     }
 
-    /// What the gateway's list of these buckets and the database do not have in common. None: there is no list.
-    async fn difference(&self, holdings: &Holdings, buckets: Vec<u8>) -> Result<Option<Difference>, SqlError> {
+    /// What the gateway's lists of these buckets, each as long as `sums` says, and the database do not have in common; not all of
+    /// it, if that is more than `credible`. An error is why there is no list.
+    ///
+    /// What the database has is read once, and is old when a later list comes. It only tells whom to look at; what their routes
+    /// are is read after the list.
+    async fn difference(
+        &self,
+        holdings: &Holdings,
+        buckets: &[u8],
+        sums: &Sums,
+        credible: u64,
+    ) -> Result<Result<Difference, Verdict>, SqlError> {
         let _turn = self.turn().await;
-        let Some(answer) = holdings.ask(Query::List(buckets.clone())).await else { return Ok(None) };
-        let stored = self.elements(holdings.epoch, &buckets).await?;
-        let users = suspects(&answer.held, &stored);
-        let held: Vec<Held> = answer.held.into_iter().filter(|held| users.contains(&held.user)).collect();
-        let routes = self.routes(holdings.epoch, &users.into_iter().collect::<Vec<_>>()).await?;
-        Ok(Some(Difference::of(&held, routes, self.lives.clock.now(), self.settings.settle)))
+        let elements = self.elements(holdings.epoch, buckets).await?;
+        let mut found = Difference::default();
+        for group in groups(buckets, sums) {
+            self.paid().await;
+            let Some(answer) = holdings.ask(Query::List(group.clone())).await else { return Ok(Err(Verdict::Silent)) };
+            if answer.is_too_long {
+                return Ok(Err(Verdict::TooLong));
+            }
+            let stored: Vec<_> = elements.iter().filter(|(user, _)| group.contains(&bucket(*user))).copied().collect();
+            let users = suspects(&answer.held, &stored);
+            let held: Vec<Held> = answer.held.into_iter().filter(|held| users.contains(&held.user)).collect();
+            let routes = self.routes(holdings.epoch, &users.into_iter().collect::<Vec<_>>()).await?;
+            found.add(Difference::of(&held, routes, self.lives.clock.now(), self.settings.settle));
+            if found.len() > credible {
+                break;
+            }
+        }
+        Ok(Ok(found))
     }
 
     /// Waits until what was read before is paid for in time. So what is read afterwards is as close as can be to what the
     /// gateway answers.
     async fn turn(&self) -> Option<SemaphorePermit<'_>> {
         let turn = self.turns.acquire().await.ok()?; // it is never closed
+        self.paid().await;
+        Some(turn)
+    }
+
+    async fn paid(&self) {
         let free_at = self.reader.lock().await.free_at;
         sleep_until(free_at.into()).await;
-        Some(turn)
     }
 
     async fn sums(&self, epoch: Epoch) -> Result<Sums, SqlError> {
@@ -274,14 +298,17 @@ impl Digests {
     /// The routes of `users`. What their rows say of their digests is right afterwards.
     async fn routes(&self, epoch: Epoch, users: &[UserId]) -> Result<Vec<Stored>, SqlError> {
         let mut routes = Vec::new();
-        for users in users.chunks(SUSPECTS_AT_ONCE) {
+        for (n, users) in users.chunks(SUSPECTS_AT_ONCE).enumerate() {
+            if n > 0 {
+                self.paid().await;
+            }
             let mut reader = self.reader.lock().await;
             let mut connection = reader.slot.take().await?;
             let read = connection.routes_on(epoch, users).await?;
             let wrong: Vec<&Stored> = read.iter().filter(|route| route.digest != route.element && self.settings.repair).collect();
-            let corrected = connection.correct_digests(&wrong).await?;
+            let corrected = connection.correct_digests(wrong).await?;
             reader.slot.give_back(connection);
-            reader.has_read(read.len() as u64, self.settings.rows_per_s);
+            reader.has_read(read.len() as u64 + corrected, self.settings.rows_per_s);
             self.metrics.digests.mended("digest", corrected);
             routes.extend(read);
         }
@@ -289,23 +316,30 @@ impl Digests {
     }
 
     async fn mend(&self, holdings: &Holdings, found: Difference) -> Verdict {
-        for ghosts in found.ghosts.chunks(MENDED_AT_ONCE) {
+        let (mut ghosts, mut is_done, missing) = (0, true, found.missing.len() as u64);
+        for routes in found.ghosts.chunks(MENDED_AT_ONCE) {
             let unbind = |route: &Stored| Unbind::Exact {
                 bound_version: route.bound_version,
                 conn: Some(route.conn.clone()),
                 epoch: Some(holdings.epoch),
                 by: None,
             };
-            let changes = ghosts.iter().map(|route| (route.user, Change::Unbind(unbind(route))));
+            let changes = routes.iter().map(|route| (route.user, Change::Unbind(unbind(route))));
             let outcomes = self.lanes.submit_each_in_background(changes).await;
-            let unbound = outcomes.iter().filter(|outcome| matches!(outcome, Ok(Outcome::Unbound { .. }))).count();
-            self.metrics.digests.mended("ghost", unbound as u64);
+            let unbound = outcomes.iter().filter(|outcome| matches!(outcome, Ok(Outcome::Unbound { .. }))).count() as u64;
+            is_done &= outcomes.iter().all(Result::is_ok);
+            ghosts += unbound;
+            self.metrics.digests.mended("ghost", unbound);
         }
         for missing in found.missing.chunks(MENDED_AT_ONCE) {
             holdings.tell(Query::BindAgain(missing.to_vec())).await;
             self.metrics.digests.mended("missing", missing.len() as u64);
         }
-        Verdict::Mended(found)
+        match ghosts + missing {
+            _ if !is_done => Verdict::Failed { ghosts, missing },
+            0 => Verdict::UnderWay, // whoever was to be unbound has gone meanwhile
+            _ => Verdict::Mended { ghosts, missing },
+        }
     }
 
     fn attached(&self) -> MutexGuard<'_, HashMap<Epoch, Arc<Holdings>>> {
@@ -346,31 +380,6 @@ impl Drop for Holder {
         let mut attached = self.digests.attached();
         if attached.get(&self.holdings.epoch).is_some_and(|newest| Arc::ptr_eq(newest, &self.holdings)) {
             attached.remove(&self.holdings.epoch);
-        }
-    }
-}
-
-impl Verdict {
-    fn label(&self) -> &'static str {
-        match self {
-            Self::Equal => "equal",
-            Self::UnderWay => "under_way",
-            Self::Differs(_) => "differs",
-            Self::Mended(_) => "mended",
-            Self::Refused { .. } => "refused",
-            Self::Silent => "silent",
-        }
-    }
-}
-
-impl fmt::Display for Verdict {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Equal | Self::UnderWay => f.write_str("equal"),
-            Self::Differs(found) => write!(f, "{} ghosts, {} missing", found.ghosts.len(), found.missing.len()),
-            Self::Mended(found) => write!(f, "mended: {} ghosts, {} missing", found.ghosts.len(), found.missing.len()),
-            Self::Refused { differ, routes } => write!(f, "refused: {} % differ", (differ * 100 / (*routes).max(1)).min(100)),
-            Self::Silent => f.write_str("no answer"),
         }
     }
 }

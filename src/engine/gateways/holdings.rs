@@ -65,9 +65,9 @@ impl Holdings {
         begins
     }
 
-    /// As it said with its last heartbeat.
-    pub fn said(&self) -> Sum {
-        self.lock().said.unwrap_or_default()
+    /// As it said with its last heartbeat. None: nothing; then nothing may be asked or mended.
+    pub fn said(&self) -> Option<Sum> {
+        self.lock().said
     }
 
     /// The look is over.
@@ -77,13 +77,13 @@ impl Holdings {
         state.verdict = verdict.map(|verdict| (Instant::now(), verdict)).or(state.verdict.take());
     }
 
-    /// What came of the last look, for a person to read. Empty: the gateway gives no digest.
+    /// What came of the last look, for a person to read. Empty: the gateway gives no digest now.
     pub fn report(&self) -> String {
         let state = self.lock();
         match (&state.verdict, state.said) {
-            (Some((at, verdict)), _) => format!("{verdict}, {} s ago", at.elapsed().as_secs()),
+            (Some((at, verdict)), Some(_)) => format!("{verdict}, {} s ago", at.elapsed().as_secs()),
             (None, Some(_)) => "not compared yet".to_owned(),
-            (None, None) => String::new(),
+            (_, None) => String::new(),
         }
     }
 
@@ -101,11 +101,12 @@ impl Holdings {
         Ok(())
     }
 
-    /// Asks, and waits for the whole answer. None: it did not come in time.
+    /// Asks, and waits for the whole answer. None: it did not come in time, or the gateway gives no digest any more.
     pub async fn ask(&self, query: Query) -> Option<Asked> {
         let (answer, answered) = oneshot::channel();
         let seq = {
             let mut state = self.lock();
+            state.said?;
             state.seq += 1;
             state.asked = Some((Asked::new(state.seq, &query)?, answer));
             state.seq
@@ -158,6 +159,7 @@ mod tests {
     #[tokio::test]
     async fn an_answer_that_nobody_waits_for_any_more_is_dropped_and_only_then_a_look_begins() {
         let (holdings, mut stream) = holdings();
+        holdings.say(ONE, Duration::MAX);
         assert!(timeout(Duration::from_millis(1), holdings.ask(Query::Sums)).await.is_err());
         assert_eq!(stream.recv().await, Some((1, Query::Sums)));
         assert!(!holdings.say(ONE, Duration::ZERO), "its answer would be taken for another's");
@@ -171,6 +173,8 @@ mod tests {
     #[tokio::test]
     async fn whoever_asks_is_told_when_the_answer_is_whole_or_the_stream_has_ended() {
         let (holdings, mut stream) = holdings();
+        assert!(holdings.ask(Query::Sums).await.is_none(), "it has given no digest");
+        holdings.say(ONE, Duration::MAX);
         let answers = async {
             let (seq, _) = stream.recv().await.unwrap();
             for (bucket, more) in [(1, true), (2, false)] {

@@ -16,3 +16,4 @@ pub mod rebalance;
 pub mod registry;
 pub mod sweep;
 pub mod tally;
+pub mod verdict;
