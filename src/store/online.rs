@@ -89,25 +89,17 @@ impl Connection {
         rows.iter().map(|row| Ok(Epoch(unsigned(row.try_get(0)?)))).collect()
     }
 
-    /// About as many numbers of users are above it as below.
-    pub async fn middle_user(&mut self) -> Result<i64, SqlError> {
-        let rows = self.fetch(statement("SELECT MIN(user_id), MAX(user_id) FROM routes")).await?;
-        let at = |column: usize| rows.first().map_or(Ok(None), |row| row.try_get::<Option<i64>, _>(column));
-        let (least, greatest) = (at(0)?.unwrap_or(0), at(1)?.unwrap_or(0));
-        Ok(least + (greatest - least) / 2)
-    }
-
-    /// How many of the users after `after` up to `last` have a route that is on none of the lives `over`. Statement by
-    /// statement: all together could take longer than one may.
-    pub async fn count_users_online(&mut self, over: &[Epoch], after: i64, last: i64) -> Result<i64, SqlError> {
+    /// How many users have a route that is on none of the lives `over`. Statement by statement: all together could take longer
+    /// than one may.
+    pub async fn count_users_online(&mut self, over: &[Epoch]) -> Result<i64, SqlError> {
         const HEAD: &str = "SELECT COUNT(*), MAX(user_id) FROM \
-            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ? AND user_id <= ?";
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ?";
         const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
         let fill = over.len().next_power_of_two() - over.len();
         let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len() + fill, ")") };
-        let (mut counted, mut after) = (0, after);
+        let (mut counted, mut after) = (0, 0);
         loop {
-            let select = statement(format!("{HEAD}{living}{TAIL}")).bind(after).bind(last);
+            let select = statement(format!("{HEAD}{living}{TAIL}")).bind(after);
             let rows = self.fetch(bind_epochs(select, over, fill).bind(COUNTED_AT_ONCE)).await?;
             let Some(row) = rows.first() else { return Ok(counted) };
             let page: i64 = row.try_get(0)?;

@@ -813,6 +813,13 @@ async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
         println!("{users} users, region {region:?}: first page {first:?}, last {last:?}");
         assert!(last < 2 * first + Duration::from_millis(5), "{last:?} against {first:?}");
     }
+    cluster.db.run("UPDATE census SET at_ms = at_ms - 60000").await;
+    let began = std::time::Instant::now();
+    let all = async || node.count(CountBy::Unspecified).await.users == users as u64;
+    eventually("the census", Duration::from_secs(120), all).await;
+    println!("{users} users: census found {:?} after it was due", began.elapsed());
+    let read = fastest(5, async || assert_eq!(node.count(CountBy::Platform).await.users, users as u64)).await;
+    println!("{users} users: the census is read in {read:?}");
     let mut counted = Duration::MAX;
     for _ in 0..if long() { 3 } else { 1 } {
         let count = async || {
@@ -825,13 +832,6 @@ async fn a_page_at_the_end_of_a_million_is_as_fast_as_the_first() {
         }
     }
     println!("{users} users counted by gateway in {counted:?}");
-    cluster.db.run("UPDATE census SET at_ms = at_ms - 60000").await;
-    let began = std::time::Instant::now();
-    let all = async || node.count(CountBy::Unspecified).await.users == users as u64;
-    eventually("the census", Duration::from_secs(120), all).await;
-    println!("{users} users: census found {:?} after it was due", began.elapsed());
-    let read = fastest(5, async || assert_eq!(node.count(CountBy::Platform).await.users, users as u64)).await;
-    println!("{users} users: the census is read in {read:?}");
     if long() {
         assert!(counted < Duration::from_secs(1) && read < Duration::from_secs(1), "{counted:?} {read:?}");
     }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -42,6 +43,9 @@ const TERM: Duration = Duration::from_secs(30);
 const PAGE: i64 = 20_000;
 /// How long a count by gateway is good for further callers, once it is done.
 const KEPT: Duration = Duration::from_secs(5);
+
+/// If the census has found more users than these, `users` beside a count by gateway is what it has found.
+const COUNTED_NOW: u64 = 200_000;
 
 /// Counts once a minute, unless another node has.
 pub struct Census {
@@ -220,31 +224,42 @@ impl Tallies {
     }
 }
 
-/// The lives on one connection, everybody once on two more, for that takes longer.
+/// The lives on two connections. Everybody once takes longer: it is counted on one more if they are few, else the census has.
 async fn count_gateways(online: &Online) -> Result<Tally, Error> {
-    let whom = online.read(|connection| {
-        async move { Ok((connection.living(None).await?, connection.named_in_vain().await?, connection.middle_user().await?)) }.boxed()
-    });
-    let (living, over, middle) = whom.await?;
+    let living = online.read(|connection| connection.living(None).boxed()).await?;
     online.lives.learn(&living);
-    let epochs: Arc<[Epoch]> = living.iter().map(|life| life.epoch).collect();
-    let of_lives = online.read(move |connection| {
-        let epochs = epochs.clone();
-        async move { connection.count_users_of(&epochs).await }.boxed()
-    });
-    let over: Arc<[Epoch]> = over.into();
-    let between = |after: i64, last: i64| {
-        let over = over.clone();
-        online.read(move |connection| {
-            let over = over.clone();
-            async move { connection.count_users_online(&over, after, last).await }.boxed()
-        })
-    };
-    let (of_lives, lower, upper) = try_join!(of_lives, between(0, middle), between(middle, i64::MAX))?;
-    let mut tally = Tally { users: u64::try_from(lower + upper).unwrap_or(0), ..Tally::default() };
+    let epochs: Vec<Epoch> = living.iter().map(|life| life.epoch).collect();
+    let (one, other) = epochs.split_at(epochs.len() / 2);
+    let (one, other, users) = try_join!(count_users_of(online, one), count_users_of(online, other), count_users(online))?;
+    let mut tally = Tally { users, ..Tally::default() };
     for life in &living {
-        let users = of_lives.get(&life.epoch).copied().unwrap_or(0);
+        let users = one.get(&life.epoch).or(other.get(&life.epoch)).copied().unwrap_or(0);
         *tally.counts.entry(life.gateway.to_string()).or_default() += users;
     }
     Ok(tally)
+}
+
+async fn count_users_of(online: &Online, epochs: &[Epoch]) -> Result<HashMap<Epoch, u64>, Error> {
+    let epochs: Arc<[Epoch]> = epochs.into();
+    let count = online.read(move |connection| {
+        let epochs = epochs.clone();
+        async move { connection.count_users_of(&epochs).await }.boxed()
+    });
+    count.await
+}
+
+async fn count_users(online: &Online) -> Result<u64, Error> {
+    let counts = online.read(|connection| connection.read_census().boxed()).await?;
+    let users = counts.and_then(|(counts, _)| counts.get(&(Kind::All, String::new())).copied());
+    if let Some(users) = users.filter(|users| *users > COUNTED_NOW) {
+        return Ok(users);
+    }
+    let count = online.read(|connection| {
+        async move {
+            let over = connection.named_in_vain().await?;
+            connection.count_users_online(&over).await
+        }
+        .boxed()
+    });
+    Ok(u64::try_from(count.await?).unwrap_or(0))
 }
