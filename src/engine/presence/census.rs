@@ -159,9 +159,12 @@ pub struct Tallies {
 /// longer than he waits, finds it done.
 struct Count {
     began: Instant,
-    done: watch::Receiver<Option<(Instant, Result<Arc<Tally>, Error>)>>,
+    done: watch::Receiver<Option<Counted>>,
     _task: AbortOnDropHandle<()>,
 }
+
+/// When it was done, and what came of it.
+type Counted = (Instant, Result<Arc<Tally>, Error>);
 
 impl Count {
     fn begin(online: Arc<Online>) -> Self {
