@@ -126,7 +126,8 @@ struct Foundation<'a> {
 }
 
 impl Daemon {
-    /// In this order: subscribe, look at Redis, read the lives, start the lanes, warm the memory while queries are answered already.
+    /// In this order: subscribe, look at Redis, read the lives, start the lanes, warm the memory while queries are answered
+    /// already.
     pub async fn start(
         config: &Config,
         database: Arc<Database>,

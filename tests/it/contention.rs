@@ -22,6 +22,7 @@ use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::node::Presence;
+use crate::harness::proxy::LAST_BEFORE_COMMIT;
 use crate::harness::proxy::Proxy;
 
 /// After this a node that stands still has lost its locks.
@@ -31,8 +32,6 @@ const BINDS_AT_LEAST: u64 = 1_000;
 const OTHERS_WAIT: Duration = Duration::from_secs(2);
 const LATE: &str = "late";
 const ONE_LANE: &[(&str, &str)] = &[("STORE__LANES", "1")];
-/// When a lane says this, it has locked and written all users of its batch.
-const OUTBOX: &str = "INTO outbox";
 
 /// The lanes of a node fill their batches from many such callers.
 async fn keep_binding(mut client: Presence, users: i64, seed: i64, until: Instant) -> (u64, Duration) {
@@ -86,13 +85,13 @@ async fn stop_in_the_middle_of_a_batch(
         let mut client = node.new_connection();
         tokio::spawn(async move { client.batch_bind_route(BatchBindRouteReq { binds }).await })
     };
-    proxy.hold_requests(OUTBOX);
+    proxy.hold_requests(LAST_BEFORE_COMMIT);
     send(vec![a_bind(2 * users, PHONE, "c")]); // while the lane is busy with it, the others queue up: they become one batch
     proxy.struck().await;
     let call = send((1..=users).map(|user| a_bind(user, PHONE, LATE)).collect());
     let are_queued = async || node.metric("im_presence_lane_queue_depth").await == users as f64;
     eventually("they are queued", OTHERS_WAIT, are_queued).await;
-    proxy.hold_requests(OUTBOX);
+    proxy.hold_requests(LAST_BEFORE_COMMIT);
     proxy.struck().await;
     node.stop();
     call

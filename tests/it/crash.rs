@@ -151,13 +151,18 @@ impl Load {
 
     async fn every_client_is_served_again(&mut self) {
         for calls in &mut self.acknowledged {
-            let wanted = CALLS_AT_LEAST.max(*calls.borrow() + 10);
-            let more = tokio::time::timeout(4 * CALL_DEADLINE, calls.wait_for(|calls| *calls > wanted)).await;
+            let seen = *calls.borrow();
+            let more = tokio::time::timeout(2 * CALL_DEADLINE, calls.wait_for(|calls| *calls > seen + 10)).await;
             assert!(more.is_ok_and(|more| more.is_ok()), "a client is served again");
         }
     }
 
-    async fn stop(self) -> Vec<Client> {
+    /// Once every client has done enough.
+    async fn stop(mut self) -> Vec<Client> {
+        for calls in &mut self.acknowledged {
+            let enough = tokio::time::timeout(4 * CALL_DEADLINE, calls.wait_for(|calls| *calls >= CALLS_AT_LEAST)).await;
+            assert!(enough.is_ok_and(|enough| enough.is_ok()), "a client goes on");
+        }
         self.done.store(true, Ordering::Relaxed);
         self.clients.join_all().await
     }

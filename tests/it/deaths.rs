@@ -31,6 +31,7 @@ use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::proxy::Kind;
+use crate::harness::proxy::LAST_BEFORE_COMMIT;
 use crate::harness::proxy::Proxy;
 
 const LEASE: Duration = Duration::from_secs(2);
@@ -56,7 +57,6 @@ const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 const READ_CLUSTER: &str = "hold_reason FROM cluster";
 // Steps of a death and of the sweep after it, as the node says them to the database.
 const DECLARE: &str = "SET alive = 0, ended_at";
-const OUTBOX: &str = "INTO outbox";
 const COMMIT: &str = "COMMIT";
 const SWEEP_PAGE: &str = "FORCE INDEX (routes_by_life)";
 const LOCK_USERS: &str = "INTO users";
@@ -125,8 +125,7 @@ async fn a_user_who_moves_at_any_step_of_a_gateways_death_keeps_the_new_gateway(
     let (dying, barred) = (Proxy::start(server.port).await, Proxy::start(server.port).await);
     let mut cluster = Cluster::mariadb(0, &[]).await;
     cluster.add_node_through(&dying, SHORT_LEASE).await;
-    let sweeps = async || cluster.db.number("SELECT COUNT(*) FROM jobs WHERE name = 'sweep'").await == 1;
-    eventually("the first node is the one that sweeps", DEAD_WITHIN, sweeps).await;
+    cluster.db.somebody_sweeps().await; // the first node
     cluster.add_node_through(&barred, SHORT_LEASE).await;
     let node = &cluster.nodes[1];
     barred.hold_requests(READ_CLUSTER); // it is the first node that declares the death: this one sees nobody die
@@ -138,7 +137,7 @@ async fn a_user_who_moves_at_any_step_of_a_gateways_death_keeps_the_new_gateway(
     dying.hold_requests(DECLARE);
     dying.struck().await;
     node.bind(moved(2, to.epoch)).await; // the lease is over, nobody has said so
-    dying.hold_requests(OUTBOX);
+    dying.hold_requests(LAST_BEFORE_COMMIT);
     dying.struck().await;
     node.bind(moved(3, to.epoch)).await; // its death is declared, and not committed
     dying.hold_requests(COMMIT);
@@ -277,8 +276,7 @@ async fn when_the_node_that_sweeps_is_killed_another_goes_on_and_touches_no_live
     let proxy = Proxy::start(server.port).await;
     let mut cluster = Cluster::on_all(server, Redis::one(), 0, &[]).await;
     cluster.add_node_through(&proxy, SHORT_LEASE).await;
-    let sweeps = async || cluster.db.number("SELECT COUNT(*) FROM jobs WHERE name = 'sweep'").await == 1;
-    eventually("the first node is the one that sweeps", DEAD_WITHIN, sweeps).await;
+    cluster.db.somebody_sweeps().await; // the first node
     cluster.add_node(SHORT_LEASE).await;
     let survivor = &cluster.nodes[1];
     let lives_on = Gateway::start(OTHER_GATEWAY, &[survivor], BEAT).await;

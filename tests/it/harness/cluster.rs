@@ -29,6 +29,9 @@ use crate::harness::node::settings;
 use crate::harness::proxy::Proxy;
 use crate::harness::redis::RedisServer;
 
+/// A node that has started sweeps, if no other does.
+const SWEEPS_WITHIN: Duration = Duration::from_millis(1_500);
+
 pub const ALICE: i64 = 1;
 pub const BOB: i64 = 2;
 pub const CAROL: i64 = 3;
@@ -90,10 +93,15 @@ impl TestDb {
         self.run("UPDATE cluster SET continuous_since = continuous_since - 700000").await;
     }
 
+    /// Waits until it is the turn of one of the nodes to sweep.
+    pub async fn somebody_sweeps(&self) {
+        let claimed = async || self.number("SELECT COUNT(*) FROM jobs WHERE name = 'sweep'").await == 1;
+        eventually("a node sweeps", SWEEPS_WITHIN, claimed).await;
+    }
+
     /// From now on, and for 40 s, it is another node's turn to sweep.
     pub async fn another_sweeps(&self) {
-        let claimed = async || self.number("SELECT COUNT(*) FROM jobs WHERE name = 'sweep'").await == 1;
-        eventually("a node sweeps", Duration::from_secs(5), claimed).await;
+        self.somebody_sweeps().await;
         self.run("UPDATE jobs SET node_id = 'another', until = until + 40000 WHERE name = 'sweep'").await;
     }
 

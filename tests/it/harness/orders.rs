@@ -58,8 +58,8 @@ impl<M: Copy + Debug> Orders<M> {
 }
 
 impl<M> Order<M> {
-    fn followed_by<N>(&self, mode: N) -> Order<N> {
-        Order { mode, turn: self.turn + 1, strikes: 0 }
+    fn followed_by(&self, mode: M) -> Self {
+        Self { mode, turn: self.turn + 1, strikes: 0 }
     }
 }
 

@@ -21,7 +21,8 @@ use crate::harness::orders::Orders;
 /// What only the session of a lane says.
 const LANE_MARK: &str = "innodb_lock_wait_timeout = 1";
 const COMMIT: &str = "COMMIT";
-const LAST_BEFORE_COMMIT: &str = "INTO outbox";
+/// When a lane says this, it has locked and written all users of its batch.
+pub const LAST_BEFORE_COMMIT: &str = "INTO outbox";
 const ANSWER_BYTES: usize = 64 * 1024;
 // Commands of the MySQL protocol.
 const COM_QUERY: u8 = 0x03;
