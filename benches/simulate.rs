@@ -169,11 +169,26 @@ fn promises(users: u64) {
     even.run_until_quiet(200);
     println!("| two_choices, {NODES} nodes, 100 gateways: max/mean | {:.3} |", even.imbalance());
     assert!(even.imbalance() <= if users < 100_000 { 1.3 } else { 1.1 }, "{}", even.imbalance());
+    newcomers(users);
     rendezvous(users);
     let experiment = Experiment { name: "canary".to_owned(), share: 0.05, algorithm: None, labels: BTreeMap::new() };
     let canaries = (1..=1_000_000).filter(|user| experiment.includes(UserId::parse(*user).expect("a user"))).count();
     println!("| experiment with a share of 5 %, of a million users | {:.3} % |", canaries as f64 / 10_000.0);
     assert!((47_000..=53_000).contains(&canaries), "{canaries}");
+}
+
+/// Two of 20 gateways are new and empty, and 2,000 users log in a second.
+fn newcomers(users: u64) {
+    let mut world = World::new(NODES, (0..20).map(|n| profile(n, 1)), &rules(Algorithm::TwoChoices), 0);
+    world.settle(users as u32 / 10);
+    (0..2).for_each(|new| (world.gateways[new].connections, world.gateways[new].said) = (0, 0));
+    world.run(6);
+    let seconds = users / 500;
+    world.ask(2_000 * seconds as usize, seconds * SECOND);
+    world.run_until_quiet(2 * seconds);
+    let (imbalance, worst) = (world.imbalance(), f64::from(world.worst_second()) / 100.0);
+    println!("| two_choices, {NODES} nodes, 2 of 20 gateways new: max/mean; worst second by the mean | {imbalance:.3}; {worst:.2} |");
+    assert!(imbalance <= 1.02 && worst <= 2.5, "{imbalance} {worst}");
 }
 
 fn rendezvous(users: u64) {

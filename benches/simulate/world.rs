@@ -44,7 +44,7 @@ pub struct Gateway {
     /// It has a life that nobody has declared over.
     registered: bool,
     pub connections: u32,
-    said: u32,
+    pub said: u32,
     beat: u64,
     /// Log-ins of each second.
     pub log_ins: BTreeMap<u64, u32>,

@@ -139,13 +139,13 @@ pub fn allocate(field: &Field, ask: &Ask, rules: &Rules, moment: &Moment<'_>) ->
     let own = rules.experiments.iter().enumerate().filter(|(_, experiment)| experiment.includes(ask.user));
     for (number, experiment) in own {
         let algorithm = experiment.algorithm.unwrap_or(rules.algorithm);
-        let candidates = candidates(field, ask, rules, moment, &experiment.labels, algorithm);
+        let candidates = candidates(field, ask, rules, moment, Some(&experiment.labels), algorithm);
         let takes_now = |first: &Candidate| !(moment.is_booked)(first.at) && (moment.is_stale || first.why != Why::Late);
         if candidates.first().is_some_and(takes_now) {
             return Allocation { candidates, algorithm, experiment: Some(number) };
         }
     }
-    let candidates = candidates(field, ask, rules, moment, &BTreeMap::new(), rules.algorithm);
+    let candidates = candidates(field, ask, rules, moment, None, rules.algorithm);
     Allocation { candidates, algorithm: rules.algorithm, experiment: None }
 }
 
@@ -154,9 +154,10 @@ fn candidates(
     ask: &Ask,
     rules: &Rules,
     moment: &Moment<'_>,
-    labels: &BTreeMap<String, String>,
+    labels: Option<&BTreeMap<String, String>>,
     algorithm: Algorithm,
 ) -> Vec<Candidate> {
+    let labels = ask.labels.iter().chain(labels.into_iter().flatten()).collect();
     let (takes_late, takes_booked, taken, but_zone) = (moment.is_stale, false, Ranking::new(), None);
     let mut view = View { field, ask, rules, moment, labels, takes_late, takes_booked, taken, but_zone };
     let mut dice = Dice::new(moment.seed);

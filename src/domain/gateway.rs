@@ -171,11 +171,16 @@ impl Life {
         self.is_managed() && self.is_alive() && self.lease_until < now
     }
 
+    /// From when on two of its beats are missing, if none comes until then.
+    pub fn late_at(&self, heartbeat_interval: Duration) -> Timestamp {
+        self.lease_until.minus(heartbeat_interval + LATE_MARGIN)
+    }
+
     pub fn liveness(&self, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
         match (self.is_alive(), self.kind) {
             (false, _) => Liveness::Over,
             (true, LifeKind::Unmanaged) => Liveness::OnTime,
-            (true, LifeKind::Managed) if self.lease_until <= now.plus(heartbeat_interval + LATE_MARGIN) => Liveness::Late,
+            (true, LifeKind::Managed) if self.late_at(heartbeat_interval) <= now => Liveness::Late,
             (true, LifeKind::Managed) => Liveness::OnTime,
         }
     }

@@ -37,10 +37,7 @@ impl Algorithm {
     pub fn best(self, count: usize, tier: &Tier<'_>, view: &View<'_>, dice: &mut Dice) -> Ranking {
         match self {
             Self::TwoChoices => two_choices(count, tier, view, dice),
-            Self::LeastLoad => {
-                let loads = tier.members().filter(|at| view.takes(*at)).map(|at| (view.load(at), at));
-                least(count, loads)
-            }
+            Self::LeastLoad => least_load(count, tier, view),
             Self::Rendezvous => rendezvous(count, tier, view),
         }
     }
@@ -57,50 +54,57 @@ fn two_choices(count: usize, tier: &Tier<'_>, view: &View<'_>, dice: &mut Dice) 
     chosen
 }
 
+fn least_load(count: usize, tier: &Tier<'_>, view: &View<'_>) -> Ranking {
+    let mut best = Best::new();
+    for at in tier.members() {
+        if let Some(users) = view.users_if_taken(at) {
+            enter(&mut best, count, (view.load_with(users, at), at));
+        }
+    }
+    ranking(best)
+}
+
 /// Weighted rendezvous: each gateway throws for the user with dice that show the same on every node, and the best throw wins.
 /// Who is fuller than `bounded_load` times its part of all users is passed over, as long as there are others.
 fn rendezvous(count: usize, tier: &Tier<'_>, view: &View<'_>) -> Ranking {
     let gateways = &view.field.gateways;
-    let taking = || tier.members().filter(|at| view.takes(*at));
-    let (users, shares) = taking().fold((1.0, 0.0), |(users, shares), at| (users + view.users(at), shares + gateways[at].share));
+    let taking: Vec<(usize, f64)> = tier.members().filter_map(|at| Some((at, view.users_if_taken(at)?))).collect();
+    let (users, shares) =
+        taking.iter().fold((1.0, 0.0), |(users, shares), (at, own)| (users + own, shares + gateways[*at].share));
     let most = view.rules.bounded_load * users / shares;
-    let has_room = |at: usize| view.users(at) + 1.0 <= (most * gateways[at].share).ceil();
     let hash = view.ask.user.hash();
-    // A throw is how long one waits for an event that comes so often: -ln(u) / share. It is at least (1 - u) / share.
-    let throws = |wants_room: bool| {
-        taking().filter(move |at| has_room(*at) == wants_room).map(move |at| {
+    let first = |count: usize, wants_room: bool| {
+        let mut best = Best::new();
+        for (at, users) in taking.iter().copied() {
+            let share = gateways[at].share;
+            if (users + 1.0 <= (most * share).ceil()) != wants_room {
+                continue;
+            }
+            // A throw is how long one waits for an event that comes so often: -ln(u) / share. It is at least (1 - u) / share.
             let u = fraction(mixed(hash ^ gateways[at].hash)).max(f64::MIN_POSITIVE);
-            (u, gateways[at].share, at)
-        })
+            let longest = if best.len() < count { f64::INFINITY } else { best.last().map_or(0.0, |last| last.0) };
+            if (1.0 - u) / share < longest {
+                enter(&mut best, count, (-u.ln() / share, at));
+            }
+        }
+        ranking(best)
     };
-    let mut chosen = first(count, throws(true));
+    let mut chosen = first(count, true);
     if chosen.len() < count {
-        let more = first(count - chosen.len(), throws(false));
+        let more = first(count - chosen.len(), false);
         chosen.extend(more);
     }
     chosen
 }
 
-/// Those whose throws are the shortest.
-fn first(count: usize, throws: impl Iterator<Item = (f64, f64, usize)>) -> Ranking {
-    let mut best: SmallVec<[(f64, usize); 4]> = SmallVec::new();
-    for (u, share, at) in throws {
-        let longest = if best.len() < count { f64::INFINITY } else { best.last().map_or(0.0, |last| last.0) };
-        if (1.0 - u) / share < longest {
-            enter(&mut best, count, (-u.ln() / share, at));
-        }
-    }
+/// Those with the smallest numbers so far.
+type Best = SmallVec<[(f64, usize); 4]>;
+
+fn ranking(best: Best) -> Ranking {
     best.into_iter().map(|(_, at)| at).collect()
 }
 
-/// Those with the smallest numbers.
-fn least(count: usize, numbered: impl Iterator<Item = (f64, usize)>) -> Ranking {
-    let mut best: SmallVec<[(f64, usize); 4]> = SmallVec::new();
-    numbered.for_each(|one| enter(&mut best, count, one));
-    best.into_iter().map(|(_, at)| at).collect()
-}
-
-fn enter(best: &mut SmallVec<[(f64, usize); 4]>, count: usize, one: (f64, usize)) {
+fn enter(best: &mut Best, count: usize, one: (f64, usize)) {
     let place = best.partition_point(|known| *known <= one);
     if place < count {
         best.truncate(count - 1);

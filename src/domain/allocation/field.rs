@@ -10,6 +10,7 @@ use xxhash_rust::xxh3::xxh3_64;
 use crate::domain::allocation::dice::Dice;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
+use crate::domain::time::Timestamp;
 
 /// Says in which zone a gateway stands: what fails together.
 pub const ZONE_LABEL: &str = "zone";
@@ -23,6 +24,10 @@ pub struct Gateway {
     pub share: f64,
     /// Connections it can hold.
     pub capacity: f64,
+    /// Those it had at its last beat.
+    pub connections: f64,
+    /// From then on it has missed beats, if none comes.
+    pub late_at: Timestamp,
     /// Of its address, which a restart does not change.
     pub hash: u64,
     /// Numbers the zones; 0: it does not say.
@@ -30,11 +35,13 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    fn new(life: &Arc<Life>, default_capacity: u32, zone: u32) -> Self {
+    fn new(life: &Arc<Life>, default_capacity: u32, heartbeat_interval: Duration, zone: u32) -> Self {
         let profile = &life.profile;
         let capacity = f64::from(if profile.capacity == 0 { default_capacity } else { profile.capacity });
         let hash = xxh3_64(life.gateway.as_str().as_bytes());
-        Self { life: life.clone(), share: f64::from(profile.weight) * capacity, capacity, hash, zone }
+        let (share, connections) = (f64::from(profile.weight) * capacity, f64::from(life.connections));
+        let late_at = life.late_at(heartbeat_interval);
+        Self { life: life.clone(), share, capacity, connections, late_at, hash, zone }
     }
 
     /// By either address.
@@ -68,7 +75,6 @@ pub struct Field {
     pub all: Pool,
     pub regions: BTreeMap<String, Pool>,
     pub zones: u32,
-    pub heartbeat_interval: Duration,
 }
 
 impl Field {
@@ -77,13 +83,13 @@ impl Field {
         let takes_users = |life: &&Arc<Life>| life.is_managed() && life.is_alive() && !life.draining && life.profile.weight > 0;
         let mut lives: Vec<&Arc<Life>> = table.iter().filter(takes_users).collect();
         lives.sort_unstable_by_key(|life| life.epoch);
-        let (mut field, mut zones) = (Self { heartbeat_interval, ..Self::default() }, HashMap::new());
+        let (mut field, mut zones) = (Self::default(), HashMap::new());
         for (at, life) in lives.into_iter().enumerate() {
             let zone = life.profile.labels.get(ZONE_LABEL).map_or(0, |zone| {
                 let next = zones.len() as u32 + 1;
                 *zones.entry(zone.as_str()).or_insert(next)
             });
-            let gateway = Gateway::new(life, default_capacity, zone);
+            let gateway = Gateway::new(life, default_capacity, heartbeat_interval, zone);
             field.all.add(at, gateway.share);
             field.regions.entry(life.profile.region.clone()).or_default().add(at, gateway.share);
             field.gateways.push(gateway);

@@ -1,6 +1,5 @@
 //! Who may be chosen at all, and how loaded they are.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use smallvec::SmallVec;
@@ -10,7 +9,6 @@ use crate::domain::allocation::Moment;
 use crate::domain::allocation::Rules;
 use crate::domain::allocation::field::Field;
 use crate::domain::gateway::DEFAULT_WEIGHT;
-use crate::domain::gateway::Liveness;
 
 /// Gateways one after the other, the best first.
 pub type Ranking = SmallVec<[usize; 4]>;
@@ -21,8 +19,8 @@ pub struct View<'a> {
     pub ask: &'a Ask,
     pub rules: &'a Rules,
     pub moment: &'a Moment<'a>,
-    /// Besides those of the question.
-    pub labels: &'a BTreeMap<String, String>,
+    /// A gateway must have all of these: the question's, and an experiment's.
+    pub labels: Vec<(&'a String, &'a String)>,
     /// Gateways that are late are better than none.
     pub takes_late: bool,
     /// So are gateways that are booked out.
@@ -36,33 +34,36 @@ pub struct View<'a> {
 impl View<'_> {
     /// Whether it may be chosen.
     pub fn takes(&self, at: usize) -> bool {
-        let gateway = &self.field.gateways[at];
-        !self.taken.contains(&at)
-            && self.but_zone != Some(gateway.zone)
-            && self.users(at) < self.rules.max_load * gateway.capacity
-            && (self.takes_late || !self.is_late(at))
-            && (self.takes_booked || !(self.moment.is_booked)(at))
-            && self.ask.labels.iter().chain(self.labels).all(|(name, value)| gateway.life.profile.labels.get(name) == Some(value))
-            && (self.ask.only.is_empty() || self.ask.only.iter().any(|addr| gateway.is_called(addr)))
-            && !self.ask.exclude.iter().any(|addr| gateway.is_called(addr))
+        self.users_if_taken(at).is_some()
     }
 
-    /// Nobody knows whether it still lives: it has missed beats, or this node has not heard the database for a while.
-    pub fn is_late(&self, at: usize) -> bool {
-        let is_late =
-            || self.field.gateways[at].life.liveness(self.moment.now, self.field.heartbeat_interval) != Liveness::OnTime;
-        self.moment.is_stale || is_late()
+    /// Its users, if it may be chosen.
+    pub fn users_if_taken(&self, at: usize) -> Option<f64> {
+        let (gateway, users) = (&self.field.gateways[at], self.users(at));
+        let is_wanted = users < self.rules.max_load * gateway.capacity
+            && (self.takes_late || self.moment.now < gateway.late_at)
+            && (self.takes_booked || !(self.moment.is_booked)(at))
+            && self.but_zone != Some(gateway.zone)
+            && !self.taken.contains(&at)
+            && self.labels.iter().all(|(name, value)| gateway.life.profile.labels.get(*name) == Some(*value))
+            && (self.ask.only.is_empty() || self.ask.only.iter().any(|addr| gateway.is_called(addr)))
+            && !self.ask.exclude.iter().any(|addr| gateway.is_called(addr));
+        is_wanted.then_some(users)
     }
 
     /// Users it has, and those on their way.
     pub fn users(&self, at: usize) -> f64 {
-        f64::from(self.field.gateways[at].life.connections) + (self.moment.on_their_way)(at)
+        self.field.gateways[at].connections + (self.moment.on_their_way)(at)
     }
 
-    /// Users by what it can hold and its weight; 1 is full.
+    /// How loaded it is with so many users, by what it can hold and its weight; 1 is full.
+    pub fn load_with(&self, users: f64, at: usize) -> f64 {
+        users * f64::from(DEFAULT_WEIGHT) / self.field.gateways[at].share
+    }
+
+    /// How loaded it is.
     pub fn load(&self, at: usize) -> f64 {
-        let gateway = &self.field.gateways[at];
-        self.users(at) * f64::from(DEFAULT_WEIGHT) / gateway.share
+        self.load_with(self.users(at), at)
     }
 
     /// Whether anybody of these regions may be chosen.

@@ -229,7 +229,7 @@ impl Destinations {
     }
 
     fn users(&self, at: usize) -> f64 {
-        f64::from(self.field.gateways[at].life.connections) + self.on_their_way(at)
+        self.field.gateways[at].connections + self.on_their_way(at)
     }
 
     fn sent(&self, at: usize) -> Option<&Sent> {
