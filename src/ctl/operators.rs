@@ -257,7 +257,11 @@ impl Kick {
 }
 
 fn taken_off(user: i64, kicked: &[pb::Route], dry_run: bool) -> String {
-    let verb = if dry_run { "would be" } else { "were" };
+    let verb = match (dry_run, kicked.len()) {
+        (true, _) => "would be",
+        (false, 1) => "was",
+        _ => "were",
+    };
     let sentence = format!("{} of user {user} {verb} taken off", counted(kicked.len(), "device"));
     if kicked.is_empty() { sentence } else { format!("{sentence}\n{}", print::routes(kicked)) }
 }

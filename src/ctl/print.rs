@@ -125,6 +125,7 @@ fn life(life: &pb::Life) -> Vec<String> {
         (false, ..) => "dead",
         (true, false, _) => "unmanaged",
         (true, true, true) => "held",
+        (true, true, false) if life.draining => "draining",
         (true, true, false) => "alive",
     };
     let lease = if life.alive && life.managed { format!("{} ms", life.lease_left_ms) } else { "-".to_owned() };
