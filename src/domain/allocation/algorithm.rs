@@ -57,8 +57,9 @@ fn two_choices(count: usize, tier: &Tier<'_>, view: &View<'_>, dice: &mut Dice) 
 fn least_load(count: usize, tier: &Tier<'_>, view: &View<'_>) -> Ranking {
     let mut best = Best::new();
     for at in tier.members() {
-        if let Some(users) = view.users_if_taken(at) {
-            enter(&mut best, count, (view.load_with(users, at), at));
+        let load = view.load(at);
+        if load < most(&best, count) && view.takes(at) {
+            enter(&mut best, count, (load, at));
         }
     }
     ranking(best)
@@ -71,19 +72,18 @@ fn rendezvous(count: usize, tier: &Tier<'_>, view: &View<'_>) -> Ranking {
     let taking: Vec<(usize, f64)> = tier.members().filter_map(|at| Some((at, view.users_if_taken(at)?))).collect();
     let (users, shares) =
         taking.iter().fold((1.0, 0.0), |(users, shares), (at, own)| (users + own, shares + gateways[*at].share));
-    let most = view.rules.bounded_load * users / shares;
+    let bound = view.rules.bounded_load * users / shares;
     let hash = view.ask.user.hash();
     let first = |count: usize, wants_room: bool| {
         let mut best = Best::new();
         for (at, users) in taking.iter().copied() {
             let share = gateways[at].share;
-            if (users + 1.0 <= (most * share).ceil()) != wants_room {
+            if (users + 1.0 <= (bound * share).ceil()) != wants_room {
                 continue;
             }
             // A throw is how long one waits for an event that comes so often: -ln(u) / share. It is at least (1 - u) / share.
             let u = fraction(mixed(hash ^ gateways[at].hash)).max(f64::MIN_POSITIVE);
-            let longest = if best.len() < count { f64::INFINITY } else { best.last().map_or(0.0, |last| last.0) };
-            if (1.0 - u) / share < longest {
+            if (1.0 - u) / share < most(&best, count) {
                 enter(&mut best, count, (-u.ln() / share, at));
             }
         }
@@ -102,6 +102,11 @@ type Best = SmallVec<[(f64, usize); 4]>;
 
 fn ranking(best: Best) -> Ranking {
     best.into_iter().map(|(_, at)| at).collect()
+}
+
+/// Who has more is not among them.
+fn most(best: &Best, count: usize) -> f64 {
+    if best.len() < count { f64::INFINITY } else { best.last().map_or(0.0, |last| last.0) }
 }
 
 fn enter(best: &mut Best, count: usize, one: (f64, usize)) {

@@ -56,14 +56,9 @@ impl View<'_> {
         self.field.gateways[at].connections + (self.moment.on_their_way)(at)
     }
 
-    /// How loaded it is with so many users, by what it can hold and its weight; 1 is full.
-    pub fn load_with(&self, users: f64, at: usize) -> f64 {
-        users * f64::from(DEFAULT_WEIGHT) / self.field.gateways[at].share
-    }
-
-    /// How loaded it is.
+    /// Users by what it can hold and its weight; 1 is full.
     pub fn load(&self, at: usize) -> f64 {
-        self.load_with(self.users(at), at)
+        self.users(at) * f64::from(DEFAULT_WEIGHT) / self.field.gateways[at].share
     }
 
     /// Whether anybody of these regions may be chosen.
