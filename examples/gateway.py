@@ -93,12 +93,12 @@ class Gateway:
                 ack = gw.DeliveryAck(delivery_id=delivery.delivery_id, user_id=delivery.user_id, device_id="")
                 frames.put(gw.GatewayFrame(ack=ack))
         elif kind == "kick":
-            self.close(frame.kick.user_id, codes.Reason.Name(frame.kick.reason))
+            self.kick(frame.kick, frames)
         elif kind == "bound":
             return self.take_bound(frame.seq, frame.bound, frames)
         elif kind == "heartbeat":
             return not self.is_over(frame.heartbeat.result)
-        return kind != "drain"
+        return kind != "drain" or frame.drain.reason == codes.REASON_DRAIN
 
     def take_bound(self, user, bound, frames):
         if bound.result.code == codes.OK:
@@ -109,6 +109,17 @@ class Gateway:
         elif not self.is_over(bound.result):
             self.close(user, bound.result.msg)
         return self.epoch != 0
+
+    def kick(self, kick, frames):
+        user, why = kick.user_id, codes.Reason.Name(kick.reason)
+        if kick.reason in (codes.REASON_DRAIN, codes.REASON_MIGRATE):
+            # The route stays until the client is bound elsewhere: then this connection is kicked with REASON_REPLACED.
+            to = " or ".join(kick.reconnect_to) or "anywhere"
+            print(f"send user {user} to {to} after {kick.reconnect_after_ms} ms, close in {kick.close_after_ms} ms: {why}")
+            if kick.close_after_ms > 0:
+                return  # this one does not watch the clock: it is asked again, to close at once
+            frames.put(gw.GatewayFrame(unbind=presence.UnbindRouteReq(user_id=user, route_key=kick.route_key)))
+        self.close(user, why)
 
     def close(self, user, why):
         self.users.pop(user, None)

@@ -4,8 +4,11 @@ mod admin_port;
 pub mod assemble;
 mod audit;
 mod files;
+mod lists;
+mod moving;
 mod neighbours;
 mod protection;
+mod redis;
 pub mod serve;
 mod settings;
 pub mod threads;
@@ -34,6 +37,7 @@ use tracing::warn;
 use crate::api::admin::Admin;
 use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
+use crate::api::moves::Moves;
 use crate::api::node::Caller;
 use crate::app::assemble::Daemon;
 use crate::app::protection::Protection;
@@ -57,7 +61,8 @@ use crate::telemetry;
 /// How long a starting node waits for its database.
 const START_DEADLINE: Duration = Duration::from_secs(10);
 const START_RETRY: Duration = Duration::from_millis(250);
-/// A stopping node: how long calls in progress may take, then how long the lanes may take to store what they have.
+/// A stopping node: how long it may take to say so, how long calls in progress may take, then how long the lanes may take to store what they have.
+const SAY_DEADLINE: Duration = Duration::from_millis(500);
 const CALLS_DEADLINE: Duration = Duration::from_secs(5);
 const LANES_DEADLINE: Duration = Duration::from_secs(3);
 
@@ -198,10 +203,16 @@ impl App {
         let Protection { access, audit, peers, .. } = &protection;
         let for_operators = Admin {
             gateways: engine.gateways.clone(),
+            digests: engine.digests.clone(),
             lives: engine.lives.clone(),
             audit: audit.clone(),
             lanes: engine.lanes.clone(),
             history: engine.history.clone(),
+            moves: Moves { drains: engine.drains.clone(), audit: audit.clone() },
+            metrics: engine.metrics.clone(),
+            lists: lists::start(&config, &engine, &mut tasks, &stop),
+            explaining: engine.explaining.clone(),
+            peers: engine.peers.clone(),
         };
         let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
         if let Some(calls) = engine.peer_calls.take() {
@@ -253,6 +264,7 @@ impl App {
     pub async fn shutdown(mut self) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
+        self.say_that_it_stops().await;
         if !self.attached.is_empty() {
             // Gateways that move away acknowledge what they have through their new node, which has to reach this one for that.
             sleep(DRAIN_TIME).await;
@@ -278,6 +290,16 @@ impl App {
         if timeout(LANES_DEADLINE, all).await.is_err() {
             warn!("the database took too long: changes that were not acknowledged are given up");
         }
+    }
+
+    /// To those who choose among the nodes.
+    async fn say_that_it_stops(&self) {
+        let say = async {
+            if let Ok(mut connection) = self.database.connect(Purpose::General).await {
+                let _ = connection.drain_node(&self.own).await; // they notice when it is gone
+            }
+        };
+        let _ = timeout(SAY_DEADLINE, say).await;
     }
 }
 

@@ -4,9 +4,12 @@
 //! Every value is checked once, when it is loaded; all that is wrong is told at once, each with the file or variable it came
 //! from. Passwords show neither in errors nor in `Debug`, nor in `Display`, which is the effective configuration as TOML.
 
+mod allocation;
 mod database;
+mod digest;
 mod forms;
 mod load;
+mod moves;
 mod presence;
 mod rules;
 mod schema;
@@ -22,13 +25,18 @@ use serde::Deserialize;
 use serde::Serialize;
 use serde_json::Value;
 
+pub use allocation::Algorithm;
+pub use allocation::Allocation;
+pub use allocation::Experiment;
 pub use database::Store;
 pub use database::StoreTls;
+pub use digest::Digest;
 use forms::millis;
 use forms::or_empty;
 use forms::seconds;
 pub use load::ConfigError;
 pub use load::Problem;
+pub use moves::Drain;
 pub use presence::History;
 pub use presence::Status;
 pub use presence::Watch;
@@ -49,6 +57,7 @@ pub use security::WhoReadsMetrics;
 #[serde(deny_unknown_fields)]
 pub struct Config {
     pub presence_service: PresenceService,
+    pub node: Node,
     pub admin: Admin,
     pub log: Log,
     pub tls: Tls,
@@ -60,9 +69,12 @@ pub struct Config {
     pub route: Route,
     pub gateway: Gateway,
     pub delivery: Delivery,
+    pub drain: Drain,
     pub status: Status,
     pub watch: Watch,
     pub history: History,
+    pub allocation: Allocation,
+    pub digest: Digest,
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,
@@ -86,6 +98,13 @@ pub struct PresenceService {
     /// `host:port` for other nodes; `None`: the address it listens on.
     #[serde(with = "or_empty")]
     pub advertise: Option<String>,
+}
+
+/// What others are told of this node.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Node {
+    pub zone: String,
 }
 
 /// The port for operators.
@@ -288,7 +307,7 @@ fn in_toml(value: &Value) -> String {
     match value {
         Value::Array(items) => format!("[{}]", joined(items.iter().map(in_toml).collect())),
         Value::Object(keys) => {
-            format!("{{ {} }}", joined(keys.iter().map(|(key, value)| format!("{key} = {}", in_toml(value))).collect()))
+            format!("{{ {} }}", joined(keys.iter().map(|(key, value)| format!("{key:?} = {}", in_toml(value))).collect()))
         }
         value => value.to_string(),
     }

@@ -8,7 +8,7 @@
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
 //! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `presence`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
-//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, the frames of a stream, the inbox |
+//! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, where users should go, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
 //! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.

@@ -1,5 +1,8 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
+mod allocation;
+mod digests;
+mod moves;
 mod per_thread;
 mod presence;
 mod security;
@@ -21,6 +24,9 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 
+use crate::metrics::allocation::AllocationMetrics;
+use crate::metrics::digests::DigestMetrics;
+pub use crate::metrics::moves::MoveMetrics;
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
 use crate::metrics::presence::PresenceMetrics;
@@ -115,6 +121,9 @@ pub struct Metrics {
     connections: Family<ByTls, Gauge>,
     pub security: SecurityMetrics,
     pub presence: PresenceMetrics,
+    pub allocation: AllocationMetrics,
+    pub moves: MoveMetrics,
+    pub digests: DigestMetrics,
     pub inbox_messages: Gauge,
     pub inbox_oldest_seconds: Gauge,
     pub streams: Gauge,
@@ -132,7 +141,7 @@ impl Metrics {
         Arc::new(Self {
             binds: r.family("binds", "binds by result"),
             unbinds: r.family("unbinds", "unbinds by result"),
-            kicks: r.family("kicks", "routes removed by another device's bind, by reason"),
+            kicks: r.family("kicks", "routes removed by another device's bind or by an operator, by reason"),
             queries: LookedUp::of(&r.family("queries", "users looked up one by one, by the tier that answered")),
             query_seconds: r.add("query_seconds", "time to answer a query", HotSeconds::default()),
             bind_seconds: r.add("bind_seconds", "time to answer a bind", HotSeconds::default()),
@@ -179,6 +188,9 @@ impl Metrics {
             connections: r.gauges("connections", "client connections, with TLS or without"),
             security: SecurityMetrics::register(&mut r),
             presence: PresenceMetrics::register(&mut r),
+            allocation: AllocationMetrics::register(&mut r),
+            moves: MoveMetrics::register(&mut r),
+            digests: DigestMetrics::register(&mut r),
             inbox_messages: r.add("inbox_messages", "messages stored for users", Gauge::default()),
             inbox_oldest_seconds: r.add("inbox_oldest_seconds", "age of the oldest stored message", Gauge::default()),
             streams: r.add("streams", "gateways that are attached to this node", Gauge::default()),

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 33] = [
+pub static RULES: [Rule; 48] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -58,6 +58,8 @@ pub static RULES: [Rule; 33] = [
     unlimited("/mpim.PresenceService/UnbindRoute", GATEWAY | OPERATOR),
     rule("/mpim.PresenceService/SetStatus", GATEWAY | SERVICE | OPERATOR),
     rule("/mpim.PresenceService/Watch", GATEWAY | SERVICE | VIEWER | OPERATOR),
+    rule("/mpim.PresenceService/AllocateGateway", SERVICE | OPERATOR),
+    rule("/mpim.PresenceService/ListNodes", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetStatusHistory", SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/GetOnlineTime", SERVICE | VIEWER | OPERATOR),
     unlimited("/mpim.GatewayService/Heartbeat", GATEWAY),
@@ -69,10 +71,23 @@ pub static RULES: [Rule; 33] = [
     unlimited("/mpim.GatewayService/AckInbox", GATEWAY | SERVICE),
     unlimited("/mpim.NodeService/Forward", NODE),
     unlimited("/mpim.NodeService/ForwardAcks", NODE),
+    unlimited("/mpim.NodeService/Inspect", NODE),
     unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),
     unlimited("/mpim.AdminService/ForgetUser", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/DrainGateway", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/CancelDrain", OPERATOR),
+    unlimited("/mpim.AdminService/ListDrains", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/RebalanceGateways", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/MigrateUser", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/KickDevice", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ForceOffline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ListOnline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/CountOnline", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/PreviewPolicy", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ListTop", VIEWER | OPERATOR),
+    unlimited("/mpim.AdminService/ExplainRoute", VIEWER | OPERATOR),
     unlimited("/grpc.health.v1.Health/Check", ANYBODY),
     unlimited("/grpc.health.v1.Health/List", ANYBODY),
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),

@@ -3,26 +3,35 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use prost::Message;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
 
 use crate::api::access;
+use crate::api::audited::audited;
+use crate::api::audited::never;
 use crate::api::convert;
+use crate::api::fit::ROOM;
+use crate::api::fit::fit;
+use crate::api::lists::Lists;
+use crate::api::moves::Moves;
 use crate::api::status::status;
 use crate::domain::event::Outcome;
-use crate::domain::gateway::LifeDetails;
+use crate::domain::gateway::Life;
 use crate::domain::gateway::Liveness;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
+use crate::engine::gateways::digests::Digests;
 use crate::engine::gateways::registry::Registry;
+use crate::engine::messages::peers::Peers;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
+use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::admin_service_server::AdminService;
 use crate::security::audit::Audit;
@@ -33,15 +42,19 @@ const MAX_REASON_BYTES: usize = 200;
 const MAX_EPOCHS: usize = 10_000;
 /// Lives in one answer.
 const MAX_PAGE: usize = 20_000;
-/// What an answer says beside the lives.
-const BESIDE_BYTES: usize = 1024;
 
 pub struct Admin {
     pub gateways: Arc<Registry>,
+    pub digests: Arc<Digests>,
     pub lives: Arc<Lives>,
     pub audit: Audit,
     pub lanes: Arc<Lanes>,
     pub history: Arc<History>,
+    pub metrics: Arc<Metrics>,
+    pub lists: Arc<Lists>,
+    pub moves: Moves,
+    pub explaining: Arc<Explaining>,
+    pub peers: Arc<Peers>,
 }
 
 #[tonic::async_trait]
@@ -53,8 +66,8 @@ impl AdminService for Admin {
         let listing = self.gateways.list(request.include_dead, after, limit).await.map_err(|error| status(&error))?;
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
-        let mut lives: Vec<_> = listing.lives.into_iter().map(|(listed, routes)| self.life(listed, routes, held, now)).collect();
-        let is_whole = fit(&mut lives) && lives.len() < limit;
+        let mut lives: Vec<_> = listing.lives.into_iter().map(|(life, routes)| self.life(&life, routes, held, now)).collect();
+        let is_whole = fit(&mut lives, ROOM) == 0 && lives.len() < limit;
         let last = lives.last().filter(|_| !is_whole);
         Ok(Response::new(pb::ListGatewaysResp {
             next_page_token: last.map_or_else(String::new, |last| format!("{}@{}", last.epoch, last.gateway_addr)),
@@ -66,27 +79,26 @@ impl AdminService for Admin {
     }
 
     async fn purge_gateways(&self, request: Request<pb::PurgeGatewaysReq>) -> Result<Response<pb::PurgeGatewaysResp>, Status> {
-        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
+        let (_, extensions, request) = request.into_parts();
         convert::at_most("epochs", request.epochs.len(), MAX_EPOCHS, "epochs").map_err(|error| status(&error))?;
         if request.epochs.is_empty() && !request.held {
             let reason = "must be given, unless held is set".to_owned();
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
         let args = format!("epochs {:?}, held {}", request.epochs, request.held);
-        let purged = self.purge(request).await;
-        self.note(Entry { action: "PurgeGateways".to_owned(), args, ..actor }, &purged);
-        purged.map(Response::new).map_err(|error| status(&error))
+        let entry = Entry { action: "PurgeGateways".to_owned(), args, ..Entry::default() };
+        audited(&self.audit, &extensions, entry, never, purge(self.gateways.clone(), request)).await.map(Response::new)
     }
 
     async fn hold_gateways(&self, request: Request<pb::HoldGatewaysReq>) -> Result<Response<pb::HoldGatewaysResp>, Status> {
-        let (actor, request) = (access::actor(request.extensions()), request.into_inner());
+        let (_, extensions, request) = request.into_parts();
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let reason = format!("operator: {}", request.reason);
         let length = Duration::from_millis(request.for_ms.into());
-        let held = self.gateways.hold(length, reason).await;
         let args = format!("for {} ms", request.for_ms);
-        self.note(Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..actor }, &held);
-        held.map_err(|error| status(&error))?;
+        let entry = Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..Entry::default() };
+        let gateways = self.gateways.clone();
+        audited(&self.audit, &extensions, entry, never, async move { gateways.hold(length, reason).await }).await?;
         Ok(Response::new(pb::HoldGatewaysResp { result: convert::result(pb::Code::Ok, "") }))
     }
 
@@ -97,42 +109,72 @@ impl AdminService for Admin {
             return Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }));
         }
         access::check_operator(request.extensions())?;
-        let forgotten = match self.lanes.submit(user, Change::Forget).await {
-            Ok(Outcome::Forgotten { rows, .. }) => Ok(rows),
-            Ok(_) => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
-            Err(error) => Err(error),
+        let entry = Entry { action: "ForgetUser".to_owned(), target: format!("user {user}"), ..Entry::default() };
+        let lanes = self.lanes.clone();
+        let forgetting = async move {
+            match lanes.submit(user, Change::Forget).await? {
+                Outcome::Forgotten { rows, .. } => Ok(rows),
+                _ => Err(Error::internal("a user was to be erased, and had the outcome of another change")),
+            }
         };
-        let target = format!("user {user}");
-        self.note(Entry { action: "ForgetUser".to_owned(), target, ..access::actor(request.extensions()) }, &forgotten);
-        let rows = forgotten.map_err(|error| status(&error))?;
+        let rows = audited(&self.audit, request.extensions(), entry, never, forgetting).await?;
         Ok(Response::new(pb::ForgetUserResp { result: convert::result(pb::Code::Ok, ""), rows }))
+    }
+
+    async fn drain_gateway(&self, request: Request<pb::DrainGatewayReq>) -> Result<Response<pb::DrainGatewayResp>, Status> {
+        self.moves.drain(request).await
+    }
+
+    async fn cancel_drain(&self, request: Request<pb::CancelDrainReq>) -> Result<Response<pb::CancelDrainResp>, Status> {
+        self.moves.cancel(request).await
+    }
+
+    async fn list_drains(&self, request: Request<pb::ListDrainsReq>) -> Result<Response<pb::ListDrainsResp>, Status> {
+        self.moves.list(request).await
+    }
+
+    async fn rebalance_gateways(
+        &self,
+        request: Request<pb::RebalanceGatewaysReq>,
+    ) -> Result<Response<pb::RebalanceGatewaysResp>, Status> {
+        self.moves.rebalance(request).await
+    }
+
+    async fn migrate_user(&self, request: Request<pb::MigrateUserReq>) -> Result<Response<pb::MigrateUserResp>, Status> {
+        self.moves.migrate(request).await
+    }
+
+    async fn kick_device(&self, request: Request<pb::KickDeviceReq>) -> Result<Response<pb::KickDeviceResp>, Status> {
+        self.kick(request).await.map(Response::new)
+    }
+
+    async fn force_offline(&self, request: Request<pb::ForceOfflineReq>) -> Result<Response<pb::ForceOfflineResp>, Status> {
+        self.force(request).await.map(Response::new)
+    }
+
+    async fn list_online(&self, request: Request<pb::ListOnlineReq>) -> Result<Response<pb::ListOnlineResp>, Status> {
+        self.lists.online(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn count_online(&self, request: Request<pb::CountOnlineReq>) -> Result<Response<pb::CountOnlineResp>, Status> {
+        self.lists.count(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn preview_policy(&self, request: Request<pb::PreviewPolicyReq>) -> Result<Response<pb::PreviewPolicyResp>, Status> {
+        self.lists.preview(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn list_top(&self, request: Request<pb::ListTopReq>) -> Result<Response<pb::ListTopResp>, Status> {
+        self.lists.top(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn explain_route(&self, request: Request<pb::ExplainRouteReq>) -> Result<Response<pb::ExplainRouteResp>, Status> {
+        self.explain(request.get_ref()).await.map(Response::new).map_err(|error| status(&error))
     }
 }
 
 impl Admin {
-    async fn purge(&self, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
-        let epochs = request.epochs.into_iter().map(Epoch).collect();
-        let mut lives = self.gateways.purge(epochs).await?;
-        let mut result = convert::result(pb::Code::Ok, "");
-        if request.held {
-            match self.gateways.confirm_hold().await? {
-                Some(ended) => lives += ended,
-                None => result = convert::result(pb::Code::NotFound, "no hold is on"),
-            }
-        }
-        Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
-    }
-
-    /// Takes down what an operator did, and whether it could be done.
-    fn note<T>(&self, entry: Entry, done: &Result<T, Error>) {
-        self.audit.note(match done {
-            Ok(_) => Entry { outcome: "ok", ..entry },
-            Err(error) => Entry { outcome: "failed", reason: format!("{} {error}", entry.reason), ..entry },
-        });
-    }
-
-    fn life(&self, listed: LifeDetails, routes: u64, held: bool, now: Timestamp) -> pb::Life {
-        let LifeDetails { life, profile, load } = listed;
+    pub(super) fn life(&self, life: &Life, routes: u64, held: bool, now: Timestamp) -> pb::Life {
         let late = life.is_managed() && life.liveness(now, self.gateways.terms.heartbeat_interval) == Liveness::Late;
         pb::Life {
             gateway_addr: life.gateway.to_string(),
@@ -140,16 +182,34 @@ impl Admin {
             managed: life.is_managed(),
             alive: life.is_alive(),
             lease_left_ms: if life.is_managed() && life.is_alive() { left(life.lease_until, now) } else { 0 },
-            region: profile.region,
-            capacity: profile.capacity,
+            region: life.profile.region.clone(),
+            capacity: life.profile.capacity,
             connections: life.connections,
-            load: load as f32,
+            load: life.load,
             routes,
             attached_node: life.attached.as_deref().unwrap_or_default().to_owned(),
-            labels: profile.labels.into_iter().collect(),
+            labels: life.profile.labels.clone().into_iter().collect(),
             held: held && late,
+            weight: life.profile.weight,
+            public_addr: life.profile.public_addr.clone(),
+            login_rate: life.profile.login_rate,
+            draining: life.draining,
+            digest: self.digests.report(life.epoch),
         }
     }
+}
+
+async fn purge(gateways: Arc<Registry>, request: pb::PurgeGatewaysReq) -> Result<pb::PurgeGatewaysResp, Error> {
+    let epochs = request.epochs.into_iter().map(Epoch).collect();
+    let mut lives = gateways.purge(epochs).await?;
+    let mut result = convert::result(pb::Code::Ok, "");
+    if request.held {
+        match gateways.confirm_hold().await? {
+            Some(ended) => lives += ended,
+            None => result = convert::result(pb::Code::NotFound, "no hold is on"),
+        }
+    }
+    Ok(pb::PurgeGatewaysResp { result, lives: u32::try_from(lives).unwrap_or(u32::MAX) })
 }
 
 /// Where the page before ended.
@@ -161,21 +221,6 @@ fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
     let (gateway, epoch) = place
         .ok_or_else(|| Error::Invalid { field: "page_token", reason: "must be the next_page_token of an answer".to_owned() })?;
     Ok(Some((gateway, Epoch(epoch))))
-}
-
-/// Leaves out what an answer has no room for. True: that was nothing.
-fn fit(lives: &mut Vec<pb::Life>) -> bool {
-    let mut left = convert::MAX_ANSWER_BYTES - BESIDE_BYTES;
-    let fits = |life: &&pb::Life| match left.checked_sub(1 + 3 + life.encoded_len()) {
-        Some(less) => {
-            left = less;
-            true
-        }
-        None => false,
-    };
-    let (all, fitting) = (lives.len(), lives.iter().take_while(fits).count());
-    lives.truncate(fitting);
-    fitting == all
 }
 
 /// Negative: so long ago.

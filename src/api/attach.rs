@@ -24,11 +24,13 @@ use crate::api::binder::Binder;
 use crate::api::convert;
 use crate::api::credential::Credential;
 use crate::api::credential::revoked;
+use crate::api::digests;
 use crate::api::status::status;
 use crate::api::statuses;
 use crate::api::watch;
 use crate::api::watch::WatchContext;
 use crate::domain::caller::GatewayPatterns;
+use crate::domain::digest::asking::Query;
 use crate::domain::event::SetStatus;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
@@ -36,6 +38,8 @@ use crate::domain::session::Frame;
 use crate::domain::session::Session;
 use crate::engine::gateways::attaching::Attaching;
 use crate::engine::gateways::attaching::End;
+use crate::engine::gateways::digests::Digests;
+use crate::engine::gateways::digests::Holder;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
@@ -73,6 +77,7 @@ pub type Outgoing = mpsc::Sender<Written>;
 /// What streams work with.
 pub struct StreamContext {
     pub attaching: Arc<Attaching>,
+    pub digests: Arc<Digests>,
     pub heartbeats: Arc<Heartbeats>,
     pub binder: Arc<Binder>,
     pub acks: Arc<Acks>,
@@ -93,10 +98,16 @@ pub struct Stream {
     /// For whom it acknowledges, once it is attached.
     speaker: Option<Arc<GatewayPatterns>>,
     attached: Option<Attached>,
+    /// What it says of its connections, once it is attached.
+    holder: Option<Holder>,
     /// What its clients want to know of others. None: nobody has asked.
     watch: Option<Watch>,
     /// Frames that asked for that, in the order in which they are answered.
     watching: VecDeque<u64>,
+    /// The gateway was told that it is drained.
+    is_drained: bool,
+    /// It is not of the last release, for which any `drain` means that this node stops: it would attach anew without end.
+    knows_moves: bool,
     /// Polled inside this task: a task per request would cost more than the request itself.
     in_flight: FuturesUnordered<BoxFuture<'static, pb::NodeFrame>>,
     answers: VecDeque<pb::NodeFrame>,
@@ -106,8 +117,22 @@ pub struct Stream {
 impl Stream {
     pub fn new(tools: Arc<StreamContext>, credential: Option<Credential>, out: Outgoing) -> Self {
         let (session, in_flight, answers) = (Session::default(), FuturesUnordered::new(), VecDeque::new());
-        let (watch, watching) = (None, VecDeque::new());
-        Self { tools, credential, session, speaker: None, attached: None, watch, watching, in_flight, answers, out }
+        let (watch, watching, holder) = (None, VecDeque::new(), None);
+        Self {
+            tools,
+            credential,
+            session,
+            speaker: None,
+            attached: None,
+            holder,
+            watch,
+            is_drained: false,
+            knows_moves: false,
+            watching,
+            in_flight,
+            answers,
+            out,
+        }
     }
 
     /// Serves the gateway until one of both ends it.
@@ -167,12 +192,13 @@ impl Stream {
                     Some(Err(status)) => return (End::Theirs, Some(unreadable(status))),
                     None => return (End::Theirs, None),
                 },
-                order = next_order(&out, self.attached.as_mut(), self.watch.as_ref()), if is_attached => match order {
+                order = next_order(&out, self.attached.as_mut(), self.holder.as_mut(), self.watch.as_ref()), if is_attached => match order {
                     Some((permit, ToGateway::Order((order, place)))) => permit.send((Ok(frame(0, told(order))), Some(place))),
                     Some((permit, ToGateway::Told(told))) => {
                         let seq = if let Told::Done(_) = told { self.watching.pop_front().unwrap_or(0) } else { 0 };
                         permit.send((Ok(frame(seq, Down::Watched(tools.watching.told(told)))), None));
                     }
+                    Some((permit, ToGateway::Query(seq, query))) => permit.send((Ok(frame(seq, digests::query(query))), None)),
                     None => return (End::Theirs, None),
                 },
             }
@@ -180,6 +206,15 @@ impl Stream {
     }
 
     fn note_answer(&mut self, answer: pb::NodeFrame) {
+        if let Some(Down::Heartbeat(pb::HeartbeatResp { result: Some(result), draining, .. })) = &answer.body
+            && result.code() == pb::Code::Ok
+            && std::mem::replace(&mut self.is_drained, *draining) != *draining
+            && *draining
+            && self.knows_moves
+        {
+            let drain = pb::Drain { deadline_ms: 0, reason: pb::Reason::Drain.into() };
+            self.answers.push_back(frame(0, Down::Drain(drain)));
+        }
         if answer.seq != 0 {
             self.answers.push_back(answer);
         }
@@ -209,6 +244,7 @@ impl Stream {
             Some(Up::Ack(_)) => (Frame::Ack, "ack"),
             Some(Up::Watch(_)) => (Frame::Watch, "watch"),
             Some(Up::Status(_)) => (Frame::Status, "status"),
+            Some(Up::Digest(_)) => (Frame::Digest, "digest"),
             None => {
                 return Err(Status::invalid_argument(format!("frame {seq}: it is empty, or of a kind this node does not know")));
             }
@@ -226,23 +262,26 @@ impl Stream {
                 self.status(seq, &set);
                 Ok(())
             }
+            Some(Up::Digest(answer)) => self.digest(seq, answer).map_err(|why| illegal(&why)),
             None => Ok(()),
         }
     }
 
     async fn hello(&mut self, seq: u64, hello: pb::RegisterGatewayReq) -> Result<(), Status> {
+        self.knows_moves |= hello.weight.is_some();
         let refused = |error| match error {
             Error::Invalid { .. } => Status::invalid_argument(format!("hello (seq {seq}): {error}")),
             error => status(&error),
         };
-        let (profile, epoch) = convert::registration(hello).map_err(refused)?;
-        let gateway = profile.gateway.clone();
+        let registration = convert::registration(hello).map_err(refused)?;
+        let gateway = registration.gateway.clone();
         if let Some(credential) = &self.credential {
             credential.admission().check_gateway(&gateway)?;
         }
-        let welcome = match self.tools.attaching.attach(profile, epoch).await.map_err(refused)? {
+        let welcome = match self.tools.attaching.attach(registration).await.map_err(refused)? {
             Ok((life, attached)) => {
                 self.speaker = Some(Arc::new(GatewayPatterns::exactly(&gateway)));
+                self.holder = Some(self.tools.digests.attach(gateway.clone(), life.epoch));
                 self.session.attach(gateway, life.epoch, life.attach_no);
                 self.attached = Some(attached);
                 convert::welcome(life.epoch, &self.tools.attaching.terms())
@@ -256,7 +295,10 @@ impl Stream {
     fn heartbeat(&mut self, seq: u64, mut beat: pb::HeartbeatReq) -> Result<(), String> {
         let (gateway, epoch) = self.speaks_for(&beat.gateway_addr, beat.gateway_epoch)?;
         (beat.gateway_addr, beat.gateway_epoch) = (gateway.to_string(), epoch.0);
+        self.knows_moves |= beat.routes_digest.is_some();
+        let said = digests::said(&beat);
         let (gateway, beat) = convert::beat(&beat).map_err(|error| error.to_string())?;
+        self.holder.iter().for_each(|holder| holder.beat(said));
         let tools = self.tools.clone();
         self.answer(seq, async move {
             let answer = match tools.heartbeats.beat(gateway, beat).await {
@@ -328,6 +370,11 @@ impl Stream {
         self.answer(seq, async move { Down::Status(statuses::status_set_or_code(statuses.finish(begun).await)) });
     }
 
+    fn digest(&self, seq: u64, answer: pb::DigestAnswer) -> Result<(), String> {
+        let part = digests::part(answer).map_err(|error| error.to_string())?;
+        self.holder.as_ref().map_or(Ok(()), |holder| holder.answer(seq, part)).map_err(|illegal| illegal.to_string())
+    }
+
     fn speaks_for(&self, addr: &str, claimed: u64) -> Result<(&GatewayAddr, Epoch), String> {
         self.session.speaks_for(addr, claimed).map_err(|illegal| illegal.to_string())
     }
@@ -342,15 +389,17 @@ impl Stream {
 enum ToGateway {
     Order(Queued),
     Told(Told),
+    Query(u64, Query),
 }
 
 /// The next of it, once it may be sent: orders and what clients watch in turn. None: the gateway is gone.
 async fn next_order<'a>(
     out: &'a Outgoing,
     attached: Option<&mut Attached>,
+    holder: Option<&mut Holder>,
     watch: Option<&Watch>,
 ) -> Option<(mpsc::Permit<'a, Written>, ToGateway)> {
-    let (permit, attached) = (out.reserve().await.ok()?, attached?);
+    let (permit, attached, holder) = (out.reserve().await.ok()?, attached?, holder?);
     let told = async {
         match watch {
             Some(watch) => watch.next().await,
@@ -360,6 +409,7 @@ async fn next_order<'a>(
     let next = tokio::select! {
         order = attached.next() => ToGateway::Order(order?),
         told = told => ToGateway::Told(told),
+        Some((seq, query)) = holder.next() => ToGateway::Query(seq, query),
     };
     Some((permit, next))
 }

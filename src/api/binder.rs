@@ -1,6 +1,7 @@
 //! Binds and unbinds as gateways ask for them, by a call of their own or on a stream.
 
 use std::sync::Arc;
+use std::time::Duration;
 use std::time::Instant;
 
 use crate::api::convert;
@@ -10,6 +11,7 @@ use crate::domain::event::Outcome;
 use crate::domain::event::Unbind;
 use crate::domain::id::UserId;
 use crate::domain::policy::Reason;
+use crate::domain::policy::Refusal;
 use crate::engine::read::lives::Lives;
 use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Begun;
@@ -89,7 +91,13 @@ impl Binder {
                     retry_after_ms: 0,
                 }
             }
-            Outcome::Refused(refusal) => refused(pb::Code::Refused, convert::refusal(refusal)),
+            Outcome::Refused(refusal) => {
+                let left = if let Refusal::Banned { left, .. } = refusal { left } else { Duration::ZERO };
+                pb::BindRouteResp {
+                    retry_after_ms: convert::millis(left),
+                    ..refused(pb::Code::Refused, &convert::refusal(refusal))
+                }
+            }
             Outcome::Fenced(fence) => pb::BindRouteResp { result: convert::fenced(fence), ..Default::default() },
             _ => not_bound_now(&Error::internal("a bind had the outcome of another change")),
         }
@@ -147,11 +155,15 @@ fn refused(code: pb::Code, why: &str) -> pb::BindRouteResp {
     pb::BindRouteResp { result: convert::result(code, why), ..Default::default() }
 }
 
-fn reason_label(reason: Reason) -> &'static str {
+/// As metrics name it.
+pub fn reason_label(reason: Reason) -> &'static str {
     match reason {
         Reason::Replaced => "replaced",
         Reason::DeviceLimit => "device_limit",
         Reason::PlatformLimit => "platform_limit",
         Reason::Operator => "operator",
+        Reason::Drain => "drain",
+        Reason::Migrate => "migrate",
+        Reason::Banned => "banned",
     }
 }

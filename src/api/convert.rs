@@ -12,10 +12,12 @@ use crate::domain::caller::Caller;
 use crate::domain::event::Bind;
 use crate::domain::event::Unbind;
 use crate::domain::gateway::Beat;
+use crate::domain::gateway::DEFAULT_WEIGHT;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -28,6 +30,7 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::time::written_time;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::inbox::StoredMessage;
@@ -48,10 +51,12 @@ pub const MAX_ANSWER_BYTES: usize = 3_584 * 1024;
 
 /// A node's name, a dash and a number.
 const MAX_DELIVERY_ID_BYTES: usize = 128;
-const MAX_REGION_BYTES: usize = 128;
+pub const MAX_REGION_BYTES: usize = 128;
+/// Of a gateway's weight next to others.
+const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;
-const MAX_LABEL_NAME_BYTES: usize = 63;
-const MAX_LABEL_BYTES: usize = 255;
+pub const MAX_LABEL_NAME_BYTES: usize = 63;
+pub const MAX_LABEL_BYTES: usize = 255;
 
 const KEY_PREFIX: &str = "user:route:";
 
@@ -142,7 +147,7 @@ pub fn registered_epoch(raw: u64) -> Result<Epoch, Error> {
 }
 
 /// What a gateway says of itself, and the life it wants to go on with.
-pub fn registration(request: pb::RegisterGatewayReq) -> Result<(Profile, Option<Epoch>), Error> {
+pub fn registration(request: pb::RegisterGatewayReq) -> Result<Registration, Error> {
     let gateway = gateway(&request.gateway_addr)?;
     at_most("region", request.region.len(), MAX_REGION_BYTES, "bytes")?;
     at_most("labels", request.labels.len(), MAX_LABELS, "labels")?;
@@ -150,8 +155,20 @@ pub fn registration(request: pb::RegisterGatewayReq) -> Result<(Profile, Option<
         at_most("labels", name.len(), MAX_LABEL_NAME_BYTES, "bytes in a name")?;
         at_most("labels", value.len(), MAX_LABEL_BYTES, "bytes in a value")?;
     }
-    let (labels, epoch) = (request.labels.into_iter().collect(), epoch(request.gateway_epoch));
-    Ok((Profile { gateway, region: request.region, capacity: request.capacity, labels }, epoch))
+    let weight = request.weight.unwrap_or(DEFAULT_WEIGHT);
+    at_most("weight", weight as usize, MAX_WEIGHT, "parts")?;
+    if !request.public_addr.is_empty() {
+        GatewayAddr::parse(&request.public_addr).map_err(invalid("public_addr"))?;
+    }
+    let profile = Profile {
+        region: request.region,
+        capacity: request.capacity,
+        labels: request.labels.into_iter().collect(),
+        weight,
+        public_addr: request.public_addr,
+        login_rate: request.login_rate,
+    };
+    Ok(Registration { gateway, claimed: epoch(request.gateway_epoch), profile })
 }
 
 pub fn beat(request: &pb::HeartbeatReq) -> Result<(GatewayAddr, Beat), Error> {
@@ -182,7 +199,7 @@ fn client_port(raw: i32) -> Result<u16, Error> {
     u16::try_from(raw).map_err(|_| Error::Invalid { field: "client_port", reason: format!("must be 0 to 65535, is {raw}") })
 }
 
-fn platform(raw: i32) -> Result<Platform, Error> {
+pub fn platform(raw: i32) -> Result<Platform, Error> {
     let known = pb::Platform::try_from(raw)
         .map_err(|_| Error::Invalid { field: "platform", reason: format!("must be 0 to 8, is {raw}") })?;
     Ok(match known {
@@ -350,6 +367,10 @@ pub fn device_id(raw: &str) -> Result<DeviceId, Error> {
     DeviceId::parse(raw).map_err(invalid("device_id"))
 }
 
+pub fn conn_id(raw: &str) -> Result<ConnId, Error> {
+    ConnId::parse(raw).map_err(invalid("conn_id"))
+}
+
 pub fn envelope(delivery: pb::Delivery) -> Envelope {
     Envelope {
         delivery_id: delivery.delivery_id,
@@ -366,19 +387,23 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
 }
 
 pub fn kick(kick: &KickOrder) -> pb::Kick {
-    let (device_id, route_key) = (kick.device_id.clone(), kick.route_key.clone());
-    pb::Kick { user_id: kick.user_id, device_id, route_key, reason: kick.reason }
+    let KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms } = kick.clone();
+    pb::Kick { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
 pub fn kick_order(kick: pb::Kick) -> KickOrder {
-    KickOrder { user_id: kick.user_id, device_id: kick.device_id, route_key: kick.route_key, reason: kick.reason }
+    let pb::Kick { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms } = kick;
+    KickOrder { user_id, device_id, route_key, reason, reconnect_to, reconnect_after_ms, close_after_ms }
 }
 
-pub fn refusal(refusal: Refusal) -> &'static str {
+pub fn refusal(refusal: Refusal) -> String {
     match refusal {
-        Refusal::Older => "a newer connection holds the device",
-        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)",
-        Refusal::PlatformLimit => "the user has as many devices of this platform online as allowed (route.per_platform)",
+        Refusal::Older => "a newer connection holds the device".to_owned(),
+        Refusal::DeviceLimit => "the user has as many devices online as allowed (route.max_devices)".to_owned(),
+        Refusal::PlatformLimit => {
+            "the user has as many devices of this platform online as allowed (route.per_platform)".to_owned()
+        }
+        Refusal::Banned { until, .. } => format!("banned until {}", written_time(until)),
     }
 }
 

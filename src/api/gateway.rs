@@ -56,9 +56,9 @@ impl GatewayService for Leases {
         request: Request<pb::RegisterGatewayReq>,
     ) -> Result<Response<pb::RegisterGatewayResp>, Status> {
         let (_, extensions, request) = request.into_parts();
-        let (profile, epoch) = convert::registration(request).map_err(|error| status(&error))?;
-        access::check_gateway(&extensions, &profile.gateway)?;
-        Ok(Response::new(match self.gateways.enter(profile, epoch).await.map_err(|error| status(&error))? {
+        let registration = convert::registration(request).map_err(|error| status(&error))?;
+        access::check_gateway(&extensions, &registration.gateway)?;
+        Ok(Response::new(match self.gateways.enter(registration).await.map_err(|error| status(&error))? {
             Ok(epoch) => convert::welcome(epoch, &self.gateways.terms),
             Err(fence) => pb::RegisterGatewayResp { result: convert::fenced(fence), ..Default::default() },
         }))

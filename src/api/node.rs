@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
@@ -22,11 +23,15 @@ use tonic::metadata::AsciiMetadataValue;
 use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
+use crate::api::explain;
+use crate::api::status::status;
 use crate::client::security::Link;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
 use crate::domain::caller::GatewayPatterns;
+use crate::domain::explanation::Inspected;
 use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Call;
@@ -35,6 +40,7 @@ use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::engine::messages::streams::Streams;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::read::lives::Lives;
 use crate::pb;
 use crate::pb::node_service_client::NodeServiceClient;
@@ -60,6 +66,7 @@ pub struct Node {
     pub acks: Arc<Acks>,
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
+    pub explaining: Arc<Explaining>,
 }
 
 #[tonic::async_trait]
@@ -92,6 +99,14 @@ impl NodeService for Node {
             }
         }
         Ok(Response::new(pb::ForwardAcksResp { result: convert::result(pb::Code::Ok, "") }))
+    }
+
+    async fn inspect(&self, request: Request<pb::InspectReq>) -> Result<Response<pb::InspectResp>, Status> {
+        let request = request.into_inner();
+        self.check_store(&request.store_id)?;
+        let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
+        let inspected = self.explaining.inspect(user);
+        Ok(Response::new(explain::inspected(&inspected, &self.peers.own.node_id)))
     }
 }
 
@@ -166,6 +181,7 @@ struct Together {
     answers: Vec<(usize, oneshot::Sender<Vec<Handed>>)>,
     acks: Vec<Ack>,
     hello: bool,
+    inspections: Vec<(UserId, oneshot::Sender<Inspected>)>,
 }
 
 /// Which process answers at `addr` for the nodes of a store.
@@ -187,7 +203,9 @@ impl Caller {
         let mut tasks = JoinSet::new();
         while let Some(Some(call)) = stop.run_until_cancelled(calls.recv()).await {
             let addr = match &call {
-                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } => addr.clone(),
+                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } | Call::Inspect { addr, .. } => {
+                    addr.clone()
+                }
             };
             if !nodes.contains_key(&addr) {
                 nodes.retain(|addr, _| self.peers.has(addr)); // whoever has gone ends when its queue is empty
@@ -222,10 +240,25 @@ impl Caller {
         while calls.join_next().await.is_some() {}
     }
 
-    /// Orders do not wait for acknowledgements, nor the other way round.
+    /// Orders do not wait for acknowledgements and inspections, nor the other way round.
     async fn call(&self, node: Callee, mut together: Together) {
-        let acks = std::mem::take(&mut together.acks);
-        tokio::join!(self.forward_acks(node.client.clone(), &acks), self.forward(node, together));
+        let (acks, inspections) = (std::mem::take(&mut together.acks), std::mem::take(&mut together.inspections));
+        let inspect = self.inspect(node.client.clone(), inspections);
+        tokio::join!(self.forward_acks(node.client.clone(), &acks), inspect, self.forward(node, together));
+    }
+
+    async fn inspect(&self, client: NodeServiceClient<Link>, inspections: Vec<(UserId, oneshot::Sender<Inspected>)>) {
+        let ask = |(user, answer): (UserId, oneshot::Sender<Inspected>)| {
+            let mut client = client.clone();
+            let request = pb::InspectReq { store_id: self.store_id.clone(), user_id: user.get() };
+            async move {
+                if let Ok(inspected) = client.inspect(signed(request, &self.store_id)).await {
+                    let _ = answer.send(explain::inspected_by(&inspected.into_inner())); // whoever gave up needs no answer
+                }
+            }
+        };
+        let awaited = inspections.into_iter().filter(|(_, answer)| !answer.is_closed());
+        join_all(awaited.map(ask)).await;
     }
 
     async fn forward_acks(&self, mut client: NodeServiceClient<Link>, acks: &[Ack]) {
@@ -299,6 +332,7 @@ impl Together {
                 }
                 Call::Acks { acks, .. } => together.acks.extend(acks),
                 Call::Hello { .. } => together.hello = true,
+                Call::Inspect { user, answer, .. } => together.inspections.push((user, answer)),
             }
         }
         together

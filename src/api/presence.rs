@@ -1,4 +1,4 @@
-//! `PresenceService`: bind, unbind, deliver, status, watch. What is asked by the hundred thousand is answered in `queries`.
+//! `PresenceService`: bind, unbind, deliver, status, watch, allocation. What is asked by the hundred thousand is answered in `queries`.
 
 use std::sync::Arc;
 
@@ -11,6 +11,7 @@ use tonic::codegen::BoxStream;
 
 use crate::api::access;
 use crate::api::access::Admission;
+use crate::api::allocation::AllocationCalls;
 use crate::api::binder::Binder;
 use crate::api::binder::not_bound_now;
 use crate::api::convert;
@@ -37,6 +38,7 @@ pub struct Presence {
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
     pub watching: Arc<WatchContext>,
+    pub allocation: AllocationCalls,
 }
 
 #[tonic::async_trait]
@@ -132,6 +134,17 @@ impl PresenceService for Presence {
         let days = statuses::days(request, self.history.today()).map_err(|error| status(&error))?;
         let time = self.history.online_time(user, days, request.include_hidden).await.map_err(|error| status(&error))?;
         Ok(Response::new(statuses::online_time(time, request.include_hidden)))
+    }
+
+    async fn allocate_gateway(
+        &self,
+        request: Request<pb::AllocateGatewayReq>,
+    ) -> Result<Response<pb::AllocateGatewayResp>, Status> {
+        self.allocation.allocate(request.into_inner()).map(Response::new).map_err(|error| status(&error))
+    }
+
+    async fn list_nodes(&self, _: Request<pb::ListNodesReq>) -> Result<Response<pb::ListNodesResp>, Status> {
+        Ok(Response::new(self.allocation.nodes()))
     }
 
     async fn watch(&self, request: Request<Streaming<pb::WatchReq>>) -> Result<Response<BoxStream<pb::WatchResp>>, Status> {

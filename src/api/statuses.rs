@@ -108,7 +108,15 @@ pub fn log_page(request: &pb::GetStatusHistoryReq) -> Result<LogPage, Error> {
 
 pub fn log((lines, has_more): (Vec<LoggedLine>, bool)) -> pb::GetStatusHistoryResp {
     let last = lines.last().filter(|_| has_more).map(|line| line.version.0.to_string());
-    let change = |line: LoggedLine| pb::StatusChange {
+    pb::GetStatusHistoryResp {
+        result: convert::result(pb::Code::Ok, ""),
+        changes: lines.into_iter().map(change).collect(),
+        next_page_token: last.unwrap_or_default(),
+    }
+}
+
+pub fn change(line: LoggedLine) -> pb::StatusChange {
+    pb::StatusChange {
         at_ms: line.at.0,
         shown: convert::status_to_pb(line.shown).into(),
         cause: cause(line.cause).to_owned(),
@@ -116,11 +124,6 @@ pub fn log((lines, has_more): (Vec<LoggedLine>, bool)) -> pb::GetStatusHistoryRe
         devices: line.devices,
         gateway_addr: line.gateway,
         hidden: line.hidden,
-    };
-    pb::GetStatusHistoryResp {
-        result: convert::result(pb::Code::Ok, ""),
-        changes: lines.into_iter().map(change).collect(),
-        next_page_token: last.unwrap_or_default(),
     }
 }
 

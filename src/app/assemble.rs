@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::api::allocation::AllocationCalls;
 use crate::api::attach;
 use crate::api::binder::Binder;
 use crate::api::gateway::Leases;
@@ -17,13 +18,17 @@ use crate::api::presence::Presence;
 use crate::api::queries::Queries;
 use crate::api::watch::WatchContext;
 use crate::app::StartError;
+use crate::app::moving;
 use crate::app::neighbours;
+use crate::app::redis;
 use crate::app::serve::Services;
 use crate::app::settings;
 use crate::app::upkeep;
-use crate::config;
 use crate::config::Config;
+use crate::engine::gateways::allocation::Allocator;
 use crate::engine::gateways::attaching::Attaching;
+use crate::engine::gateways::digests::Digests;
+use crate::engine::gateways::drains::Drains;
 use crate::engine::gateways::heartbeats::Heartbeats;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::registry::Registry;
@@ -37,6 +42,7 @@ use crate::engine::messages::outlets::Outlets;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Streams;
+use crate::engine::presence::explaining::Explaining;
 use crate::engine::presence::history::History;
 use crate::engine::presence::pruning::Pruning;
 use crate::engine::presence::status_ends::StatusEnds;
@@ -47,6 +53,7 @@ use crate::engine::read::cache::Cache;
 use crate::engine::read::directory::Directory;
 use crate::engine::read::feed::Feed;
 use crate::engine::read::hints::Hints;
+use crate::engine::read::inspection::Inspection;
 use crate::engine::read::l2::L2;
 use crate::engine::read::l2::L2Check;
 use crate::engine::read::lives::Lives;
@@ -67,7 +74,6 @@ use crate::store::bus::Bus;
 use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::database::Database;
-use crate::store::shared::SharedCache;
 
 /// How long a starting node waits to hear itself on the bus before it serves, deaf.
 const HEAR_PATIENCE: Duration = Duration::from_secs(2);
@@ -83,6 +89,8 @@ pub struct Daemon {
     pub gateways: Arc<Registry>,
     pub heartbeats: Arc<Heartbeats>,
     pub attaching: Arc<Attaching>,
+    pub allocator: Arc<Allocator>,
+    pub digests: Arc<Digests>,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
@@ -96,6 +104,8 @@ pub struct Daemon {
     pub statuses: Arc<Statuses>,
     pub history: Arc<History>,
     pub watches: Arc<Watches>,
+    pub drains: Arc<Drains>,
+    pub explaining: Arc<Explaining>,
 }
 
 /// What every part of the engine stands on, and how its tasks are started.
@@ -148,8 +158,12 @@ impl Daemon {
         );
         let inboxes = base.inboxes(inbox_queue, &deliveries, &directory, &lanes);
         let (statuses, history, watches) = base.presence(&directory, &lanes);
+        let drains = base.drains(&outlets, &kicks, &lanes);
+        let explaining = base.explaining(&directory, &watches);
+        let digests = base.digests(&lanes);
         let (streams, peers, grace) = (outlets.streams.clone(), outlets.peers.clone(), config.gateway.stream_grace);
         let attaching = Arc::new(Attaching { registry: gateways.clone(), streams: streams.clone(), kicks, grace });
+        let allocator = Allocator::new(settings::allocation(config), base.lives.clone(), peers.clone(), base.metrics.clone());
         let Foundation { own, database, metrics, memory, cache, lives, hints, .. } = base;
         Ok(Self {
             own,
@@ -161,6 +175,8 @@ impl Daemon {
             gateways,
             heartbeats,
             attaching,
+            allocator,
+            digests,
             streams,
             peers,
             peer_calls: Some(peer_calls),
@@ -173,6 +189,8 @@ impl Daemon {
             statuses,
             history,
             watches,
+            drains,
+            explaining,
         })
     }
 
@@ -185,6 +203,7 @@ impl Daemon {
         let (statuses, watches, history) = (self.statuses.clone(), self.watches.clone(), self.history.clone());
         let stream_tools = Arc::new(attach::StreamContext {
             attaching: self.attaching.clone(),
+            digests: self.digests.clone(),
             heartbeats: self.heartbeats.clone(),
             binder: binder.clone(),
             acks: self.acks.clone(),
@@ -207,10 +226,14 @@ impl Daemon {
             stream_tools,
             attached: attached.clone(),
         };
+        let (allocator, peers) = (self.allocator.clone(), self.peers.clone());
+        let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
+        let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
+        let node = Node { store_id, streams, acks, peers, lives, explaining };
         Services {
-            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching },
-            more: Some((queries, leases, Node { store_id, streams, acks, peers: self.peers.clone(), lives })),
+            presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
+            more: Some((queries, leases, node)),
         }
     }
 }
@@ -232,13 +255,18 @@ impl<'a> Foundation<'a> {
         let node_id = config.presence_service.node_id.clone();
         let is_given = node_id.is_some();
         let node_id = node_id.unwrap_or_else(|| incarnation.clone());
-        let own = NodeName { node_id, incarnation, addr: advertise.unwrap_or_else(|| data.to_string()) };
+        let own = NodeName {
+            node_id,
+            incarnation,
+            addr: advertise.unwrap_or_else(|| data.to_string()),
+            zone: config.node.zone.clone(),
+        };
         if is_given {
             neighbours::must_not_be_twins(&own, &database).await?;
         }
         let (lives, cache) = (Lives::new(), Cache::new(config.route.l1_capacity));
         let memory = Memory::new(config.limits.memory_bytes);
-        let (bus, shared) = redis(config, &database).await?;
+        let (bus, shared) = redis::open(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&own, &*database.store_id);
         let feed = Arc::<Feed>::default();
@@ -300,6 +328,13 @@ impl<'a> Foundation<'a> {
         let (heartbeats, recorder) = Heartbeats::new(gateways.clone());
         self.spawn(recorder.run(self.stop.clone()));
         (gateways, heartbeats)
+    }
+
+    fn digests(&mut self, lanes: &Arc<Lanes>) -> Arc<Digests> {
+        let (database, lives, metrics) = (self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let (digests, due) = Digests::new(settings::digests(self.config), database, lanes.clone(), lives, metrics);
+        self.spawn(digests.clone().run(due, self.stop.clone()));
+        digests
     }
 
     async fn check_l2(&mut self) {
@@ -367,6 +402,19 @@ impl<'a> Foundation<'a> {
         (Arc::new(statuses), Arc::new(history), watches)
     }
 
+    fn drains(&mut self, outlets: &Arc<Outlets>, kicks: &Arc<Kicks>, lanes: &Arc<Lanes>) -> Arc<Drains> {
+        let on = (self.database.clone(), self.lives.clone(), self.metrics.clone());
+        let with = (lanes.clone(), outlets.clone(), kicks.clone());
+        moving::start(self.config, &self.own, on, with, self.tasks, self.stop)
+    }
+
+    fn explaining(&self, directory: &Arc<Directory>, watches: &Arc<Watches>) -> Arc<Explaining> {
+        let (lives, database) = (self.lives.clone(), self.database.clone());
+        let inspection = Inspection::new(directory.clone(), lives, self.l2.clone(), database);
+        let heartbeat_interval = self.config.gateway.heartbeat_interval;
+        Arc::new(Explaining { inspection, watches: watches.clone(), heartbeat_interval })
+    }
+
     fn inboxes(
         &mut self,
         inbox_queue: Arc<InboxQueue>,
@@ -390,24 +438,4 @@ impl<'a> Foundation<'a> {
         self.spawn(upkeep::keep_looking(inboxes.clone(), self.stop.clone()));
         inboxes
     }
-}
-
-/// Both uses of Redis, as far as they are configured.
-async fn redis(config: &Config, database: &Database) -> Result<(Option<Arc<Bus>>, Option<SharedCache>), StartError> {
-    let bus = config.redis_queue.as_ref().map(bus).transpose()?.map(Arc::new);
-    let cache = config.redis_cache.as_ref().map(|redis| shared(redis, config, &database.store_id)).transpose()?;
-    if database.engine == Engine::Sqlite {
-        neighbours::must_not_be(&database.store_id, cache.as_ref(), bus.as_deref()).await?;
-    }
-    Ok((bus, cache))
-}
-
-fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {
-    let section = "redis_queue";
-    Bus::new(queue).map_err(|cause| StartError::Redis { section, cause })
-}
-
-fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<SharedCache, StartError> {
-    let section = "redis_cache";
-    SharedCache::new(redis, &config.route, store_id).map_err(|cause| StartError::Redis { section, cause })
 }

@@ -3,14 +3,23 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config;
 use crate::config::Config;
+use crate::config::Digest;
 use crate::config::Gateway;
 use crate::config::OnOverflow;
 use crate::config::Payload;
 use crate::config::Watch;
+use crate::domain::allocation::Rules;
+use crate::domain::allocation::algorithm::Algorithm;
+use crate::domain::allocation::experiment::Experiment;
 use crate::domain::inbox::Limits;
 use crate::domain::policy;
 use crate::domain::policy::DevicePolicy;
+use crate::engine::gateways::allocation;
+use crate::engine::gateways::destinations::Rooms;
+use crate::engine::gateways::digests;
+use crate::engine::gateways::moving;
 use crate::engine::gateways::registry::Terms;
 use crate::engine::messages::delivery;
 use crate::engine::messages::dispatch::Format;
@@ -27,17 +36,47 @@ pub fn terms(config: &Config) -> Terms {
     Terms { heartbeat_interval, lease, doubt_share, doubt_for }
 }
 
-pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
+pub fn allocation(config: &Config) -> allocation::Settings {
+    let config::Allocation { max_load, default_capacity, login_rate, bounded_load, max_retry_after, .. } = config.allocation;
+    let experiment = |one: &config::Experiment| Experiment {
+        name: one.name.clone(),
+        share: one.share,
+        algorithm: one.algorithm.map(algorithm),
+        labels: one.labels.clone(),
+    };
+    let rules = Rules {
+        algorithm: algorithm(config.allocation.algorithm),
+        max_load,
+        bounded_load,
+        regions: config.allocation.regions.clone(),
+        experiments: config.allocation.experiments.iter().map(experiment).collect(),
+    };
+    let heartbeat_interval = config.gateway.heartbeat_interval;
+    allocation::Settings { rules, default_capacity, login_rate, max_retry_after, heartbeat_interval }
+}
+
+fn algorithm(configured: config::Algorithm) -> Algorithm {
+    match configured {
+        config::Algorithm::TwoChoices => Algorithm::TwoChoices,
+        config::Algorithm::LeastLoad => Algorithm::LeastLoad,
+        config::Algorithm::Rendezvous => Algorithm::Rendezvous,
+    }
+}
+
+pub fn policy(config: &Config) -> DevicePolicy {
     let on_overflow = match config.route.on_overflow {
         OnOverflow::KickOldest => policy::OnOverflow::KickOldest,
         OnOverflow::RefuseNew => policy::OnOverflow::RefuseNew,
     };
-    let policy = DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow };
+    DevicePolicy { max_devices: config.route.max_devices, per_platform: config.route.per_platform, on_overflow }
+}
+
+pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
     change::Settings {
         lanes: if engine == Engine::Sqlite { 1 } else { config.store.lanes },
         queue: config.store.queue,
         max_event_age: config.store.max_event_age,
-        policy,
+        policy: policy(config),
         inbox: Limits {
             messages: config.delivery.inbox_max_messages,
             bytes: config.delivery.inbox_max_bytes,
@@ -57,6 +96,23 @@ pub fn watches(config: &Config) -> watches::Settings {
     let Watch { offline_delay, min_interval, max_users_per_stream, max_users, max_streams, resync_rate } = config.watch;
     let damping = Damping { offline_delay, min_interval };
     watches::Settings { damping, max_users_per_stream, max_users, max_streams, resync_rate }
+}
+
+pub fn moving(config: &Config) -> moving::Settings {
+    let config::Drain { rate, settle, close_after, outstanding } = config.drain;
+    let heartbeat_interval = config.gateway.heartbeat_interval;
+    moving::Settings { rate, settle, close_after, outstanding, heartbeat_interval }
+}
+
+/// How gateways are chosen for users who have to go.
+pub fn rooms(config: &Config) -> Rooms {
+    let allocation::Settings { rules, default_capacity, login_rate, max_retry_after, heartbeat_interval } = allocation(config);
+    Rooms { rules, default_capacity, login_rate, heartbeat_interval, patience: config.drain.close_after, max_retry_after }
+}
+
+pub fn digests(config: &Config) -> digests::Settings {
+    let Digest { interval, settle, rows_per_s, max_share, repair } = config.digest;
+    digests::Settings { interval, settle, rows_per_s, max_share, repair }
 }
 
 pub fn directory(config: &Config, engine: Engine, hints: Option<Arc<Hints>>) -> directory::Settings {

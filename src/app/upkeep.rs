@@ -9,12 +9,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 use tracing::warn;
 
+use crate::engine::gateways::drain_run;
+use crate::engine::gateways::drain_run::Executor;
 use crate::engine::gateways::reaper::Reaper;
 use crate::engine::gateways::sweep::CENSUS_INTERVAL;
 use crate::engine::gateways::sweep::SWEEP_INTERVAL;
 use crate::engine::gateways::sweep::Sweep;
 use crate::engine::messages::inbox::Inboxes;
 use crate::engine::messages::inbox::LOOK_INTERVAL;
+use crate::engine::presence::census;
+use crate::engine::presence::census::Census;
 use crate::engine::presence::pruning::PRUNE_INTERVAL;
 use crate::engine::presence::pruning::Pruning;
 use crate::engine::presence::status_ends;
@@ -68,6 +72,18 @@ pub async fn keep_ending_statuses(mut ends: StatusEnds, stop: CancellationToken)
     }
 }
 
+pub async fn keep_draining(mut drains: Executor, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(drain_run::LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(drains.step()).await {
+            debug!(%error, "drains cannot be looked at");
+        }
+    }
+    drains.finish().await;
+}
+
 pub async fn keep_pruning(mut pruning: Pruning, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     let mut ticks = interval(PRUNE_INTERVAL);
@@ -75,6 +91,17 @@ pub async fn keep_pruning(mut pruning: Pruning, stop: CancellationToken) {
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
         if let Some(Err(error)) = stop.run_until_cancelled(pruning.step()).await {
             warn!(%error, "old history cannot be removed; next try in {PRUNE_INTERVAL:?}");
+        }
+    }
+}
+
+pub async fn keep_counting(mut census: Census, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(census::LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if let Some(Err(error)) = stop.run_until_cancelled(census.step()).await {
+            debug!(%error, "who is online cannot be counted yet");
         }
     }
 }

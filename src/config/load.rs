@@ -258,6 +258,21 @@ mod tests {
     }
 
     #[test]
+    fn a_table_and_a_list_of_tables_are_values() {
+        let text = "[allocation.regions]\nEU-west = [\"us\"]\n[[allocation.experiments]]\nname = \"canary\"\nshare = 0.05\n\
+            labels = { version = \"2\" }";
+        let config = load("im.toml", text, &[]).unwrap();
+        assert_eq!(config.allocation.regions["EU-west"], ["us"]);
+        assert_eq!(config.allocation.experiments[0].labels["version"], "2");
+        assert_eq!(load("im.toml", &config.to_string(), &[]).as_ref(), Ok(&config));
+        let variables = [("IM_PRESENCE__ALLOCATION__REGIONS", "{ EU-west = [\"us\"] }")];
+        assert_eq!(load("im.toml", "", &variables).unwrap().allocation.regions, config.allocation.regions);
+        let bad = "[[allocation.experiments]]\nname = \"canary\"\nshare = 2";
+        check_refused(bad, &[], &["im.toml: allocation.experiments: canary: share must be from 0 to 1"]);
+        check_refused("[allocation]\nregions = 1", &[], &["im.toml: allocation.regions: must be a table"]);
+    }
+
+    #[test]
     fn an_ini_file_with_sections_and_strings_is_read() {
         let config = load("im.ini", SOURCE_INI, &[]).unwrap();
         assert_eq!(config.presence_service.thread_count, 4);

@@ -36,13 +36,20 @@ const MAX_MESSAGE_BYTES: u64 = 1024 * 1024;
 const MAX_INBOX_MESSAGES: u64 = 1_000_000;
 const MAX_INBOX_BYTES: u64 = 1024 * 1024 * 1024;
 const MAX_STATUS_CHANGES: u64 = 1000;
+const MAX_DRAIN_RATE: u64 = 1_000_000;
 const MAX_DELAY_MS: u64 = 60_000;
 const MAX_PAIRS: u64 = 100_000_000;
 const MAX_KEPT_ROWS: u64 = 10_000_000;
+const MAX_LOGIN_RATE: u64 = 1_000_000;
+const MAX_EXPERIMENTS: usize = 32;
 const MAX_SQL_CONNECTIONS: u64 = 1000;
 /// Less would not hold what one call of the largest batch needs beside the others.
 const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
 const MAX_LANES: u64 = 64;
+/// Shorter, what is under way would be taken for a difference.
+const SETTLE_MS: RangeInclusive<u64> = 100..=HOUR_MS;
+/// Slower, a large gateway would never be done.
+const ROWS_PER_S: RangeInclusive<u64> = 1_000..=MAX_PER_SECOND;
 /// What a URL may say besides where the database is. TLS has keys of its own, which cannot be misspelt silently.
 const MYSQL_URL_KEYS: [&str; 1] = ["socket"];
 const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
@@ -87,6 +94,9 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("delivery", "inbox_max_messages") => 1..=MAX_INBOX_MESSAGES,
         ("delivery", "inbox_max_bytes") => 1..=MAX_INBOX_BYTES,
         ("delivery", "inbox_ttl") => 1..=YEAR_S,
+        ("drain", "rate") => 1..=MAX_DRAIN_RATE,
+        ("drain", "settle" | "close_after") => 0..=HOUR_S,
+        ("drain", "outstanding") => 1..=HOUR_S,
         ("status", "rate") => 0..=MAX_STATUS_CHANGES,
         ("status", "burst") => 1..=MAX_STATUS_CHANGES,
         ("status", "text_bytes") => 0..=MAX_TEXT_BYTES as u64,
@@ -97,6 +107,12 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("history", "keep_days") => 1..=MAX_KEEP_DAYS,
         ("history", "keep_rows") => 100..=MAX_KEPT_ROWS,
         ("history", "session_gap") => 0..=HOUR_S,
+        ("allocation", "default_capacity") => 1..=MAX_USERS,
+        ("allocation", "login_rate") => 0..=MAX_LOGIN_RATE,
+        ("allocation", "max_retry_after") => 1..=HOUR_S,
+        ("digest", "interval") => 0..=DAY_MS,
+        ("digest", "settle") => SETTLE_MS,
+        ("digest", "rows_per_s") => ROWS_PER_S,
         ("store", "connections") => 1..=MAX_SQL_CONNECTIONS,
         ("store", "lanes") => 1..=MAX_LANES,
         ("store", "queue") => QUEUE,
@@ -114,6 +130,7 @@ impl Config {
         let mut faults = Faults(Vec::new());
         self.check_addresses(&mut faults);
         self.check_gateways(&mut faults);
+        self.check_allocation(&mut faults);
         faults.unless(is_filter(&self.log.level), &["log.level"], || "must be a level such as info, or directives".into());
         let fits = self.delivery.inbox_max_bytes >= self.delivery.max_message_bytes as u64;
         faults.unless(fits, &["delivery.inbox_max_bytes", "delivery.max_message_bytes"], || {
@@ -242,6 +259,31 @@ impl Config {
             .unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || "stream_grace must not be above lease".into());
         let share = self.gateway.doubt_share;
         faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || "must be from 0 to 1".into());
+        let share = self.digest.max_share;
+        faults.unless((0.0..=1.0).contains(&share), &["digest.max_share"], || "must be from 0 to 1".into());
+    }
+}
+
+impl Config {
+    fn check_allocation(&self, faults: &mut Faults) {
+        let allocation = &self.allocation;
+        let is_share = |share: f64| share > 0.0 && share <= 1.0;
+        faults.unless(is_share(allocation.max_load), &["allocation.max_load"], || "must be above 0, and 1 at most".into());
+        faults.unless((1.0..=10.0).contains(&allocation.bounded_load), &["allocation.bounded_load"], || {
+            "must be from 1 to 10".into()
+        });
+        faults.unless(self.node.zone.is_empty() || is_name(&self.node.zone), &["node.zone"], not_a_name);
+        let experiments = &allocation.experiments;
+        faults.unless(experiments.len() <= MAX_EXPERIMENTS, &["allocation.experiments"], || format!("at most {MAX_EXPERIMENTS}"));
+        for (at, one) in experiments.iter().enumerate() {
+            let is_first = experiments[..at].iter().all(|other| other.name != one.name);
+            faults.unless(is_name(&one.name) && is_first, &["allocation.experiments"], || {
+                format!("each needs a name of its own: {}", not_a_name())
+            });
+            faults.unless((0.0..=1.0).contains(&one.share), &["allocation.experiments"], || {
+                format!("{}: share must be from 0 to 1", one.name)
+            });
+        }
     }
 }
 

@@ -57,11 +57,14 @@ fn without_value(message: &str) -> String {
 /// In an .ini file and in the environment every value is a string. A string stays one: a password may be `007`.
 fn coerce(value: &Value, like: &Value) -> Result<Value, String> {
     let (converted, wanted) = match (value, like) {
-        (Value::String(_), Value::String(_)) | (Value::Bool(_), Value::Bool(_)) | (Value::Array(_), Value::Array(_)) => {
-            (Some(value.clone()), "")
-        }
-        (Value::String(text), Value::Array(_)) => (list(text), "a list, as in TOML"),
+        (Value::String(_), Value::String(_))
+        | (Value::Bool(_), Value::Bool(_))
+        | (Value::Array(_), Value::Array(_))
+        | (Value::Object(_), Value::Object(_)) => (Some(value.clone()), ""),
+        (Value::String(text), Value::Array(_)) => (inline(text).filter(Value::is_array), "a list, as in TOML"),
         (_, Value::Array(_)) => (None, "a list"),
+        (Value::String(text), Value::Object(_)) => (inline(text).filter(Value::is_object), "a table, as in TOML"),
+        (_, Value::Object(_)) => (None, "a table"),
         (_, Value::String(_)) => return Err("must be a string".into()), // may be a password: not shown
         (Value::String(text), Value::Bool(_)) => (boolean(text).map(Value::from), "true or false"),
         (Value::String(text), Value::Number(number)) if number.is_f64() => {
@@ -76,9 +79,9 @@ fn coerce(value: &Value, like: &Value) -> Result<Value, String> {
     converted.ok_or_else(|| format!("must be {wanted}"))
 }
 
-fn list(text: &str) -> Option<Value> {
-    let parsed = parse(&format!("list = {text}"), FileFormat::Toml).ok()?;
-    parsed.get("list").filter(|list| list.is_array()).cloned()
+/// A list or a table on one line.
+fn inline(text: &str) -> Option<Value> {
+    parse(&format!("value = {text}"), FileFormat::Toml).ok()?.get("value").cloned()
 }
 
 fn boolean(text: &str) -> Option<bool> {

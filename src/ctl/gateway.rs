@@ -86,6 +86,16 @@ impl Gateway {
                 let reason = pb::Reason::try_from(kick.reason).map_or("?", |reason| reason.as_str_name());
                 format!("close the connection of user {}, device {:?} ({reason})", kick.user_id, kick.device_id)
             }
+            Event::Move(_, kick) if json => print::json("Kick", &kick),
+            Event::Move(_, kick) => {
+                let to = if kick.reconnect_to.is_empty() { "elsewhere".to_owned() } else { kick.reconnect_to.join(" or ") };
+                let (user, device, after) = (kick.user_id, &kick.device_id, kick.reconnect_after_ms);
+                format!("send user {user}, device {device:?}, to {to} after {after} ms; close in {} ms", kick.close_after_ms)
+            }
+            Event::Draining(is_drained) => {
+                say(if is_drained { "this gateway is drained: take no new clients" } else { "this gateway may take clients" });
+                return Ok(());
+            }
             Event::Lost(connection, bound) => {
                 say(&format!("user {} was not bound again{}", connection.user_id, print::refusal(&bound.result)));
                 return Ok(());

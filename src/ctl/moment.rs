@@ -3,15 +3,13 @@
 use crate::domain::time::DAY_MS;
 use crate::domain::time::Timestamp;
 use crate::domain::time::parse_day;
-use crate::domain::time::written_day;
+use crate::domain::time::written_time;
 
 const FORMS: &str = "a time is milliseconds since 1970, 2026-11-28, or 2026-11-28T09:30:00Z";
 
 /// `2026-11-28 09:30:00.000Z`
 pub fn shown(unix_ms: i64) -> String {
-    let (day, ms) = (written_day(Timestamp(unix_ms).day()), unix_ms.rem_euclid(DAY_MS));
-    let (hour, minute, second, milli) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
-    format!("{day} {hour:02}:{minute:02}:{second:02}.{milli:03}Z")
+    written_time(Timestamp(unix_ms)).replacen('T', " ", 1)
 }
 
 /// Milliseconds since 1970 of what [`shown`] prints, of RFC 3339, of a day, or of milliseconds.

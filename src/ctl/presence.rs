@@ -18,7 +18,7 @@ use crate::pb::Platform;
 use crate::pb::QueryRouteReq;
 use crate::pb::UnbindRouteReq;
 
-const PLATFORMS: [&str; 8] = ["ios", "android", "windows", "macos", "linux", "web", "tablet", "other"];
+pub const PLATFORMS: [&str; 8] = ["ios", "android", "windows", "macos", "linux", "web", "tablet", "other"];
 
 #[derive(Args)]
 pub struct Bind {
@@ -210,6 +210,6 @@ fn bytes_of(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn platform(name: &str) -> Platform {
+pub fn platform(name: &str) -> Platform {
     Platform::from_str_name(&format!("PLATFORM_{}", name.to_uppercase())).unwrap_or(Platform::Other)
 }

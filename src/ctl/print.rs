@@ -115,7 +115,7 @@ pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
         false => String::new(),
     };
     let rows: Vec<Vec<String>> = answer.lives.iter().map(life).collect();
-    let headers = ["GATEWAY", "EPOCH", "IS", "LEASE LEFT", "CONNECTIONS", "ROUTES", "REGION", "LABELS"];
+    let headers = ["GATEWAY", "EPOCH", "IS", "LEASE LEFT", "CONNECTIONS", "ROUTES", "DIGEST", "REGION", "LABELS"];
     let parts = [format!("{} live{hold}", counted(u32::try_from(alive).unwrap_or(u32::MAX), "gateway")), table(&headers, &rows)];
     parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
 }
@@ -125,6 +125,7 @@ fn life(life: &pb::Life) -> Vec<String> {
         (false, ..) => "dead",
         (true, false, _) => "unmanaged",
         (true, true, true) => "held",
+        (true, true, false) if life.draining => "draining",
         (true, true, false) => "alive",
     };
     let lease = if life.alive && life.managed { format!("{} ms", life.lease_left_ms) } else { "-".to_owned() };
@@ -132,7 +133,8 @@ fn life(life: &pb::Life) -> Vec<String> {
     let labels: Vec<String> = labels.iter().map(|(name, value)| harmless(&format!("{name}={value}"))).collect();
     let (connections, routes) = (life.connections.to_string(), life.routes.to_string());
     let (region, labels) = (or_dash(&harmless(&life.region)), or_dash(&labels.join(",")));
-    vec![life.gateway_addr.clone(), life.epoch.to_string(), state.to_owned(), lease, connections, routes, region, labels]
+    let digest = or_dash(&harmless(&life.digest));
+    vec![life.gateway_addr.clone(), life.epoch.to_string(), state.to_owned(), lease, connections, routes, digest, region, labels]
 }
 
 pub fn purged(answer: &pb::PurgeGatewaysResp) -> String {
@@ -181,7 +183,7 @@ fn user(user: &pb::UserRoute) -> Vec<String> {
     vec![user.user_id.to_string(), state, status, or_dash(&user.gateway_addr)]
 }
 
-fn routes(routes: &[pb::Route]) -> String {
+pub fn routes(routes: &[pb::Route]) -> String {
     table(&ROUTE_HEADERS, &routes.iter().map(route).collect::<Vec<_>>())
 }
 

@@ -50,9 +50,13 @@ pub fn history(user: i64, answer: &pb::GetStatusHistoryResp) -> String {
     }
     let count = counted(u32::try_from(answer.changes.len()).unwrap_or(u32::MAX), "change");
     let more = if answer.next_page_token.is_empty() { "" } else { "; there are more, see --limit" };
-    let rows: Vec<Vec<String>> = answer.changes.iter().map(change).collect();
-    let headers = ["AT", "SHOWN", "CAUSE", "DEVICES", "GATEWAY", "VERSION"];
-    lines([format!("{count} of user {user}, the newest first{more}"), table(&headers, &rows)])
+    lines([format!("{count} of user {user}, the newest first{more}"), changes(&answer.changes)])
+}
+
+/// A table; nothing without changes.
+pub fn changes(changes: &[pb::StatusChange]) -> String {
+    let rows: Vec<Vec<String>> = changes.iter().map(change).collect();
+    table(&["AT", "SHOWN", "CAUSE", "DEVICES", "GATEWAY", "VERSION"], &rows)
 }
 
 fn change(change: &pb::StatusChange) -> Vec<String> {

@@ -20,6 +20,7 @@ use crate::domain::route::Platform;
 use crate::domain::route::Route;
 use crate::domain::status::Status;
 use crate::domain::status::StatusText;
+use crate::domain::time::Timestamp;
 
 /// A gateway says that a device has connected to it.
 #[derive(Clone, Debug)]
@@ -74,6 +75,37 @@ pub struct SetStatus {
     pub by: Option<Arc<GatewayPatterns>>,
 }
 
+/// An operator takes devices of a user off.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ForceOffline {
+    pub which: Which,
+    pub ban: Ban,
+    /// Only say what it would do.
+    pub dry_run: bool,
+}
+
+/// Devices of a user.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Which {
+    #[default]
+    All,
+    One(DeviceId),
+    /// Those on this life of a gateway.
+    On(Epoch),
+}
+
+/// What becomes of a user's ban.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ban {
+    /// If one is on, it stays.
+    #[default]
+    Stays,
+    /// Nothing may be bound for so long from now on.
+    For(Duration),
+    /// It is over, and no device is taken off.
+    Lifted,
+}
+
 /// One change asked of a user.
 #[derive(Debug)]
 pub enum Event<'a> {
@@ -89,6 +121,7 @@ pub enum Event<'a> {
     SetStatus(&'a SetStatus),
     /// The wish returns to the default, if its time is over.
     EndStatus,
+    ForceOffline(&'a ForceOffline),
     /// Erase what is known of the user.
     Forget,
 }
@@ -121,10 +154,16 @@ pub enum Outcome {
         shown: Status,
         version: Version,
     },
-    /// The device that is said to be idle, or not, has no live route.
+    /// The device that is meant has no live route.
     NoDevice,
     /// The user has no device on a gateway that the caller may speak for.
     NotTheirs,
+    /// With all that was live, or the one device, removed; `banned_until`: long ago, if no ban is on.
+    ForcedOffline {
+        kicked: Vec<(Route, Reason)>,
+        version: Version,
+        banned_until: Timestamp,
+    },
     /// Rows of routes, stored messages and history that were there.
     Forgotten {
         rows: u64,

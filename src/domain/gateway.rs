@@ -12,6 +12,8 @@ use crate::domain::time::Timestamp;
 
 /// How long after two missed beats a managed life is late: room for the network and the merging of heartbeats.
 const LATE_MARGIN: Duration = Duration::from_secs(1);
+/// Says where clients reach a gateway, if `public_addr` does not.
+const PUBLIC_ADDR_LABEL: &str = "public_addr";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LifeKind {
@@ -31,8 +33,12 @@ pub struct Life {
     pub last_beat: Timestamp,
     /// It is asked to let its clients go.
     pub draining: bool,
+    /// What it said of itself when it registered.
+    pub profile: Arc<Profile>,
     /// As it said with its last beat.
     pub connections: u32,
+    /// As it said with its last beat: from 0 on; 1 is a full gateway.
+    pub load: f32,
     /// None: it lives.
     pub end: Option<End>,
     /// The node that has its stream, if it has one.
@@ -42,12 +48,43 @@ pub struct Life {
 }
 
 /// What a gateway says of itself.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Profile {
-    pub gateway: GatewayAddr,
     pub region: String,
+    /// Connections it can hold; 0: it does not say.
     pub capacity: u32,
     pub labels: BTreeMap<String, String>,
+    /// How much of what is handed out it takes, next to others; 0: nobody new.
+    pub weight: u32,
+    /// Where clients reach it; empty: by its label of that name, or at its address.
+    pub public_addr: String,
+    /// Log-ins a second that it likes; 0: it does not say.
+    pub login_rate: u32,
+}
+
+/// Of a gateway that says nothing of its weight.
+pub const DEFAULT_WEIGHT: u32 = 100;
+
+impl Default for Profile {
+    fn default() -> Self {
+        Self {
+            region: String::new(),
+            capacity: 0,
+            labels: BTreeMap::new(),
+            weight: DEFAULT_WEIGHT,
+            public_addr: String::new(),
+            login_rate: 0,
+        }
+    }
+}
+
+/// A gateway registers.
+#[derive(Clone, Debug)]
+pub struct Registration {
+    pub gateway: GatewayAddr,
+    /// The life it wants to go on with. None: it begins one.
+    pub claimed: Option<Epoch>,
+    pub profile: Profile,
 }
 
 /// A heartbeat.
@@ -56,14 +93,6 @@ pub struct Beat {
     pub epoch: Epoch,
     pub connections: u32,
     pub load: f32,
-}
-
-/// What an operator is shown of a life.
-#[derive(Clone, Debug)]
-pub struct LifeDetails {
-    pub life: Arc<Life>,
-    pub profile: Profile,
-    pub load: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -106,9 +135,27 @@ pub enum Liveness {
 impl Life {
     /// A life that has just begun.
     pub fn begun(epoch: Epoch, gateway: GatewayAddr, kind: LifeKind, lease_until: Timestamp) -> Self {
-        let (last_beat, draining, connections, end) = (Timestamp::default(), false, 0, None);
-        let (attached, attach_no) = (None, 0);
-        Self { epoch, gateway, kind, lease_until, last_beat, draining, connections, end, attached, attach_no }
+        Self {
+            epoch,
+            gateway,
+            kind,
+            lease_until,
+            last_beat: Timestamp::default(),
+            draining: false,
+            profile: Arc::default(),
+            connections: 0,
+            load: 0.0,
+            end: None,
+            attached: None,
+            attach_no: 0,
+        }
+    }
+
+    /// Where clients reach its gateway: as it says, by its label, or at its own address.
+    pub fn public_addr(&self) -> &str {
+        let of_label = self.profile.labels.get(PUBLIC_ADDR_LABEL).map_or("", String::as_str);
+        let told = [self.profile.public_addr.as_str(), of_label].into_iter().find(|addr| !addr.is_empty());
+        told.unwrap_or(self.gateway.as_str())
     }
 
     pub fn is_alive(&self) -> bool {
@@ -124,11 +171,16 @@ impl Life {
         self.is_managed() && self.is_alive() && self.lease_until < now
     }
 
+    /// From when on two of its beats are missing, if none comes until then.
+    pub fn late_at(&self, heartbeat_interval: Duration) -> Timestamp {
+        self.lease_until.minus(heartbeat_interval + LATE_MARGIN)
+    }
+
     pub fn liveness(&self, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
         match (self.is_alive(), self.kind) {
             (false, _) => Liveness::Over,
             (true, LifeKind::Unmanaged) => Liveness::OnTime,
-            (true, LifeKind::Managed) if self.lease_until <= now.plus(heartbeat_interval + LATE_MARGIN) => Liveness::Late,
+            (true, LifeKind::Managed) if self.late_at(heartbeat_interval) <= now => Liveness::Late,
             (true, LifeKind::Managed) => Liveness::OnTime,
         }
     }
@@ -213,6 +265,15 @@ mod tests {
         ] {
             let life = life(kind, alive, lease_until);
             assert_eq!(life.liveness(now, BEAT), want, "{life:?}");
+        }
+    }
+
+    #[test]
+    fn clients_reach_a_gateway_where_it_says_or_by_its_label_or_at_its_own_address() {
+        for (said, label, want) in [("wss://a", "wss://b", "wss://a"), ("", "wss://b", "wss://b"), ("", "", "gw-1:7000")] {
+            let labels = [(PUBLIC_ADDR_LABEL.to_owned(), label.to_owned())].into();
+            let profile = Arc::new(Profile { public_addr: said.to_owned(), labels, ..Profile::default() });
+            assert_eq!(Life { profile, ..life(LifeKind::Managed, true, 1) }.public_addr(), want);
         }
     }
 

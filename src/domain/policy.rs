@@ -1,9 +1,11 @@
 //! How many devices a user may have online, and who has to go.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use crate::domain::gateway::Liveness;
 use crate::domain::route::Route;
+use crate::domain::time::Timestamp;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnOverflow {
@@ -20,13 +22,19 @@ pub struct DevicePolicy {
     pub on_overflow: OnOverflow,
 }
 
-/// Why a route was removed by others than its gateway.
+/// Why a route was removed by others than its gateway, or is to go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reason {
     Replaced,
     DeviceLimit,
     PlatformLimit,
     Operator,
+    /// The route stays: its gateway is drained, and the client has to go elsewhere.
+    Drain,
+    /// The same, without a drain.
+    Migrate,
+    /// The user may not be bound for a while.
+    Banned,
 }
 
 /// Why a bind was refused. Nothing changed.
@@ -37,6 +45,11 @@ pub enum Refusal {
     /// The user has as many devices online as allowed.
     DeviceLimit,
     PlatformLimit,
+    /// Nothing may be bound before.
+    Banned {
+        until: Timestamp,
+        left: Duration,
+    },
 }
 
 impl DevicePolicy {
@@ -69,6 +82,22 @@ impl DevicePolicy {
             }
         }
         Ok(leaving)
+    }
+
+    /// How many of a user's live routes this policy leaves no room for: those that are gone, or were not let in, after all of
+    /// them have connected anew, in their order.
+    pub fn surplus(&self, routes: &[Route], liveness: impl Fn(&Route) -> Liveness) -> usize {
+        let mut in_order: Vec<&Route> = routes.iter().collect();
+        in_order.sort_by_key(|route| (route.connected_at, route.bound_version));
+        let mut seated: Vec<Route> = Vec::new();
+        for route in in_order {
+            if let Ok(leaving) = self.make_room(route, &seated, &liveness) {
+                let leaves = |i: usize| leaving.iter().any(|(leaver, _)| *leaver == i);
+                seated = seated.into_iter().enumerate().filter(|(i, _)| !leaves(*i)).map(|(_, route)| route).collect();
+                seated.push(route.clone());
+            }
+        }
+        routes.len() - seated.len()
     }
 
     /// The route among `counted` that gives way to `new`, if any does.

@@ -1,6 +1,6 @@
 //! The protocol of a gateway's stream, pure: which frame may come when.
 //!
-//! | | hello | heartbeat, bind, unbind, ack, watch, status |
+//! | | hello | heartbeat, bind, unbind, ack, watch, status, digest |
 //! |---|---|---|
 //! | fresh | attaches, or is refused and may be tried again | illegal |
 //! | attached | illegal | legal, for this gateway's own life only |
@@ -19,6 +19,8 @@ pub enum Frame {
     Ack,
     Watch,
     Status,
+    /// What it was asked of its connections.
+    Digest,
 }
 
 /// Why a frame ends the stream.
@@ -106,7 +108,7 @@ mod tests {
             assert_eq!(session.end(), None);
             session
         };
-        let others = [Frame::Heartbeat, Frame::Bind, Frame::Unbind, Frame::Ack, Frame::Watch, Frame::Status];
+        let others = [Frame::Heartbeat, Frame::Bind, Frame::Unbind, Frame::Ack, Frame::Watch, Frame::Status, Frame::Digest];
         for frame in others {
             assert_eq!(Session::Fresh.allows(frame), Err(Illegal::NotAttached), "{frame:?}");
             assert_eq!(attached().allows(frame), Ok(()), "{frame:?}");

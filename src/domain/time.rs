@@ -79,6 +79,13 @@ pub fn written_day(day: i32) -> String {
     }
 }
 
+/// How a point in time is written in RFC 3339: `2026-11-28T09:30:00.000Z`.
+pub fn written_time(at: Timestamp) -> String {
+    let ms = at.0.rem_euclid(DAY_MS);
+    let (hour, minute, second, milli) = (ms / 3_600_000, ms / 60_000 % 60, ms / 1000 % 60, ms % 1000);
+    format!("{}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z", written_day(at.day()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

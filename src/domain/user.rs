@@ -1,5 +1,6 @@
 //! A user's record and the one function that changes it.
 
+mod offline;
 mod presence;
 mod settling;
 mod wish;
@@ -52,6 +53,8 @@ pub struct Presence {
     pub wish: Wish,
     pub shown: LastShown,
     pub session: OnlineSession,
+    /// Nothing may be bound before.
+    pub banned_until: Timestamp,
 }
 
 /// The last change that others could see. While the user is INVISIBLE nothing moves it.
@@ -110,12 +113,16 @@ impl UserRecord {
             Event::Sweep => self.sweep(context),
             Event::SetStatus(set) => self.set_status(set, context),
             Event::EndStatus => self.end_status(context),
+            Event::ForceOffline(force) => self.force_offline(force, context),
             Event::Forget => return self.forget(context),
         };
         self.settled(applied, event, context)
     }
 
     fn bind(&self, bind: &Bind, life: &Life, waited: Duration, context: &Context<'_>) -> Applied {
+        if let Some(refusal) = self.ban(context) {
+            return Applied::unchanged(Outcome::Refused(refusal));
+        }
         let holder = self.routes.iter().find(|route| route.device == bind.device && context.is_live(route));
         if let Some(holder) = holder
             && holder.epoch == life.epoch

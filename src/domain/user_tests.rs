@@ -5,7 +5,10 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
+use crate::domain::event::Ban;
+use crate::domain::event::ForceOffline;
 use crate::domain::event::SetStatus;
+use crate::domain::event::Which;
 use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::id::ConnId;
@@ -592,6 +595,119 @@ proptest! {
         let mut bound = Vec::new();
         for step in &steps {
             world.take(step, &mut bound);
+        }
+    }
+}
+
+fn force(ban: Ban) -> ForceOffline {
+    ForceOffline { ban, ..ForceOffline::default() }
+}
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+impl World {
+    /// Who had to go and why, and how long a ban lasts from now.
+    fn forced(&mut self, force: &ForceOffline) -> (Vec<(String, Reason)>, Duration) {
+        let Outcome::ForcedOffline { kicked, version, banned_until } = self.apply(&Event::ForceOffline(force)) else { panic!() };
+        assert_eq!(version, self.record.version);
+        (kicked.iter().map(|(route, reason)| (route.device.to_string(), *reason)).collect(), banned_until.since(self.now))
+    }
+}
+
+#[test]
+fn a_ban_takes_all_devices_off_and_keeps_them_away_until_it_is_over_or_lifted() {
+    let had = [("phone", "c1", HERE, 9), ("tv", "c1", LATE, 9), ("car", "c1", OVER, 9)];
+    let mut world = World::with(ANY, &had);
+    let before = world.record.version;
+    let gone = ["phone", "tv"].map(|device| (device.to_owned(), Reason::Banned)).to_vec();
+    assert_eq!(world.forced(&ForceOffline { dry_run: true, ..force(Ban::For(DAY)) }), (gone.clone(), DAY));
+    assert_eq!((world.record.version, world.record.routes.len()), (before, 3), "it was only asked what would be");
+    assert_eq!(world.forced(&force(Ban::For(DAY))), (gone, DAY));
+    assert_eq!(world.devices(), "");
+    let refused = |world: &mut World| match world.bind(HERE, &bind("phone", "c1")) {
+        Outcome::Refused(Refusal::Banned { until, left }) => {
+            assert_eq!(until.since(world.now), left);
+            Some(left)
+        }
+        _ => None,
+    };
+    assert_eq!(refused(&mut world), Some(DAY));
+    assert_eq!(world.forced(&force(Ban::Stays)), (vec![], DAY), "nothing is there, and the ban stays");
+    world.now = NOW.plus(DAY).minus(Duration::from_millis(1));
+    assert_eq!(refused(&mut world), Some(Duration::from_millis(1)));
+    world.now = NOW.plus(DAY);
+    assert_eq!(refused(&mut world), None, "it is over");
+    assert_eq!(world.forced(&force(Ban::Stays)), (vec![("phone".to_owned(), Reason::Operator)], Duration::ZERO));
+    world.forced(&force(Ban::For(DAY)));
+    assert_eq!(world.forced(&force(Ban::For(2 * DAY))), (vec![], 2 * DAY), "the last word counts");
+    world.forced(&force(Ban::Lifted));
+    assert_eq!(refused(&mut world), None);
+    assert_eq!(world.forced(&force(Ban::Lifted)), (vec![], Duration::ZERO));
+    assert_eq!(world.devices(), "phone/c1", "to lift a ban removes nothing");
+    world.forced(&force(Ban::For(DAY)));
+    world.apply(&Event::Forget);
+    assert_eq!(refused(&mut world), None, "who is forgotten is not banned");
+}
+
+#[test]
+fn a_ban_lasts_as_much_longer_as_the_clock_was_set_forward() {
+    let mut world = World::with(ANY, &[]);
+    world.forced(&force(Ban::For(DAY)));
+    world.now = NOW.plus(DAY);
+    let context = Context { slack: Duration::from_secs(3_600), ..world.context() };
+    let (bind, life) = (bind("phone", "c1"), life(HERE));
+    let event = Event::Bind { bind: &bind, life: &life, waited: Duration::ZERO };
+    let until = NOW.plus(DAY);
+    let refusal = Refusal::Banned { until, left: Duration::from_secs(3_600) };
+    assert_eq!(world.record.apply(&event, &context).outcome, Outcome::Refused(refusal));
+}
+
+#[test]
+fn one_device_is_kicked_and_the_others_stay() {
+    let mut world = World::with(ANY, &[("phone", "c1", HERE, 9), ("tv", "c1", HERE, 9), ("car", "c1", OVER, 9)]);
+    let kick = |device: &str| ForceOffline { which: Which::One(DeviceId::parse(device).unwrap()), ..ForceOffline::default() };
+    for device in ["car", "watch"] {
+        assert_eq!(world.apply(&Event::ForceOffline(&kick(device))), Outcome::NoDevice, "{device}");
+    }
+    assert_eq!(world.forced(&kick("tv")), (vec![("tv".to_owned(), Reason::Operator)], Duration::ZERO));
+    assert_eq!(world.devices(), "phone/c1");
+    assert!(matches!(world.bind(HERE, &bind("tv", "c2")), Outcome::Bound { .. }), "it may come back");
+    let on = |epoch| ForceOffline { which: Which::On(Epoch(epoch)), ..ForceOffline::default() };
+    assert_eq!(world.apply(&Event::ForceOffline(&on(OVER))), Outcome::NoDevice);
+    assert_eq!(world.forced(&on(HERE)).0.len(), 2, "all on one gateway");
+}
+
+#[test]
+fn nobody_sees_that_somebody_is_banned_who_hides_or_is_not_there() {
+    let mut hidden = World::with(ANY, &[("phone", "c1", HERE, 9)]);
+    hidden.apply(&Event::SetStatus(&wants(Status::Invisible)));
+    for mut world in [hidden, World::with(ANY, &[])] {
+        let before = (world.record.shown(), world.record.standing().shown());
+        let applied = world.record.apply(&Event::ForceOffline(&force(Ban::For(DAY))), &world.context());
+        assert!(applied.chronicle.log.iter().all(|line| line.hidden), "{applied:?}");
+        world.record = applied.next.unwrap();
+        assert_eq!((world.record.shown(), world.record.standing().shown()), before);
+    }
+}
+
+#[test]
+fn another_policy_leaves_no_room_for_as_many_devices_as_it_removes_when_they_come_again() {
+    let had = [("a", "c1", HERE, 9), ("b", "c1", HERE, 8), ("c", "c1", LATE, 7), ("d", "c1", HERE, 6)];
+    let platforms = [Platform::Ios, Platform::Ios, Platform::Web, Platform::Ios];
+    for (max_devices, per_platform, want) in [(0, 0, 0), (4, 0, 0), (3, 0, 1), (1, 0, 3), (0, 1, 2), (2, 2, 2), (0, 2, 1)] {
+        for on_overflow in [KickOldest, RefuseNew] {
+            let policy = DevicePolicy { max_devices, per_platform, on_overflow };
+            let world = World::with(policy, &had);
+            let mut routes = world.record.routes.to_vec();
+            routes.iter_mut().zip(platforms).for_each(|(route, platform)| route.platform = platform);
+            let surplus = policy.surplus(&routes, |route| world.context().liveness(route));
+            let mut anew = World::with(policy, &[]);
+            for route in &routes {
+                let life = route.epoch.0;
+                let bind = Bind { platform: route.platform, gateway: gateway(life), ..bind(route.device.as_str(), "c2") };
+                anew.bind(life, &bind);
+            }
+            assert_eq!((surplus, routes.len() - anew.record.routes.len()), (want, want), "{policy:?}");
         }
     }
 }

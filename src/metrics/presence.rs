@@ -25,6 +25,8 @@ pub struct PresenceMetrics {
     pub watch_lag_seconds: Histogram,
     pub watch_read_seconds: Histogram,
     pub version_floor_reads: Counter,
+    pub bans: Counter,
+    pub censuses: Counter,
     pub history_rows: Counter,
     pub history_skipped: Counter,
 }
@@ -54,6 +56,8 @@ impl PresenceMetrics {
                 "watched users read past the caches because more was known of them",
                 Counter::default(),
             ),
+            bans: r.add("bans", "users banned by an operator", Counter::default()),
+            censuses: r.add("censuses", "counts of everybody online that this node made for all", Counter::default()),
             history_rows: r.add("history_rows", "rows of history written", Counter::default()),
             history_skipped: r.add(
                 "history_skipped",

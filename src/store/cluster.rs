@@ -87,6 +87,17 @@ pub struct NodeName {
     pub incarnation: String,
     /// Where other nodes reach it.
     pub addr: String,
+    /// What fails together; empty: it does not say.
+    pub zone: String,
+}
+
+/// A node, as the others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NodeRow {
+    pub name: NodeName,
+    pub seen_at: Timestamp,
+    /// It is about to stop.
+    pub draining: bool,
 }
 
 /// What came of asking for a node's name.
@@ -232,10 +243,11 @@ impl Connection {
     pub async fn claim_node(&mut self, own: &NodeName, term: Duration) -> Result<Claim, SqlError> {
         let now = clock_millis(self.engine());
         let take = format!(
-            "UPDATE nodes SET incarnation = ?, addr = ?, seen_at = {now} WHERE node_id = ? \
+            "UPDATE nodes SET incarnation = ?, addr = ?, zone = ?, draining = 0, seen_at = {now} WHERE node_id = ? \
              AND (incarnation = ? OR seen_at < {now} - ? OR seen_at > {now} + ?)"
         );
-        let take = statement(take).bind(own.incarnation.clone()).bind(own.addr.clone()).bind(own.node_id.clone());
+        let take =
+            statement(take).bind(own.incarnation.clone()).bind(own.addr.clone()).bind(own.zone.clone()).bind(own.node_id.clone());
         let (incarnation, term) = (own.incarnation.clone(), duration_millis(term));
         if self.execute(take.bind(incarnation).bind(term).bind(term)).await? == 1 {
             return Ok(Claim::Taken);
@@ -253,23 +265,32 @@ impl Connection {
 
     async fn insert_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
         let (now, unless_there) = (clock_millis(self.engine()), unless_there(self.engine(), "node_id"));
-        let insert = format!("INSERT INTO nodes (node_id, incarnation, addr, seen_at) VALUES (?, ?, ?, {now}){unless_there}");
-        let insert = statement(insert).bind(own.node_id.clone()).bind(own.incarnation.clone()).bind(own.addr.clone());
-        self.execute(insert).await.map(|_| ())
+        let insert =
+            format!("INSERT INTO nodes (node_id, incarnation, addr, zone, seen_at) VALUES (?, ?, ?, ?, {now}){unless_there}");
+        let insert = statement(insert).bind(own.node_id.clone()).bind(own.incarnation.clone());
+        self.execute(insert.bind(own.addr.clone()).bind(own.zone.clone())).await.map(|_| ())
     }
 
     /// Says that this node is there, and returns the nodes that said so within `term`, as their newest process has it.
-    pub async fn beat_node(&mut self, own: &NodeName, term: Duration) -> Result<Vec<NodeName>, SqlError> {
+    pub async fn beat_node(&mut self, own: &NodeName, term: Duration) -> Result<Vec<NodeRow>, SqlError> {
         let now = clock_millis(self.engine());
-        let beat = format!("UPDATE nodes SET seen_at = {now}, addr = ? WHERE node_id = ? AND incarnation = ?");
-        let beat = statement(beat).bind(own.addr.clone()).bind(own.node_id.clone()).bind(own.incarnation.clone());
+        let beat = format!("UPDATE nodes SET seen_at = {now}, addr = ?, zone = ? WHERE node_id = ? AND incarnation = ?");
+        let beat = statement(beat).bind(own.addr.clone()).bind(own.zone.clone());
+        let beat = beat.bind(own.node_id.clone()).bind(own.incarnation.clone());
         if self.execute(beat).await? == 0 {
             self.insert_node(own).await?;
         }
-        let select = format!("SELECT node_id, incarnation, addr FROM nodes WHERE seen_at > {now} - ? AND seen_at < {now} + ?");
+        let select = format!(
+            "SELECT node_id, incarnation, addr, zone, seen_at, draining FROM nodes WHERE seen_at > {now} - ? AND seen_at < {now} + ?"
+        );
         let rows = self.fetch(statement(select).bind(duration_millis(term)).bind(duration_millis(term))).await?;
-        let read = |row: &AnyRow| Ok(NodeName { node_id: row.try_get(0)?, incarnation: row.try_get(1)?, addr: row.try_get(2)? });
-        rows.iter().map(read).collect()
+        rows.iter().map(read_node).collect()
+    }
+
+    /// Tells the others that this node is about to stop.
+    pub async fn drain_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
+        const SQL: &str = "UPDATE nodes SET draining = 1 WHERE node_id = ? AND incarnation = ?";
+        self.execute(statement(SQL).bind(own.node_id.clone()).bind(own.incarnation.clone())).await.map(|_| ())
     }
 
     /// Gives this node's name back, so that its next process need not wait.
@@ -284,6 +305,12 @@ impl Connection {
         let delete = format!("DELETE FROM nodes WHERE seen_at < {now} - ? OR seen_at > {now} + ?");
         self.execute(statement(delete).bind(duration_millis(term)).bind(duration_millis(term))).await.map(|_| ())
     }
+}
+
+fn read_node(row: &AnyRow) -> Result<NodeRow, SqlError> {
+    let (node_id, incarnation, addr, zone) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?, row.try_get(3)?);
+    let name = NodeName { node_id, incarnation, addr, zone };
+    Ok(NodeRow { name, seen_at: Timestamp(row.try_get(4)?), draining: row.try_get::<i32, _>(5)? == 1 })
 }
 
 /// Since when beats were recorded without a gap; now, if the last one is too long ago, or of the future.

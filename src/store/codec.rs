@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use prost::Message;
 
+use crate::domain::drain::DrainState;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::LifeKind;
 use crate::domain::history::Cause;
@@ -25,6 +26,8 @@ use crate::domain::time::Timestamp;
 use crate::domain::user::LastShown;
 use crate::domain::user::Presence;
 use crate::domain::user::UserRecord;
+pub use crate::store::kick::KickOrder;
+pub use crate::store::kick::KickedRoute;
 
 /// What a committed batch still has to show to the outside.
 #[derive(Clone, PartialEq, Message)]
@@ -111,21 +114,6 @@ pub struct Labels {
     pub labels: BTreeMap<String, String>,
 }
 
-/// A route that was removed by another device's bind; its gateway has to close the connection.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickedRoute {
-    #[prost(int64, tag = "1")]
-    pub user_id: i64,
-    #[prost(string, tag = "2")]
-    pub device_id: String,
-    #[prost(uint64, tag = "3")]
-    pub epoch: u64,
-    #[prost(uint64, tag = "4")]
-    pub bound_version: u64,
-    #[prost(int32, tag = "5")]
-    pub reason: i32,
-}
-
 /// A user's record in Redis.
 #[derive(Clone, PartialEq, Message)]
 pub struct StoredRecord {
@@ -156,6 +144,8 @@ pub struct StoredRecord {
     /// Not if a node of the last release wrote the record.
     #[prost(bool, tag = "13")]
     says_what_is_shown: bool,
+    #[prost(int64, tag = "14")]
+    banned_until_ms: i64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -203,6 +193,7 @@ impl From<&UserRecord> for StoredRecord {
             online_since_ms: session.since.0,
             session_is_counted: session.is_counted,
             says_what_is_shown: true,
+            banned_until_ms: record.banned_until().0,
         }
     }
 }
@@ -243,7 +234,8 @@ impl StoredRecord {
             inbox_seq: self.inbox_seq,
             inbox_pending: u32::try_from(self.inbox_pending).unwrap_or(u32::MAX),
         };
-        Some(record.with(Presence { wish, shown: LastShown { version: Version(self.shown_version), seen, since }, session }))
+        let shown = LastShown { version: Version(self.shown_version), seen, since };
+        Some(record.with(Presence { wish, shown, session, banned_until: Timestamp(self.banned_until_ms) }))
     }
 }
 
@@ -329,46 +321,6 @@ pub struct Envelope {
     pub inbox_seq: u64,
 }
 
-impl KickedRoute {
-    /// What an order to the gateway that lives `epoch` is about.
-    pub fn of(order: KickOrder, epoch: Epoch) -> Self {
-        let bound_version = order.route_key.rsplit(':').next().and_then(|version| version.parse().ok()).unwrap_or_default();
-        let KickOrder { user_id, device_id, reason, .. } = order;
-        Self { user_id, device_id, epoch: epoch.0, bound_version, reason }
-    }
-
-    /// The order to the gateway.
-    pub fn order(&self) -> KickOrder {
-        let route_key = format!("user:route:{}:{}", self.user_id, self.bound_version);
-        KickOrder { user_id: self.user_id, device_id: self.device_id.clone(), route_key, reason: self.reason }
-    }
-
-    /// The order to a gateway that does not attach: a `NodeFrame` with a `Kick`, as `gateway.proto` has it.
-    pub fn as_frame(&self) -> KickFrame {
-        KickFrame { kick: Some(self.order()) }
-    }
-}
-
-/// Field for field a `mpim.NodeFrame` that holds a kick.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickFrame {
-    #[prost(message, optional, tag = "7")]
-    kick: Option<KickOrder>,
-}
-
-/// Field for field a `mpim.Kick`.
-#[derive(Clone, PartialEq, Message)]
-pub struct KickOrder {
-    #[prost(int64, tag = "1")]
-    pub user_id: i64,
-    #[prost(string, tag = "2")]
-    pub device_id: String,
-    #[prost(string, tag = "3")]
-    pub route_key: String,
-    #[prost(int32, tag = "4")]
-    pub reason: i32,
-}
-
 impl OutboxBody {
     pub fn changed(&mut self, user: UserId, record: &UserRecord) {
         self.changes.push(ChangedUser::of(user, record));
@@ -407,7 +359,19 @@ numbered!(
 );
 numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
-numbered!(reason_to_i32, reason_from_i32, Reason, Replaced = 1, DeviceLimit = 2, PlatformLimit = 3, Operator = 4);
+numbered!(
+    reason_to_i32,
+    reason_from_i32,
+    Reason,
+    Replaced = 1,
+    DeviceLimit = 2,
+    PlatformLimit = 3,
+    Operator = 4,
+    Drain = 6,
+    Migrate = 7,
+    Banned = 8
+);
+numbered!(drain_to_i32, drain_from_i32, DrainState, Waiting = 1, Running = 2, Done = 3, Cancelled = 4, Ended = 5);
 numbered!(
     cause_to_i32,
     cause_from_i32,

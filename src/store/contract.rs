@@ -1,5 +1,6 @@
 //! What the store promises, each promise kept on both engines: SQLite in a file, and a real MariaDB.
 
+mod digests;
 mod history;
 mod schema;
 mod server;
@@ -19,6 +20,7 @@ use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeKind;
 use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::history::OnlineSession;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
@@ -192,7 +194,7 @@ async fn what_is_written_is_read_back() {
         let session = OnlineSession { since: Timestamp(6), is_counted: true };
         let record = record((1 << 53) - 1, vec![plain, full]);
         let shown = record.shown();
-        let record = record.with(Presence { wish, shown, session });
+        let record = record.with(Presence { wish, shown, session, banned_until: Timestamp(7) });
         store(connection, i64::MAX, &record).await;
     })
     .await;
@@ -339,13 +341,15 @@ async fn begin_life(connection: &mut Connection, name: &str) -> Life {
 
 const LEASE: Duration = Duration::from_secs(15);
 
-fn profile(name: &str) -> Profile {
+fn registration(name: &str) -> Registration {
     let labels = BTreeMap::from([("zone".to_owned(), "süd".to_owned())]);
-    Profile { gateway: gateway(name), region: "eu".to_owned(), capacity: 10, labels }
+    let public_addr = format!("wss://{name}");
+    let profile = Profile { region: "eu".to_owned(), capacity: 10, labels, weight: 0, public_addr, login_rate: 500 };
+    Registration { gateway: gateway(name), claimed: None, profile }
 }
 
 async fn register(connection: &mut Connection, name: &str) -> Begun {
-    connection.begin_managed_life("node", &profile(name), LEASE, 5, || true).await.unwrap().expect("not too often")
+    connection.begin_managed_life("node", &registration(name), LEASE, 5, || true).await.unwrap().expect("not too often")
 }
 
 /// A route beside the write path.
@@ -380,13 +384,13 @@ async fn a_registration_ends_the_former_life_and_five_are_enough() {
         for _ in 0..4 {
             register(connection, "gw-1:7000").await;
         }
-        assert!(connection.begin_managed_life("node", &profile("gw-1:7000"), LEASE, 5, || true).await.unwrap().is_none());
+        assert!(connection.begin_managed_life("node", &registration("gw-1:7000"), LEASE, 5, || true).await.unwrap().is_none());
         assert!(register(connection, "gw-2:7000").await.ended.is_none(), "another address is free to register");
         assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap().len(), 1);
 
         let listed = connection.list_lives(false, None, 100).await.unwrap();
-        assert_eq!(listed.iter().map(|listed| listed.profile.gateway.as_str()).collect::<Vec<_>>(), ["gw-1:7000", "gw-2:7000"]);
-        assert_eq!(listed[0].profile.labels, profile("gw").labels);
+        assert_eq!(listed.iter().map(|life| life.gateway.as_str()).collect::<Vec<_>>(), ["gw-1:7000", "gw-2:7000"]);
+        assert_eq!(*listed[0].profile, registration("gw-1:7000").profile);
         assert_eq!(connection.list_lives(true, None, 100).await.unwrap().len(), 7);
     })
     .await;
@@ -410,9 +414,9 @@ async fn a_beat_extends_what_lives_and_revives_nothing() {
         assert_eq!((seen[0].0, seen[0].2, seen[1]), (true, 3, (false, false, 0)));
         assert!(lives[0].lease_until >= one.lease_until);
 
-        assert!(connection.resume_life(one.epoch, &profile("gw-1:7000"), LEASE).await.unwrap());
-        assert!(!connection.resume_life(two.epoch, &profile("gw-2:7000"), LEASE).await.unwrap(), "it is over");
-        assert!(!connection.resume_life(one.epoch, &profile("gw-3:7000"), LEASE).await.unwrap(), "it is another gateway's");
+        assert!(connection.resume_life(one.epoch, &registration("gw-1:7000"), LEASE).await.unwrap());
+        assert!(!connection.resume_life(two.epoch, &registration("gw-2:7000"), LEASE).await.unwrap(), "it is over");
+        assert!(!connection.resume_life(one.epoch, &registration("gw-3:7000"), LEASE).await.unwrap(), "it is another gateway's");
     })
     .await;
 }
@@ -508,7 +512,7 @@ async fn a_life_that_never_registered_ends_when_it_has_had_no_route_for_long() {
         assert!(next.epoch > unused.epoch, "nobody binds to it any more");
         assert_eq!(later(connection, 2 * STRAGGLERS).await, 1);
         let mut living: Vec<u64> =
-            connection.list_lives(false, None, 100).await.unwrap().iter().map(|it| it.life.epoch.0).collect();
+            connection.list_lives(false, None, 100).await.unwrap().iter().map(|life| life.epoch.0).collect();
         living.sort_unstable();
         assert_eq!(living, [used.epoch.0, managed.epoch.0, next.epoch.0]);
         assert_eq!(connection.unswept_lives().await.unwrap().len(), 0);
@@ -735,7 +739,9 @@ async fn users_with_expired_routes_are_found_the_longest_expired_first() {
         assert_eq!(connection.expired_users(Timestamp(30), 10).await.unwrap(), users([2, 5, 1]));
         assert_eq!(connection.expired_users(Timestamp(30), 2).await.unwrap(), users([2, 5]));
         assert_eq!(connection.expired_users(Timestamp(9), 10).await.unwrap(), []);
-        assert_eq!(connection.count_users_online().await.unwrap(), 5);
+        assert_eq!(connection.count_users_online(&[]).await.unwrap(), 5);
+        assert_eq!(connection.count_users_online(&[Epoch(8), Epoch(9), Epoch(10)]).await.unwrap(), 0);
+        assert_eq!(connection.named_in_vain().await.unwrap(), [Epoch(9)], "nobody has heard of it");
     })
     .await;
 }

@@ -23,10 +23,10 @@ use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::online::COUNTED_AT_ONCE;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
-use crate::store::users::COUNTED_AT_ONCE;
 
 /// Messages of one statement. Each may be as large as a message can be, and a statement has to fit into a packet.
 const MESSAGES_AT_ONCE: usize = 32;

@@ -9,7 +9,6 @@ use sqlx::any::AnyRow;
 use crate::domain::gateway::End;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::Profile;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
@@ -19,15 +18,25 @@ use crate::store::codec::Labels;
 use crate::store::column::corrupt;
 use crate::store::column::unsigned;
 use crate::store::connection::SqlError;
+use crate::store::connection::Statement;
 
 pub(super) const COLUMNS: &str = "SELECT epoch, gateway_addr, kind, alive, lease_until, last_beat, draining, connections, ended_at, end_reason, attach_no, \
-    attached_node FROM lives WHERE ";
+    attached_node, region, capacity, labels, load_average, weight, public_addr, login_rate FROM lives WHERE ";
+
+/// Columns of what a gateway says of itself, in the order in which they are bound.
+pub(super) const PROFILE_COLUMNS: [&str; 6] = ["region", "capacity", "labels", "weight", "public_addr", "login_rate"];
 
 /// In `draining` of an unmanaged life: no bind begins on it any more.
 pub(super) const CLOSED: i32 = 2;
 
-pub(super) fn labels(profile: &Profile) -> Vec<u8> {
-    Labels { labels: profile.labels.clone() }.encode_to_vec()
+pub(super) fn bind_profile(change: Statement, profile: &Profile) -> Statement {
+    change
+        .bind(profile.region.clone())
+        .bind(i64::from(profile.capacity))
+        .bind(Labels { labels: profile.labels.clone() }.encode_to_vec())
+        .bind(i64::from(profile.weight))
+        .bind(profile.public_addr.clone())
+        .bind(i64::from(profile.login_rate))
 }
 
 pub(super) fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
@@ -41,18 +50,27 @@ pub(super) fn read_life(row: &AnyRow) -> Result<Arc<Life>, SqlError> {
         lease_until: Timestamp(row.try_get(4)?),
         last_beat: Timestamp(row.try_get(5)?),
         draining: row.try_get::<i32, _>(6)? == 1,
-        connections: u32::try_from(row.try_get::<i64, _>(7)?).unwrap_or(u32::MAX),
+        profile: Arc::new(read_profile(row)?),
+        connections: small(row.try_get(7)?),
+        load: row.try_get::<f64, _>(15)? as f32,
         end: (!alive).then_some(End { at, reason }),
         attach_no: unsigned(row.try_get(10)?),
         attached: Some(row.try_get::<&str, _>(11)?).filter(|node| !node.is_empty()).map(Arc::from),
     }))
 }
 
-pub(super) fn read_listed(row: &AnyRow) -> Result<LifeDetails, SqlError> {
-    let life = read_life(row)?;
+fn read_profile(row: &AnyRow) -> Result<Profile, SqlError> {
     let labels = row.try_get::<Option<Vec<u8>>, _>(14)?.unwrap_or_default();
-    let labels = Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels;
-    let capacity = u32::try_from(row.try_get::<i64, _>(13)?).unwrap_or(u32::MAX);
-    let profile = Profile { gateway: life.gateway.clone(), region: row.try_get(12)?, capacity, labels };
-    Ok(LifeDetails { life, profile, load: row.try_get(15)? })
+    Ok(Profile {
+        region: row.try_get(12)?,
+        capacity: small(row.try_get(13)?),
+        labels: Labels::decode(labels.as_slice()).map_err(|error| corrupt("labels", error))?.labels,
+        weight: small(row.try_get(16)?),
+        public_addr: row.try_get(17)?,
+        login_rate: small(row.try_get(18)?),
+    })
+}
+
+fn small(number: i64) -> u32 {
+    u32::try_from(number).unwrap_or(u32::MAX)
 }

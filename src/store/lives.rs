@@ -9,9 +9,8 @@ use sqlx::Row;
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::LifeKind;
-use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
@@ -31,9 +30,9 @@ use crate::store::ended_lives::Ended;
 use crate::store::ended_lives::Ending;
 use crate::store::life_row::CLOSED;
 use crate::store::life_row::COLUMNS;
-use crate::store::life_row::labels;
+use crate::store::life_row::PROFILE_COLUMNS;
+use crate::store::life_row::bind_profile;
 use crate::store::life_row::read_life;
-use crate::store::life_row::read_listed;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
 use crate::store::statement::repeated;
@@ -68,6 +67,15 @@ impl Connection {
             }
         }
         Ok(lives)
+    }
+
+    /// The lives that are not over: of one gateway, or all.
+    pub async fn living(&mut self, gateway: Option<&GatewayAddr>) -> Result<Vec<Arc<Life>>, SqlError> {
+        let select = match gateway {
+            Some(gateway) => statement(format!("{COLUMNS}alive = 1 AND gateway_addr = ?")).bind(gateway.to_string()),
+            None => statement(format!("{COLUMNS}alive = 1")),
+        };
+        self.fetch(select).await?.iter().map(read_life).collect()
     }
 
     /// Loads users, and then the lives their routes name: as fresh as the records.
@@ -116,12 +124,12 @@ impl Connection {
     pub async fn begin_managed_life(
         &mut self,
         node_id: &str,
-        profile: &Profile,
+        registration: &Registration,
         lease: Duration,
         limit: i64,
         wanted: impl Fn() -> bool,
     ) -> Result<Option<Begun>, SqlError> {
-        let (now, addr) = (clock_millis(self.engine()), || profile.gateway.to_string());
+        let (now, addr) = (clock_millis(self.engine()), || registration.gateway.to_string());
         self.begin().await?;
         self.issue_epoch().await?; // locks: registrations are made one after the other
         // Not those of a time when the clock was ahead.
@@ -136,15 +144,16 @@ impl Connection {
             return Ok(None);
         }
         let former: Vec<Epoch> =
-            self.current_lives(std::slice::from_ref(&profile.gateway)).await?.iter().map(|life| life.epoch).collect();
+            self.current_lives(std::slice::from_ref(&registration.gateway)).await?.iter().map(|life| life.epoch).collect();
         let ended = self.end(node_id, &former, Ending::Unconditional(EndReason::Superseded)).await?;
         let insert = format!(
-            "INSERT INTO lives (epoch, gateway_addr, kind, alive, lease_until, last_beat, region, capacity, labels) \
-             SELECT next_epoch, ?, 1, 1, {now} + ?, {now}, ?, ?, ? FROM cluster WHERE id = 1"
+            "INSERT INTO lives (epoch, gateway_addr, kind, alive, lease_until, last_beat, {}) \
+             SELECT next_epoch, ?, 1, 1, {now} + ?, {now}, ?, ?, ?, ?, ?, ? FROM cluster WHERE id = 1",
+            PROFILE_COLUMNS.join(", ")
         );
-        let insert = statement(insert).bind(addr()).bind(duration_millis(lease)).bind(profile.region.clone());
-        self.execute(insert.bind(i64::from(profile.capacity)).bind(labels(profile))).await?;
-        let begun = self.current_lives(std::slice::from_ref(&profile.gateway)).await?;
+        let insert = statement(insert).bind(addr()).bind(duration_millis(lease));
+        self.execute(bind_profile(insert, &registration.profile)).await?;
+        let begun = self.current_lives(std::slice::from_ref(&registration.gateway)).await?;
         if !wanted() {
             self.rollback().await?;
             return Err(SqlError::Lost("its caller timed out while it was queued".to_owned()));
@@ -165,15 +174,14 @@ impl Connection {
     }
 
     /// Goes on with a life: extends its lease, and takes over what its gateway says of itself now. False: it is over.
-    pub async fn resume_life(&mut self, epoch: Epoch, profile: &Profile, lease: Duration) -> Result<bool, SqlError> {
+    pub async fn resume_life(&mut self, epoch: Epoch, registration: &Registration, lease: Duration) -> Result<bool, SqlError> {
         let now = clock_millis(self.engine());
         let sql = format!(
-            "UPDATE lives SET lease_until = {now} + ?, last_beat = {now}, region = ?, capacity = ?, labels = ? \
-             WHERE epoch = ? AND gateway_addr = ? AND alive = 1"
+            "UPDATE lives SET lease_until = {now} + ?, last_beat = {now}, {} = ? WHERE epoch = ? AND gateway_addr = ? AND alive = 1",
+            PROFILE_COLUMNS.join(" = ?, ")
         );
-        let resume = statement(sql).bind(duration_millis(lease)).bind(profile.region.clone());
-        let resume = resume.bind(i64::from(profile.capacity)).bind(labels(profile)).bind(signed(epoch.0));
-        Ok(self.execute(resume.bind(profile.gateway.to_string())).await? == 1)
+        let resume = bind_profile(statement(sql).bind(duration_millis(lease)), &registration.profile);
+        Ok(self.execute(resume.bind(signed(epoch.0)).bind(registration.gateway.to_string())).await? == 1)
     }
 
     /// Notes that a gateway has a stream to this node from now on, and extends its lease. Returns the stream's number; None:
@@ -262,15 +270,14 @@ impl Connection {
         include_dead: bool,
         after: Option<&(GatewayAddr, Epoch)>,
         limit: usize,
-    ) -> Result<Vec<LifeDetails>, SqlError> {
-        let columns = COLUMNS.replace(" FROM", ", region, capacity, labels, load_average FROM");
+    ) -> Result<Vec<Arc<Life>>, SqlError> {
         let which = if include_dead { "1 = 1" } else { "alive = 1" };
         let later = if after.is_some() { " AND gateway_addr >= ? AND (gateway_addr > ? OR epoch < ?)" } else { "" };
-        let mut select = statement(format!("{columns}{which}{later} ORDER BY gateway_addr, epoch DESC LIMIT ?"));
+        let mut select = statement(format!("{COLUMNS}{which}{later} ORDER BY gateway_addr, epoch DESC LIMIT ?"));
         if let Some((gateway, epoch)) = after {
             select = select.bind(gateway.to_string()).bind(gateway.to_string()).bind(signed(epoch.0));
         }
         let rows = self.fetch(select.bind(i64::try_from(limit).unwrap_or(i64::MAX))).await?;
-        rows.iter().map(read_listed).collect()
+        rows.iter().map(read_life).collect()
     }
 }

@@ -19,13 +19,14 @@ use sqlx::migrate::MigrationType;
 use sqlx::mysql::MySqlDatabaseError;
 
 /// Number, name and text of each step. Statements end with `;` at the end of a line. A step has to be quick on a table with
-/// many million rows: the nodes that start wait for it.
-const STEPS: [(i64, &str, &str); 5] = [
+/// many million rows, for the nodes that start wait for it; what is not is left out if somebody did it beforehand.
+const STEPS: [(i64, &str, &str); 6] = [
     (1, "init", include_str!("../../migrations/0001_init.sql")),
     (2, "incarnation", include_str!("../../migrations/0002_incarnation.sql")),
     (3, "clock, lives, counts", include_str!("../../migrations/0003_clock_lives_counts.sql")),
     (4, "audit", include_str!("../../migrations/0004_audit.sql")),
     (5, "presence", include_str!("../../migrations/0005_presence.sql")),
+    (6, "moves", include_str!("../../migrations/0006_moves.sql")),
 ];
 /// Which steps are done.
 const LAID: &str = "schema_steps";
@@ -37,16 +38,35 @@ const ALREADY_THERE: [u16; 4] = [1050, 1060, 1061, 1062];
 /// SQLite has no number for it.
 const ALREADY_THERE_TEXTS: [&str; 3] = ["already exists", "duplicate column name", "UNIQUE constraint failed"];
 
+/// One node after the other: who comes while an index is built would wait for the table, and give up. The lock
+/// ends with its connection.
+const LOCK: &str = "SELECT GET_LOCK(CONCAT('im-presence ', MD5(DATABASE())), 3600)";
+const UNLOCK: &str = "SELECT RELEASE_LOCK(CONCAT('im-presence ', MD5(DATABASE())))";
+
 /// Lays what is missing. Writes nothing if nothing is missing, so a server that is read-only for now can be served from.
 pub(super) async fn lay(connection: &mut AnyConnection) -> Result<(), MigrateError> {
+    if missing(connection).await.is_empty() {
+        return Ok(());
+    }
+    if connection.backend_name() != "MySQL" {
+        return lay_missing(connection).await;
+    }
+    connection.execute(LOCK).await?;
+    lay_missing(connection).await?;
+    connection.execute(UNLOCK).await?;
+    Ok(())
+}
+
+async fn missing(connection: &mut AnyConnection) -> Vec<(i64, &'static str, &'static str)> {
     // An error here says that there is no such table; if it is another, the next statement meets it too.
     let laid = connection.list_applied_migrations(LAID).await.unwrap_or_default();
     let laid: HashSet<i64> = laid.into_iter().map(|step| step.version).collect();
-    let mut missing = STEPS.into_iter().filter(|(number, ..)| !laid.contains(number)).peekable();
-    if missing.peek().is_some() {
-        connection.ensure_migrations_table(LAID).await?;
-    }
-    for (number, name, text) in missing {
+    STEPS.into_iter().filter(|(number, ..)| !laid.contains(number)).collect()
+}
+
+async fn lay_missing(connection: &mut AnyConnection) -> Result<(), MigrateError> {
+    connection.ensure_migrations_table(LAID).await?;
+    for (number, name, text) in missing(connection).await {
         for statement in text.split(";\n").filter(|statement| !statement.trim().is_empty()) {
             unless_there(connection.execute(sqlx::raw_sql(AssertSqlSafe(statement))).await.map(|_| ()))?;
         }

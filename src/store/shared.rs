@@ -99,6 +99,21 @@ pub struct Written {
 
 pub type Versions = NumberMap<UserId, Version>;
 
+/// What Redis has of a user, whoever wrote it.
+pub struct Seen {
+    pub generation: u64,
+    pub is_ours: bool,
+    /// None: it cannot be read.
+    pub record: Option<UserRecord>,
+}
+
+/// What a record begins with.
+struct Header<'a> {
+    generation: u64,
+    version: Version,
+    store: &'a [u8],
+}
+
 /// Why a record is none.
 enum Unfit {
     Outdated,
@@ -170,6 +185,17 @@ impl SharedCache {
         let version = |bytes: Option<Vec<u8>>| Some(self.header(&bytes?, generation).ok()?.0);
         let versions = users.iter().zip(answers).filter_map(|(user, bytes)| Some((*user, version(bytes)?)));
         Ok((connection, versions.collect()))
+    }
+
+    /// What there is of a user, of whatever store and generation. None: nothing.
+    pub async fn look(&self, user: UserId, limit: Duration) -> Result<Option<Seen>, LinkError> {
+        let (_, answers) = self.get(&[user], limit).await?;
+        let Some(bytes) = answers.into_iter().flatten().next() else { return Ok(None) };
+        let Some((header, body)) = Header::read(&bytes) else {
+            return Ok(Some(Seen { generation: 0, is_ours: true, record: None }));
+        };
+        let record = StoredRecord::decode(body).ok().and_then(|record| record.into_record(header.version));
+        Ok(Some(Seen { generation: header.generation, is_ours: header.store == self.store_id.as_bytes(), record }))
     }
 
     async fn get(&self, users: &[UserId], limit: Duration) -> Result<(u64, Vec<Option<Vec<u8>>>), LinkError> {
@@ -281,16 +307,24 @@ impl SharedCache {
 
     /// The version of a record of this store and `generation`, and its body.
     fn header<'a>(&self, bytes: &'a [u8], generation: u64) -> Result<(Version, &'a [u8]), Unfit> {
-        let (header, body) = bytes.split_at_checked(HEADER_BYTES).ok_or(Unfit::Unreadable)?;
-        let (numbers, store) = header.split_at(2 * DIGITS);
-        let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
-        let (of, version) = numbers.split_at(DIGITS);
-        if store != self.store_id.as_bytes() {
+        let (header, body) = Header::read(bytes).ok_or(Unfit::Unreadable)?;
+        if header.store != self.store_id.as_bytes() {
             return Err(Unfit::Foreign);
         }
-        if number(of) != Some(generation) {
+        if header.generation != generation {
             return Err(Unfit::Outdated);
         }
-        Ok((Version(number(version).ok_or(Unfit::Unreadable)?), body))
+        Ok((header.version, body))
+    }
+}
+
+impl<'a> Header<'a> {
+    /// With the body that follows.
+    fn read(bytes: &'a [u8]) -> Option<(Self, &'a [u8])> {
+        let (header, body) = bytes.split_at_checked(HEADER_BYTES)?;
+        let (numbers, store) = header.split_at(2 * DIGITS);
+        let number = |digits: &[u8]| std::str::from_utf8(digits).ok()?.parse::<u64>().ok();
+        let (generation, version) = numbers.split_at(DIGITS);
+        Some((Self { generation: number(generation)?, version: Version(number(version)?), store }, body))
     }
 }

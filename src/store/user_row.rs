@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use sqlx::Row;
 use sqlx::any::AnyRow;
 
+use crate::domain::digest::element;
 use crate::domain::history::OnlineSession;
 use crate::domain::id::ConnId;
 use crate::domain::id::DeviceId;
@@ -29,7 +30,7 @@ use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 
 /// Columns of a user besides its number, in the order in which they are bound.
-pub(super) const USER_COLUMNS: [&str; 13] = [
+pub(super) const USER_COLUMNS: [&str; 14] = [
     "version",
     "status",
     "last_seen_ms",
@@ -43,10 +44,11 @@ pub(super) const USER_COLUMNS: [&str; 13] = [
     "status_text",
     "online_since_ms",
     "session_counted",
+    "banned_until_ms",
 ];
 
 /// Columns of a route besides its user and device, in the same way.
-pub(super) const ROUTE_COLUMNS: [&str; 10] = [
+pub(super) const ROUTE_COLUMNS: [&str; 11] = [
     "platform",
     "epoch",
     "conn_id",
@@ -57,6 +59,7 @@ pub(super) const ROUTE_COLUMNS: [&str; 10] = [
     "bound_at_ms",
     "expires_at_ms",
     "idle",
+    "digest",
 ];
 
 pub(super) fn bind_user(insert: Statement, user: UserId, record: &UserRecord) -> Statement {
@@ -76,6 +79,7 @@ pub(super) fn bind_user(insert: Statement, user: UserId, record: &UserRecord) ->
         .bind(record.text().to_owned())
         .bind(session.since.0)
         .bind(i32::from(session.is_counted))
+        .bind(record.banned_until().0)
 }
 
 pub(super) fn bind_route(insert: Statement, user: UserId, route: &Route) -> Statement {
@@ -92,6 +96,7 @@ pub(super) fn bind_route(insert: Statement, user: UserId, route: &Route) -> Stat
         .bind(route.bound_at.0)
         .bind(route.expires_at.at().map(|end| end.0))
         .bind(i32::from(route.idle))
+        .bind(element(user, &route.device, &route.conn).cast_signed())
 }
 
 /// The user's part of a row. What a node of the last release wrote says nothing of what is shown: then every change counts, but
@@ -116,7 +121,7 @@ pub(super) fn read_record(row: &AnyRow) -> Result<UserRecord, SqlError> {
     let session = OnlineSession { since: Timestamp(row.try_get(24)?), is_counted: row.try_get::<i32, _>(25)? != 0 };
     Ok(UserRecord {
         version,
-        presence: Some(Box::new(Presence { wish, shown, session })),
+        presence: Some(Box::new(Presence { wish, shown, session, banned_until: Timestamp(row.try_get(26)?) })),
         last_seen,
         routes: Routes::new(),
         inbox_seq: unsigned(row.try_get(16)?),

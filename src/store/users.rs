@@ -15,6 +15,7 @@ use crate::domain::user::UserRecord;
 use crate::store::column::bind_epochs;
 use crate::store::column::bind_users;
 use crate::store::column::clock_micros;
+use crate::store::column::clock_millis;
 use crate::store::column::signed;
 use crate::store::column::unsigned;
 use crate::store::column::user_id;
@@ -73,9 +74,6 @@ pub struct UserChange<'a> {
     pub after: &'a UserRecord,
 }
 
-/// Rows that one statement counts.
-pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
-
 impl Connection {
     /// Locks `users` (sorted, none twice) until the transaction ends, in the order given, also those that do not exist yet.
     ///
@@ -86,6 +84,18 @@ impl Connection {
         for (chunk, fill) in chunks(users) {
             let sql = repeated("INSERT INTO users (user_id, version) VALUES ", "(?,0)", chunk.len() + fill, &tail);
             self.execute(bind_users(statement(sql), chunk, fill)).await?;
+        }
+        Ok(())
+    }
+
+    /// Locks those of `users` (sorted) that exist until the transaction ends, in the order given.
+    pub(super) async fn lock_known_users(&mut self, users: &[UserId]) -> Result<(), SqlError> {
+        let lock = match self.engine() {
+            Engine::MySql => " ORDER BY user_id FOR UPDATE",
+            Engine::Sqlite => "", // a transaction that writes has the whole file
+        };
+        for (chunk, fill) in chunks(users) {
+            self.user_ids(chunk, fill, lock).await?;
         }
         Ok(())
     }
@@ -106,7 +116,7 @@ impl Connection {
     }
 
     async fn user_ids(&mut self, chunk: &[UserId], fill: usize, lock: &str) -> Result<Vec<UserId>, SqlError> {
-        let head = "SELECT user_id FROM users FORCE INDEX (PRIMARY) WHERE user_id IN (";
+        let head = "SELECT user_id FROM users /*! FORCE INDEX (PRIMARY) */ WHERE user_id IN (";
         let sql = repeated(head, "?", chunk.len() + fill, &format!("){lock}"));
         let rows = self.fetch(bind_users(statement(sql), chunk, fill)).await?;
         rows.iter().map(|row| user_id(row.try_get(0)?)).collect()
@@ -119,7 +129,8 @@ impl Connection {
             "SELECT u.user_id, u.version, u.status, u.last_seen_ms, {}, r.device_id, r.platform, r.epoch, r.conn_id, \
              r.connected_at_ms, r.client_ip, r.client_port, r.bound_version, r.bound_at_ms, r.expires_at_ms, r.idle, \
              u.inbox_seq, u.inbox_pending, u.shown_version, u.shown_for, u.shown_seen_ms, u.status_since_ms, \
-             u.status_until_ms, u.status_text, u.online_since_ms, u.session_counted FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
+             u.status_until_ms, u.status_text, u.online_since_ms, u.session_counted, u.banned_until_ms \
+             FROM users u /*! FORCE INDEX (PRIMARY) */ LEFT JOIN routes r /*! FORCE INDEX (PRIMARY) */ \
              ON r.user_id = u.user_id WHERE u.user_id IN (",
             clock_micros(self.engine())
         );
@@ -189,7 +200,7 @@ impl Connection {
         let head = format!("INSERT INTO routes (user_id, device_id, {}) VALUES ", ROUTE_COLUMNS.join(", "));
         let tail = or_update(self.engine(), "user_id, device_id", &ROUTE_COLUMNS, |_, new| new);
         for (chunk, fill) in chunks(routes) {
-            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
+            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for (user, route) in filled(chunk, fill) {
                 insert = bind_route(insert, *user, route);
             }
@@ -202,7 +213,7 @@ impl Connection {
         let head = format!("INSERT INTO users (user_id, {}) VALUES ", USER_COLUMNS.join(", "));
         let tail = or_update(self.engine(), "user_id", &USER_COLUMNS, |_, new| new);
         for (chunk, fill) in chunks(changes) {
-            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
+            let mut insert = statement(repeated(&head, "(?,?,?,?,?,?,?,?,?,?,?,?,?,?,?)", chunk.len() + fill, &tail));
             for change in filled(chunk, fill) {
                 insert = bind_user(insert, change.user, change.after);
             }
@@ -224,7 +235,7 @@ impl Connection {
     }
 
     /// Looks at the next `page` users after `after`, and forgets those with nothing whose last change is older than `before`, but
-    /// not that they want to be INVISIBLE; and those who were erased before `erased`. Returns how many these were, and the last
+    /// not that they want to be INVISIBLE, nor a ban; and those who were erased before `erased`. Returns how many these were, and the last
     /// that was looked at: none if there was nobody.
     pub async fn forget_users(
         &mut self,
@@ -235,17 +246,20 @@ impl Connection {
     ) -> Result<(u64, Option<i64>), SqlError> {
         const LAST: &str =
             "SELECT MAX(user_id) FROM (SELECT user_id FROM users WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
-        const OLD: &str = "version > 0 AND inbox_pending = 0 \
-            AND (version < ? AND status <> 4 OR version < ? AND online_since_ms = 0 AND session_counted = 1) \
-            AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.user_id = users.user_id) \
-            AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.user_id = users.user_id)";
+        let now = clock_millis(self.engine());
+        let old = format!(
+            "version > 0 AND inbox_pending = 0 AND banned_until_ms < {now} \
+             AND (version < ? AND status <> 4 OR version < ? AND online_since_ms = 0 AND session_counted = 1) \
+             AND NOT EXISTS (SELECT 1 FROM routes WHERE routes.user_id = users.user_id) \
+             AND NOT EXISTS (SELECT 1 FROM inbox WHERE inbox.user_id = users.user_id)"
+        );
         let rows = self.fetch(statement(LAST).bind(after).bind(page)).await?;
         let Some(last) = rows.first().map_or(Ok(None), |row| row.try_get::<Option<i64>, _>(0))? else { return Ok((0, None)) };
-        let find = statement(format!("SELECT user_id FROM users WHERE user_id > ? AND user_id <= ? AND {OLD}"));
-        let old = self.users_of(find.bind(after).bind(last).bind(signed(before.0)).bind(signed(erased.0))).await?; // locks nobody
+        let find = statement(format!("SELECT user_id FROM users WHERE user_id > ? AND user_id <= ? AND {old}"));
+        let users = self.users_of(find.bind(after).bind(last).bind(signed(before.0)).bind(signed(erased.0))).await?; // locks nobody
         let mut forgotten = 0;
-        for (chunk, fill) in chunks(&old) {
-            let tail = format!(") AND {OLD}"); // still: a change may have come meanwhile
+        for (chunk, fill) in chunks(&users) {
+            let tail = format!(") AND {old}"); // still: a change may have come meanwhile
             let delete = repeated("DELETE FROM users WHERE user_id IN (", "?", chunk.len() + fill, &tail);
             forgotten +=
                 self.execute(bind_users(statement(delete), chunk, fill).bind(signed(before.0)).bind(signed(erased.0))).await?;
@@ -288,23 +302,6 @@ impl Connection {
     pub async fn count_routes_of(&mut self, epoch: Epoch) -> Result<i64, SqlError> {
         let rows = self.fetch(statement("SELECT COUNT(*) FROM routes WHERE epoch = ?").bind(signed(epoch.0))).await?;
         Ok(rows.first().map_or(Ok(0), |row| row.try_get(0))?)
-    }
-
-    /// How many users have a route. Statement by statement: the whole table could take longer than one may.
-    pub async fn count_users_online(&mut self) -> Result<i64, SqlError> {
-        const SQL: &str = "SELECT COUNT(*), MAX(user_id) FROM \
-            (SELECT DISTINCT user_id FROM routes WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
-        let (mut counted, mut after) = (0, 0);
-        loop {
-            let rows = self.fetch(statement(SQL).bind(after).bind(COUNTED_AT_ONCE)).await?;
-            let Some(row) = rows.first() else { return Ok(counted) };
-            let page: i64 = row.try_get(0)?;
-            counted += page;
-            match row.try_get::<Option<i64>, _>(1)? {
-                Some(last) if page == COUNTED_AT_ONCE => after = last,
-                _ => return Ok(counted),
-            }
-        }
     }
 }
 

@@ -10,6 +10,7 @@ use im_presence::client::security::Security;
 use im_presence::domain::caller::Role;
 use im_presence::pb;
 use im_presence::pb::Code;
+use im_presence::pb::admin_service_client::AdminServiceClient;
 use im_presence::pb::gateway_service_client::GatewayServiceClient;
 use im_presence::pb::presence_service_client::PresenceServiceClient;
 use tokio::io::AsyncReadExt;
@@ -124,13 +125,61 @@ async fn every_call_asks_for_the_role_that_the_table_says() {
             }
             for role in Role::ALL {
                 let told = told(guarded.node(), rule, &guarded.bearer(role.name()), None).await;
-                let is_denied = told == tonic::Code::PermissionDenied;
+                // Its empty request is a whole one, which changes something.
+                let is_whole = rule.call.ends_with("/RebalanceGateways") && role == Role::Viewer;
+                let is_denied = told == tonic::Code::PermissionDenied && !is_whole;
                 assert!(told != tonic::Code::Unauthenticated, "{rule:?} {role:?}");
                 assert_eq!(is_denied, !is_open && !rule.allows(role), "{rule:?} {role:?}: {told:?}");
             }
         }
         assert!(guarded.node().metric("im_presence_auth_failures_total").await > 0.0 || metrics == "viewer");
     }
+}
+
+#[tokio::test]
+async fn a_viewer_sees_what_a_change_would_do_and_changes_nothing() {
+    let guarded = Guarded::start("", &[]).await;
+    let hello = pb::RegisterGatewayReq { gateway_addr: GATEWAY.to_owned(), ..Default::default() };
+    guarded.gateways("gateway").register_gateway(hello).await.expect("a life");
+    guarded.presence("operator").bind_route(a_bind(ALICE, PHONE, "c")).await.expect("bound");
+    let db = &guarded.cluster.db;
+    let state = async || {
+        let mut state = Vec::new();
+        for number in
+            ["SUM(version) FROM users", "SUM(banned_until_ms) FROM users", "COUNT(*) FROM routes", "COUNT(*) FROM drains"]
+        {
+            state.push(db.number(&format!("SELECT {number}")).await);
+        }
+        state
+    };
+    let before = state().await;
+    let mut viewer = AdminServiceClient::new(link(&guarded.bearer("viewer"), guarded.node().admin));
+    let (user_id, device_id, gateway_addr) = (ALICE, PHONE.to_owned(), GATEWAY.to_owned());
+    for dry_run in [false, true] {
+        let kick = pb::KickDeviceReq { user_id, device_id: device_id.clone(), dry_run, ..Default::default() };
+        let force = pb::ForceOfflineReq { user_id, ban_for_s: 60, dry_run, ..Default::default() };
+        let drain = pb::DrainGatewayReq { gateway_addr: gateway_addr.clone(), dry_run, ..Default::default() };
+        let rebalance = pb::RebalanceGatewaysReq { dry_run, ..Default::default() };
+        let migrate = pb::MigrateUserReq { user_id, dry_run, ..Default::default() };
+        let told = [
+            ("kick", viewer.kick_device(kick).await.map(drop)),
+            ("force", viewer.force_offline(force).await.map(drop)),
+            ("drain", viewer.drain_gateway(drain).await.map(drop)),
+            ("rebalance", viewer.rebalance_gateways(rebalance).await.map(drop)),
+            ("migrate", viewer.migrate_user(migrate).await.map(drop)),
+            ("forget", viewer.forget_user(pb::ForgetUserReq { user_id, dry_run }).await.map(drop)),
+        ];
+        for (what, told) in told {
+            match told {
+                Ok(()) => assert!(dry_run, "{what}"),
+                Err(status) => {
+                    let denied = status.code() == tonic::Code::PermissionDenied && status.message().contains("dry_run");
+                    assert!(!dry_run && denied, "{what}: {status:?}");
+                }
+            }
+        }
+    }
+    assert_eq!(state().await, before);
 }
 
 #[tokio::test]
@@ -179,6 +228,7 @@ async fn a_gateway_speaks_for_its_own_addresses_only() {
     is_denied(presence.bind_route(on(ALICE, OTHER_GATEWAY)).await);
     let both = pb::BatchBindRouteReq { binds: vec![on(ALICE, GATEWAY), on(ALICE, OTHER_GATEWAY)] };
     is_denied(presence.batch_bind_route(both).await);
+    is_denied(presence.allocate_gateway(pb::AllocateGatewayReq { user_id: ALICE, ..Default::default() }).await);
     let by_device = pb::UnbindRouteReq { user_id: BOB, device_id: PHONE.to_owned(), gateway_addr: addr, ..Default::default() };
     is_denied(presence.unbind_route(by_device).await);
     is_denied(own.pull_inbox(pb::PullInboxReq { user_id: BOB, ..Default::default() }).await);

@@ -92,6 +92,7 @@ impl Program {
             Event::Detached(_) => lock(&tell).detached += 1,
             Event::Superseded => lock(&tell).superseded += 1,
             Event::Presence { .. } | Event::NotWatched { .. } => {} // nobody watches
+            Event::Move(..) | Event::Draining(_) => {}              // nobody is moved
         });
         let nodes: Vec<&str> = nodes.iter().map(String::as_str).collect();
         let caller = Caller::new(&nodes, allowed(SOON)).expect("addresses");

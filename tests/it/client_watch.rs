@@ -66,7 +66,8 @@ impl Program {
             Event::Presence { client, presence } => lock(&tell).presences.push((client, presence)),
             Event::NotWatched { client, users, why } => lock(&tell).not_watched.push((client, users, why)),
             Event::Attached { epoch } => lock(&tell).epochs.push(epoch),
-            Event::Delivery(..) | Event::Kick(..) | Event::Lost(..) | Event::Detached(_) | Event::Superseded => {}
+            Event::Delivery(..) | Event::Kick(..) | Event::Move(..) | Event::Draining(_) => {}
+            Event::Lost(..) | Event::Detached(_) | Event::Superseded => {}
         });
         let this = Self { gateway: gateway.expect("addresses"), told };
         eventually("it is attached", SOON, async || !lock(&this.told).epochs.is_empty()).await;

@@ -5,6 +5,9 @@ use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
 
+use im_presence::api::access::RULES;
+use im_presence::domain::caller::Role;
+
 use crate::tidy::metric_names;
 use crate::tidy::none;
 use crate::tidy::package;
@@ -50,6 +53,25 @@ impl Document {
 }
 
 #[test]
+fn the_table_of_who_may_make_which_call_is_the_one_that_decides() {
+    const ROLES: [Role; 5] = [Role::Gateway, Role::Service, Role::Viewer, Role::Operator, Role::Node];
+    let document = Document::read("docs/security.md");
+    let rows: Vec<Vec<&str>> = document.text.lines().map(|line| line.split('|').map(str::trim).collect()).collect();
+    let rows = || rows.iter().skip_while(|row| row.get(1) != Some(&"call")).skip(2).take_while(|row| row.len() == 8);
+    let mut wrong = Vec::new();
+    for rule in RULES.iter().filter(|rule| !rule.is_open()) {
+        let call = rule.call.trim_start_matches("GET ").rsplit_once("Service/").map_or("`/metrics`", |(_, call)| call);
+        let of: Vec<_> = rows().filter(|row| row[1].split(", ").any(|named| named == call)).collect();
+        let may: Vec<bool> = ROLES.into_iter().map(|role| rule.allows(role)).collect();
+        let told: Vec<Vec<bool>> = of.iter().map(|row| row[2..7].iter().map(|cell| !cell.is_empty()).collect()).collect();
+        if told != [may] {
+            wrong.push(format!("{call}: {of:?}"));
+        }
+    }
+    none("docs/security.md says once of each call who may make it", wrong);
+}
+
+#[test]
 fn every_link_leads_somewhere() {
     let mut wrong = Vec::new();
     for document in Document::all() {
@@ -82,7 +104,8 @@ fn the_readme_is_short() {
 fn every_metric_stands_in_the_operations() {
     let operations = Document::read("docs/operations.md").text;
     let read = |name| fs::read_to_string(package().join(name)).expect("a source file");
-    let names = metric_names(&[read("src/metrics.rs"), read("src/metrics/security.rs")].concat());
+    let names =
+        metric_names(&[read("src/metrics.rs"), read("src/metrics/security.rs"), read("src/metrics/allocation.rs")].concat());
     assert!(names.len() > 15, "the metrics were found: {names:?}");
     let missing = names.into_iter().filter(|name| !operations.contains(&format!("`{name}")));
     none("every metric stands in docs/operations.md, as `name`", missing.collect());

@@ -338,6 +338,9 @@ async fn nonsense_about_gateways_is_refused_and_names_what_is_wrong() {
         (RegisterGatewayReq { gateway_addr: "gw\u{fc}:1".to_owned(), ..good() }, "gateway_addr", "printable ASCII"),
         (RegisterGatewayReq { region: text(129), ..good() }, "region", "128"),
         (RegisterGatewayReq { labels: labels(17, 2, 1), ..good() }, "labels", "16"),
+        (RegisterGatewayReq { weight: Some(1_001), ..good() }, "weight", "1000"),
+        (RegisterGatewayReq { public_addr: text(256), ..good() }, "public_addr", "255"),
+        (RegisterGatewayReq { public_addr: "gw 1".to_owned(), ..good() }, "public_addr", "without spaces"),
         (RegisterGatewayReq { labels: labels(1, 64, 1), ..good() }, "labels", "63"),
         (RegisterGatewayReq { labels: labels(1, 1, 256), ..good() }, "labels", "255"),
     ] {
@@ -362,6 +365,9 @@ async fn nonsense_about_gateways_is_refused_and_names_what_is_wrong() {
         capacity: u32::MAX,
         labels: labels(16, 63, 255),
         gateway_epoch: 0,
+        weight: Some(1_000),
+        public_addr: text(255),
+        login_rate: u32::MAX,
     };
     let widest = node.gateways().register_gateway(widest).await.expect("within the limits").into_inner();
     let most = HeartbeatReq { connections: u32::MAX, load: f32::MAX, ..a_beat(&text(255), widest.gateway_epoch) };

@@ -297,3 +297,119 @@ async fn a_client_of_a_websocket_gateway_sees_its_contacts_come_and_go_and_what_
     drop(bob);
     is_told(&mut page, 2, "offline", "").await;
 }
+
+type Socket = WebSocketStream<MaybeTlsStream<TcpStream>>;
+
+/// What a client of user 1 has seen.
+#[derive(Default)]
+struct Moved {
+    got: HashSet<String>,
+    /// Where it is, once its former connection has ended.
+    to: Option<String>,
+}
+
+/// A client that does what the page does: it goes where it is sent, and takes what comes on either connection.
+async fn follow(mut socket: Socket, moved: Arc<Mutex<Moved>>) {
+    let (mut former, mut host, mut code) = (None::<Socket>, String::new(), None);
+    loop {
+        let (message, on_former) = match &mut former {
+            Some(former) => tokio::select! {
+                message = former.next() => (message, true),
+                message = socket.next() => (message, false),
+            },
+            None => (socket.next().await, false),
+        };
+        let text = match message {
+            Some(Ok(Message::Text(text))) => text,
+            Some(Ok(Message::Close(frame))) => {
+                assert!(on_former, "the new connection stays: {frame:?}");
+                code = frame.map(|frame| u16::from(frame.code));
+                continue;
+            }
+            Some(Ok(_)) => continue,
+            Some(Err(_)) | None => {
+                assert!(on_former, "the new connection stays");
+                assert_eq!(code, Some(4_000), "the old one is told that another has its place");
+                (former, moved.lock().unwrap_or_else(PoisonError::into_inner).to) = (None, Some(host.clone()));
+                continue;
+            }
+        };
+        let told: Value = serde_json::from_str(&text).expect("JSON");
+        if let Some(to) = told["move"].as_array() {
+            tokio::time::sleep(Duration::from_millis(told["after_ms"].as_u64().expect("a number"))).await;
+            host = to[0].as_str().expect("a host").to_owned();
+            let url = format!("ws://{host}/ws?user=1&device=phone");
+            former = Some(std::mem::replace(&mut socket, connect_async(url).await.expect("it listens").0));
+        } else if told["delivery"].is_string() {
+            let id = told["id"].as_str().expect("an id").to_owned();
+            moved.lock().unwrap_or_else(PoisonError::into_inner).got.insert(id);
+            let on = if on_former { former.as_mut() } else { Some(&mut socket) };
+            assert!(say(on.expect("it is there"), &json!({ "got": told["delivery"] })).await);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_of_a_websocket_gateway_that_is_drained_move_to_the_other_one_and_lose_no_message() {
+    let cluster = Cluster::with_redis(2, &[("DRAIN__SETTLE", "1")]).await;
+    let gateways = [WsGateway::start(&cluster.nodes).await, WsGateway::start(&cluster.nodes).await];
+    let connect = async |user: usize, gateway: &WsGateway| {
+        let url = format!("ws://{}/ws?user={user}&device=phone", gateway.addr);
+        connect_async(url).await.expect("it listens").0
+    };
+    let (moved, phone) = (Arc::<Mutex<Moved>>::default(), connect(1, &gateways[0]).await);
+    let following = tokio::spawn(follow(phone, moved.clone()));
+    let mut bob = connect(2, &gateways[1]).await;
+    assert!(say(&mut bob, &json!({ "watch": [1] })).await);
+    is_told(&mut bob, 1, "online", "").await;
+    let request = im_presence::pb::DrainGatewayReq { gateway_addr: gateways[0].addr.clone(), ..Default::default() };
+    cluster.node().operator().drain_gateway(request).await.expect("a drain");
+    let (mut sent, mut outcomes, mut more, mut pace) = (0, HashSet::new(), 20, interval(PACE));
+    let is_moved = || moved.lock().unwrap_or_else(PoisonError::into_inner).to.is_some();
+    while more > 0 || outcomes.len() < sent {
+        tokio::select! {
+            _ = pace.tick(), if more > 0 => {
+                assert!(say(&mut bob, &json!({ "id": format!("2-{sent}"), "to": 1, "text": "hello" })).await);
+                sent += 1;
+                more -= usize::from(is_moved()); // some more, where it is now
+                assert!(sent < 10_000, "it does not move");
+            }
+            read = bob.next() => {
+                let read = read.expect("it stays").expect("a frame");
+                let Ok(told) = serde_json::from_str::<Value>(read.to_text().unwrap_or_default()) else { continue };
+                assert_ne!(told["status"], "offline", "nobody sees that it moves");
+                if let Some(outcome) = told["outcome"].as_str() {
+                    assert_ne!(outcome, "not sent");
+                    outcomes.insert(told["id"].as_str().expect("an id").to_owned());
+                }
+            }
+        }
+    }
+    let seen = || moved.lock().unwrap_or_else(PoisonError::into_inner).got.len();
+    eventually("each message has arrived", ARRIVED_WITHIN, async || seen() == sent).await;
+    println!("{sent} messages were sent, all arrived");
+    assert_eq!(moved.lock().unwrap_or_else(PoisonError::into_inner).to, Some(gateways[1].addr.clone()));
+    assert!(!following.is_finished(), "the client has not failed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_of_a_websocket_gateway_that_does_not_move_is_closed_in_time_and_may_come_back() {
+    let cluster = Cluster::sqlite(&[("DRAIN__CLOSE_AFTER", "1")]).await;
+    let gateways = [WsGateway::start(&cluster.nodes).await, WsGateway::start(&cluster.nodes).await];
+    let url = format!("ws://{}/ws?user=1&device=phone", gateways[0].addr);
+    let mut phone = connect_async(&url).await.expect("it listens").0;
+    let request = im_presence::pb::MigrateUserReq { user_id: 1, ..Default::default() };
+    let asked = async || {
+        let answer = cluster.node().operator().migrate_user(request.clone()).await;
+        answer.is_ok_and(|answer| answer.into_inner().routes == 1)
+    };
+    eventually("it is asked to go", ARRIVED_WITHIN, asked).await;
+    let (mut is_told, mut code) = (false, None);
+    while let Some(Ok(message)) = tokio::time::timeout(ARRIVED_WITHIN, phone.next()).await.expect("it is closed") {
+        is_told |= message.to_text().is_ok_and(|text| text.starts_with("{\"move\""));
+        if let Message::Close(frame) = message {
+            code = frame.map(|frame| u16::from(frame.code));
+        }
+    }
+    assert_eq!((is_told, code), (true, Some(4_001)), "the page gives up only after 4000");
+}

@@ -15,6 +15,9 @@
 //! It says `{"watch": [2, 3]}`, its contacts, and is told `{"user": 2, "status": "online", "text": ""}` of each, now and
 //! whenever that changes. `{"status": "busy", "text": "in a meeting"}` is how its user wants to be seen. Whatever it says but
 //! `got` shows that somebody is there; `{"here": true}` says nothing else. Whose clients are silent for a minute is away.
+//!
+//! `{"move": ["127.0.0.1:8002"], "after_ms": 300}` asks it to connect to the first of these that takes it, then, and to close
+//! this connection once the other one is open. One that does not is closed after a while, with 4001, and may come back here.
 
 use std::collections::BTreeMap;
 use std::collections::HashMap;
@@ -24,6 +27,7 @@ use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
+use std::sync::atomic::AtomicBool;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -64,6 +68,8 @@ const SOCKET_QUEUE: usize = 256;
 const PING: Duration = Duration::from_secs(20);
 /// Tells a client that its place was taken: it should not come back by itself.
 const CONNECTED_ELSEWHERE: u16 = 4_000;
+/// Tells a client that it has to go, and may come back to whatever takes it: it was moved, and has not gone by itself.
+const MOVED: u16 = 4_001;
 
 /// User and connection.
 type Place = (i64, String);
@@ -77,6 +83,8 @@ struct Socket {
     to_client: mpsc::Sender<ToClient>,
     /// By delivery.
     unacknowledged: HashMap<String, Acker>,
+    /// It is closed because it was to go elsewhere and has not.
+    is_moved: Arc<AtomicBool>,
 }
 
 /// What a client has still to be told of its contacts, of each only the newest: however slow it is, this does not grow.
@@ -143,6 +151,11 @@ enum ToClient {
         status: String,
         text: String,
     },
+    Move {
+        #[serde(rename = "move")]
+        to: Vec<String>,
+        after_ms: u32,
+    },
 }
 
 /// What travels through im-presence.
@@ -176,9 +189,20 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn hear(sockets: &Sockets, watchers: &Watchers, addr: &str, event: Event) {
     match event {
         Event::Delivery(delivery, acker) => hand_over(&mut lock(sockets), &delivery, &acker),
-        Event::Kick(connection, _) | Event::Lost(connection, _) => {
-            lock(sockets).remove(&(connection.user_id, connection.conn_id));
+        Event::Kick(connection, kick) => {
+            if let Some(socket) = lock(sockets).remove(&(connection.user_id, connection.conn_id)) {
+                let is_moved = matches!(kick.reason(), pb::Reason::Drain | pb::Reason::Migrate);
+                socket.is_moved.store(is_moved, Ordering::Relaxed); // before it is dropped
+            }
         }
+        Event::Lost(connection, _) => _ = lock(sockets).remove(&(connection.user_id, connection.conn_id)),
+        Event::Move(connection, kick) => {
+            if let Some(socket) = lock(sockets).get(&(connection.user_id, connection.conn_id)) {
+                let (to, after_ms) = (kick.reconnect_to, kick.reconnect_after_ms);
+                let _ = socket.to_client.try_send(ToClient::Move { to, after_ms }); // full: it is closed, and comes back anywhere
+            }
+        }
+        Event::Draining(is_drained) => eprintln!("{addr} {} clients", if is_drained { "is to lose its" } else { "may take" }),
         Event::Presence { client, presence } => {
             if let Some(news) = lock(watchers).get(&client) {
                 lock(&news.presences).insert(presence.user_id, presence);
@@ -219,13 +243,17 @@ async fn serve(chat: Arc<Chat>, Who { user, device }: Who, mut socket: WebSocket
     let conn_id = uuid::Uuid::new_v4().to_string();
     let place = (user, conn_id.clone());
     let (to_client, messages) = mpsc::channel(SOCKET_QUEUE);
-    let known = Socket { device: device.clone(), to_client, unacknowledged: HashMap::new() };
+    let is_moved = Arc::<AtomicBool>::default();
+    let known = Socket { device: device.clone(), to_client, unacknowledged: HashMap::new(), is_moved: is_moved.clone() };
     lock(&chat.sockets).insert(place.clone(), known);
     let client = Client { key: chat.clients.fetch_add(1, Ordering::Relaxed), place: place.clone(), device: device.clone() };
     let news = Arc::<News>::default();
     lock(&chat.watchers).insert(client.key, news.clone());
     if talk(&chat, &client, messages, &news, &mut socket).await == End::Elsewhere {
-        let frame = CloseFrame { code: CONNECTED_ELSEWHERE, reason: "connected elsewhere".into() };
+        let frame = match is_moved.load(Ordering::Relaxed) {
+            true => CloseFrame { code: MOVED, reason: "moved".into() },
+            false => CloseFrame { code: CONNECTED_ELSEWHERE, reason: "connected elsewhere".into() },
+        };
         let _ = socket.send(Message::Close(Some(frame))).await; // it may be gone
     }
     drop(socket);

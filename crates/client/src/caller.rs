@@ -1,4 +1,4 @@
-//! For message services: query, deliver, watch and statuses, on whichever node answers.
+//! For message services: query, deliver, watch, statuses and allocations, on whichever node answers.
 
 use std::collections::HashMap;
 use std::sync::Mutex;
@@ -19,6 +19,7 @@ use tonic_types::StatusExt;
 
 use crate::InvalidAddress;
 use crate::jittered;
+use crate::rendezvous;
 use crate::security::Link;
 use crate::security::Security;
 use crate::watch::Watch;
@@ -33,7 +34,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 const AVOIDED_FOR: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 const AVOIDED_TIMES: u32 = 4;
 
-/// Calls nodes in turn. A call that a node could not serve is made again, on the next one, as long as there is time.
+/// Calls about one user go to that user's node ([`Caller::home_of`]), others to each node in turn. A call that a node could not
+/// serve is made again, on the next one, as long as there is time.
 pub struct Caller {
     nodes: Vec<Node>,
     next: AtomicUsize,
@@ -41,6 +43,7 @@ pub struct Caller {
 }
 
 struct Node {
+    addr: String,
     link: Link,
     client: PresenceServiceClient<Link>,
     avoided_until: Mutex<Instant>,
@@ -67,7 +70,7 @@ impl Caller {
         let nodes = nodes.iter().map(|node| {
             let link = security.link(node, timeout)?;
             let client = PresenceServiceClient::new(link.clone()).max_decoding_message_size(MAX_ANSWER_BYTES);
-            Ok(Node { link, client, avoided_until: Mutex::new(Instant::now()) })
+            Ok(Node { addr: (*node).to_owned(), link, client, avoided_until: Mutex::new(Instant::now()) })
         });
         Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
     }
@@ -77,7 +80,8 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn query(&self, request: pb::QueryRouteReq) -> Result<pb::QueryRouteResp, Status> {
-        self.call(self.turn(), self.deadline(), &request, async |client, request| client.query_route(request).await).await
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.query_route(request).await).await
     }
 
     /// Where many users are. Who could not be looked up is asked for again; CODE_UNAVAILABLE if there was no time for it.
@@ -87,14 +91,14 @@ impl Caller {
     pub async fn query_many(&self, mut request: pb::BatchQueryRouteReq) -> Result<pb::BatchQueryRouteResp, Status> {
         let deadline = self.deadline();
         let call = async |client: &mut PresenceServiceClient<Link>, request| client.batch_query_route(request).await;
-        let mut answer = self.call(self.turn(), deadline, &request, call).await?;
+        let mut answer = self.call(&self.in_turn(), deadline, &request, call).await?;
         loop {
             let missing = answer.users.iter().filter(|user| user.code() == pb::Code::Unavailable);
             request.user_ids = missing.map(|user| user.user_id).collect();
             if request.user_ids.is_empty() || !is_time_for_more(deadline).await {
                 return Ok(answer);
             }
-            let Ok(again) = self.call(self.turn(), deadline, &request, call).await else { return Ok(answer) };
+            let Ok(again) = self.call(&self.in_turn(), deadline, &request, call).await else { return Ok(answer) };
             let found: HashMap<i64, pb::UserRoute> = again.users.into_iter().map(|user| (user.user_id, user)).collect();
             let replace = |user: &mut pb::UserRoute| found.get(&user.user_id).map(|found| user.clone_from(found)).is_some();
             answer.users.retain_mut(|user| user.code() != pb::Code::Unavailable || replace(user));
@@ -107,8 +111,8 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn deliver(&self, request: pb::DeliverReq) -> Result<pb::DeliverResp, Status> {
-        let turn = usize::try_from(request.user_id).unwrap_or(0);
-        self.call(turn, self.deadline(), &request, async |client, request| client.deliver(request).await).await
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.deliver(request).await).await
     }
 
     /// Delivers a message to many users; again to those to whom it could not be done at once.
@@ -118,14 +122,14 @@ impl Caller {
     pub async fn deliver_many(&self, mut request: pb::BatchDeliverReq) -> Result<pb::BatchDeliverResp, Status> {
         let deadline = self.deadline();
         let call = async |client: &mut PresenceServiceClient<Link>, request| client.batch_deliver(request).await;
-        let mut answer = self.call(self.turn(), deadline, &request, call).await?;
+        let mut answer = self.call(&self.in_turn(), deadline, &request, call).await?;
         loop {
             let missing = answer.users.iter().filter(|user| is_unavailable(user));
             request.user_ids = missing.map(|user| user.user_id).collect();
             if request.user_ids.is_empty() || !is_time_for_more(deadline).await {
                 return Ok(answer);
             }
-            let Ok(again) = self.call(self.turn(), deadline, &request, call).await else { return Ok(answer) };
+            let Ok(again) = self.call(&self.in_turn(), deadline, &request, call).await else { return Ok(answer) };
             let done: HashMap<i64, pb::UserDelivery> = again.users.into_iter().map(|user| (user.user_id, user)).collect();
             for user in answer.users.iter_mut().filter(|user| is_unavailable(user)) {
                 if let Some(done) = done.get(&user.user_id) {
@@ -140,7 +144,8 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn set_status(&self, request: pb::SetStatusReq) -> Result<pb::SetStatusResp, Status> {
-        self.call(self.turn(), self.deadline(), &request, async |client, request| client.set_status(request).await).await
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.set_status(request).await).await
     }
 
     /// A page of what a user was shown as, the newest first.
@@ -148,7 +153,8 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn status_history(&self, request: pb::GetStatusHistoryReq) -> Result<pb::GetStatusHistoryResp, Status> {
-        self.call(self.turn(), self.deadline(), &request, async |client, request| client.get_status_history(request).await).await
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.get_status_history(request).await).await
     }
 
     /// How long a user was online, by day.
@@ -156,7 +162,8 @@ impl Caller {
     /// # Errors
     /// What the last node tried said.
     pub async fn online_time(&self, request: pb::GetOnlineTimeReq) -> Result<pb::GetOnlineTimeResp, Status> {
-        self.call(self.turn(), self.deadline(), &request, async |client, request| client.get_online_time(request).await).await
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.get_online_time(request).await).await
     }
 
     /// What these users are shown as, now and whenever that changes. More may be added to the watch, and removed.
@@ -168,6 +175,38 @@ impl Caller {
         Watch::start(nodes, self.turn(), &users)
     }
 
+    /// Where a user's client should connect, and when. Each answer counts as a log-in that is on its way.
+    ///
+    /// # Errors
+    /// What the last node tried said.
+    pub async fn allocate(&self, request: pb::AllocateGatewayReq) -> Result<pb::AllocateGatewayResp, Status> {
+        let order = self.order_for(request.user_id);
+        self.call(&order, self.deadline(), &request, async |client, request| client.allocate_gateway(request).await).await
+    }
+
+    /// Which nodes there are now. This caller goes on with those that it was given.
+    ///
+    /// # Errors
+    /// What the last node tried said.
+    pub async fn nodes(&self) -> Result<pb::ListNodesResp, Status> {
+        let call = async |client: &mut PresenceServiceClient<Link>, request| client.list_nodes(request).await;
+        self.call(&self.in_turn(), self.deadline(), &pb::ListNodesReq {}, call).await
+    }
+
+    /// The node that this user's calls go to, as long as it answers.
+    pub fn home_of(&self, user_id: i64) -> &str {
+        self.order_for(user_id).first().map_or("", |place| &self.nodes[*place].addr)
+    }
+
+    fn order_for(&self, user_id: i64) -> Vec<usize> {
+        rendezvous::order(user_id, self.nodes.iter().map(|node| node.addr.as_str()))
+    }
+
+    fn in_turn(&self) -> Vec<usize> {
+        let (turn, count) = (self.turn(), self.nodes.len());
+        (0..count).map(|n| turn.wrapping_add(n) % count).collect()
+    }
+
     fn turn(&self) -> usize {
         self.next.fetch_add(1, Ordering::Relaxed)
     }
@@ -176,17 +215,17 @@ impl Caller {
         Instant::now() + self.timeout
     }
 
-    /// Calls the node whose turn it is, then others.
+    /// Calls the first node of `order`, then others.
     async fn call<Q: Clone, A>(
         &self,
-        turn: usize,
+        order: &[usize],
         deadline: Instant,
         request: &Q,
         call: impl AsyncFn(&mut PresenceServiceClient<Link>, Request<Q>) -> Result<Response<A>, Status>,
     ) -> Result<A, Status> {
         let mut tried = 0;
         loop {
-            let node = self.node(turn.wrapping_add(tried));
+            let node = self.node(order, tried);
             tried += 1;
             let began = Instant::now();
             let left = deadline.saturating_duration_since(began);
@@ -212,7 +251,10 @@ impl Caller {
                 None if tried < self.nodes.len() => Duration::ZERO,
                 None => jittered(RETRY_AFTER),
             };
-            let is_worth_a_retry = broken || matches!(status.code(), Code::Unavailable | Code::ResourceExhausted);
+            let is_worth_a_retry = match status.code() {
+                Code::Unimplemented => tried < self.nodes.len(), // a node of a former release stands beside newer ones
+                code => broken || matches!(code, Code::Unavailable | Code::ResourceExhausted),
+            };
             if !is_worth_a_retry || Instant::now() + pause >= deadline {
                 return Err(status);
             }
@@ -220,11 +262,11 @@ impl Caller {
         }
     }
 
-    /// The node with this turn, or the next one that was not out of reach lately.
-    fn node(&self, turn: usize) -> &Node {
-        let (first, count, now) = (turn % self.nodes.len(), self.nodes.len(), Instant::now());
-        let from_turn = (first..first + count).map(|n| &self.nodes[n % count]);
-        from_turn.min_by_key(|node| node.avoided_until().max(now)).unwrap_or(&self.nodes[first])
+    /// The node that comes after so many others, or the next one that was not out of reach lately.
+    fn node(&self, order: &[usize], tried: usize) -> &Node {
+        let (count, now) = (order.len(), Instant::now());
+        let from_there = (tried..tried + count).map(|n| &self.nodes[order[n % count]]);
+        from_there.min_by_key(|node| node.avoided_until().max(now)).unwrap_or(&self.nodes[0])
     }
 }
 

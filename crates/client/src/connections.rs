@@ -5,7 +5,11 @@ use std::time::Instant;
 
 use im_presence_proto as pb;
 
+use crate::digest::Digest;
+use crate::digest::element;
+use crate::digest::is_asked;
 use crate::event::Connection;
+use crate::event::ms_ago;
 use crate::event::request;
 
 /// User, device, connection.
@@ -18,11 +22,15 @@ struct Held {
     idle: bool,
     /// Empty: no node has said that it is bound.
     route_key: String,
+    /// Its part in the digest.
+    element: u64,
 }
 
 #[derive(Default)]
 pub struct Connections {
     held: BTreeMap<Key, Held>,
+    /// Of all that are held: changed together with the map, and nowhere else.
+    digest: Digest,
     /// Kicks that have overtaken the answer to their bind.
     early: Vec<pb::Kick>,
 }
@@ -38,8 +46,35 @@ impl Connections {
 
     pub fn insert(&mut self, connection: &Connection) {
         let (since, idle) = (Instant::now(), connection.idle);
-        let held = Held { connection: connection.clone(), since, idle, route_key: String::new() };
-        self.held.insert(key(connection), held);
+        let key = key(connection);
+        let element = element(key.0, &key.1, &key.2);
+        self.remove(&key);
+        self.digest.add(key.0, element);
+        let held = Held { connection: connection.clone(), since, idle, route_key: String::new(), element };
+        self.held.insert(key, held);
+    }
+
+    fn remove(&mut self, key: &Key) -> Option<Held> {
+        let held = self.held.remove(key)?;
+        self.digest.remove(key.0, held.element);
+        Some(held)
+    }
+
+    /// The digest of all connections, and their number.
+    pub fn digest(&self) -> (u64, u32) {
+        self.digest.total()
+    }
+
+    /// What a node is answered that asks what is held.
+    pub fn answer(&self, query: &pb::DigestQuery) -> Vec<pb::DigestAnswer> {
+        let asked = self.held.iter().filter(|((user_id, ..), _)| is_asked(query, *user_id));
+        self.digest.answer(query, asked.map(|(_, held)| held.bound()))
+    }
+
+    /// The connection that a node means.
+    pub fn named(&self, bound: &pb::Bound) -> Option<&Connection> {
+        let key = (bound.user_id, bound.device_id.clone(), bound.conn_id.clone());
+        self.held.get(&key).map(|held| &held.connection)
     }
 
     /// What to say of a connection. None: it has ended.
@@ -68,17 +103,24 @@ impl Connections {
     }
 
     pub fn refused(&mut self, connection: &Connection) {
-        self.held.remove(&key(connection));
+        self.remove(&key(connection));
     }
 
     /// It has ended. True: its bind was not answered, and may still be carried out.
     pub fn ended(&mut self, user_id: i64, device_id: &str, conn_id: &str) -> bool {
-        let held = self.held.remove(&(user_id, device_id.to_owned(), conn_id.to_owned()));
+        let held = self.remove(&(user_id, device_id.to_owned(), conn_id.to_owned()));
         held.is_some_and(|held| held.route_key.is_empty())
     }
 
     /// Which connection is to be closed. None: it has ended, or that was said before.
     pub fn kicked(&mut self, kick: &pb::Kick) -> Option<Connection> {
+        let meant = self.meant(kick)?;
+        self.remove(&key(&meant));
+        Some(meant)
+    }
+
+    /// Which connection a kick means. None: it has ended, or is not bound yet; then the kick waits for that.
+    pub fn meant(&mut self, kick: &pb::Kick) -> Option<Connection> {
         let (mut meant, mut unanswered) = (None, false);
         for held in self.of_device(kick.user_id, &kick.device_id) {
             unanswered |= held.route_key.is_empty();
@@ -86,10 +128,8 @@ impl Connections {
                 meant = Some(held.connection.clone());
             }
         }
-        match &meant {
-            Some(connection) => _ = self.held.remove(&key(connection)),
-            None if unanswered => self.early.push(kick.clone()),
-            None => {}
+        if meant.is_none() && unanswered {
+            self.early.push(kick.clone());
         }
         meant
     }
@@ -102,6 +142,13 @@ impl Connections {
     fn of_device(&self, user_id: i64, device_id: &str) -> impl Iterator<Item = &Held> {
         let first = (user_id, device_id.to_owned(), String::new());
         self.held.range(first..).take_while(move |(key, _)| key.0 == user_id && key.1 == device_id).map(|(_, held)| held)
+    }
+}
+
+impl Held {
+    fn bound(&self) -> pb::Bound {
+        let (user_id, device_id, conn_id) = key(&self.connection);
+        pb::Bound { user_id, device_id, conn_id, connected_ms_ago: ms_ago(self.since) }
     }
 }
 
@@ -154,6 +201,29 @@ mod tests {
         assert_eq!((connections.is_idle(1, "phone"), idle(&connections, "b")), (Some(false), Some(false)));
         connections.set_idle(1, "laptop", true);
         assert_eq!((connections.is_idle(1, "phone"), connections.is_idle(1, "laptop")), (Some(false), None));
+    }
+
+    #[test]
+    fn the_digest_is_of_who_is_held_however_they_came_and_went() {
+        let mut connections = Connections::default();
+        for conn in ["a", "b", "b", "c", "d", "e"] {
+            connections.insert(&of_alice(conn));
+            connections.bound(&of_alice(conn), conn);
+        }
+        assert_eq!(connections.digest().1, 5);
+        connections.refused(&of_alice("a"));
+        connections.ended(1, "phone", "b");
+        connections.kicked(&kick("c"));
+        connections.kicked(&kick("c"));
+        connections.ended(1, "phone", "d");
+        assert_eq!(connections.digest(), (element(1, "phone", "e"), 1));
+        let named = |conn_id: &str| pb::Bound {
+            user_id: 1,
+            device_id: "phone".to_owned(),
+            conn_id: conn_id.to_owned(),
+            ..Default::default()
+        };
+        assert_eq!((connections.named(&named("e")), connections.named(&named("a"))), (Some(&of_alice("e")), None));
     }
 
     #[test]

@@ -71,6 +71,8 @@ pub struct Dialogue {
     outgoing: VecDeque<pb::GatewayFrame>,
     /// What is asked again then.
     later: BTreeMap<(Instant, u64), Asked>,
+    /// Connections that are closed then, unless they have gone elsewhere.
+    leaving: BTreeMap<(Instant, u64), pb::Kick>,
     /// By user, who has asked for one: what waits until it is answered, so that the last word stays the last.
     statuses: HashMap<i64, VecDeque<SetStatus>>,
     contacts: Contacts,
@@ -107,6 +109,7 @@ impl Dialogue {
             asked: BTreeMap::new(),
             outgoing: VecDeque::new(),
             later: BTreeMap::new(),
+            leaving: BTreeMap::new(),
             statuses: HashMap::new(),
             contacts: Contacts::default(),
             usage,
@@ -117,6 +120,14 @@ impl Dialogue {
 
     pub fn connections(&self) -> usize {
         self.connections.len()
+    }
+
+    /// The digest of all connections, and their number. None: many binds are being made again, and nodes would find a difference
+    /// where none is.
+    pub fn digest(&self) -> Option<(u64, u32)> {
+        let is_repeated = |asked: &Asked| matches!(asked, Asked::Bind(_, None));
+        let is_settled = !self.asked.values().chain(self.later.values()).any(is_repeated);
+        is_settled.then(|| self.connections.digest())
     }
 
     pub fn tell(&self, event: Event) {
@@ -201,7 +212,8 @@ impl Dialogue {
     /// When [`Dialogue::look`] has something to do.
     pub fn due(&self) -> Option<Instant> {
         let later = self.later.first_key_value().map(|((when, _), _)| *when);
-        [later, self.contacts.due(), self.usage.lock().due()].into_iter().flatten().min()
+        let leaving = self.leaving.first_key_value().map(|((when, _), _)| *when);
+        [later, leaving, self.contacts.due(), self.usage.lock().due()].into_iter().flatten().min()
     }
 
     /// Does what is due.
@@ -209,6 +221,8 @@ impl Dialogue {
         let now = Instant::now();
         let later = self.later.split_off(&(now, 0));
         std::mem::replace(&mut self.later, later).into_values().for_each(|asked| self.ask(asked));
+        let leaving = self.leaving.split_off(&(now, 0));
+        std::mem::replace(&mut self.leaving, leaving).into_values().for_each(|kick| self.close(kick));
         self.contacts.look(now);
         let changes = self.usage.lock().look(now, |user_id, device_id| self.connections.is_idle(user_id, device_id));
         for change in changes {
@@ -237,9 +251,22 @@ impl Dialogue {
                     self.tell(Event::NotWatched { client, users, why: why.clone() });
                 }
             }
+            Some(Down::DigestQuery(query)) => self.digest_query(frame.seq, &query),
             Some(Down::Watched(_) | Down::Heartbeat(_) | Down::Drain(_) | Down::Welcome(_)) | None => {}
         }
         None
+    }
+
+    /// A node asks what is held here, or says what of it has no route. Whatever is being bound anyway is not bound twice.
+    fn digest_query(&mut self, seq: u64, query: &pb::DigestQuery) {
+        if seq != 0 {
+            let frames = self.connections.answer(query).into_iter();
+            self.outgoing.extend(frames.map(|answer| pb::GatewayFrame { seq, body: Some(Up::Digest(answer)) }));
+        }
+        let pending: HashSet<_> = self.asked.values().chain(self.later.values()).filter_map(Asked::connection).collect();
+        let named = query.bind_again.iter().filter_map(|bound| self.connections.named(bound));
+        let again: Vec<_> = named.filter(|held| !pending.contains(held)).cloned().collect();
+        again.into_iter().for_each(|connection| self.ask(Asked::Bind(connection, None)));
     }
 
     fn ask(&mut self, asked: Asked) {
@@ -343,10 +370,31 @@ impl Dialogue {
     }
 
     fn kick(&mut self, kick: pb::Kick) {
+        if matches!(kick.reason(), pb::Reason::Drain | pb::Reason::Migrate) {
+            return self.move_away(kick);
+        }
         if let Some(connection) = self.connections.kicked(&kick) {
             self.has_ended(connection.user_id, &connection.device_id);
             self.tell(Event::Kick(connection, kick));
         }
+    }
+
+    /// The route stays until the client is bound elsewhere. If it does not go, its connection is closed.
+    fn move_away(&mut self, kick: pb::Kick) {
+        let Some(connection) = self.connections.meant(&kick) else { return };
+        let (until, seq) = (Instant::now() + Duration::from_millis(kick.close_after_ms.into()), self.next_seq());
+        self.leaving.insert((until, seq), kick.clone());
+        self.tell(Event::Move(connection, kick));
+    }
+
+    /// Its time is over.
+    fn close(&mut self, kick: pb::Kick) {
+        let Some(connection) = self.connections.kicked(&kick) else { return }; // it has gone
+        let Connection { user_id, device_id, conn_id, .. } = connection.clone();
+        self.has_ended(user_id, &device_id);
+        self.tell(Event::Kick(connection, kick.clone()));
+        let request = pb::UnbindRouteReq { user_id, device_id, conn_id, route_key: kick.route_key, ..Default::default() };
+        self.ask(Asked::Unbind(request, None));
     }
 
     /// A connection has ended; the device may have another one.

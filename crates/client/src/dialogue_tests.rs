@@ -1,4 +1,5 @@
 use super::*;
+use crate::event::result;
 use im_presence_proto::Status;
 use std::thread::sleep;
 
@@ -175,4 +176,84 @@ fn a_device_is_said_to_be_idle_and_is_bound_again_as_idle_as_it_is() {
     let binds = gateway.says();
     let idle = |body: &Up| if let Up::Bind(request) = body { (request.user_id, request.idle) } else { panic!("{body:?}") };
     assert_eq!(binds.iter().map(|(_, body)| idle(body)).collect::<Vec<_>>(), [(1, true), (2, false)]);
+}
+
+#[test]
+fn a_client_who_is_to_go_keeps_its_connection_until_it_has_gone_or_its_time_is_over() {
+    let mut gateway = Fixture::new();
+    for user in [1, 2, 3] {
+        gateway.bind(user);
+    }
+    for (seq, body) in gateway.says() {
+        let Up::Bind(bind) = body else { panic!("{body:?}") };
+        let bound = pb::BindRouteResp { result: result(Code::Ok, ""), route_key: bind.user_id.to_string(), ..Default::default() };
+        gateway.dialogue.take(pb::NodeFrame { seq, body: Some(Down::Bound(bound)) });
+    }
+    let kick = |user_id: i64, reason: pb::Reason, close_after_ms| {
+        let (device_id, route_key, reconnect_to) = ("phone".to_owned(), user_id.to_string(), vec!["gw-2:7000".to_owned()]);
+        let reason = reason.into();
+        let kick = pb::Kick { user_id, device_id, route_key, reason, reconnect_to, close_after_ms, ..Default::default() };
+        pb::NodeFrame { seq: 0, body: Some(Down::Kick(kick)) }
+    };
+    gateway.dialogue.take(kick(1, pb::Reason::Drain, 60_000));
+    gateway.dialogue.take(kick(2, pb::Reason::Drain, 0));
+    gateway.dialogue.take(kick(3, pb::Reason::Migrate, 60_000));
+    gateway.dialogue.take(kick(3, pb::Reason::Replaced, 0)); // it is bound elsewhere
+    assert_eq!(gateway.dialogue.connections(), 2);
+    gateway.dialogue.look();
+    let events = std::mem::take(&mut *gateway.events.lock().expect("nobody panics"));
+    let told: Vec<_> = events
+        .iter()
+        .map(|event| match event {
+            Event::Move(connection, kick) => (connection.user_id, "move", kick.reconnect_to.len()),
+            Event::Kick(connection, kick) => (connection.user_id, kick.reason().as_str_name(), 0),
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    let want = [(1, "move", 1), (2, "move", 1), (3, "move", 1), (3, "REASON_REPLACED", 0), (2, "REASON_DRAIN", 0)];
+    assert_eq!(told, want);
+    let said = gateway.says();
+    let [(_, Up::Unbind(unbind))] = &said[..] else { panic!("{said:?}") };
+    assert_eq!((unbind.user_id, &*unbind.route_key), (2, "2"), "only that one still has its route");
+    assert_eq!(gateway.dialogue.connections(), 1);
+}
+
+#[test]
+fn what_a_node_has_lost_is_bound_again_once_and_what_has_moved_is_told_as_lost() {
+    let mut gateway = Fixture::new();
+    [1, 2, 3].into_iter().for_each(|user| gateway.bind(user));
+    let binds = gateway.says();
+    let answer = |gateway: &mut Fixture, seq, code| {
+        let bound = pb::BindRouteResp { result: crate::event::result(code, ""), ..Default::default() };
+        assert_eq!(gateway.dialogue.take(pb::NodeFrame { seq, body: Some(Down::Bound(bound)) }), None);
+    };
+    binds[..2].iter().for_each(|(seq, _)| answer(&mut gateway, *seq, Code::Ok));
+    assert_eq!(gateway.dialogue.digest().expect("nothing is repeated").1, 3, "who has no answer yet is held, too");
+    let named = |user_id| pb::Bound { user_id, device_id: "phone".to_owned(), ..Default::default() };
+    let bind_again = [1, 2, 3, 4].map(named).to_vec(); // 3 has no answer yet, 4 has gone
+    let query = pb::NodeFrame { seq: 0, body: Some(Down::DigestQuery(pb::DigestQuery { bind_again, ..Default::default() })) };
+    assert_eq!(gateway.dialogue.take(query.clone()), None);
+    let said = gateway.says();
+    let user = |body: &Up| if let Up::Bind(request) = body { request.user_id } else { panic!("{body:?}") };
+    assert_eq!(said.iter().map(|(_, body)| user(body)).collect::<Vec<_>>(), [1, 2]);
+    assert_eq!(gateway.dialogue.take(query), None);
+    assert!(gateway.says().is_empty(), "it is under way");
+    assert_eq!(gateway.dialogue.digest(), None, "so it says nothing of what it holds");
+    answer(&mut gateway, said[0].0, Code::Ok);
+    answer(&mut gateway, said[1].0, Code::Refused);
+    assert_eq!(gateway.dialogue.digest().expect("nothing is repeated").1, 2);
+    let events = gateway.events.lock().expect("nobody panics");
+    assert!(matches!(&events[..], [Event::Lost(Connection { user_id: 2, .. }, _)]), "{events:?}");
+}
+
+#[test]
+fn what_is_held_is_listed_with_the_number_of_the_query() {
+    let mut gateway = Fixture::new();
+    [1, 2].into_iter().for_each(|user| gateway.bind(user));
+    gateway.says();
+    let query = pb::DigestQuery { buckets: vec![2], list: true, ..Default::default() };
+    assert_eq!(gateway.dialogue.take(pb::NodeFrame { seq: 9, body: Some(Down::DigestQuery(query)) }), None);
+    let said = gateway.says();
+    let [(9, Up::Digest(answer))] = &said[..] else { panic!("{said:?}") };
+    assert_eq!(answer.buckets.iter().flat_map(|of| &of.bound).map(|bound| bound.user_id).collect::<Vec<_>>(), [2]);
 }

@@ -38,12 +38,21 @@ pub struct Options {
     pub gateway_addr: String,
     pub region: String,
     pub capacity: u32,
+    /// How much of what is handed out it takes, next to others: 1 to 1000; 0: nobody new. None: 100.
+    pub weight: Option<u32>,
+    /// Where clients reach it; empty: by its label `public_addr`, or at `gateway_addr`.
+    pub public_addr: String,
+    /// Log-ins per second that it likes; 0: as many as nodes are configured to send.
+    pub login_rate: u32,
     pub labels: HashMap<String, String>,
     /// How it proves who it is, and which nodes it believes.
     pub security: Security,
     /// A device is idle after so long without [`crate::gateway::Gateway::active`]; zero: never. Only devices for which that was
     /// ever called.
     pub idle_after: Duration,
+    /// Nobody else binds for this gateway. Then nodes and this library compare what they believe to be bound, and mend what
+    /// differs.
+    pub binds_alone: bool,
 }
 
 impl Default for Options {
@@ -53,9 +62,13 @@ impl Default for Options {
             gateway_addr: String::new(),
             region: String::new(),
             capacity: 0,
+            weight: None,
+            public_addr: String::new(),
+            login_rate: 0,
             labels: HashMap::new(),
             security: Security::default(),
             idle_after: IDLE_AFTER,
+            binds_alone: true,
         }
     }
 }
@@ -78,9 +91,17 @@ pub struct Connection {
 pub enum Event {
     /// Hand this over to the user's devices (`device_ids`, or all), then acknowledge for each.
     Delivery(pb::Delivery, Acker),
-    /// Close this connection: another bind has removed its route.
+    /// Close this connection: another bind has removed its route, or it was to go elsewhere and its time is over. There is
+    /// nothing to unbind.
     Kick(Connection, pb::Kick),
-    /// A bind that had to be made again after the gateway's life was over did not succeed: close the connection.
+    /// Tell this client to connect elsewhere: to the first of `reconnect_to` that takes it (empty: anywhere), after
+    /// `reconnect_after_ms`. Keep the connection until then: its route stays until the client is bound there, and the connection
+    /// is kicked when that is done, or after `close_after_ms`.
+    Move(Connection, pb::Kick),
+    /// This gateway is to lose its clients (true: take no new ones), or not any more.
+    Draining(bool),
+    /// A bind that had to be made again, in a new life of the gateway or because its route was lost, did not succeed: close the
+    /// connection.
     Lost(Connection, pb::BindRouteResp),
     /// A user whom this client watches is shown like this now.
     Presence { client: ClientKey, presence: pb::UserPresence },
@@ -131,10 +152,14 @@ pub(crate) fn request(connection: &Connection, since: Instant) -> pb::BindRouteR
         platform: connection.platform,
         client_ip: connection.client_ip.clone(),
         client_port: connection.client_port,
-        connected_ms_ago: u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX),
+        connected_ms_ago: ms_ago(since),
         idle: connection.idle,
         ..Default::default()
     }
+}
+
+pub(crate) fn ms_ago(since: Instant) -> u32 {
+    u32::try_from(since.elapsed().as_millis()).unwrap_or(u32::MAX)
 }
 
 pub(crate) fn refusal(code: Code, why: impl Into<String>) -> pb::BindRouteResp {

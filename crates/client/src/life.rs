@@ -45,6 +45,8 @@ pub struct Life {
     /// Another process has begun a life under this address.
     superseded: bool,
     lease: Duration,
+    /// As the last heartbeat's answer said.
+    is_drained: bool,
     dialogue: Dialogue,
     usage: Usage,
 }
@@ -66,7 +68,7 @@ impl Life {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
         let node = usize::try_from(uuid::Uuid::new_v4().as_u128() % 64).unwrap_or(0);
-        Ok(Self { options, nodes, node, epoch: 0, superseded: false, lease: Duration::ZERO, dialogue, usage })
+        Ok(Self { options, nodes, node, epoch: 0, superseded: false, lease: Duration::ZERO, is_drained: false, dialogue, usage })
     }
 
     /// Goes on until it is dropped.
@@ -120,6 +122,9 @@ impl Life {
             gateway_addr: self.options.gateway_addr.clone(),
             region: self.options.region.clone(),
             capacity: self.options.capacity,
+            weight: self.options.weight,
+            public_addr: self.options.public_addr.clone(),
+            login_rate: self.options.login_rate,
             labels: self.options.labels.clone(),
             gateway_epoch: self.epoch,
         }
@@ -154,7 +159,7 @@ impl Life {
             let (silent_until, due) = (stream.beaten.map(|since| since + BEAT_LIMIT), self.dialogue.due());
             tokio::select! {
                 frame = stream.answers.message() => match frame {
-                    Ok(Some(pb::NodeFrame { body: Some(Down::Drain(_)), .. })) => {
+                    Ok(Some(pb::NodeFrame { body: Some(Down::Drain(drain)), .. })) if drain.reason() != pb::Reason::Drain => {
                         return Status::unavailable("the node stops");
                     }
                     Ok(Some(frame)) => self.take(stream, frame),
@@ -192,7 +197,12 @@ impl Life {
             return;
         };
         match answer.result.unwrap_or_default().code() {
-            Code::Ok => stream.beaten = None,
+            Code::Ok => {
+                stream.beaten = None;
+                if std::mem::replace(&mut self.is_drained, answer.draining) != answer.draining {
+                    self.dialogue.tell(Event::Draining(answer.draining));
+                }
+            }
             code @ (Code::Fenced | Code::Superseded) => self.over(code),
             _ => self.beat_elsewhere(stream),
         }
@@ -216,7 +226,9 @@ impl Life {
     fn beat(&self) -> pb::HeartbeatReq {
         let connections = u32::try_from(self.dialogue.connections()).unwrap_or(u32::MAX);
         let gateway_addr = self.options.gateway_addr.clone();
-        pb::HeartbeatReq { gateway_addr, gateway_epoch: self.epoch, connections, ..Default::default() }
+        let digest = self.dialogue.digest().filter(|_| self.options.binds_alone);
+        let (routes_digest, routes) = (digest.map(|(digest, _)| digest), digest.map_or(0, |(_, routes)| routes));
+        pb::HeartbeatReq { gateway_addr, gateway_epoch: self.epoch, connections, routes_digest, routes, ..Default::default() }
     }
 
     pub async fn deregister(&mut self) -> Result<(), Status> {

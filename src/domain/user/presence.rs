@@ -15,14 +15,16 @@ pub(super) const ERASED: OnlineSession = OnlineSession { since: Timestamp(0), is
 impl UserRecord {
     /// The same record with this presence.
     pub fn with(mut self, presence: Presence) -> Self {
-        let is_usual =
-            presence.wish == Wish::default() && presence.shown == self.usual() && presence.session == self.usual_session();
+        let is_usual = presence.wish == Wish::default()
+            && presence.shown == self.usual()
+            && presence.session == self.usual_session()
+            && presence.banned_until == Timestamp::default();
         self.presence = (!is_usual).then(|| Box::new(presence));
         self
     }
 
     pub fn presence(&self) -> Presence {
-        Presence { wish: self.wish(), shown: self.shown(), session: self.session() }
+        Presence { wish: self.wish(), shown: self.shown(), session: self.session(), banned_until: self.banned_until() }
     }
 
     pub fn wish(&self) -> Wish {
@@ -55,6 +57,11 @@ impl UserRecord {
     /// When the wish returns to the default. None: it stays.
     pub fn wish_until(&self) -> Option<Timestamp> {
         self.presence.as_ref().and_then(|apart| apart.wish.until)
+    }
+
+    /// Until when nothing may be bound; long ago, if nobody has said so.
+    pub fn banned_until(&self) -> Timestamp {
+        self.presence.as_ref().map_or_else(Timestamp::default, |apart| apart.banned_until)
     }
 
     /// Whether the user is INVISIBLE.

@@ -6,6 +6,7 @@ use crate::domain::history::Cause;
 use crate::domain::history::LastSeen;
 use crate::domain::history::Standing;
 use crate::domain::history::Step;
+use crate::domain::id::VERSION_GAP;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
 use crate::domain::route::activity;
@@ -65,9 +66,11 @@ impl UserRecord {
         is_dead.then(|| self.last_end(context).max(self.session().since).max(self.shown().since))
     }
 
-    /// How many routes are on lives that are over: each has changed what is shown without a new version.
-    pub fn dead_routes(&self, is_over: impl Fn(&Route) -> bool) -> u64 {
-        self.routes.iter().filter(|route| is_over(route)).count() as u64
+    /// The version of what is shown, with which of its routes are on lives that are over: each has changed what is shown without
+    /// a new version of the record.
+    pub fn shown_version(&self, is_over: impl Fn(&Route) -> bool) -> Version {
+        let ended = if self.is_hidden() { 0 } else { self.routes.iter().filter(|route| is_over(route)).count() as u64 };
+        Version(self.shown().version.0 + ended.min(VERSION_GAP - 1))
     }
 }
 
@@ -86,6 +89,6 @@ fn cause(event: &Event<'_>) -> Cause {
         Event::SetStatus(SetStatus { status: None, text: None, idle: Some((_, false)), .. }) => Cause::Active,
         Event::SetStatus(_) => Cause::Set,
         Event::EndStatus => Cause::StatusEnded,
-        Event::Forget => Cause::Operator,
+        Event::ForceOffline(_) | Event::Forget => Cause::Operator,
     }
 }

@@ -8,7 +8,7 @@ use tracing::info;
 
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::id::Epoch;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::gateways::registry::Terms;
@@ -41,9 +41,9 @@ impl Attaching {
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims, with a stream to this node.
-    pub async fn attach(&self, profile: Profile, epoch: Option<Epoch>) -> Result<Result<(Arc<Life>, Attached), Fence>, Error> {
-        let gateway = profile.gateway.clone();
-        let epoch = match self.registry.enter(profile, epoch).await? {
+    pub async fn attach(&self, registration: Registration) -> Result<Result<(Arc<Life>, Attached), Fence>, Error> {
+        let gateway = registration.gateway.clone();
+        let epoch = match self.registry.enter(registration).await? {
             Ok(epoch) => epoch,
             Err(fence) => return Ok(Err(fence)),
         };

@@ -181,13 +181,15 @@ impl Reaper {
         self.lives.replace(lives.clone(), known.is_none(), asked);
         self.seen.unmanaged.note(&lives, known.is_none(), asked);
         clamp(&mut connection, &self.gateways.terms, &lives, &cluster).await?;
-        let nodes = connection.beat_node(&self.peers.own, NODE_TERM).await?;
+        let listed = connection.beat_node(&self.peers.own, NODE_TERM).await?;
+        let nodes: Vec<NodeName> = listed.iter().map(|node| node.name.clone()).collect();
         if let Some(twin) = nodes.iter().find(|node| self.is_twin(node)) {
             let (id, ours, theirs) = (&twin.node_id, &self.peers.own.addr, &twin.addr);
             let why = format!("another process has taken node_id {id}: it is at {theirs}, this one at {ours}");
             return Err(self.end(&why));
         }
         self.note_nodes(&nodes, has_stalled);
+        self.peers.list(listed);
         if let Some(hints) = &self.hints {
             hints.set_generation(cluster.generation);
             hints.nodes_alive(nodes.into_iter().map(|node| node.node_id));

@@ -20,10 +20,9 @@ use tracing::warn;
 use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
-use crate::domain::gateway::LifeDetails;
 use crate::domain::gateway::LifeTable;
 use crate::domain::gateway::Liveness;
-use crate::domain::gateway::Profile;
+use crate::domain::gateway::Registration;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::engine::read::lives::Lives;
@@ -96,7 +95,7 @@ pub struct Registry {
 
 /// What an operator sees.
 pub struct Listing {
-    pub lives: Vec<(LifeDetails, u64)>,
+    pub lives: Vec<(Arc<Life>, u64)>,
     pub hold: Option<Hold>,
 }
 
@@ -115,10 +114,10 @@ impl Registry {
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims.
-    pub async fn enter(self: &Arc<Self>, profile: Profile, claimed: Option<Epoch>) -> Result<Result<Epoch, Fence>, Error> {
-        match claimed {
-            None => Ok(Ok(self.register(profile).await?.epoch)),
-            Some(epoch) => Ok(self.resume(profile, epoch).await?.map(|()| epoch)),
+    pub async fn enter(self: &Arc<Self>, registration: Registration) -> Result<Result<Epoch, Fence>, Error> {
+        match registration.claimed {
+            None => Ok(Ok(self.register(registration).await?.epoch)),
+            Some(epoch) => Ok(self.resume(registration, epoch).await?.map(|()| epoch)),
         }
     }
 
@@ -126,12 +125,12 @@ impl Registry {
     ///
     /// # Errors
     /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
-    async fn register(self: &Arc<Self>, profile: Profile) -> Result<Arc<Life>, Error> {
+    async fn register(self: &Arc<Self>, registration: Registration) -> Result<Arc<Life>, Error> {
         let this = self.clone();
         self.change(move |connection, caller| {
             Box::pin(async move {
                 let (lease, wanted) = (this.terms.lease, || caller.waits());
-                let begun = connection.begin_managed_life(&this.node_id, &profile, lease, MAX_REGISTRATIONS, wanted).await?;
+                let begun = connection.begin_managed_life(&this.node_id, &registration, lease, MAX_REGISTRATIONS, wanted).await?;
                 let Some(begun) = begun else { return Ok(None) };
                 let (epoch, gateway) = (begun.life.epoch.0, &begun.life.gateway);
                 info!(gateway.addr = %gateway, gateway.epoch = epoch, "gateway {gateway} registered");
@@ -151,14 +150,14 @@ impl Registry {
     }
 
     /// Goes on with a life, on this node.
-    async fn resume(self: &Arc<Self>, profile: Profile, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
+    async fn resume(self: &Arc<Self>, registration: Registration, epoch: Epoch) -> Result<Result<(), Fence>, Error> {
         let this = self.clone();
         self.change(move |connection, _| {
             Box::pin(async move {
-                if connection.resume_life(epoch, &profile, this.terms.lease).await? {
+                if connection.resume_life(epoch, &registration, this.terms.lease).await? {
                     return Ok(Ok(()));
                 }
-                this.fence(connection, &profile.gateway, "register").await.map(Err)
+                this.fence(connection, &registration.gateway, "register").await.map(Err)
             })
         })
         .await
@@ -217,7 +216,7 @@ impl Registry {
         self.change(move |connection, _| {
             Box::pin(async move {
                 let listed = connection.list_lives(include_dead, after.as_ref(), limit).await?;
-                let epochs: Vec<Epoch> = listed.iter().map(|listed| listed.life.epoch).collect();
+                let epochs: Vec<Epoch> = listed.iter().map(|life| life.epoch).collect();
                 let routes = connection.count_routes(&epochs).await?;
                 let counts = epochs.iter().map(|epoch| routes.get(epoch).copied().unwrap_or(0));
                 let lives = listed.into_iter().zip(counts).collect();

@@ -210,7 +210,7 @@ impl Sweep {
             self.tools.cache.may_be_forgotten(Version::at(before.plus(OTHERS_AHEAD))); // whichever node forgets them
         }
         if connection.claim_job("orphans", &self.tools.claimant, CENSUS_INTERVAL / 2).await? {
-            let users = connection.count_users_online().await?;
+            let users = connection.count_users_online(&[]).await?;
             connection.note_users_online(users).await?;
             if self.tools.lives.clock.is_steady() {
                 connection.forget_lives(MEMORY).await?;

@@ -1,4 +1,4 @@
-//! Telling gateways to close connections whose routes other devices' binds removed. A kick that nobody received is repeated
+//! Telling gateways to close connections whose routes other devices' binds removed, or whose clients are to go elsewhere. A kick that nobody received is repeated
 //! once a second as long as that gateway lives, up to ten times: somebody's client believes that it is online. So is one that
 //! a stream took and may have lost when it broke; it finds the gateway wherever that has gone with its epoch. A kick names
 //! one bind, so a repeat does no harm. Kicks that wait when the node stops go to the outbox, and another node sends them.
@@ -38,6 +38,16 @@ const MAX_REPEATS: u32 = 10;
 const QUEUE: usize = 10_000;
 
 type Unheard = (KickedRoute, u32);
+
+/// What became of a kick.
+#[derive(Clone, Copy, PartialEq)]
+enum Fate {
+    /// Somebody has it, or its gateway lives no more.
+    Heard,
+    Unheard,
+    /// The queue could not be reached.
+    NotSent,
+}
 
 pub struct Kicks {
     outlets: Arc<Outlets>,
@@ -95,30 +105,56 @@ impl Kicks {
     }
 
     async fn tell(&self, kicks: Vec<Unheard>) -> Result<(), NotSent> {
-        let (table, mut all) = (self.lives.table(), Ok(()));
+        let fates = self.hand(kicks.iter().map(|(kick, _)| kick), Instant::now()).await;
+        let mut all = Ok(());
+        for (kick, fate) in kicks.into_iter().zip(fates) {
+            let noted = match fate {
+                Fate::Heard => Ok(()),
+                Fate::Unheard => self.note(kick, false),
+                Fate::NotSent if kick.1 > 0 => self.note(kick, false).and(Err(NotSent)),
+                Fate::NotSent => Err(NotSent), // the outbox keeps it
+            };
+            all = all.and(noted);
+        }
+        all
+    }
+
+    /// Says which of these kicks somebody has taken; the others are not repeated. Where many are for one gateway, its queue is
+    /// waited for until `until`.
+    pub async fn ask(&self, kicks: &[KickedRoute], until: Instant) -> Vec<bool> {
+        self.hand(kicks.iter(), until).await.into_iter().map(|fate| fate == Fate::Heard).collect()
+    }
+
+    async fn hand(&self, kicks: impl Iterator<Item = &KickedRoute>, until: Instant) -> Vec<Fate> {
+        let (table, mut fates) = (self.lives.table(), Vec::new());
         let (mut attached, mut orders, mut others, mut messages) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        for kick in kicks {
-            let Some(life) = table.get(Epoch(kick.0.epoch)).filter(|life| life.is_alive()) else { continue };
+        for (place, kick) in kicks.enumerate() {
+            fates.push(Fate::Unheard);
+            let Some(life) = table.get(Epoch(kick.epoch)).filter(|life| life.is_alive()) else {
+                fates[place] = Fate::Heard; // nobody is there who could believe anything
+                continue;
+            };
             if let Some((epoch, node)) = Outlets::stream_of(life) {
-                orders.push(Addressed { epoch, node, order: Order::Kick(kick.0.order()) });
-                attached.push(kick);
+                orders.push(Addressed { epoch, node, order: Order::Kick(kick.order()) });
+                attached.push(place);
             } else if let Some(bus) = &self.outlets.bus {
-                messages.push((bus.channels.gateway(life.gateway.as_str()), kick.0.as_frame().encode_to_vec().into()));
-                others.push(kick);
-            } else {
-                all = all.and(self.note(kick, false)); // between two streams
-            }
+                messages.push((bus.channels.gateway(life.gateway.as_str()), kick.as_frame().encode_to_vec().into()));
+                others.push(place);
+            } // else it is between two streams
         }
-        for (kick, handed) in attached.into_iter().zip(self.outlets.hand(orders, Instant::now()).await) {
-            all = all.and(self.note(kick, handed == Handed::Taken));
+        for (place, handed) in attached.into_iter().zip(self.outlets.hand(orders, until).await) {
+            fates[place] = if handed == Handed::Taken { Fate::Heard } else { Fate::Unheard };
         }
-        let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return all };
-        let Ok(received) = bus.publish(&messages, bus.link.timeout()).await else {
-            // The first time the outbox keeps it.
-            others.into_iter().filter(|(_, repeats)| *repeats > 0).for_each(|kick| drop(self.note(kick, false)));
-            return Err(NotSent);
-        };
-        others.into_iter().zip(received).fold(all, |all, (kick, receivers)| all.and(self.note(kick, receivers > 0)))
+        let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return fates };
+        match bus.publish(&messages, bus.link.timeout()).await {
+            Ok(received) => others
+                .into_iter()
+                .zip(received)
+                .filter(|(_, receivers)| *receivers > 0)
+                .for_each(|(place, _)| fates[place] = Fate::Heard),
+            Err(_) => others.into_iter().for_each(|place| fates[place] = Fate::NotSent),
+        }
+        fates
     }
 
     /// Has a kick repeated that nobody has heard, unless that was done often enough.

@@ -6,17 +6,21 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use futures_util::future::join_all;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::domain::explanation::Inspected;
 use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::acks::Taken;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::store::cluster::NodeName;
+use crate::store::cluster::NodeRow;
 
 /// Calls that may wait; what does not fit is not handed over, and tried again or given up by its sender.
 const QUEUE: usize = 4_096;
@@ -38,19 +42,27 @@ pub enum Call {
     Hello {
         addr: Arc<str>,
     },
+    /// What the node holds of a user.
+    Inspect {
+        addr: Arc<str>,
+        user: UserId,
+        answer: oneshot::Sender<Inspected>,
+    },
 }
 
 pub struct Peers {
     pub own: NodeName,
     /// Addresses of the nodes that are there, by id.
     nodes: ArcSwap<HashMap<String, Arc<str>>>,
+    /// As the database had them last.
+    listed: ArcSwap<Vec<NodeRow>>,
     calls: mpsc::Sender<Call>,
 }
 
 impl Peers {
     pub fn new(own: NodeName) -> (Arc<Self>, mpsc::Receiver<Call>) {
         let (calls, queue) = mpsc::channel(QUEUE);
-        (Arc::new(Self { own, nodes: ArcSwap::default(), calls }), queue)
+        (Arc::new(Self { own, nodes: ArcSwap::default(), listed: ArcSwap::default(), calls }), queue)
     }
 
     /// Takes over which nodes there are, and makes itself known to those that are new: they look for it once a second only.
@@ -61,6 +73,21 @@ impl Peers {
             let _ = self.calls.try_send(Call::Hello { addr: addr.clone() }); // full: it will look
         }
         self.nodes.store(nodes);
+    }
+
+    /// Takes over what the database says of the nodes, for those who ask which there are.
+    pub fn list(&self, nodes: Vec<NodeRow>) {
+        self.listed.store(Arc::new(nodes));
+    }
+
+    /// The nodes, as the database had them last.
+    pub fn listed(&self) -> Arc<Vec<NodeRow>> {
+        self.listed.load_full()
+    }
+
+    /// Nodes that are there; this one is.
+    pub fn count(&self) -> u32 {
+        u32::try_from(self.nodes.load().len()).unwrap_or(u32::MAX).max(1)
     }
 
     /// Whether a node that is there has this address.
@@ -92,6 +119,22 @@ impl Peers {
             Ok(Ok(outcomes)) if outcomes.len() == count => outcomes,
             _ => none(),
         }
+    }
+
+    /// What each other node holds of a user, by id. None: it did not answer in time.
+    pub async fn inspect(&self, user: UserId) -> Vec<(String, Option<Inspected>)> {
+        let nodes = self.nodes.load_full();
+        let others = nodes.iter().filter(|(id, _)| **id != self.own.node_id);
+        let mut inspected =
+            join_all(others.map(async |(id, addr)| (id.clone(), self.inspect_at(addr.clone(), user).await))).await;
+        inspected.sort_unstable_by(|(one, _), (other, _)| one.cmp(other));
+        inspected
+    }
+
+    async fn inspect_at(&self, addr: Arc<str>, user: UserId) -> Option<Inspected> {
+        let (answer, answered) = oneshot::channel();
+        self.calls.try_send(Call::Inspect { addr, user, answer }).ok()?;
+        timeout(FORWARD_LIMIT, answered).await.ok()?.ok()
     }
 
     /// Gives each acknowledgement to the node that waits for it; `own` waits here. Returns how many were not their sender's.

@@ -234,8 +234,13 @@ impl Streams {
 
     /// Orders that wait, over all streams.
     pub fn depth(&self) -> usize {
+        self.depths().into_iter().map(|(_, depth)| depth).sum()
+    }
+
+    /// The same, by stream.
+    pub fn depths(&self) -> Vec<(Epoch, usize)> {
         let waiting = |queue: &Queue| queue.orders.max_capacity() - queue.orders.capacity();
-        self.lock().values().map(|stream| waiting(&stream.queue)).sum()
+        self.lock().iter().map(|(epoch, stream)| (*epoch, waiting(&stream.queue))).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<Epoch, Stream>> {

@@ -1,5 +1,6 @@
 //! Which users are watched, by which streams, and what is shown of them: the node's one copy, however many watch.
 
+use std::cmp::Reverse;
 use std::collections::hash_map::Entry;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -108,6 +109,17 @@ impl Interest {
     /// All users of one part of [`SHARDS`].
     pub fn users_of(&self, shard: usize) -> Vec<UserId> {
         lock(&self.shards[shard]).keys().copied().collect()
+    }
+
+    /// The users of one part who are watched most, and by how many streams, in no order.
+    pub fn most_watched(&self, shard: usize, count: usize) -> Vec<(UserId, usize)> {
+        let watched = |(user, watched): (&UserId, &Watched)| (*user, watched.watchers.all().len());
+        let mut users: Vec<_> = lock(&self.shards[shard]).iter().map(watched).collect();
+        if users.len() > count {
+            users.select_nth_unstable_by_key(count, |(user, watches)| (Reverse(*watches), *user));
+            users.truncate(count);
+        }
+        users
     }
 
     /// Users of one part whom the end of one of these lives may concern.

@@ -1,5 +1,6 @@
 //! Streams that watch users: what they ask for, within limits, and what they are told.
 
+use std::cmp::Reverse;
 use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
@@ -8,11 +9,13 @@ use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 use tokio::sync::Notify;
+use tokio::task::yield_now;
 use tokio::time::sleep_until;
 
 use crate::domain::id::UserId;
 use crate::domain::time::Timestamp;
 use crate::engine::presence::interest::Interest;
+use crate::engine::presence::interest::SHARDS;
 pub use crate::engine::presence::set::Damping;
 pub use crate::engine::presence::set::Done;
 use crate::engine::presence::set::Next;
@@ -124,6 +127,18 @@ impl Watches {
     /// Users of all streams, each as often as it is watched.
     pub fn pairs(&self) -> usize {
         self.pairs.load(Ordering::Relaxed)
+    }
+
+    /// The users who are watched most, and by how many streams. Others have their turn in between.
+    pub async fn most_watched(&self, count: usize) -> Vec<(UserId, usize)> {
+        let mut most = Vec::new();
+        for shard in 0..SHARDS {
+            most.extend(self.interest.most_watched(shard, count));
+            most.sort_unstable_by_key(|(user, watches)| (Reverse(*watches), *user));
+            most.truncate(count);
+            yield_now().await;
+        }
+        most
     }
 
     /// Users that were added since the last call.

@@ -59,6 +59,11 @@ impl Entry {
         Self { record, as_of: as_of.into(), from_l2, trust }
     }
 
+    /// Of a record that is looked at once, and not kept.
+    pub fn passing(record: UserRecord, as_of: Instant) -> Self {
+        Self { record, as_of: as_of.into(), from_l2: false, trust: 0 }
+    }
+
     /// The record was complete at this instant, or later.
     pub fn as_of(&self) -> Instant {
         self.as_of.into()
@@ -152,6 +157,13 @@ impl Cache {
     /// The user's entry in L1, if it is trusted. The caller decides whether it is fresh enough.
     pub fn get(&self, user: UserId) -> Option<Arc<Entry>> {
         self.l1.get(&user).filter(|entry| entry.trust == self.trust.load(Ordering::Acquire))
+    }
+
+    /// The user's entry in L1, and whether it is trusted.
+    pub fn peek(&self, user: UserId) -> Option<(Arc<Entry>, bool)> {
+        let entry = self.l1.get(&user)?;
+        let is_trusted = entry.trust == self.trust();
+        Some((entry, is_trusted))
     }
 
     /// Changes whenever what was in memory before is not used any more.

@@ -15,12 +15,12 @@ use crate::domain::history::OnlineSession;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
-use crate::domain::id::VERSION_GAP;
 use crate::domain::id::Version;
 use crate::domain::route::Route;
 use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::user::UserRecord;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::cache::Entry;
 use crate::engine::read::cache::L2_AGE;
@@ -183,10 +183,8 @@ impl Answer {
 
     /// The version of what is shown. It grows with each change that others could see, also when a life ends with routes on it.
     pub fn token(&self) -> u64 {
-        let record = &self.entry.record;
         let is_over = |route: &Route| self.moment.table.get(route.epoch).is_some_and(|life| !life.is_alive());
-        let ended = if record.is_hidden() { 0 } else { record.dead_routes(is_over) };
-        record.shown().version.0 + ended.min(VERSION_GAP - 1)
+        self.entry.record.shown_version(is_over).0
     }
 
     /// Lives that the record's routes are on.
@@ -280,6 +278,14 @@ impl Directory {
         loads.take()
     }
 
+    /// What follows now from records that were just read from SQL, with the lives of their routes. They do not stay in memory.
+    pub fn judge(&self, records: impl IntoIterator<Item = (UserId, UserRecord)>) -> Vec<(UserId, Answer)> {
+        let now = Instant::now();
+        let moment = Arc::new(self.moment(now));
+        let answer = |(user, record)| (user, self.loaded(Arc::new(Entry::passing(record, now)), &moment));
+        records.into_iter().map(answer).collect()
+    }
+
     /// How long ago all changes made until then were known. None: some may be missing.
     pub fn complete_since(&self, at: Instant) -> Option<Duration> {
         match &self.settings.announcements {
@@ -309,23 +315,45 @@ impl Directory {
             return None;
         }
         let entry = self.cache.get(user)?;
-        let since = moment.at.saturating_duration_since(entry.as_of());
-        let (limit, age) = match (&self.settings.announcements, moment.complete) {
-            (Announcements::NotNeeded, _) => (self.settings.l1_ttl, Duration::ZERO),
-            (_, Some(complete)) => (self.settings.l1_ttl + L2_AGE, self.known(&entry, since, complete).max(moment.lives_age)),
-            (_, None) => (UNANNOUNCED_LIMIT, since.max(moment.lives_age)),
-        };
-        if since > self.limit(&entry, limit) {
-            return None;
-        }
-        let outlived = |route: &Route| {
-            let renewed = route.expires_at.at().is_some_and(|end| end <= moment.now && end > self.lives.clock.at(entry.as_of()));
-            renewed || moment.table.get(route.epoch).is_none()
-        };
-        if bound.is_some_and(|bound| age > bound) || entry.record.routes.iter().any(outlived) {
+        let age = self.fit(&entry, moment).ok()?;
+        if bound.is_some_and(|bound| age > bound) {
             return None;
         }
         Some(self.answer(entry, Source::Local, age, moment))
+    }
+
+    /// How far an entry can be behind, if it is good enough to answer from.
+    ///
+    /// # Errors
+    /// Why it is not.
+    fn fit(&self, entry: &Entry, moment: &Moment) -> Result<Duration, &'static str> {
+        let since = moment.at.saturating_duration_since(entry.as_of());
+        let (limit, age) = match (&self.settings.announcements, moment.complete) {
+            (Announcements::NotNeeded, _) => (self.settings.l1_ttl, Duration::ZERO),
+            (_, Some(complete)) => (self.settings.l1_ttl + L2_AGE, self.known(entry, since, complete).max(moment.lives_age)),
+            (_, None) => (UNANNOUNCED_LIMIT, since.max(moment.lives_age)),
+        };
+        if since > self.limit(entry, limit) {
+            return Err("it was read too long ago");
+        }
+        let renewed = |end: Timestamp| end <= moment.now && end > self.lives.clock.at(entry.as_of());
+        if entry.record.routes.iter().any(|route| route.expires_at.at().is_some_and(renewed)) {
+            return Err("a route's time to live has ended since, unless it was bound again");
+        }
+        if entry.record.routes.iter().any(|route| moment.table.get(route.epoch).is_none()) {
+            return Err("it names a life that this node has not heard of");
+        }
+        Ok(age)
+    }
+
+    /// What memory has of `user`, and how far that can be behind if it may be answered, or why it may not. None: nothing.
+    pub fn remembered(&self, user: UserId) -> Option<(Arc<Entry>, Result<Duration, &'static str>)> {
+        let (entry, trusted) = self.cache.peek(user)?;
+        let fit = match trusted {
+            true => self.fit(&entry, &self.moment(Instant::now())),
+            false => Err("it was read before the caches began anew"),
+        };
+        Some((entry, fit))
     }
 
     fn limit(&self, entry: &Entry, limit: Duration) -> Duration {

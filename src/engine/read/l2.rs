@@ -112,6 +112,15 @@ impl L2 {
         }
     }
 
+    /// Why nobody is answered from it. None: it is believed.
+    pub fn doubt(&self) -> Option<&'static str> {
+        match (self.is_usable(), self.complete.load(Ordering::Acquire)) {
+            (true, true) => None,
+            (true, false) => Some("changes may be missing there"),
+            (false, _) => Some("it does not answer, or was not checked lately"),
+        }
+    }
+
     /// The versions it has of `users`. Nothing if it is not usable, or takes too long.
     pub async fn versions(&self, users: &[UserId]) -> Versions {
         if users.is_empty() || !self.is_usable() {

@@ -1,9 +1,11 @@
 //! Where is a user? [`directory`] answers from memory ([`cache`]), then Redis ([`l2`]), then SQL ([`loader`]).
+//! [`inspection`] looks at each of them for operators.
 
 pub mod cache;
 pub mod directory;
 pub mod feed;
 pub mod hints;
+pub mod inspection;
 pub mod l2;
 pub mod lives;
 pub mod loader;

@@ -8,6 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::oneshot;
 
 use crate::domain::event::Bind;
+use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
 use crate::domain::event::SetStatus;
 use crate::domain::event::Unbind;
@@ -42,6 +43,7 @@ pub enum Change {
     SetStatus(SetStatus),
     /// The wish returns to the default, if its time is over.
     EndStatus,
+    ForceOffline(ForceOffline),
     /// Erase what is known of the user.
     Forget,
 }

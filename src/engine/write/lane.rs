@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
@@ -30,6 +31,8 @@ use tracing::warn;
 
 use crate::backoff::Backoff;
 use crate::domain::event::Outcome;
+use crate::engine::write::busiest::Busiest;
+use crate::engine::write::busiest::Counter;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;
 use crate::engine::write::lane::recovery::Part;
@@ -76,6 +79,7 @@ pub(super) struct Lane {
     background: mpsc::Receiver<Pending>,
     /// Events of users whose rows another session has locked, in their order.
     parked: Vec<Pending>,
+    busiest: Counter,
     connection: Option<Connection>,
     projector: ToProjector,
     /// Outbox rows with nothing left to show, deleted with the next batch.
@@ -96,6 +100,7 @@ impl Lane {
         callers: mpsc::Receiver<Pending>,
         background: mpsc::Receiver<Pending>,
         projector: ToProjector,
+        busiest: Arc<ArcSwap<Busiest>>,
         stop: CancellationToken,
     ) -> Self {
         let (parked, shown, answering) = (Vec::new(), Vec::new(), JoinSet::new());
@@ -105,6 +110,7 @@ impl Lane {
             callers,
             background,
             parked,
+            busiest: Counter::new(busiest),
             connection,
             projector,
             shown,
@@ -122,10 +128,12 @@ impl Lane {
         while let Some(first) = self.wait(idle_since, &shutdown).await {
             if let Wake::Event(first) = first {
                 let batch = self.fill(first);
+                self.busiest.note(&batch);
                 self.settle(batch).await;
                 idle_since = Instant::now();
             }
             self.release_parked().await;
+            self.busiest.show();
         }
         while self.answering.join_next().await.is_some() {}
         self.delete_shown().await;

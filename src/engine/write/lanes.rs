@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
+use arc_swap::ArcSwap;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::domain::event::Outcome;
 use crate::domain::id::UserId;
+use crate::engine::write::busiest::Busiest;
 use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::change::Pending;
@@ -55,6 +57,7 @@ struct Entrance {
     batch_share: Arc<Semaphore>,
     /// Bytes of messages that wait to be stored.
     background_bytes: Arc<Semaphore>,
+    busiest: Arc<ArcSwap<Busiest>>,
 }
 
 pub struct Lanes {
@@ -74,11 +77,13 @@ impl Lanes {
             let (callers, from_callers) = mpsc::channel(settings.queue);
             let (background, from_background) = mpsc::channel(BACKGROUND_QUEUE);
             let projector = ToProjector::start(&tools.publisher, tasks, shutdown);
-            let lane = Lane::new(tools.clone(), from_callers, from_background, projector, shutdown.clone());
+            let busiest = Arc::<ArcSwap<Busiest>>::default();
+            let shown = busiest.clone();
+            let lane = Lane::new(tools.clone(), from_callers, from_background, projector, shown, shutdown.clone());
             tasks.spawn(lane.run(shutdown.clone()));
             let batch_share = Arc::new(Semaphore::new(settings.queue / 2));
             let background_bytes = Arc::new(Semaphore::new(BACKGROUND_BYTES as usize));
-            entrances.push(Entrance { callers, background, batch_share, background_bytes });
+            entrances.push(Entrance { callers, background, batch_share, background_bytes, busiest });
         }
         let (taken, metrics, write_health) = (AtomicU64::new(0), tools.metrics.clone(), tools.write_health.clone());
         Arc::new(Self { entrances, taken, metrics, write_health, max_event_age: settings.max_event_age })
@@ -180,12 +185,25 @@ impl Lanes {
         users: impl IntoIterator<Item = UserId>,
         change: impl Fn() -> Change,
     ) -> Vec<Result<Outcome, Error>> {
-        let mut changes = JoinSet::new();
-        for user in users {
-            let (lanes, change) = (self.clone(), change());
-            changes.spawn(async move { lanes.submit_in_background(user, change).await });
+        self.submit_each_in_background(users.into_iter().map(|user| (user, change()))).await
+    }
+
+    /// Many changes; the outcomes come in any order.
+    pub async fn submit_each_in_background(
+        self: &Arc<Self>,
+        changes: impl IntoIterator<Item = (UserId, Change)>,
+    ) -> Vec<Result<Outcome, Error>> {
+        let mut submitted = JoinSet::new();
+        for (user, change) in changes {
+            let lanes = self.clone();
+            submitted.spawn(async move { lanes.submit_in_background(user, change).await });
         }
-        changes.join_all().await
+        submitted.join_all().await
+    }
+
+    /// What each lane has counted lately.
+    pub fn busiest(&self) -> Vec<Arc<Busiest>> {
+        self.entrances.iter().map(|entrance| entrance.busiest.load_full()).collect()
     }
 
     /// How many changes callers have asked for.

@@ -1,6 +1,7 @@
 //! Change a user. [`lanes`] queues the change, a lane commits it with others, its projector shows it to the outside
 //! ([`publisher`]), and [`repair`] what was left behind.
 
+pub mod busiest;
 pub mod change;
 pub mod health;
 pub mod inbox_queue;

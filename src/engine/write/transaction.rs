@@ -216,6 +216,7 @@ impl Transaction<'_> {
             Change::Sweep => record.apply(&Event::Sweep, &context),
             Change::SetStatus(set) => record.apply(&Event::SetStatus(set), &context),
             Change::EndStatus => record.apply(&Event::EndStatus, &context),
+            Change::ForceOffline(force) => record.apply(&Event::ForceOffline(force), &context),
             Change::Forget => {
                 work.forget(event.user, &record);
                 record.apply(&Event::Forget, &context)

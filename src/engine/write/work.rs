@@ -116,13 +116,18 @@ impl<'a> Work<'a> {
 
     pub fn keep(&mut self, user: UserId, applied: Applied, table: &LifeTable) -> Outcome {
         self.note_history(user, &applied.chronicle, table);
-        if let Outcome::Bound { kicked, .. } | Outcome::Forgotten { kicked, .. } = &applied.outcome {
+        if let (
+            Outcome::Bound { kicked, .. } | Outcome::ForcedOffline { kicked, .. } | Outcome::Forgotten { kicked, .. },
+            Some(_),
+        ) = (&applied.outcome, &applied.next)
+        {
             self.kicks.extend(kicked.iter().map(|(route, reason)| KickedRoute {
                 user_id: user.get(),
                 device_id: route.device.to_string(),
                 epoch: route.epoch.0,
                 bound_version: route.bound_version.0,
                 reason: reason_to_i32(*reason),
+                ..KickedRoute::default()
             }));
         }
         if let Some(next) = applied.next {

@@ -46,9 +46,10 @@ async fn a_node_that_is_killed_while_it_lays_the_tables_can_be_started_again() {
 
 #[tokio::test]
 async fn a_node_that_is_killed_while_it_adds_to_the_tables_can_be_started_again() {
-    const PRESENCE: &str = include_str!("../../../migrations/0005_presence.sql");
+    const ADDED: [&str; 2] =
+        [include_str!("../../../migrations/0005_presence.sql"), include_str!("../../../migrations/0006_moves.sql")];
     let directory = tempfile::tempdir().unwrap();
-    let statements: Vec<&str> = PRESENCE.split(";\n").filter(|statement| !statement.trim().is_empty()).collect();
+    let statements: Vec<&str> = ADDED.iter().flat_map(|step| step.split(";\n")).filter(|part| !part.trim().is_empty()).collect();
     for cut in 0..=statements.len() {
         let file = format!("sqlite://{}?mode=rwc", directory.path().join(format!("{cut}.db")).display());
         for url in [server::fresh_database().await, file] {
@@ -90,4 +91,45 @@ async fn a_store_whose_tables_are_there_is_opened_without_a_write() {
     root.execute(statement(format!("GRANT SELECT ON {name}.* TO {name}_reader"))).await.unwrap();
     let reader = format!("{}/{name}", server.replace("root@", &format!("{name}_reader@")));
     assert_eq!(open(&reader).await.unwrap().store_id, store_id);
+}
+
+/// The index that a step makes wider, as the server numbers it: anew each time it is built.
+async fn index_id(connection: &mut Connection, database: &str) -> u64 {
+    let select = format!(
+        "SELECT CAST(i.index_id AS SIGNED) FROM information_schema.innodb_sys_indexes i JOIN information_schema.innodb_sys_tables t \
+         ON t.table_id = i.table_id WHERE i.name = 'routes_by_life' AND t.name = '{database}/routes'"
+    );
+    let rows = connection.fetch(statement(select)).await.unwrap();
+    rows[0].try_get::<i64, _>(0).unwrap().unsigned_abs()
+}
+
+#[tokio::test]
+async fn an_index_that_is_there_is_not_built_again() {
+    let url = server::fresh_database().await;
+    drop(open(&url).await.unwrap());
+    let mut root = bare(&url).await;
+    let database = url.rsplit_once('/').unwrap().1;
+    let before = index_id(&mut root, database).await;
+    root.execute(statement("DELETE FROM schema_steps WHERE version = 6")).await.unwrap();
+    drop(open(&url).await.unwrap());
+    assert_eq!(index_id(&mut root, database).await, before);
+}
+
+#[tokio::test]
+async fn nodes_that_start_at_once_lay_the_tables_one_after_the_other() {
+    let url = server::fresh_database().await;
+    let mut first = bare(&url).await;
+    first.execute(statement("DO GET_LOCK(CONCAT('im-presence ', MD5(DATABASE())), 0)")).await.unwrap();
+    let second = tokio::spawn({
+        let url = url.clone();
+        async move { open(&url).await.map(drop) }
+    });
+    let waits = "SELECT id FROM information_schema.processlist WHERE db = DATABASE() AND state = 'User lock'";
+    while first.fetch(statement(waits)).await.unwrap().is_empty() {
+        assert!(!second.is_finished(), "it waits");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    assert!(first.fetch(statement("SHOW TABLES")).await.unwrap().is_empty(), "and has laid nothing");
+    drop(first); // killed
+    second.await.unwrap().unwrap();
 }

@@ -215,7 +215,7 @@ async fn the_role_of_a_gateway() {
 }
 
 pub fn a_beat(addr: &str, epoch: u64) -> HeartbeatReq {
-    HeartbeatReq { gateway_addr: addr.to_owned(), gateway_epoch: epoch, connections: 1, load: 0.5 }
+    HeartbeatReq { gateway_addr: addr.to_owned(), gateway_epoch: epoch, connections: 1, load: 0.5, ..Default::default() }
 }
 
 /// The same bind, on another gateway.

@@ -59,6 +59,9 @@ pub struct TestGateway {
 struct Log {
     deliveries: Mutex<Vec<pb::Delivery>>,
     kicks: Mutex<Vec<pb::Kick>>,
+    /// Of clients who are to go elsewhere.
+    moves: Mutex<Vec<pb::Kick>>,
+    is_drained: AtomicBool,
     /// Of each stream there was.
     epochs: Mutex<Vec<u64>>,
     detached: Mutex<Vec<String>>,
@@ -136,6 +139,16 @@ impl TestGateway {
         lock(&self.log.kicks).clone()
     }
 
+    /// Clients who were asked to go elsewhere since the last time.
+    pub fn take_moves(&self) -> Vec<pb::Kick> {
+        std::mem::take(&mut lock(&self.log.moves))
+    }
+
+    /// Whether it was told to take nobody new.
+    pub fn is_drained(&self) -> bool {
+        self.log.is_drained.load(Ordering::Relaxed)
+    }
+
     pub fn epochs(&self) -> Vec<u64> {
         lock(&self.log.epochs).clone()
     }
@@ -174,6 +187,8 @@ impl Log {
                 lock(&self.deliveries).push(delivery);
             }
             Event::Kick(_, kick) => lock(&self.kicks).push(kick),
+            Event::Move(_, kick) => lock(&self.moves).push(kick),
+            Event::Draining(is_drained) => self.is_drained.store(is_drained, Ordering::Relaxed),
             Event::Attached { epoch } => lock(&self.epochs).push(epoch),
             Event::Detached(status) => lock(&self.detached).push(format!("{status:?}")),
             Event::Lost(connection, answer) => panic!("not bound again: {connection:?}, {answer:?}"),

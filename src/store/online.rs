@@ -1,0 +1,140 @@
+//! Who has a route: read by index and cursor, so that a page at the end costs as much as the first.
+
+use std::collections::HashMap;
+
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use crate::domain::id::Epoch;
+use crate::domain::id::UserId;
+use crate::domain::route::Platform;
+use crate::domain::status::Status;
+use crate::domain::time::Timestamp;
+use crate::store::codec;
+use crate::store::column::bind_epochs;
+use crate::store::column::signed;
+use crate::store::column::unsigned;
+use crate::store::column::user_id;
+use crate::store::connection::Connection;
+use crate::store::connection::SqlError;
+use crate::store::connection::statement;
+use crate::store::statement::chunks;
+use crate::store::statement::filled;
+use crate::store::statement::repeated;
+
+/// Lives that one statement walks: none may take long.
+const WALKED_AT_ONCE: usize = 64;
+
+/// Rows that one statement counts.
+pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
+
+/// What of a route, and of its user, has to be known to count it.
+#[derive(Debug)]
+pub struct RouteSketch {
+    pub user: UserId,
+    pub epoch: Epoch,
+    pub platform: Platform,
+    pub idle: bool,
+    /// Only on unmanaged lives.
+    pub expires_at: Option<Timestamp>,
+    /// As the user wants to be seen.
+    pub wanted: Status,
+}
+
+impl Connection {
+    /// Up to `each` users after `after` with a route on each of these lives, by number.
+    pub async fn users_of_lives(&mut self, epochs: &[Epoch], after: i64, each: i64) -> Result<Vec<(Epoch, UserId)>, SqlError> {
+        const ONE: &str = "SELECT epoch, user_id FROM (SELECT DISTINCT epoch, user_id FROM routes /*! FORCE INDEX (routes_by_life) */ \
+            WHERE epoch = ? AND user_id > ? ORDER BY user_id LIMIT ?) AS walked";
+        let mut users = Vec::new();
+        for (chunk, fill) in epochs.chunks(WALKED_AT_ONCE).flat_map(chunks) {
+            let rest = format!(" UNION {ONE}").repeat(chunk.len() + fill - 1);
+            let mut select = statement(format!("{ONE}{rest}"));
+            for epoch in filled(chunk, fill) {
+                select = select.bind(signed(epoch.0)).bind(after).bind(each);
+            }
+            for row in self.fetch(select).await? {
+                users.push((Epoch(unsigned(row.try_get(0)?)), user_id(row.try_get(1)?)?));
+            }
+        }
+        Ok(users)
+    }
+
+    /// Up to `limit` users after `after` with a route, by number, and how many each has.
+    pub async fn routes_by_user(&mut self, after: i64, limit: i64) -> Result<Vec<(UserId, i64)>, SqlError> {
+        const SQL: &str = "SELECT user_id, COUNT(*) FROM routes /*! FORCE INDEX (PRIMARY) */ \
+            WHERE user_id > ? GROUP BY user_id ORDER BY user_id LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(after).bind(limit)).await?;
+        rows.iter().map(|row| Ok((user_id(row.try_get(0)?)?, row.try_get(1)?))).collect()
+    }
+
+    /// How many users there are on each of these lives that has one. One by one: together they could take longer than one
+    /// statement may, and grouping them takes several times as long.
+    pub async fn count_users_of(&mut self, epochs: &[Epoch]) -> Result<HashMap<Epoch, u64>, SqlError> {
+        const SQL: &str = "SELECT COUNT(*) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ WHERE epoch = ?) AS users";
+        let mut counts = HashMap::with_capacity(epochs.len());
+        for epoch in epochs {
+            let rows = self.fetch(statement(SQL).bind(signed(epoch.0))).await?;
+            counts.insert(*epoch, rows.first().map_or(Ok(0), |row| row.try_get(0).map(unsigned))?);
+        }
+        Ok(counts)
+    }
+
+    /// Lives that routes name, and that nobody on them is online by: they are over, or unknown.
+    pub async fn named_in_vain(&mut self) -> Result<Vec<Epoch>, SqlError> {
+        const SQL: &str = "SELECT named.epoch FROM (SELECT DISTINCT epoch FROM routes) AS named \
+            LEFT JOIN lives ON lives.epoch = named.epoch WHERE lives.epoch IS NULL OR lives.alive = 0";
+        let rows = self.fetch(statement(SQL)).await?;
+        rows.iter().map(|row| Ok(Epoch(unsigned(row.try_get(0)?)))).collect()
+    }
+
+    /// How many users have a route that is on none of the lives `over`. Statement by statement: all together could take longer
+    /// than one may.
+    pub async fn count_users_online(&mut self, over: &[Epoch]) -> Result<i64, SqlError> {
+        const HEAD: &str = "SELECT COUNT(*), MAX(user_id) FROM \
+            (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ?";
+        const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
+        let fill = over.len().next_power_of_two() - over.len();
+        let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len() + fill, ")") };
+        let (mut counted, mut after) = (0, 0);
+        loop {
+            let select = statement(format!("{HEAD}{living}{TAIL}")).bind(after);
+            let rows = self.fetch(bind_epochs(select, over, fill).bind(COUNTED_AT_ONCE)).await?;
+            let Some(row) = rows.first() else { return Ok(counted) };
+            let page: i64 = row.try_get(0)?;
+            counted += page;
+            match row.try_get::<Option<i64>, _>(1)? {
+                Some(last) if page == COUNTED_AT_ONCE => after = last,
+                _ => return Ok(counted),
+            }
+        }
+    }
+
+    /// The last user of the next `limit` routes after `after`, by user. None: there are no more.
+    pub async fn last_of_page(&mut self, after: i64, limit: i64) -> Result<Option<i64>, SqlError> {
+        const SQL: &str = "SELECT MAX(user_id) FROM (SELECT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ \
+            WHERE user_id > ? ORDER BY user_id LIMIT ?) AS page";
+        let rows = self.fetch(statement(SQL).bind(after).bind(limit)).await?;
+        Ok(rows.first().map_or(Ok(None), |row| row.try_get(0))?)
+    }
+
+    /// The routes of the users after `after` up to `last`, by user.
+    pub async fn sketches(&mut self, after: i64, last: i64) -> Result<Vec<RouteSketch>, SqlError> {
+        const SQL: &str = "SELECT /*! STRAIGHT_JOIN */ r.user_id, r.epoch, r.platform, r.idle, r.expires_at_ms, u.status \
+            FROM routes r /*! FORCE INDEX (PRIMARY) */ CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id \
+            WHERE r.user_id > ? AND r.user_id <= ? ORDER BY r.user_id";
+        let rows = self.fetch(statement(SQL).bind(after).bind(last)).await?;
+        let sketch = |row: &AnyRow| {
+            Ok(RouteSketch {
+                user: user_id(row.try_get(0)?)?,
+                epoch: Epoch(unsigned(row.try_get(1)?)),
+                platform: codec::platform_from_i32(row.try_get(2)?).unwrap_or_default(),
+                idle: row.try_get::<i32, _>(3)? != 0,
+                expires_at: row.try_get::<Option<i64>, _>(4)?.map(Timestamp),
+                wanted: codec::status_from_i32(row.try_get(5)?).unwrap_or_default(),
+            })
+        };
+        rows.iter().map(sketch).collect()
+    }
+}
