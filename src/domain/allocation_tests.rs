@@ -279,6 +279,18 @@ fn a_gateway_that_comes_or_goes_moves_only_its_part_of_the_users() {
 }
 
 #[test]
+fn with_rendezvous_a_gateway_that_is_much_fuller_than_others_is_passed_over_and_only_its_users_go_elsewhere() {
+    let (rules, mut world) = (rules(Algorithm::Rendezvous), World::equal(4, 100_000));
+    let homes =
+        |world: &World| (1..=200).map(|user| world.allocate(&someone(user), &rules, 7).candidates[0].at).collect::<Vec<_>>();
+    let before = homes(&world);
+    world.sent[0] = 1_000.0;
+    let after = homes(&world);
+    assert!(before.contains(&0) && !after.contains(&0));
+    assert!(before.iter().zip(&after).all(|(before, after)| *before == 0 || before == after));
+}
+
+#[test]
 fn an_experiment_has_its_share_of_the_users_and_always_the_same_ones() {
     let experiment = |name: &str, share| Experiment { name: name.to_owned(), share, algorithm: None, labels: BTreeMap::new() };
     let users = |experiment: &Experiment| {
