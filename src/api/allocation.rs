@@ -1,6 +1,5 @@
 //! AllocateGateway and ListNodes: between wire types and the engine.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use crate::api::convert;
@@ -58,7 +57,7 @@ fn ask(request: pb::AllocateGatewayReq) -> Result<Ask, Error> {
     for addr in &request.exclude {
         convert::at_most("exclude", addr.len(), MAX_ADDR_BYTES, "bytes in an address")?;
     }
-    check_labels(&request.labels)?;
+    convert::check_labels(&request.labels, MAX_NAMED)?;
     convert::platform(request.platform)?;
     Ok(Ask {
         region: request.region,
@@ -67,14 +66,6 @@ fn ask(request: pb::AllocateGatewayReq) -> Result<Ask, Error> {
         exclude: request.exclude,
         labels: request.labels.into_iter().collect(),
         ..Ask::of(user)
-    })
-}
-
-fn check_labels(labels: &HashMap<String, String>) -> Result<(), Error> {
-    convert::at_most("labels", labels.len(), MAX_NAMED, "labels")?;
-    labels.iter().try_for_each(|(name, value)| {
-        convert::at_most("labels", name.len(), convert::MAX_LABEL_NAME_BYTES, "bytes in a name")?;
-        convert::at_most("labels", value.len(), convert::MAX_LABEL_BYTES, "bytes in a value")
     })
 }
 

@@ -1,5 +1,6 @@
 //! Between wire types and domain types. Everything that comes in is checked here, once; the error names the field.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::fmt::Display;
 use std::net::IpAddr;
@@ -55,7 +56,7 @@ pub const MAX_REGION_BYTES: usize = 128;
 /// Of a gateway's weight next to others.
 const MAX_WEIGHT: usize = 1_000;
 const MAX_LABELS: usize = 16;
-pub const MAX_LABEL_NAME_BYTES: usize = 63;
+const MAX_LABEL_NAME_BYTES: usize = 63;
 pub const MAX_LABEL_BYTES: usize = 255;
 
 const KEY_PREFIX: &str = "user:route:";
@@ -150,11 +151,7 @@ pub fn registered_epoch(raw: u64) -> Result<Epoch, Error> {
 pub fn registration(request: pb::RegisterGatewayReq) -> Result<Registration, Error> {
     let gateway = gateway(&request.gateway_addr)?;
     at_most("region", request.region.len(), MAX_REGION_BYTES, "bytes")?;
-    at_most("labels", request.labels.len(), MAX_LABELS, "labels")?;
-    for (name, value) in &request.labels {
-        at_most("labels", name.len(), MAX_LABEL_NAME_BYTES, "bytes in a name")?;
-        at_most("labels", value.len(), MAX_LABEL_BYTES, "bytes in a value")?;
-    }
+    check_labels(&request.labels, MAX_LABELS)?;
     let weight = request.weight.unwrap_or(DEFAULT_WEIGHT);
     at_most("weight", weight as usize, MAX_WEIGHT, "parts")?;
     if !request.public_addr.is_empty() {
@@ -178,6 +175,16 @@ pub fn beat(request: &pb::HeartbeatReq) -> Result<(GatewayAddr, Beat), Error> {
         return Err(Error::Invalid { field: "load", reason: format!("must be a number from 0 on, is {load}") });
     }
     Ok((gateway, Beat { epoch, connections: request.connections, load }))
+}
+
+/// # Errors
+/// More than `most` labels, or one is too long.
+pub fn check_labels(labels: &HashMap<String, String>, most: usize) -> Result<(), Error> {
+    at_most("labels", labels.len(), most, "labels")?;
+    labels.iter().try_for_each(|(name, value)| {
+        at_most("labels", name.len(), MAX_LABEL_NAME_BYTES, "bytes in a name")?;
+        at_most("labels", value.len(), MAX_LABEL_BYTES, "bytes in a value")
+    })
 }
 
 pub fn at_most(field: &'static str, given: usize, limit: usize, of_what: &str) -> Result<(), Error> {

@@ -10,6 +10,7 @@ use tonic::Status;
 use crate::api::access;
 use crate::api::audited::audited;
 use crate::api::convert;
+use crate::api::convert::MAX_LABEL_BYTES;
 use crate::api::convert::at_most;
 use crate::api::convert::result;
 use crate::api::status::status;
@@ -32,8 +33,6 @@ use crate::security::audit::Entry;
 const MAX_REASON_BYTES: usize = 255;
 const MAX_TARGETS: usize = 64;
 const MAX_LABELS: usize = 64;
-/// Of the name and of the value of a label.
-const MAX_LABEL_BYTES: usize = 255;
 /// A time in milliseconds and an id.
 const MAX_TOKEN_BYTES: usize = 64;
 /// Users per second.

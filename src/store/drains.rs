@@ -26,14 +26,13 @@ use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::Statement;
 use crate::store::connection::statement;
+use crate::store::online::COUNTED_AT_ONCE;
 
 const SELECT: &str = "SELECT id, epoch, state, pass, cursor_user, users, remaining, asked, unheard, began_ms, ended_ms, node_id, body \
     FROM drains WHERE ";
 const ACTIVE: &str = "state IN (1, 2)";
 /// Rows that one statement removes.
 const PRUNED_AT_ONCE: i64 = 1_000;
-/// Users that one statement counts.
-const COUNTED_AT_ONCE: i64 = 100_000;
 
 /// What the column `body` holds.
 #[derive(Clone, PartialEq, Message)]
@@ -241,25 +240,16 @@ impl Connection {
         Ok(self.execute(end.bind(drain_to_i32(state)).bind(id.to_owned())).await? == 1)
     }
 
-    /// How many users have a route on this life, and how many of them up to `cursor`.
-    /// By page: no statement may take long, however many there are.
+    /// How many users have a route on this life, and how many of them up to `cursor`. Statement by statement: all together could
+    /// take longer than one may.
     pub async fn count_users_up_to(&mut self, epoch: Epoch, cursor: i64) -> Result<(u64, u64), SqlError> {
-        const SQL: &str = "SELECT COUNT(*), COUNT(CASE WHEN user_id <= ? THEN 1 END), MAX(user_id) FROM \
+        const SQL: &str = "SELECT COUNT(*), MAX(user_id), COUNT(CASE WHEN user_id <= ? THEN 1 END) FROM \
             (SELECT DISTINCT user_id FROM routes /*! FORCE INDEX (routes_by_life) */ \
             WHERE epoch = ? AND user_id > ? ORDER BY user_id LIMIT ?) AS page";
-        let (mut all, mut up_to, mut after) = (0, 0, 0);
-        loop {
-            let select = statement(SQL).bind(cursor).bind(signed(epoch.0)).bind(after).bind(COUNTED_AT_ONCE);
-            let rows = self.fetch(select).await?;
-            let Some(row) = rows.first() else { return Ok((all, up_to)) };
-            let (counted, last) = (row.try_get::<i64, _>(0)?, row.try_get::<Option<i64>, _>(2)?);
-            all += unsigned(counted);
-            up_to += unsigned(row.try_get(1)?);
-            match last {
-                Some(last) if counted == COUNTED_AT_ONCE => after = last,
-                _ => return Ok((all, up_to)),
-            }
-        }
+        let page = |after| statement(SQL).bind(cursor).bind(signed(epoch.0)).bind(after).bind(COUNTED_AT_ONCE);
+        let pages = self.count_by_page(page).await?;
+        let sum = |column: usize| pages.iter().map(|row| Ok(unsigned(row.try_get(column)?))).sum::<Result<u64, SqlError>>();
+        Ok((sum(0)?, sum(2)?))
     }
 
     /// Removes drains that ended longer ago than `keep`; not those that keep a gateway closed. True: there may be more.

@@ -17,6 +17,7 @@ use crate::store::column::unsigned;
 use crate::store::column::user_id;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
+use crate::store::connection::Statement;
 use crate::store::connection::statement;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
@@ -97,16 +98,24 @@ impl Connection {
         const TAIL: &str = " ORDER BY user_id LIMIT ?) AS page";
         let fill = over.len().next_power_of_two() - over.len();
         let living = if over.is_empty() { String::new() } else { repeated(" AND epoch NOT IN (", "?", over.len() + fill, ")") };
-        let (mut counted, mut after) = (0, 0);
-        loop {
+        let page = |after| {
             let select = statement(format!("{HEAD}{living}{TAIL}")).bind(after);
-            let rows = self.fetch(bind_epochs(select, over, fill).bind(COUNTED_AT_ONCE)).await?;
-            let Some(row) = rows.first() else { return Ok(counted) };
-            let page: i64 = row.try_get(0)?;
-            counted += page;
-            match row.try_get::<Option<i64>, _>(1)? {
-                Some(last) if page == COUNTED_AT_ONCE => after = last,
-                _ => return Ok(counted),
+            bind_epochs(select, over, fill).bind(COUNTED_AT_ONCE)
+        };
+        self.count_by_page(page).await?.iter().map(|row| Ok(row.try_get::<i64, _>(0)?)).sum()
+    }
+
+    /// What counts so many users at once, statement by statement: `page` begins after a user, and its one row says first how many
+    /// users it has counted, then the last of them.
+    pub(super) async fn count_by_page(&mut self, page: impl Fn(i64) -> Statement) -> Result<Vec<AnyRow>, SqlError> {
+        let (mut pages, mut after) = (Vec::new(), 0);
+        loop {
+            let Some(row) = self.fetch(page(after)).await?.into_iter().next() else { return Ok(pages) };
+            let (counted, last) = (row.try_get::<i64, _>(0)?, row.try_get::<Option<i64>, _>(1)?);
+            pages.push(row);
+            match last {
+                Some(last) if counted == COUNTED_AT_ONCE => after = last,
+                _ => return Ok(pages),
             }
         }
     }
