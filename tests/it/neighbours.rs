@@ -1,5 +1,6 @@
 //! Two stores on one Redis.
 
+use std::ops::Range;
 use std::process::ExitStatus;
 use std::time::Duration;
 
@@ -23,6 +24,8 @@ const SHOWN_WITHIN: Duration = Duration::from_secs(3);
 const REFUSES_WITHIN: Duration = Duration::from_secs(5);
 /// By then each node has looked at the database a second time.
 const LOOKED_AGAIN: Duration = Duration::from_secs(2);
+/// Users whom only the neighbour knows. On a busy machine, a read of Redis that takes too long is given up, and counts nothing.
+const STRANGERS: Range<i64> = 7_001..7_051;
 const OWNER: &str = "presence:store";
 /// How long the name of a store stays when all its nodes are gone.
 const OWNER_TTL: i64 = 10;
@@ -43,11 +46,12 @@ async fn records_and_hints_of_another_store_are_ignored_and_counted() {
     let (ours, theirs) = (cluster.node(), neighbour.node());
     ours.bind(a_bind(BOB, PHONE, "ours")).await;
     assert_eq!(ours.query(BOB).await.source(), Source::Local);
-    for user in [ALICE, BOB] {
+    for user in [BOB].into_iter().chain(STRANGERS) {
         theirs.bind(a_bind(user, PHONE, "theirs")).await;
     }
     let redis = cluster.cache().client().await;
-    eventually("their records are in Redis", SHOWN_WITHIN, async || redis.keys("user:record:*").await.len() == 2).await;
+    let shown = STRANGERS.count() + 1;
+    eventually("their records are in Redis", SHOWN_WITHIN, async || redis.keys("user:record:*").await.len() == shown).await;
     eventually("their hints were heard", SHOWN_WITHIN, async || {
         count(ours, "im_presence_hints_total", "of_another_store").await >= 2.0
     })
@@ -56,9 +60,13 @@ async fn records_and_hints_of_another_store_are_ignored_and_counted() {
     let bob = ours.query(BOB).await;
     assert_eq!((bob.source(), bob.routes[0].conn_id.as_str()), (Source::Local, "ours"), "their hints mean nothing here");
     assert_eq!(ours.metric("im_presence_hint_gaps_total").await, 0.0);
-    let alice = ours.query(ALICE).await;
-    assert_eq!((code(&alice.result), alice.source()), (Code::NotFound, Source::Durable), "their records mean nothing here");
-    assert_eq!(count(ours, "im_presence_stale_offers_rejected_total", "another_store").await, 1.0);
+    let mut strangers = STRANGERS;
+    eventually("a record of theirs was counted", SHOWN_WITHIN, async || {
+        let stranger = ours.query(strangers.next().expect("Redis answers one of many reads in time")).await;
+        assert_eq!(code(&stranger.result), Code::NotFound, "their records mean nothing here");
+        count(ours, "im_presence_stale_offers_rejected_total", "another_store").await == 1.0
+    })
+    .await;
     let warned = |node: &Node| node.log().iter().any(|line| line.contains("another store uses this Redis"));
     eventually("who came later was warned", SHOWN_WITHIN, async || warned(theirs)).await;
     assert_eq!(theirs.degraded().await, [""; 0], "both go on");

@@ -139,6 +139,7 @@ fn make_template() -> PathBuf {
     let output = Command::new(find(INSTALLER))
         .args(["--no-defaults", "--user=root", "--auth-root-authentication-method=normal", "--skip-test-db"])
         .arg(format!("--datadir={}", directory.display()))
+        .arg(format!("--tmpdir={}", directory.display()))
         .output()
         .expect("run mariadb-install-db");
     let said = || format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
@@ -152,6 +153,7 @@ fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
     command
         .args(["--no-defaults", "--user=root", "--bind-address=127.0.0.1", "--max-connections=500"])
         .arg(format!("--datadir={}", directory.display()))
+        .arg(format!("--tmpdir={}", directory.display())) // a server that starts removes what others have in the same one
         .arg(format!("--socket={}", directory.join("s").display()))
         .arg(format!("--port={port}"))
         .args(options)
