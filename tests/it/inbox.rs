@@ -38,7 +38,6 @@ use crate::harness::heavy;
 use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
-use crate::harness::percentile;
 use crate::harness::stream::Devices;
 use crate::harness::stream::RawStream;
 use crate::harness::stream::TestGateway;
@@ -679,12 +678,11 @@ async fn a_large_message_to_thousands_is_stored_behind_everybodys_binds() {
     let before = node.rss_bytes();
     let began = Instant::now();
     let stored = tokio::spawn(async move { caller.batch_deliver(request).await });
-    let (mut waits, mut peak) = (Vec::new(), 0);
+    let (mut slowest, mut peak) = (Duration::ZERO, 0);
     for n in 0.. {
         let bind = Instant::now();
         node.bind(a_bind(USERS + 1 + n % 100, PHONE, &n.to_string())).await;
-        waits.push(bind.elapsed());
-        peak = peak.max(node.rss_bytes());
+        (slowest, peak) = (slowest.max(bind.elapsed()), peak.max(node.rss_bytes()));
         if stored.is_finished() {
             break;
         }
@@ -693,9 +691,7 @@ async fn a_large_message_to_thousands_is_stored_behind_everybodys_binds() {
     let answer = stored.await.expect("the task").expect("a batch").into_inner();
     let refused = answer.users.iter().filter(|user| !user.stored).count();
     assert_eq!(refused, 0, "each is stored, however long all of them take");
-    // Behind the batch, the only bind would have waited for all of it. One may meet a disk that is busy.
-    let waited = percentile(&mut waits, 0.9);
-    println!("{USERS} stored in {took:?}, binds waited {waited:?}, grew by {} MB", peak.saturating_sub(before) >> 20);
-    assert!(waited < took / 4, "binds waited {waited:?} of {took:?}");
+    println!("{USERS} stored in {took:?}, slowest bind {slowest:?}, grew by {} MB", peak.saturating_sub(before) >> 20);
+    assert!(slowest < took / 4, "a bind waited {slowest:?} of {took:?}");
     assert!(peak.saturating_sub(before) < (USERS as u64 * BODY_BYTES as u64) / 2, "one body for all of them");
 }

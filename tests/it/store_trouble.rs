@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchQueryRouteReq;
+use im_presence::pb::Code as ResultCode;
 use im_presence::pb::UnbindRouteReq;
 use tokio::task::JoinSet;
 use tonic::Code;
@@ -16,6 +17,7 @@ use crate::harness::cluster::GATEWAY;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::TestDb;
 use crate::harness::cluster::a_bind;
+use crate::harness::cluster::code;
 use crate::harness::cluster::retry_delay;
 use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
@@ -144,8 +146,11 @@ async fn a_full_disk_under_sqlite_is_noticed_and_is_nobodys_fault() {
         assert!(Command::new("prlimit").args(["--pid", &node.pid().to_string(), &limit]).status().unwrap().success());
     };
     largest_file(&std::fs::metadata(log).expect("SQLite's log").len().to_string());
-    let refused = node.try_bind(a_bind(ALICE, PHONE, "refused")).await.expect_err("nothing is stored");
-    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    let binds = (0..100).map(|user| a_bind(1 + user, PHONE, &"x".repeat(100))).collect();
+    match node.presence().batch_bind_route(BatchBindRouteReq { binds }).await {
+        Ok(answer) => assert!(answer.get_ref().results.iter().all(|bind| code(&bind.result) == ResultCode::Unavailable)),
+        Err(status) => assert_eq!(status.code(), Code::Unavailable, "{status:?}"),
+    }
     assert!(node.degraded().await.contains(&"store".to_owned()), "{:?}", node.log());
     assert_eq!(node.http("/healthz").await.0, 503);
     largest_file("unlimited");
