@@ -678,11 +678,12 @@ async fn a_large_message_to_thousands_is_stored_behind_everybodys_binds() {
     let before = node.rss_bytes();
     let began = Instant::now();
     let stored = tokio::spawn(async move { caller.batch_deliver(request).await });
-    let (mut slowest, mut peak) = (Duration::ZERO, 0);
+    let (mut passed, mut peak, mut by_now) = (0, 0, 0);
     for n in 0.. {
-        let bind = Instant::now();
+        let earlier = by_now;
         node.bind(a_bind(USERS + 1 + n % 100, PHONE, &n.to_string())).await;
-        (slowest, peak) = (slowest.max(bind.elapsed()), peak.max(node.rss_bytes()));
+        by_now = waiting_for_all(&cluster).await;
+        (passed, peak) = (passed.max(by_now - earlier), peak.max(node.rss_bytes()));
         if stored.is_finished() {
             break;
         }
@@ -691,7 +692,8 @@ async fn a_large_message_to_thousands_is_stored_behind_everybodys_binds() {
     let answer = stored.await.expect("the task").expect("a batch").into_inner();
     let refused = answer.users.iter().filter(|user| !user.stored).count();
     assert_eq!(refused, 0, "each is stored, however long all of them take");
-    println!("{USERS} stored in {took:?}, slowest bind {slowest:?}, grew by {} MB", peak.saturating_sub(before) >> 20);
-    assert!(slowest < took / 4, "a bind waited {slowest:?} of {took:?}");
+    println!("{USERS} stored in {took:?}, {passed} during one bind, grew by {} MB", peak.saturating_sub(before) >> 20);
+    // Not in seconds: a disk that stands still holds up both.
+    assert!(passed < USERS / 4, "a bind waited while {passed} messages were stored");
     assert!(peak.saturating_sub(before) < (USERS as u64 * BODY_BYTES as u64) / 2, "one body for all of them");
 }
