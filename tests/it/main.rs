@@ -30,6 +30,7 @@ mod neighbours;
 mod online_time;
 mod operators;
 mod order;
+mod pages;
 mod redis_faults;
 mod running;
 mod shared;
