@@ -114,7 +114,7 @@ pub fn run() -> ExitCode {
         },
         Some(Command::Health(health)) => health.run(),
         Some(Command::Completions { shell }) => {
-            let _ = io::stdout().write_all(&pages::completions(Cli::command(), shell)); // as above
+            let _ = write!(io::stdout(), "{}", pages::completions(Cli::command(), shell)); // as above
             ExitCode::SUCCESS
         }
         Some(Command::Man { directory }) => write_man_pages(&directory),

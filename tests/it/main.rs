@@ -4,6 +4,7 @@ mod access;
 mod acks;
 mod allocation;
 mod bad_input;
+mod bench_command;
 mod bind;
 mod client;
 mod client_watch;
