@@ -7,6 +7,7 @@ mod files;
 mod lists;
 mod moving;
 mod neighbours;
+mod notify;
 mod protection;
 mod redis;
 pub mod serve;
@@ -133,22 +134,25 @@ pub struct App {
 /// # Errors
 /// When it cannot start, or one of its tasks ended.
 pub async fn run(config: Config) -> Result<(), StartError> {
+    let drain = config.presence_service.drain_ms;
     let mut signals = Signals::watch().map_err(StartError::Signals)?;
     let app = tokio::select! {
         app = App::start(config) => app?,
         () = signals.next() => return Ok(()),
     };
+    notify::ready();
     let ended = app.stop.clone();
     tokio::select! {
         () = signals.next_but_reload(&app.read_again) => {}
         () = ended.cancelled() => {
-            app.shutdown().await;
+            app.shutdown(drain).await;
             return Err(StartError::TaskEnded);
         }
     }
+    notify::stopping(SAY_DEADLINE + drain.max(DRAIN_TIME) + CALLS_DEADLINE + LANES_DEADLINE);
     info!("stopping: calls in progress are finished; a second signal ends them");
     tokio::select! {
-        () = app.shutdown() => info!("stopped"),
+        () = app.shutdown(drain) => info!("stopped"),
         () = signals.next() => warn!("ended by a second signal"),
     }
     Ok(())
@@ -260,15 +264,15 @@ impl App {
         })
     }
 
-    /// Finishes calls in progress, stores what the lanes have taken, and ends every task; within 10 s.
-    pub async fn shutdown(mut self) {
+    /// Says that it stops, and still serves for `drain`, in which others take note. Then finishes calls in progress, stores what
+    /// the lanes have taken, and ends every task; within 9 s more.
+    pub async fn shutdown(mut self, drain: Duration) {
         self.health.set_service_status("", ServingStatus::NotServing).await;
         self.draining.cancel();
         self.say_that_it_stops().await;
-        if !self.attached.is_empty() {
-            // Gateways that move away acknowledge what they have through their new node, which has to reach this one for that.
-            sleep(DRAIN_TIME).await;
-        }
+        // Gateways that move away acknowledge what they have through their new node, which has to reach this one for that.
+        let least = if self.attached.is_empty() { Duration::ZERO } else { DRAIN_TIME };
+        sleep(drain.max(least)).await;
         let calls = async {
             self.deliveries.finish().await; // while acknowledgements still come in
             self.closing.cancel();

@@ -3,12 +3,15 @@
 use std::fmt::Display;
 use std::io;
 use std::io::Write;
+use std::path::Path;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
+use clap::CommandFactory;
 use clap::Parser;
 use clap::Subcommand;
+use clap_complete::Shell;
 use tokio::runtime::Builder;
 
 use crate::app;
@@ -16,10 +19,15 @@ use crate::config::Config;
 use crate::ctl::Ctl;
 use crate::health::Health;
 use crate::new_token::NewToken;
+use crate::pages;
 use crate::telemetry;
 
 const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
+
+/// `0.1.0 (commit 6bfcc3a1d2e4, dist x86_64-unknown-linux-gnu)`
+const VERSION: &str =
+    concat!(env!("CARGO_PKG_VERSION"), " (commit ", env!("IM_PRESENCE_COMMIT"), ", ", env!("IM_PRESENCE_BUILD"), ")");
 
 const HELP: &str = "\
 Examples:
@@ -44,7 +52,7 @@ Exit codes: 0 stopped as asked, 1 could not start or failed, 2 bad usage or conf
 /// Gateways bind the connections of their users; message services ask where a user is and deliver. Without a subcommand
 /// it serves until it gets SIGTERM or SIGINT.
 #[derive(Parser)]
-#[command(version, after_help = HELP, args_conflicts_with_subcommands = true)]
+#[command(version = VERSION, after_help = HELP, args_conflicts_with_subcommands = true)]
 struct Cli {
     #[command(flatten)]
     file: ConfigFile,
@@ -61,6 +69,16 @@ enum Command {
     #[command(subcommand)]
     Token(Token),
     Health(Health),
+    /// Print what a shell reads to complete the command line
+    #[command(hide = true)]
+    Completions {
+        shell: Shell,
+    },
+    /// Write the man pages into a directory
+    #[command(hide = true)]
+    Man {
+        directory: PathBuf,
+    },
 }
 
 #[derive(Subcommand)]
@@ -95,6 +113,18 @@ pub fn run() -> ExitCode {
             Err(error) => fail(BAD_USAGE, &error),
         },
         Some(Command::Health(health)) => health.run(),
+        Some(Command::Completions { shell }) => {
+            let _ = write!(io::stdout(), "{}", pages::completions(Cli::command(), shell)); // as above
+            ExitCode::SUCCESS
+        }
+        Some(Command::Man { directory }) => write_man_pages(&directory),
+    }
+}
+
+fn write_man_pages(directory: &Path) -> ExitCode {
+    match pages::write_man_pages(Cli::command(), directory) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(FAILED, &format!("cannot write to {}: {error}", directory.display())),
     }
 }
 

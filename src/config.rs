@@ -98,6 +98,9 @@ pub struct PresenceService {
     /// `host:port` for other nodes; `None`: the address it listens on.
     #[serde(with = "or_empty")]
     pub advertise: Option<String>,
+    /// How long a node that is asked to stop still serves.
+    #[serde(with = "millis")]
+    pub drain_ms: Duration,
 }
 
 /// What others are told of this node.

@@ -2,6 +2,7 @@
 //! other client sees.
 
 mod allocation;
+pub mod bench;
 mod credentials;
 mod explain;
 mod forget;
@@ -32,6 +33,7 @@ use crate::client::security::Security;
 use crate::client::security::root_cause;
 use crate::ctl::allocation::Allocate;
 use crate::ctl::allocation::nodes;
+use crate::ctl::bench::Bench;
 pub use crate::ctl::credentials::Credentials;
 use crate::ctl::explain::Explain;
 use crate::ctl::forget::ForgetUser;
@@ -86,6 +88,7 @@ Examples:
   im-presence ctl explain 42                             why the user is online or not; on the admin port
   im-presence ctl gateways                               who lives; see its own --help
   im-presence ctl drain gw-1:7000 --dry-run              where its users would go
+  im-presence ctl bench --seconds 2                      how fast this system is, on users of its own
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
 Ctrl-C), 1 the call failed, 2 bad usage or an argument that the node refused, 3 the answer is no (query, status: not online;
@@ -147,6 +150,7 @@ enum Command {
     ForgetUser(ForgetUser),
     /// Say why a user is online, suspect or offline: what each tier holds, what each route is worth; on the node's admin port
     Explain(Explain),
+    Bench(Bench),
     Gateways(Gateways),
     #[command(flatten)]
     Moves(Moves),
@@ -230,6 +234,10 @@ impl Ctl {
                 }
             }
             Command::Gateway(gateway) => return gateway.live(&self.addr, self.json, self.patience(), self.security()?).await,
+            Command::Bench(bench) => {
+                let (client, by) = (self.connect().await?, (self.patience(), self.security()?));
+                return bench.run(client, &self.addr, self.json, by).await;
+            }
             Command::Listen(listen) => return listen.until_interrupted(self.json, self.patience()).await,
         };
         answer.map_err(|status| self.failed(&status))

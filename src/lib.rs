@@ -11,7 +11,7 @@
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, where users should go, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
-//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.
+//! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`pages`] what packages ship, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
 //! # The two ideas everything rests on
 //!
@@ -56,6 +56,7 @@ pub mod health;
 pub mod memory;
 pub mod metrics;
 pub mod new_token;
+pub mod pages;
 pub mod security;
 pub mod store;
 pub mod telemetry;

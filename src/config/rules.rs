@@ -55,6 +55,8 @@ const MYSQL_URL_KEYS: [&str; 1] = ["socket"];
 const SQLITE_URL_KEYS: [&str; 2] = ["mode", "vfs"];
 const MAX_PER_SECOND: u64 = 1_000_000_000;
 const MAX_KEEP_DAYS: u64 = 100 * 365;
+/// Longer than any load balancer takes to notice.
+const MAX_DRAIN_MS: u64 = 300_000;
 /// A shorter queue would refuse what one commit could have taken.
 const QUEUE: RangeInclusive<u64> = 1024..=1_000_000;
 /// Below the first a healthy server would time out; above the second no caller waits any more.
@@ -73,6 +75,7 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("presence_service", "thread_count") => 0..=MAX_THREADS,
         ("presence_service", "max_connections") => 1..=MAX_CONNECTIONS,
         ("presence_service", "max_capacity") => 0..=MAX_USERS,
+        ("presence_service", "drain_ms") => 0..=MAX_DRAIN_MS,
         ("limits", "memory_bytes") => MEMORY_BYTES,
         ("limits", "calls_per_s" | "users_per_s") => 0..=MAX_PER_SECOND,
         ("limits", "streams") => 0..=MAX_CONNECTIONS,

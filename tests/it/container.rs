@@ -96,6 +96,27 @@ fn the_container_and_the_composition_say_nothing_that_the_daemon_does_not_know()
 }
 
 #[test]
+fn the_nodes_of_a_cluster_are_configured_by_what_the_daemon_knows() {
+    const SECRETS: &str = "/run/secrets";
+    let secrets = tempfile::tempdir().expect("a directory");
+    let place = secrets.path().to_str().expect("a path");
+    for overlay in ["demo", "production"] {
+        let text = read(&format!("deploy/kubernetes/overlays/{overlay}/im-presence.toml"));
+        for rest in text.split(&format!("\"{SECRETS}/")).skip(1) {
+            let file = secrets.path().join(rest.split('"').next().expect("a path"));
+            fs::create_dir_all(file.parent().expect("a directory")).expect("a directory");
+            fs::write(&file, "a secret").expect("a file");
+        }
+        let file = secrets.path().join("im-presence.toml");
+        fs::write(&file, text.replace(SECRETS, place)).expect("a file");
+        let named = [("NODE_ID", "im-presence-0"), ("ADVERTISE", "im-presence-0.im-presence-nodes.im-presence.svc:6000")];
+        let environment = named.map(|(key, value)| (format!("{PREFIX}PRESENCE_SERVICE__{key}"), value.to_owned()));
+        let checked = run(&["check-config", "--config", file.to_str().expect("a path")], &environment);
+        assert!(checked.status.success(), "{overlay}: {}", String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+#[test]
 fn the_tokens_of_the_composition_are_known_to_its_nodes() {
     let compose = read("compose.yaml");
     let configs = compose.split_once("\nconfigs:\n").expect("configs").1;

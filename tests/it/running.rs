@@ -1,5 +1,7 @@
 //! Starting, stopping, and what an operator sees.
 
+use std::io;
+use std::os::unix::net::UnixDatagram;
 use std::process::ExitStatus;
 use std::time::Duration;
 use std::time::Instant;
@@ -17,6 +19,7 @@ use crate::harness::heavy;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::mariadb::free_port;
 use crate::harness::node::Node;
+use crate::harness::node::PROGRAM;
 use crate::harness::node::Process;
 use crate::harness::node::Settings;
 use crate::harness::node::settings;
@@ -102,6 +105,49 @@ async fn an_idle_node_stops_at_once_even_with_clients_connected() {
     node.terminate();
     assert!(node.ended().await.success());
     assert!(began.elapsed() < allowed(Duration::from_secs(2)), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_node_that_stops_serves_as_long_as_load_balancers_take_to_notice() {
+    const DRAIN: Duration = Duration::from_secs(4);
+    let mut cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__DRAIN_MS", "4000")]).await;
+    let node = &mut cluster.nodes[0];
+    let began = Instant::now();
+    node.terminate();
+    let says_so = async || node.http("/readyz").await.0 == 503;
+    eventually("it says that it stops", Duration::from_secs(2), says_so).await;
+    let late = node.new_connection().bind_route(a_bind(ALICE, PHONE, "c")).await;
+    assert!(late.is_ok(), "a client that was not told yet is served: {late:?}");
+    assert!(node.ended().await.success());
+    assert!(began.elapsed() >= DRAIN, "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_service_manager_is_told_when_a_node_listens_and_when_it_stops() {
+    let directory = tempfile::tempdir().expect("a directory");
+    let path = directory.path().join("notify");
+    let manager = UnixDatagram::bind(&path).expect("a socket");
+    manager.set_read_timeout(Some(Duration::from_secs(10))).expect("a limit");
+    let told = || {
+        let mut text = [0; 256];
+        manager.recv(&mut text).map(|n| String::from_utf8_lossy(&text[..n]).into_owned())
+    };
+    let program = || vec!["env".to_owned(), format!("NOTIFY_SOCKET={}", path.display()), PROGRAM.to_owned()];
+    let db = TestDb::sqlite();
+    let mut node = Node::start_as(program(), db.settings(&[])).await;
+    assert_eq!(told().expect("a word"), "READY=1");
+
+    let (another, port) = (TestDb::sqlite(), node.data.port().to_string());
+    let mut late = Process::start_as(&program(), &another.settings(&[("PRESENCE_SERVICE__PORT", &port)]));
+    let taken = late.ended(GIVES_UP_WITHIN).await;
+    assert_eq!(taken.code(), Some(1), "its port is taken");
+    manager.set_nonblocking(true).expect("a socket");
+    assert_eq!(told().expect_err("nothing").kind(), io::ErrorKind::WouldBlock, "one that does not listen is not ready");
+
+    manager.set_nonblocking(false).expect("a socket");
+    node.terminate();
+    assert_eq!(told().expect("a word"), "STOPPING=1\nEXTEND_TIMEOUT_USEC=9500000");
+    assert!(node.ended().await.success());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -228,12 +228,16 @@ impl Process {
         Self::start_as(&[PROGRAM.to_owned()], settings)
     }
 
-    fn start_as(program: &[String], settings: &Settings) -> Self {
+    /// The same with another program, or in front of the daemon.
+    pub fn start_as(program: &[String], settings: &Settings) -> Self {
         let mut command = Command::new(&program[0]);
         command.args(&program[1..]);
         command.current_dir(std::env::temp_dir()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
         command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", "0").env("IM_PRESENCE__ADMIN__PORT", "0");
         command.env("IM_PRESENCE__LOG__FORMAT", "json").env("RUST_BACKTRACE", "1");
+        if program.iter().any(|word| word == PROGRAM) {
+            command.env("IM_PRESENCE__PRESENCE_SERVICE__DRAIN_MS", "0"); // nobody here takes time to notice; other builds may not know the key
+        }
         for (key, value) in settings {
             command.env(format!("{ENVIRONMENT_PREFIX}{key}"), value);
         }
