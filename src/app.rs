@@ -195,7 +195,7 @@ impl App {
     pub async fn start(config: Config) -> Result<Self, StartError> {
         let (max_connections, metrics) = (files::max_connections(&config), Metrics::new());
         let mut protection = Protection::prepare(&config, &metrics)?;
-        let database = Arc::new(open(&config).await?);
+        let database = Arc::new(open(&config).await?.counted_by(metrics.sql.clone()));
         let (data_listener, data) = bind(&config.presence_service.host, config.presence_service.port).await?;
         let (admin_listener, admin) = bind(&config.admin.host, config.admin.port).await?;
         let (draining, closing, stop) = (CancellationToken::new(), CancellationToken::new(), CancellationToken::new());
@@ -225,10 +225,10 @@ impl App {
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
         let services = engine.services(&config, &draining, &attached);
-        let (health, service) =
-            serve::data_service(services, engine.memory.clone(), access.clone(), config.auth.reflection).await;
-        let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
-        let (threads, serving) = started.map_err(StartError::Threads)?;
+        let (memory, calls) = (engine.memory.clone(), engine.metrics.calls.clone());
+        let (health, service) = serve::data_service(services, memory, calls, access.clone(), config.auth.reflection).await;
+        let (count, busy) = (config.presence_service.thread_count, &engine.metrics.threads);
+        let (threads, serving) = Threads::start(count, &service, busy, &closing, &stop).map_err(StartError::Threads)?;
         protection.announce(&config, !data.ip().is_loopback() || !admin.ip().is_loopback());
         let Protection { data: entrance, admin: admin_entrance, access, audit, peers, .. } = protection;
         tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, access, engine.memory.clone(), stop.clone()));

@@ -1,11 +1,16 @@
 //! What the daemon counts. Names are an interface: dashboards and alerts hang on them. Each name is listed in `docs/operations.md`.
 
 mod allocation;
+pub mod calls;
 mod digests;
+mod limits;
 mod moves;
 mod per_thread;
 mod presence;
+mod process;
 mod security;
+pub mod sql;
+pub mod threads;
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -24,13 +29,19 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::histogram::exponential_buckets;
 use prometheus_client::registry::Registry;
 
+use crate::clock;
 use crate::metrics::allocation::AllocationMetrics;
+use crate::metrics::calls::Calls;
 use crate::metrics::digests::DigestMetrics;
+use crate::metrics::limits::LimitMetrics;
 pub use crate::metrics::moves::MoveMetrics;
 pub use crate::metrics::per_thread::HotCounter;
 use crate::metrics::per_thread::HotSeconds;
 use crate::metrics::presence::PresenceMetrics;
+use crate::metrics::process::Process;
 use crate::metrics::security::SecurityMetrics;
+use crate::metrics::sql::SqlMetrics;
+use crate::metrics::threads::BusyThreads;
 
 /// One label with a fixed set of values.
 macro_rules! label {
@@ -58,6 +69,19 @@ label!(ByTls, tls);
 label!(ByMode, mode);
 label!(ByRole, role);
 label!(ByShown, shown);
+label!(ByPart, part);
+
+/// Which program this is.
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct ByBuild {
+    version: &'static str,
+    commit: &'static str,
+}
+
+/// What alerts compare with others than 0 have to begin with: a counter that appears with 1 has not risen.
+const BIND_RESULTS: [&str; 6] = ["ok", "refused", "fenced", "error", "overloaded", "unavailable"];
+const DEATH_CAUSES: [&str; 5] = ["expired", "superseded", "deregistered", "operator", "held"];
+const DELIVERY_OUTCOMES: [&str; 6] = ["delivered", "offline", "undelivered", "stored", "inbox_full", "error"];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ByGateway {
@@ -80,6 +104,11 @@ impl LookedUp {
 
 pub struct Metrics {
     registry: Registry,
+    pub calls: Arc<Calls>,
+    pub threads: Arc<BusyThreads>,
+    pub limits: LimitMetrics,
+    pub sql: Arc<SqlMetrics>,
+    degraded: Family<ByPart, Gauge>,
     pub binds: Family<ByResult, Counter>,
     pub unbinds: Family<ByResult, Counter>,
     pub kicks: Family<ByReason, Counter>,
@@ -131,14 +160,28 @@ pub struct Metrics {
     pub held_bytes: Gauge,
     pub acks: Family<ByResult, Counter>,
     delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
+    went_back: Counter,
     log_lines_dropped: Counter,
 }
 
 impl Metrics {
     pub fn new() -> Arc<Self> {
-        let mut registry = Registry::with_prefix("im_presence");
-        let mut r = Register(&mut registry);
-        Arc::new(Self {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(Process));
+        let metrics = Self::register(registry);
+        metrics.begin_with_nothing();
+        Arc::new(metrics)
+    }
+
+    fn register(mut registry: Registry) -> Self {
+        let mut r = Register(registry.sub_registry_with_prefix("im_presence"));
+        r.say_which_program_this_is();
+        Self {
+            threads: r.threads(),
+            calls: Calls::register(&mut r),
+            limits: LimitMetrics::register(&mut r),
+            sql: SqlMetrics::register(&mut r),
+            degraded: r.gauges("degraded", "1 while this is missing or an operator should look at it, as /readyz names it"),
             binds: r.family("binds", "binds by result"),
             unbinds: r.family("unbinds", "unbinds by result"),
             kicks: r.family("kicks", "routes removed by another device's bind or by an operator, by reason"),
@@ -165,19 +208,11 @@ impl Metrics {
             stale_offers_rejected: r.family("stale_offers_rejected", "outdated records kept out of a cache"),
             store_up: r.add("store_up", "1 if the database answered last time", Gauge::default()),
             store_errors: r.family("store_errors", "database errors, by what was being done"),
-            cache_generation: r.add(
-                "cache_generation",
-                "raised whenever caches may hold what the database does not",
-                Gauge::default(),
-            ),
+            cache_generation: r.add("cache_generation", "raised if caches may hold what the database does not", Gauge::default()),
             gateways: r.gauges("gateways", "lives of gateways, by state"),
             gateway_users: r.gauges("gateway_users", "connections that each registered gateway said it had"),
             gateway_deaths: r.family("gateway_deaths", "lives that this node ended, by cause"),
-            oldest_beat_seconds: r.add(
-                "gateway_oldest_beat_seconds",
-                "age of the oldest last beat of a living gateway",
-                Gauge::default(),
-            ),
+            oldest_beat_seconds: r.add("gateway_oldest_beat_seconds", "age of the oldest last beat", Gauge::default()),
             hold: r.add("hold", "1 while no gateway is declared dead because too many are silent", Gauge::default()),
             sweep_backlog: r.add("sweep_backlog", "routes of ended lives that are still to be removed", Gauge::default()),
             swept_routes: r.add("swept_routes", "routes removed because they were over", Counter::default()),
@@ -202,9 +237,27 @@ impl Metrics {
                 "time of a delivery, by stage",
                 Family::new_with_constructor(seconds as fn() -> Histogram),
             ),
+            went_back: r.add("sql_went_back", "users of whom the database held less than it had", Counter::default()),
             log_lines_dropped: r.add("log_lines_dropped", "lines of the log that nobody read in time", Counter::default()),
             registry,
-        })
+        }
+    }
+
+    /// So that the first of each is a rise.
+    fn begin_with_nothing(&self) {
+        BIND_RESULTS.iter().for_each(|result| drop(self.binds.get_or_create(&ByResult { result })));
+        DEATH_CAUSES.iter().for_each(|cause| drop(self.gateway_deaths.get_or_create(&ByCause { cause })));
+        DELIVERY_OUTCOMES.iter().for_each(|outcome| drop(self.deliveries.get_or_create(&ByOutcome { outcome })));
+    }
+
+    /// Whether a part is missing, or something about it is worth a look.
+    pub fn degraded(&self, part: &'static str, is_degraded: bool) {
+        self.degraded.get_or_create(&ByPart { part }).set(i64::from(is_degraded));
+    }
+
+    /// Of how many users the database held less than it had acknowledged.
+    pub fn went_back_so_far(&self, users: u64) {
+        self.went_back.inner().store(users, Ordering::Relaxed);
     }
 
     pub fn lane_retry(&self, cause: &'static str) {
@@ -304,6 +357,21 @@ fn seconds() -> Histogram {
 struct Register<'a>(&'a mut Registry);
 
 impl Register<'_> {
+    fn threads(&mut self) -> Arc<BusyThreads> {
+        let threads = Arc::<BusyThreads>::default();
+        self.0.register_collector(Box::new(threads.clone()));
+        threads
+    }
+
+    fn say_which_program_this_is(&mut self) {
+        let build: Family<ByBuild, Gauge> = self.gauges("build_info", "1; its labels say which program this is");
+        let commit = option_env!("IM_PRESENCE_COMMIT").unwrap_or("unknown");
+        build.get_or_create(&ByBuild { version: env!("CARGO_PKG_VERSION"), commit }).set(1);
+        let started: Gauge<f64, AtomicU64> =
+            self.add("start_time_seconds", "start of this node, in seconds since 1970", Gauge::default());
+        started.set(clock::unix_ms() as f64 / 1000.0);
+    }
+
     fn add<M: prometheus_client::registry::Metric + Clone>(&mut self, name: &'static str, help: &'static str, metric: M) -> M {
         self.0.register(name, help, metric.clone());
         metric

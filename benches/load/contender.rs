@@ -85,11 +85,11 @@ pub fn serve_if_asked() {
 async fn serve_on_threads(listener: TcpListener, config: &Config, handler: impl PresenceService) {
     let (draining, stop) = (CancellationToken::new(), CancellationToken::new());
     let (services, memory) = (serve::Services { presence: handler, more: None }, Memory::new(config.limits.memory_bytes));
-    let (_health, service) = serve::data_service(services, memory, None, true).await;
-    let started = Threads::start(config.presence_service.thread_count, &service, &draining, &stop);
+    let metrics = Metrics::new();
+    let (_health, service) = serve::data_service(services, memory, metrics.calls.clone(), None, true).await;
+    let started = Threads::start(config.presence_service.thread_count, &service, &metrics.threads, &draining, &stop);
     let (_threads, threads_): (_, Vec<ServingThread>) = started.expect("threads");
-    let entrance =
-        Entrance { tls: None, handshake_timeout: config.tls.handshake_timeout, accept_plain: false, metrics: Metrics::new() };
+    let entrance = Entrance { tls: None, handshake_timeout: config.tls.handshake_timeout, accept_plain: false, metrics };
     listen::accept(listener, entrance, config.presence_service.max_connections, threads_, draining, stop).await;
 }
 
@@ -99,7 +99,7 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let addr = listener.local_addr().expect("an address");
     let engine = Daemon::start(config, database, addr, Metrics::new(), &mut tasks, &stop).await.expect("start the engine");
     let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
-    let (_health, service) = serve::data_service(services, engine.memory.clone(), None, true).await;
+    let (_health, service) = serve::data_service(services, engine.memory.clone(), engine.metrics.calls.clone(), None, true).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     serve::data_server().serve_with_incoming(service, incoming).await.expect("serve");
 }

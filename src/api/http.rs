@@ -44,6 +44,9 @@ use crate::metrics::Metrics;
 const OPENMETRICS: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 const CLASSIC: &str = "text/plain; version=0.0.4; charset=utf-8";
 
+/// All that [`Operator::degraded`] may name.
+const PARTS: [&str; 6] = ["store", "redis_cache", "redis_queue", "hints", "hold", "clock"];
+
 #[derive(Clone)]
 pub struct Operator {
     pub metrics: Arc<Metrics>,
@@ -135,7 +138,10 @@ async fn metrics(
     metrics.held_bytes.set(gauge(operator.memory.taken() as u64));
     metrics.shed_so_far("memory", operator.memory.refused());
     metrics.rejected_so_far("l1", operator.cache.offers_rejected());
+    metrics.went_back_so_far(operator.cache.went_back());
     metrics.log_lines_dropped_so_far((operator.dropped_log_lines)());
+    let degraded = operator.degraded();
+    PARTS.iter().for_each(|part| metrics.degraded(part, degraded.contains(part)));
     let accepts = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text"));
     let (kind, text) = match headers.get_all(ACCEPT).iter().any(accepts) {
         true => (OPENMETRICS, metrics.openmetrics()),

@@ -10,6 +10,7 @@ pub mod binder;
 pub mod body;
 pub mod contents;
 pub mod convert;
+pub mod counted;
 pub mod credential;
 pub mod delivery;
 mod digests;

@@ -266,6 +266,7 @@ impl<'a> Foundation<'a> {
         }
         let (lives, cache) = (Lives::new(), Cache::new(config.route.l1_capacity));
         let memory = Memory::new(config.limits.memory_bytes);
+        settings::tell_limits(config, database.engine, &metrics);
         let (bus, shared) = redis::open(config, &database).await?;
         let l2 = shared.map(|shared| L2::new(shared, metrics.clone()));
         let ids = (&own, &*database.store_id);

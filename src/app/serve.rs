@@ -24,6 +24,8 @@ use crate::api::body;
 use crate::api::body::Arriving;
 use crate::api::body::Leaving;
 use crate::api::body::MAX_MESSAGE_BYTES;
+use crate::api::counted::Begun;
+use crate::api::counted::Counted;
 use crate::api::gateway::Leases;
 use crate::api::http as operators;
 use crate::api::node;
@@ -31,6 +33,7 @@ use crate::api::node::Node;
 use crate::api::queries::Queries;
 use crate::memory::Memory;
 use crate::memory::Share;
+use crate::metrics::calls::Calls;
 use crate::pb;
 use crate::pb::admin_service_server::AdminServiceServer;
 use crate::pb::gateway_service_server::GatewayServiceServer;
@@ -76,6 +79,7 @@ struct Served<P> {
     presence: PresenceServiceServer<P>,
     others: Routes,
     memory: Arc<Memory>,
+    calls: Arc<Calls>,
     /// None: there are no other nodes.
     store_id: Option<Arc<str>>,
     /// None: everybody may do everything.
@@ -90,13 +94,14 @@ impl<P> Clone for DataService<P> {
 
 impl<P> DataService<P> {
     pub fn for_another_thread(&self) -> Self {
-        let Served { queries, presence, others, memory, store_id, access } = &*self.0;
+        let Served { queries, presence, others, memory, calls, store_id, access } = &*self.0;
         let memory = memory.for_another_thread();
         Self(Arc::new(Served {
             queries: queries.as_ref().map(|queries| queries.for_another_thread(&memory)),
             presence: presence.clone(),
             others: others.clone(),
             memory,
+            calls: calls.for_another_thread(),
             store_id: store_id.clone(),
             access: access.clone(),
         }))
@@ -106,15 +111,21 @@ impl<P> DataService<P> {
 impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
     type Response = http::Response<Body>;
     type Error = Infallible;
-    type Future = BoxFuture<Self::Response, Self::Error>;
+    type Future = Counted;
 
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
         Poll::Ready(Ok(())) // as all of them are
     }
 
-    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
-        let served = &*self.0;
-        if let Some(access) = &served.access {
+    fn call(&mut self, request: http::Request<Body>) -> Counted {
+        let begun = Begun::new(&self.0.calls, request.uri().path());
+        begun.counted(self.0.answer(request))
+    }
+}
+
+impl<P: PresenceService> Served<P> {
+    fn answer(&self, mut request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
+        if let Some(access) = &self.access {
             match access.admit(request.uri().path(), request.extensions().get(), request.headers()) {
                 Ok(None) => {}
                 Ok(Some(admission)) => _ = request.extensions_mut().insert(admission),
@@ -126,24 +137,22 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
                 }
             }
         }
-        match (request.uri().path().strip_prefix(PRESENCE), served.queries.clone()) {
+        match (request.uri().path().strip_prefix(PRESENCE), self.queries.clone()) {
             (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request)),
             (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
-            _ if !request.uri().path().starts_with(OURS) => served.call_foreign(request),
+            _ if !request.uri().path().starts_with(OURS) => self.call_foreign(request),
             _ if is_stream(request.uri().path()) => {
                 let is_presence = request.uri().path().starts_with(PRESENCE);
-                let request = request.map(|body| Body::new(Arriving::stream(body, &served.memory)));
+                let request = request.map(|body| Body::new(Arriving::stream(body, &self.memory)));
                 match is_presence {
-                    true => served.presence.clone().call(request),
-                    false => Box::pin(served.others.clone().call(request)),
+                    true => self.presence.clone().call(request),
+                    false => Box::pin(self.others.clone().call(request)),
                 }
             }
-            _ => served.call_counted(request),
+            _ => self.call_counted(request),
         }
     }
-}
 
-impl<P: PresenceService> Served<P> {
     /// A call of health or reflection, which anybody may make: its messages are small, and it is counted until its answers have
     /// left.
     fn call_foreign(&self, request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
@@ -189,6 +198,7 @@ fn is_stream(path: &str) -> bool {
 pub async fn data_service<P: PresenceService>(
     services: Services<P>,
     memory: Arc<Memory>,
+    calls: Arc<Calls>,
     access: Option<Arc<Access>>,
     has_reflection: bool,
 ) -> (HealthReporter, DataService<P>) {
@@ -214,7 +224,7 @@ pub async fn data_service<P: PresenceService>(
         routes.add_service(v1alpha); // for clients of before 2023
     }
     let others = routes.routes().prepare();
-    (health, DataService(Arc::new(Served { queries, presence, others, memory, store_id, access })))
+    (health, DataService(Arc::new(Served { queries, presence, others, memory, calls, store_id, access })))
 }
 
 /// The gRPC server of the data port.

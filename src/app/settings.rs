@@ -29,6 +29,7 @@ use crate::engine::read::directory;
 use crate::engine::read::directory::Announcements;
 use crate::engine::read::hints::Hints;
 use crate::engine::write::change;
+use crate::metrics::Metrics;
 use crate::store::connection::Engine;
 
 pub fn terms(config: &Config) -> Terms {
@@ -90,6 +91,15 @@ pub fn lanes(config: &Config, engine: Engine) -> change::Settings {
         keeps_history: config.history.enabled,
         session_gap: config.history.session_gap,
     }
+}
+
+/// What alerts hold other metrics against.
+pub fn tell_limits(config: &Config, engine: Engine, metrics: &Metrics) {
+    let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+    let lanes = lanes(config, engine);
+    metrics.limits.lane_queue.set(gauge((lanes.lanes * lanes.queue) as u64));
+    metrics.limits.inbox_ttl_seconds.set(gauge(lanes.inbox.ttl.as_secs()));
+    metrics.limits.held_bytes.set(gauge(config.limits.memory_bytes as u64));
 }
 
 pub fn watches(config: &Config) -> watches::Settings {

@@ -3,10 +3,12 @@
 
 use std::io;
 use std::num::NonZeroUsize;
+use std::sync::Arc;
 use std::thread;
 
 use tokio::net::TcpListener;
 use tokio::runtime::Builder;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio_stream::StreamExt;
 use tokio_stream::wrappers::ReceiverStream;
@@ -19,12 +21,14 @@ use crate::api::listen::accept;
 use crate::api::transport::Entrance;
 use crate::app::serve;
 use crate::app::serve::DataService;
+use crate::metrics::threads::BusyThreads;
 use crate::pb::presence_service_server::PresenceService;
 
 /// The serving threads, as long as one of them runs.
 pub struct Threads {
     alive: Option<mpsc::Sender<()>>,
     running: mpsc::Receiver<()>,
+    busy: Arc<BusyThreads>,
 }
 
 impl Threads {
@@ -36,16 +40,19 @@ impl Threads {
     pub fn start<P: PresenceService>(
         count: usize,
         service: &DataService<P>,
+        busy: &Arc<BusyThreads>,
         draining: &CancellationToken,
         stop: &CancellationToken,
     ) -> io::Result<(Self, Vec<ServingThread>)> {
         let count = if count == 0 { thread::available_parallelism().map_or(1, NonZeroUsize::get) } else { count };
+        busy.watch("background".to_owned(), Handle::current().metrics());
         let (alive, running) = mpsc::channel(1);
         let mut serving = Vec::with_capacity(count);
         for number in 0..count {
             let (queue, handed) = ServingThread::new();
             serving.push(queue);
-            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let (name, runtime) = (format!("serve-{number}"), Builder::new_current_thread().enable_all().build()?);
+            busy.watch(name.clone(), runtime.handle().metrics());
             let service = service.for_another_thread();
             let (draining, stop, alive) = (draining.clone(), stop.clone(), alive.clone());
             let work = move || {
@@ -56,9 +63,9 @@ impl Threads {
                     stop_node.disarm(); // others may still have calls in progress
                 }
             };
-            thread::Builder::new().name(format!("serve-{number}")).spawn(work)?;
+            thread::Builder::new().name(name).spawn(work)?;
         }
-        Ok((Self { alive: Some(alive), running }, serving))
+        Ok((Self { alive: Some(alive), running, busy: busy.clone() }, serving))
     }
 
     /// Accepts connections on a thread of its own: handshakes are work, and must hold up neither calls nor the lanes.
@@ -75,6 +82,7 @@ impl Threads {
         stop: CancellationToken,
     ) -> io::Result<()> {
         let (runtime, alive) = (Builder::new_current_thread().enable_all().build()?, self.alive.clone());
+        self.busy.watch("accept".to_owned(), runtime.handle().metrics());
         let listener = listener.into_std()?;
         let work = move || {
             let _alive = alive;

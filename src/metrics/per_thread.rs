@@ -11,6 +11,7 @@ use prometheus_client::encoding::EncodeMetric;
 use prometheus_client::encoding::MetricEncoder;
 use prometheus_client::encoding::NoLabelSet;
 use prometheus_client::metrics::MetricType;
+use prometheus_client::metrics::TypedMetric;
 use prometheus_client::metrics::counter::Atomic;
 use prometheus_client::metrics::counter::Counter;
 
@@ -32,14 +33,14 @@ thread_local! {
 struct Line<T>(T);
 
 #[derive(Debug, Default)]
-struct PerThread<T>([Line<T>; LINES]);
+pub(super) struct PerThread<T>([Line<T>; LINES]);
 
 impl<T> PerThread<T> {
-    fn mine(&self) -> &T {
+    pub(super) fn mine(&self) -> &T {
         &self.0[LINE.with(|line| *line)].0
     }
 
-    fn all(&self) -> impl Iterator<Item = &T> {
+    pub(super) fn all(&self) -> impl Iterator<Item = &T> {
         self.0.iter().map(|line| &line.0)
     }
 }
@@ -89,6 +90,10 @@ fn bucket(took: Duration) -> usize {
     usize::try_from(of_first.next_power_of_two().ilog2()).unwrap_or(BOUNDS).min(BOUNDS)
 }
 
+impl TypedMetric for HotSeconds {
+    const TYPE: MetricType = MetricType::Histogram;
+}
+
 impl EncodeMetric for HotSeconds {
     fn encode(&self, mut encoder: MetricEncoder) -> Result<(), std::fmt::Error> {
         let mut buckets: [(f64, u64); BOUNDS + 1] = [(f64::INFINITY, 0); BOUNDS + 1];
@@ -109,7 +114,7 @@ impl EncodeMetric for HotSeconds {
     }
 
     fn metric_type(&self) -> MetricType {
-        MetricType::Histogram
+        Self::TYPE
     }
 }
 

@@ -37,6 +37,9 @@ struct ByCaller {
     caller: String,
 }
 
+/// What may be tried as a credential.
+const MODES: [&str; 3] = ["token", "mtls", "none"];
+
 pub struct SecurityMetrics {
     handshakes: Family<ByResult, Counter>,
     auth_failures: Family<ByMode, Counter>,
@@ -49,7 +52,7 @@ pub struct SecurityMetrics {
 
 impl SecurityMetrics {
     pub(super) fn register(r: &mut Register<'_>) -> Self {
-        Self {
+        let metrics = Self {
             handshakes: r.family("handshakes", "TLS handshakes on either port, by what came of them"),
             auth_failures: r.family("auth_failures", "calls without a valid credential, by the kind that was tried"),
             denied: r.family("denied", "calls that the role of their caller may not make, or not for that gateway"),
@@ -58,7 +61,9 @@ impl SecurityMetrics {
             audit: r.family("audit", "lines of the audit, by what was done and what came of it"),
             caller_calls: r
                 .family("caller_calls", "calls by the name of their caller's token, or by the role of its certificate"),
-        }
+        };
+        MODES.iter().for_each(|mode| drop(metrics.auth_failures.get_or_create(&ByMode { mode })));
+        metrics
     }
 
     pub fn handshake(&self, result: &'static str) {
@@ -71,6 +76,11 @@ impl SecurityMetrics {
 
     pub fn denied(&self, role: &'static str) {
         self.denied.get_or_create(&ByRole { role }).inc();
+    }
+
+    /// Something is read again from now on. The first failure has to be a rise.
+    pub fn reloads_begin(&self, what: &'static str) {
+        ["ok", "failed"].iter().for_each(|result| drop(self.reloads.get_or_create(&ByReload { what, result })));
     }
 
     pub fn reloaded(&self, what: &'static str, result: &'static str) {

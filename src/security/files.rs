@@ -166,6 +166,7 @@ impl Reloader {
     }
 
     pub fn add<T: Send + Sync + fmt::Display + 'static>(&mut self, reloaded: &Arc<Reloaded<T>>) {
+        self.metrics.security.reloads_begin(reloaded.what);
         let reloaded = reloaded.clone();
         self.all.push(Box::new(move |metrics, audit| reloaded.look(metrics, audit)));
     }

@@ -14,6 +14,9 @@ use sqlx::any::AnyConnectOptions;
 use sqlx::any::AnyRow;
 use tokio::time::timeout;
 
+use crate::metrics::sql::Open;
+use crate::metrics::sql::SqlMetrics;
+
 pub use crate::store::sql_error::SqlError;
 
 /// Which SQL is spoken.
@@ -57,6 +60,8 @@ pub struct Connection {
     inner: AnyConnection,
     engine: Engine,
     deadline: Duration,
+    /// Shown in the metrics. None: nobody counts.
+    open: Option<Open>,
 }
 
 /// A statement with its arguments.
@@ -74,7 +79,7 @@ impl Connection {
             let url = with_statement_cache(url, engine);
             let options = url.parse::<AnyConnectOptions>()?.disable_statement_logging();
             let inner = options.connect().await?;
-            Ok::<_, SqlError>(Self { inner, engine, deadline })
+            Ok::<_, SqlError>(Self { inner, engine, deadline, open: None })
         };
         let mut connection = timeout(deadline, connecting).await.map_err(|_| no_answer(deadline))??;
         connection.set_up(purpose).await?;
@@ -103,23 +108,35 @@ impl Connection {
         }
     }
 
+    /// From now on the metrics show it.
+    pub fn counted(mut self, metrics: &SqlMetrics, purpose: Purpose) -> Self {
+        self.open = Some(metrics.opened(match purpose {
+            Purpose::General => "general",
+            Purpose::Lane => "lane",
+        }));
+        self
+    }
+
     pub fn engine(&self) -> Engine {
         self.engine
     }
 
     /// Runs text without arguments or rows.
     pub async fn run(&mut self, sql: &'static str) -> Result<(), SqlError> {
+        let _working = self.open.as_ref().map(Open::work);
         timeout(self.deadline, self.inner.execute(sqlx::raw_sql(sql))).await.map_err(|_| no_answer(self.deadline))??;
         Ok(())
     }
 
     /// Runs a statement and says how many rows it found (MySQL: also those it left as they were).
     pub async fn execute(&mut self, statement: Statement) -> Result<u64, SqlError> {
+        let _working = self.open.as_ref().map(Open::work);
         let done = timeout(self.deadline, statement.execute(&mut self.inner)).await.map_err(|_| no_answer(self.deadline))??;
         Ok(done.rows_affected())
     }
 
     pub async fn fetch(&mut self, statement: Statement) -> Result<Vec<AnyRow>, SqlError> {
+        let _working = self.open.as_ref().map(Open::work);
         Ok(timeout(self.deadline, statement.fetch_all(&mut self.inner)).await.map_err(|_| no_answer(self.deadline))??)
     }
 

@@ -7,6 +7,7 @@ use std::time::Instant;
 use sqlx::Row;
 
 use crate::config;
+use crate::metrics::sql::SqlMetrics;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
@@ -31,6 +32,8 @@ pub struct Database {
     address: config::Store,
     /// SQLite's, held for this process alone.
     file: Option<DatabaseFile>,
+    /// Who counts connections.
+    metrics: Option<Arc<SqlMetrics>>,
 }
 
 /// A connection that one task keeps between its steps. After an error it is not given back, and the next step connects anew.
@@ -73,7 +76,12 @@ impl Database {
         let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
         schema::lay(connection.raw()).await?;
         let store_id = store_id(&mut connection).await?;
-        Ok(Self { engine, store_id, address: store.clone(), file })
+        Ok(Self { engine, store_id, address: store.clone(), file, metrics: None })
+    }
+
+    /// The same, whose connections are counted.
+    pub fn counted_by(self, metrics: Arc<SqlMetrics>) -> Self {
+        Self { metrics: Some(metrics), ..self }
     }
 
     pub async fn connect(&self, purpose: Purpose) -> Result<Connection, SqlError> {
@@ -81,7 +89,11 @@ impl Database {
             Some(file) => file.url(),
             None => self.address.connect_url().map_err(|error| SqlError::Lost(error.to_string()))?,
         };
-        Connection::open(&url, self.engine, purpose, self.address.timeout).await
+        let connection = Connection::open(&url, self.engine, purpose, self.address.timeout).await?;
+        Ok(match &self.metrics {
+            Some(metrics) => connection.counted(metrics, purpose),
+            None => connection,
+        })
     }
 
     /// How the connection to the server is protected: what it is encrypted with (empty: it is not), and whether the server had

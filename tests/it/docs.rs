@@ -11,6 +11,7 @@ use im_presence::domain::caller::Role;
 use crate::tidy::metric_names;
 use crate::tidy::none;
 use crate::tidy::package;
+use crate::tidy::sources;
 
 const README_LINES: usize = 150;
 const README_COLUMNS: usize = 120;
@@ -103,9 +104,8 @@ fn the_readme_is_short() {
 #[test]
 fn every_metric_stands_in_the_operations() {
     let operations = Document::read("docs/operations.md").text;
-    let read = |name| fs::read_to_string(package().join(name)).expect("a source file");
-    let names =
-        metric_names(&[read("src/metrics.rs"), read("src/metrics/security.rs"), read("src/metrics/allocation.rs")].concat());
+    let registered = sources().into_iter().filter(|source| source.name.starts_with("src/metrics"));
+    let names = metric_names(&registered.map(|source| source.text).collect::<String>());
     assert!(names.len() > 15, "the metrics were found: {names:?}");
     let missing = names.into_iter().filter(|name| !operations.contains(&format!("`{name}")));
     none("every metric stands in docs/operations.md, as `name`", missing.collect());

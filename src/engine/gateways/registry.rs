@@ -3,7 +3,6 @@
 //! Each change is a task of its own that a caller who gives up does not cancel halfway, on a connection that they share one
 //! after the other: registrations wait for each other in the database anyway.
 
-use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
@@ -29,7 +28,6 @@ use crate::engine::read::lives::Lives;
 use crate::engine::write::publisher::Publisher;
 use crate::error::Error;
 use crate::metrics::ByCause;
-use crate::metrics::ByGateway;
 use crate::metrics::ByState;
 use crate::metrics::ByWhat;
 use crate::metrics::Metrics;
@@ -89,8 +87,6 @@ pub struct Registry {
     changes: TaskTracker,
     /// Where changes run: not on the threads that serve callers.
     runtime: Handle,
-    /// Registry that metrics name.
-    shown: std::sync::Mutex<HashSet<ByGateway>>,
 }
 
 /// What an operator sees.
@@ -109,8 +105,8 @@ impl Registry {
         metrics: Arc<Metrics>,
     ) -> Arc<Self> {
         let (node_id, connection, waiting) = (node_id.to_owned(), Mutex::default(), Arc::new(Semaphore::new(MAX_WAITING)));
-        let (changes, runtime, shown) = (TaskTracker::new(), Handle::current(), std::sync::Mutex::default());
-        Arc::new(Self { terms, node_id, database, lives, publisher, metrics, connection, waiting, changes, runtime, shown })
+        let (changes, runtime) = (TaskTracker::new(), Handle::current());
+        Arc::new(Self { terms, node_id, database, lives, publisher, metrics, connection, waiting, changes, runtime })
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims.
@@ -374,17 +370,6 @@ impl Registry {
         let oldest = living().map(|life| now.since(life.last_beat)).max().unwrap_or_default();
         self.metrics.oldest_beat_seconds.set(oldest.as_secs_f64());
         self.metrics.hold.set(i64::from(held));
-        let mut shown = self.shown.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let mut named = HashSet::new();
-        for life in living() {
-            let gateway = ByGateway { gateway: life.gateway.to_string() };
-            self.metrics.gateway_users.get_or_create(&gateway).set(i64::from(life.connections));
-            named.insert(gateway);
-        }
-        for gone in shown.difference(&named) {
-            self.metrics.gateway_users.remove(gone);
-        }
-        *shown = named;
     }
 }
 

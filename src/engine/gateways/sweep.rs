@@ -27,6 +27,7 @@ use crate::engine::write::change::Change;
 use crate::engine::write::change::LaneContext;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
+use crate::metrics::ByGateway;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::ConnectionSlot;
@@ -66,20 +67,41 @@ pub struct Sweep {
     unused_looked_at: Option<Instant>,
     /// Where the search for users to be forgotten goes on.
     users_after: i64,
+    /// Gateways in the metrics.
+    shown: HashSet<ByGateway>,
 }
 
 impl Sweep {
     pub fn new(tools: Arc<LaneContext>, lanes: Arc<Lanes>) -> Self {
         let slot = ConnectionSlot::new(tools.database.clone());
-        Self { slot, tools, lanes, empty: HashSet::new(), served: 0, unused_looked_at: None, users_after: 0 }
+        Self {
+            slot,
+            tools,
+            lanes,
+            empty: HashSet::new(),
+            served: 0,
+            unused_looked_at: None,
+            users_after: 0,
+            shown: HashSet::new(),
+        }
     }
 
     /// Removes what is over, if it is this node's turn. Returns how many routes.
     pub async fn step(&mut self) -> Result<usize, SqlError> {
+        let done = self.take_turn().await;
+        if done.is_err() {
+            self.show_gateways(false); // another may take its turn
+        }
+        done
+    }
+
+    async fn take_turn(&mut self) -> Result<usize, SqlError> {
         let mut connection = self.slot.take().await?;
         let steady = self.tools.lives.clock.is_steady();
         let mut removed = if steady { self.expired(&mut connection).await? } else { 0 };
-        if connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
+        let is_its_turn = connection.claim_job("sweep", &self.tools.claimant, TERM).await?;
+        self.show_gateways(is_its_turn);
+        if is_its_turn {
             let latest = self.tools.lives.clock.now().plus(self.tools.settings.route_ttl + 2 * CLOCK_SLACK);
             let too_late = connection.users_who_expire_after(latest, PAGE).await?;
             removed += self.sweep(too_late).await;
@@ -96,6 +118,24 @@ impl Sweep {
         }
         self.slot.give_back(connection);
         Ok(removed)
+    }
+
+    /// How many connections each gateway says it has: all nodes know the same, so one of them tells.
+    fn show_gateways(&mut self, is_its_turn: bool) {
+        let (metrics, table) = (&self.tools.metrics, self.tools.lives.table());
+        let mut named = HashSet::new();
+        for life in table.iter().filter(|life| is_its_turn && life.is_managed() && life.is_alive()) {
+            let gateway = ByGateway { gateway: life.gateway.to_string() };
+            metrics.gateway_users.get_or_create(&gateway).set(i64::from(life.connections));
+            named.insert(gateway);
+        }
+        for gone in self.shown.difference(&named) {
+            metrics.gateway_users.remove(gone);
+        }
+        self.shown = named;
+        if !is_its_turn {
+            metrics.sweep_backlog.set(0);
+        }
     }
 
     /// Lives of gateways that never registered end when they have had no route for as long as a route lives.

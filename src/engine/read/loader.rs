@@ -67,15 +67,17 @@ struct Flight {
 #[derive(Clone, Copy)]
 struct Wanted {
     user: UserId,
+    since: Instant,
     past_l2: bool,
 }
 
 #[derive(Default)]
 struct Queue {
     flights: NumberMap<UserId, Flight>,
-    order: VecDeque<UserId>,
-    /// Loads that L2 could not answer.
-    for_sql: VecDeque<LoadTicket>,
+    /// With the time since when.
+    order: VecDeque<(UserId, Instant)>,
+    /// Loads that L2 could not answer, with the time since when.
+    for_sql: VecDeque<(LoadTicket, Instant)>,
 }
 
 pub struct Loader {
@@ -119,8 +121,8 @@ impl Loader {
             self.metrics.shed("loads");
             return Err(Error::overloaded("too many users wait to be read from the database"));
         }
-        let (loads, waiters) = Loads::of(users.len());
-        users.iter().zip(waiters).for_each(|(user, waiter)| queue.join(*user, fresh, waiter));
+        let (now, (loads, waiters)) = (Instant::now(), Loads::of(users.len()));
+        users.iter().zip(waiters).for_each(|(user, waiter)| queue.join(*user, fresh, waiter, now));
         drop(queue);
         self.wake_first();
         Ok(loads)
@@ -139,7 +141,8 @@ impl Loader {
             let tickets = wanted.iter().map(|wanted| self.cache.begin_load(wanted.user)).collect();
             let left = self.ask_l2(tickets, &wanted).await;
             if !left.is_empty() {
-                self.queue().for_sql.extend(left);
+                let now = Instant::now();
+                self.queue().for_sql.extend(left.into_iter().map(|ticket| (ticket, now)));
                 self.wake_sql.notify_one();
             }
         }
@@ -190,10 +193,19 @@ impl Loader {
         if self.l2.is_none() {
             let wanted = queue.take();
             drop(queue);
+            self.count_wait(wanted.first().map(|first| first.since));
             return wanted.iter().map(|wanted| self.cache.begin_load(wanted.user)).collect();
         }
         let batch = queue.for_sql.len().min(MAX_USERS_PER_LOAD);
-        queue.for_sql.drain(..batch).collect()
+        self.count_wait(queue.for_sql.front().map(|(_, since)| *since));
+        queue.for_sql.drain(..batch).map(|(ticket, _)| ticket).collect()
+    }
+
+    /// Somebody has waited for a connection since then.
+    fn count_wait(&self, since: Option<Instant>) {
+        if let Some(since) = since {
+            self.metrics.sql.wait_seconds.observe(since.elapsed().as_secs_f64());
+        }
     }
 
     /// Reads the users of `tickets`, and answers those who wait. Leaves in `users` whom it could not answer.
@@ -313,13 +325,13 @@ impl Reader {
 }
 
 impl Queue {
-    fn join(&mut self, user: UserId, fresh: bool, waiter: Waiter) {
+    fn join(&mut self, user: UserId, fresh: bool, waiter: Waiter, now: Instant) {
         let flight = self.flights.entry(user).or_default();
         match &mut flight.running {
             Some(running) if !fresh => running.push(waiter),
             running => {
                 if flight.waiting.is_empty() && running.is_none() {
-                    self.order.push_back(user);
+                    self.order.push_back((user, now));
                 }
                 flight.waiting.push(waiter);
                 flight.past_l2 |= fresh;
@@ -331,7 +343,7 @@ impl Queue {
     fn take(&mut self) -> Vec<Wanted> {
         let mut users = Vec::new();
         while users.len() < MAX_USERS_PER_LOAD {
-            let Some(user) = self.order.pop_front() else { break };
+            let Some((user, since)) = self.order.pop_front() else { break };
             let Some(flight) = self.flights.get_mut(&user) else { continue };
             flight.waiting.retain(|waiter| waiter.is_awaited());
             if flight.waiting.is_empty() {
@@ -339,12 +351,13 @@ impl Queue {
                 continue;
             }
             flight.running = Some(std::mem::take(&mut flight.waiting));
-            users.push(Wanted { user, past_l2: std::mem::take(&mut flight.past_l2) });
+            users.push(Wanted { user, since, past_l2: std::mem::take(&mut flight.past_l2) });
         }
         users
     }
 
     fn answer(&mut self, answers: impl Iterator<Item = (UserId, Load)>) {
+        let now = Instant::now();
         for (user, answer) in answers {
             let Some(flight) = self.flights.get_mut(&user) else { continue };
             for waiter in flight.running.take().into_iter().flatten() {
@@ -353,7 +366,7 @@ impl Queue {
             if flight.waiting.is_empty() {
                 self.flights.remove(&user);
             } else {
-                self.order.push_back(user);
+                self.order.push_back((user, now));
             }
         }
     }
