@@ -18,6 +18,7 @@ use crate::pb;
 const MAX_NAMED: usize = 64;
 const MAX_CANDIDATES: usize = 10;
 
+#[derive(Clone)]
 pub struct AllocationCalls {
     pub allocator: Arc<Allocator>,
     pub peers: Arc<Peers>,
@@ -29,6 +30,14 @@ impl AllocationCalls {
     /// The request is invalid.
     pub fn allocate(&self, request: pb::AllocateGatewayReq) -> Result<pb::AllocateGatewayResp, Error> {
         Ok(answer(self.allocator.allocate(&ask(request)?)))
+    }
+
+    /// The same, of which nothing is counted.
+    ///
+    /// # Errors
+    /// The request is invalid.
+    pub fn try_out(&self, request: pb::AllocateGatewayReq) -> Result<pb::AllocateGatewayResp, Error> {
+        Ok(answer(self.allocator.try_out(&ask(request)?)))
     }
 
     pub fn nodes(&self) -> pb::ListNodesResp {
