@@ -9,6 +9,7 @@ mod moving;
 mod neighbours;
 mod protection;
 mod redis;
+mod reporting;
 pub mod serve;
 mod settings;
 pub mod threads;
@@ -214,13 +215,15 @@ impl App {
             explaining: engine.explaining.clone(),
             peers: engine.peers.clone(),
         };
-        let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
+        let operator = operator(&config, &engine, &draining);
+        let reporter = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
+        let router = serve::admin_router(operator, for_operators);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let services = engine.services(&config, &draining, &attached);
+        let services = engine.services(&config, &draining, &attached, reporter);
         let (health, service) =
             serve::data_service(services, engine.memory.clone(), access.clone(), config.auth.reflection).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);

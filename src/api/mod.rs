@@ -23,6 +23,7 @@ pub mod moves;
 pub mod node;
 pub mod presence;
 pub mod queries;
+pub mod report;
 pub mod room;
 pub mod status;
 pub mod statuses;
