@@ -2,9 +2,10 @@
 
 use serde::Deserialize;
 use serde::Serialize;
+use utoipa::ToSchema;
 
 /// What one node is and does. Of a node that did not answer only who it is, and why it did not, is known.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct NodeReport {
     pub node_id: String,
@@ -42,7 +43,7 @@ pub struct NodeReport {
 }
 
 /// How each of its links is protected: `off`, `on`, or `unverified` (encrypted, but nobody has proved who he is).
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct TlsReport {
     pub data: String,
@@ -54,7 +55,7 @@ pub struct TlsReport {
 }
 
 /// A certificate that is in use.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct CertificateReport {
     /// data, admin, peer, store, redis_cache or redis_queue; of a CA with ` (ca)` behind it.
@@ -63,7 +64,7 @@ pub struct CertificateReport {
 }
 
 /// A gateway's stream.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct StreamReport {
     pub gateway_addr: String,
@@ -81,7 +82,7 @@ pub struct StreamReport {
 }
 
 /// Numbers of one node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct NodeMetrics {
     pub node_id: String,
@@ -94,7 +95,7 @@ pub struct NodeMetrics {
 }
 
 /// A number of a node.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct NumberReport {
     pub name: String,
@@ -104,7 +105,7 @@ pub struct NumberReport {
 }
 
 /// What 99 of 100 did not exceed, in milliseconds; null: there were none.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Latency {
     pub query_p99: Option<f64>,
@@ -113,7 +114,7 @@ pub struct Latency {
 }
 
 /// By whom users were found who were looked up; the sum is 1.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct HitShare {
     pub memory: f64,
@@ -122,7 +123,7 @@ pub struct HitShare {
 }
 
 /// What a node tells another that asks it for everything.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Overview {
     pub report: NodeReport,
@@ -130,7 +131,7 @@ pub struct Overview {
 }
 
 /// The first look at the system.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Summary {
     pub as_of_ms: i64,
@@ -170,7 +171,7 @@ pub struct Summary {
 }
 
 /// Lives of gateways. One that is drained is counted there only.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct GatewayCounts {
     pub alive: u64,
@@ -183,7 +184,7 @@ pub struct GatewayCounts {
 }
 
 /// A time in which no gateway is declared dead.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct HoldReport {
     pub until_ms: i64,
@@ -193,7 +194,7 @@ pub struct HoldReport {
 }
 
 /// Stored messages, over all users.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct InboxReport {
     pub messages: u64,
@@ -201,7 +202,7 @@ pub struct InboxReport {
 }
 
 /// Per second.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct Rates {
     /// Users looked up, one by one and in batches.
@@ -215,7 +216,7 @@ pub struct Rates {
 }
 
 /// One node in short.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct NodeState {
     pub node_id: String,
