@@ -9,6 +9,7 @@ mod per_thread;
 mod presence;
 mod process;
 mod security;
+pub mod snapshot;
 pub mod sql;
 pub mod threads;
 
@@ -306,6 +307,11 @@ impl Metrics {
 
     pub fn connections(&self, is_encrypted: bool) -> Gauge {
         self.connections.get_or_create(&ByTls { tls: if is_encrypted { "yes" } else { "no" } }).clone()
+    }
+
+    /// Client connections that are open now.
+    pub fn open_connections(&self) -> i64 {
+        self.connections(true).get() + self.connections(false).get()
     }
 
     pub fn shed(&self, what: &'static str) {
