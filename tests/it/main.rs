@@ -2,6 +2,7 @@
 
 mod access;
 mod acks;
+mod alerts;
 mod allocation;
 mod bad_input;
 mod bind;
@@ -27,6 +28,7 @@ mod kicks;
 mod memory;
 mod moves;
 mod neighbours;
+mod observed;
 mod online_time;
 mod operators;
 mod order;
@@ -45,4 +47,5 @@ mod tls_renewal;
 mod tls_stores;
 mod two_nodes;
 mod watch;
+mod well;
 mod ws_gateways;
