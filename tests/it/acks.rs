@@ -42,7 +42,7 @@ const HEARD_WITHIN: Duration = Duration::from_secs(5);
 /// Of devices that do answer, on a machine that builds something else meanwhile.
 const PATIENCE_MS: u32 = 5_000;
 
-fn with_ack(user: i64, text: &str, ack_timeout_ms: u32) -> DeliverReq {
+pub fn with_ack(user: i64, text: &str, ack_timeout_ms: u32) -> DeliverReq {
     DeliverReq { ack_timeout_ms, ..a_message(user, text) }
 }
 

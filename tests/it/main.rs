@@ -2,6 +2,7 @@
 
 mod access;
 mod acks;
+mod alerts;
 mod allocation;
 mod bad_input;
 mod bench_command;
@@ -29,6 +30,7 @@ mod memory;
 mod moves;
 mod neighbours;
 mod nodes;
+mod observed;
 mod online_time;
 mod operators;
 mod order;
@@ -48,4 +50,5 @@ mod tls_renewal;
 mod tls_stores;
 mod two_nodes;
 mod watch;
+mod well;
 mod ws_gateways;

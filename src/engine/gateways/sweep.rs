@@ -71,6 +71,13 @@ pub struct Sweep {
     shown: HashSet<ByGateway>,
 }
 
+/// What one pass over the routes of a life came to.
+#[derive(Default)]
+struct Pass {
+    removed: usize,
+    left: i64,
+}
+
 impl Sweep {
     pub fn new(tools: Arc<LaneContext>, lanes: Arc<Lanes>) -> Self {
         let slot = ConnectionSlot::new(tools.database.clone());
@@ -109,9 +116,13 @@ impl Sweep {
             self.tools.lives.learn(&lives); // the lanes judge by what is known here
             let unswept: HashSet<Epoch> = lives.iter().map(|life| life.epoch).collect();
             self.empty.retain(|epoch| unswept.contains(epoch));
+            let mut left = 0;
             for life in lives {
-                removed += self.life(&mut connection, &life).await?;
+                let pass = self.life(&mut connection, &life).await?;
+                removed += pass.removed;
+                left += pass.left;
             }
+            self.tools.metrics.sweep_backlog.set(left);
         }
         if steady {
             self.end_unused(&mut connection).await?;
@@ -176,40 +187,40 @@ impl Sweep {
     }
 
     /// One pass over the routes of a life that is over.
-    async fn life(&mut self, connection: &mut Connection, life: &Life) -> Result<usize, SqlError> {
+    async fn life(&mut self, connection: &mut Connection, life: &Life) -> Result<Pass, SqlError> {
         let (epoch, now) = (life.epoch, self.tools.lives.clock.now());
         let sure = life.end.is_some_and(|end| now.since(end.at) >= STRAGGLERS);
         if !sure && self.empty.contains(&epoch) {
-            return Ok(0);
+            return Ok(Pass::default());
         }
-        let (mut after, mut removed, began) = (0, 0, Instant::now());
+        let (mut after, mut pass, began) = (0, Pass::default(), Instant::now());
         loop {
             if !connection.claim_job("sweep", &self.tools.claimant, TERM).await? {
-                return Ok(removed); // another node goes on; this pass says nothing
+                return Ok(pass); // another node goes on; this pass says nothing
             }
             let began = Instant::now();
             let users = connection.users_of_life(epoch, after, PAGE).await?;
             let Some(last) = users.last() else { break };
             if after == 0 {
-                let routes = connection.count_routes_of(epoch).await?;
-                self.tools.metrics.sweep_backlog.set(routes);
+                pass.left = connection.count_routes_of(epoch).await?;
+                self.tools.metrics.sweep_backlog.set(pass.left);
             }
             after = last.get();
             let swept = self.sweep(users).await;
-            self.tools.metrics.sweep_backlog.dec_by(i64::try_from(swept).unwrap_or(0));
-            removed += swept;
+            pass.removed += swept;
+            pass.left = (pass.left - i64::try_from(swept).unwrap_or(0)).max(0); // somebody may have come meanwhile
+            self.tools.metrics.sweep_backlog.set(pass.left);
             self.rest(began).await;
         }
-        self.tools.metrics.sweep_backlog.set(0);
         if after > 0 {
-            let (gateway, duration_ms) = (&life.gateway, began.elapsed().as_millis() as u64);
+            let (gateway, removed, duration_ms) = (&life.gateway, pass.removed, began.elapsed().as_millis() as u64);
             info!(gateway.addr = %gateway, gateway.epoch = epoch.0, routes = removed, duration_ms, "routes of a dead gateway removed");
         } else if sure {
             connection.mark_swept(epoch).await?;
         } else {
             self.empty.insert(epoch);
         }
-        Ok(removed)
+        Ok(pass)
     }
 
     async fn sweep(&mut self, users: Vec<UserId>) -> usize {

@@ -8,6 +8,7 @@ pub mod node;
 pub mod orders;
 pub mod pki;
 pub mod process;
+pub mod prometheus;
 pub mod proxy;
 pub mod redis;
 pub mod redis_proxy;

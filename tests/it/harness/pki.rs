@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use im_presence::client::security::Link;
 use im_presence::client::security::Security;
+use im_presence::clock;
 use im_presence::security::tokens;
 use rcgen::BasicConstraints;
 use rcgen::CertificateParams;
@@ -14,6 +15,7 @@ use rcgen::IsCa;
 use rcgen::Issuer;
 use rcgen::KeyPair;
 use rcgen::SanType;
+use time::OffsetDateTime;
 
 use crate::harness::mariadb::scratch;
 
@@ -89,15 +91,24 @@ impl Ca {
         self.issue_until(name, names, None)
     }
 
+    /// The same, whose end is so long from now.
+    pub fn issue_for(&self, name: &str, names: &[&str], time: Duration) -> Pair {
+        let end = rcgen::date_time_ymd(1970, 1, 1) + Duration::from_secs(clock::unix_s()) + time;
+        self.issue_within(name, names, Some((rcgen::date_time_ymd(2000, 1, 1), end)))
+    }
+
     /// The same, whose end is at the beginning of this year.
     pub fn issue_until(&self, name: &str, names: &[&str], year: Option<i32>) -> Pair {
+        self.issue_within(name, names, year.map(|year| (rcgen::date_time_ymd(2000, 1, 1), rcgen::date_time_ymd(year, 1, 1))))
+    }
+
+    fn issue_within(&self, name: &str, names: &[&str], time: Option<(OffsetDateTime, OffsetDateTime)>) -> Pair {
         let (uris, hosts): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| name.contains("://"));
         let mut params = CertificateParams::new(hosts.into_iter().map(str::to_owned).collect::<Vec<_>>()).expect("names");
         let uris = uris.into_iter().map(|uri| SanType::URI(uri.try_into().expect("ASCII")));
         params.subject_alt_names.extend(uris);
-        if let Some(year) = year {
-            params.not_before = rcgen::date_time_ymd(2000, 1, 1);
-            params.not_after = rcgen::date_time_ymd(year, 1, 1);
+        if let Some(time) = time {
+            (params.not_before, params.not_after) = time;
         }
         let key = KeyPair::generate().expect("a key");
         let pem = params.signed_by(&key, &self.issuer).expect("a certificate").pem();

@@ -107,6 +107,12 @@ impl TestGateway {
         bound
     }
 
+    /// A client connects; whatever comes of it. None: the gateway has left.
+    pub async fn try_bind(&self, user: i64, device: &str, conn: &str) -> Option<Code> {
+        let bound = self.gateway.as_ref()?.bind(connection(user, device, conn)).await;
+        bound.ok().map(|bound| code(&bound.result))
+    }
+
     /// The phones of all these users connect at once.
     pub async fn bind_all(self: &Arc<Self>, users: impl Iterator<Item = i64>) {
         let mut binds = JoinSet::new();

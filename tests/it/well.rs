@@ -1,0 +1,161 @@
+//! A system that is well, with all that goes on in one: nobody is called.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use std::time::Instant;
+
+use im_presence::pb::Code;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::acks::with_ack;
+use crate::harness::cluster::Cluster;
+use crate::harness::cluster::PHONE;
+use crate::harness::gateway::Gateway;
+use crate::harness::heavy;
+use crate::harness::long;
+use crate::harness::node::Node;
+use crate::harness::node::Presence;
+use crate::harness::prometheus::Prometheus;
+use crate::harness::stream::Devices;
+use crate::harness::stream::TestGateway;
+use crate::harness::watcher::Watcher;
+
+/// How long it goes on, in minutes. Below an hour the windows and waits of the rules are shorter by as much.
+const MINUTES: &str = "IM_PRESENCE_WELL_MINUTES";
+const DEFAULT_MINUTES: u64 = 5;
+const HOUR: u64 = 60;
+const USERS: u64 = 2_000;
+const GATEWAYS: usize = 6;
+const SCRAPE_INTERVAL: Duration = Duration::from_secs(5);
+const SHORT_SCRAPE_INTERVAL: Duration = Duration::from_secs(1);
+/// Between calls of one caller.
+const PACE: Duration = Duration::from_millis(10);
+/// Between starts and ends of a gateway that comes and goes.
+const COMING_AND_GOING: Duration = Duration::from_secs(10);
+const BEAT: Duration = Duration::from_secs(5);
+/// Between restarts of a node.
+const RESTARTS: Duration = Duration::from_secs(60);
+/// Of devices that answer at once.
+const ACK_TIMEOUT_MS: u32 = 5_000;
+/// A prime, so that all users have their turn.
+const STRIDE: u64 = 7_919;
+
+#[derive(Default)]
+struct Done {
+    binds: AtomicU64,
+    queries: AtomicU64,
+    messages: AtomicU64,
+    lives: AtomicU64,
+    /// Calls that met a node which restarts, mostly.
+    failed: AtomicU64,
+}
+
+impl Done {
+    fn count(&self, what: &AtomicU64, is_good: bool) {
+        if is_good { what } else { &self.failed }.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn user(turn: u64) -> i64 {
+    i64::try_from(1 + turn * STRIDE % USERS).expect("not so many")
+}
+
+/// Users log in on one gateway after the other.
+async fn log_in(gateways: Arc<Vec<TestGateway>>, done: Arc<Done>) {
+    for turn in 0.. {
+        let gateway = &gateways[usize::try_from(turn).unwrap_or(0) % gateways.len()];
+        let bound = gateway.try_bind(user(turn), PHONE, &format!("c-{turn}")).await;
+        done.count(&done.binds, bound == Some(Code::Ok));
+        sleep(PACE).await;
+    }
+}
+
+async fn ask(mut node: Presence, done: Arc<Done>) {
+    for turn in 0.. {
+        let query = im_presence::pb::QueryRouteReq { user_id: user(turn), max_staleness_ms: None };
+        done.count(&done.queries, node.query_route(query).await.is_ok());
+        sleep(PACE).await;
+    }
+}
+
+async fn send(mut node: Presence, done: Arc<Done>) {
+    for turn in 0.. {
+        done.count(&done.messages, node.deliver(with_ack(user(turn), "hello", ACK_TIMEOUT_MS)).await.is_ok());
+        sleep(4 * PACE).await;
+    }
+}
+
+/// A gateway that says when it comes and when it goes.
+async fn come_and_go(node: &Node, done: &Done) {
+    let addr = "gw-guest:7000";
+    let guest = Gateway::start(addr, &[node], BEAT).await;
+    node.bind_all(10_001..=10_050, addr, guest.epoch).await;
+    sleep(COMING_AND_GOING).await;
+    let gone = node.deregister(addr, guest.epoch).await;
+    done.count(&done.lives, gone == Code::Ok);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn while_all_is_well_no_alert_fires() {
+    if !long() {
+        return;
+    }
+    let _turn = heavy().await;
+    let minutes = std::env::var(MINUTES).map_or(DEFAULT_MINUTES, |minutes| minutes.parse().expect("a number of minutes"));
+    let shorter = (HOUR / minutes.clamp(1, HOUR)).max(1);
+    let every = if shorter > 1 { SHORT_SCRAPE_INTERVAL } else { SCRAPE_INTERVAL };
+    let mut cluster = Cluster::with_redis(2, &[]).await;
+    let mut gateways = Vec::new();
+    for n in 0..GATEWAYS {
+        gateways.push(TestGateway::start(&cluster.nodes, &format!("gw-{n}:7000"), Devices::Acknowledge).await);
+    }
+    let (gateways, done) = (Arc::new(gateways), Arc::<Done>::default());
+    for turn in 0..USERS {
+        let bound = gateways[usize::try_from(turn).unwrap_or(0) % GATEWAYS].try_bind(user(turn), PHONE, "c-first").await;
+        assert_eq!(bound, Some(Code::Ok));
+    }
+    let watcher = Watcher::of(&cluster.nodes[0], (1..=100).map(user)).await;
+    let prometheus = Prometheus::start(&cluster.nodes.iter().collect::<Vec<_>>(), shorter, every).await;
+    let mut churn = JoinSet::new();
+    churn.spawn(log_in(gateways.clone(), done.clone()));
+    for node in &cluster.nodes {
+        churn.spawn(ask(node.new_connection(), done.clone()));
+        churn.spawn(send(node.new_connection(), done.clone()));
+    }
+    let (began, mut restarted, mut restarts) = (Instant::now(), Instant::now(), 0);
+    while began.elapsed() < Duration::from_secs(60) * u32::try_from(minutes).expect("not so long") {
+        come_and_go(&cluster.nodes[0], &done).await;
+        let alerts = prometheus.alerts().await;
+        let waiting: Vec<_> = alerts.iter().filter(|alert| !alert.is_firing).collect();
+        println!("{:?}: {waiting:?}", began.elapsed());
+        let firing = prometheus.firing().await;
+        assert!(firing.is_empty(), "after {:?}: {alerts:?}", began.elapsed());
+        if restarted.elapsed() >= RESTARTS {
+            let node = &mut cluster.nodes[1]; // watchers and the guest are at the other one
+            node.terminate();
+            assert!(node.ended().await.success());
+            node.restart().await;
+            (restarted, restarts) = (Instant::now(), restarts + 1);
+        }
+    }
+    churn.shutdown().await;
+    drop(watcher);
+    let count = |what: &AtomicU64| what.load(Ordering::Relaxed);
+    let Done { binds, queries, messages, lives, failed } = &*done;
+    println!(
+        "{minutes} minutes, rules {shorter} times shorter: {} log-ins, {} queries, {} messages, {} gateways that came and went, \
+         {restarts} restarts, {} calls failed",
+        count(binds),
+        count(queries),
+        count(messages),
+        count(lives),
+        count(failed)
+    );
+    let ever = "count by (alertname) (count_over_time(ALERTS{alertname!=\"ImPresenceWatchdog\", alertstate=\"firing\"}[2h]))";
+    let fired = prometheus.query(ever).await.expect("an answer");
+    assert_eq!(fired["data"]["result"].as_array().map(Vec::len), Some(0), "{fired}");
+    assert!(count(binds) > 60 * minutes && count(messages) > 60 * minutes, "something went on");
+}
