@@ -11,7 +11,7 @@ COPY migrations migrations
 COPY proto proto
 COPY src src
 # Line numbers stay in panic messages; what only a debugger needs goes.
-RUN cargo build --profile dist --locked --bin im-presence && strip --strip-debug target/dist/im-presence
+RUN cargo build --profile dist --locked --features otlp --bin im-presence && strip --strip-debug target/dist/im-presence
 
 FROM debian:bookworm-slim
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin im-presence \

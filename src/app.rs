@@ -11,6 +11,7 @@ mod protection;
 mod redis;
 pub mod serve;
 mod settings;
+mod spans;
 pub mod threads;
 mod upkeep;
 
@@ -198,7 +199,6 @@ impl App {
         let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
         let mut engine = Daemon::start(&config, database, data, metrics, &mut tasks, &stop).await?;
-
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
         let for_operators = Admin {
@@ -220,7 +220,8 @@ impl App {
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let services = engine.services(&config, &draining, &attached);
+        let spans = spans::start(&config, &engine, &mut tasks, &stop);
+        let services = engine.services(&config, &draining, &attached).traced(spans);
         let (health, service) =
             serve::data_service(services, engine.memory.clone(), access.clone(), config.auth.reflection).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);

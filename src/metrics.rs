@@ -132,6 +132,7 @@ pub struct Metrics {
     pub acks: Family<ByResult, Counter>,
     delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
     log_lines_dropped: Counter,
+    spans: Family<ByResult, Counter>,
 }
 
 impl Metrics {
@@ -165,11 +166,7 @@ impl Metrics {
             stale_offers_rejected: r.family("stale_offers_rejected", "outdated records kept out of a cache"),
             store_up: r.add("store_up", "1 if the database answered last time", Gauge::default()),
             store_errors: r.family("store_errors", "database errors, by what was being done"),
-            cache_generation: r.add(
-                "cache_generation",
-                "raised whenever caches may hold what the database does not",
-                Gauge::default(),
-            ),
+            cache_generation: r.add("cache_generation", "raised when caches may hold what SQL does not", Gauge::default()),
             gateways: r.gauges("gateways", "lives of gateways, by state"),
             gateway_users: r.gauges("gateway_users", "connections that each registered gateway said it had"),
             gateway_deaths: r.family("gateway_deaths", "lives that this node ended, by cause"),
@@ -203,6 +200,7 @@ impl Metrics {
                 Family::new_with_constructor(seconds as fn() -> Histogram),
             ),
             log_lines_dropped: r.add("log_lines_dropped", "lines of the log that nobody read in time", Counter::default()),
+            spans: r.family("spans", "parts of traced calls, by whether the collector has them"),
             registry,
         })
     }
@@ -234,6 +232,13 @@ impl Metrics {
     /// Whether that Redis answered last time. None: it is not configured, or was not asked yet.
     pub fn is_redis_up(&self, r#use: &'static str) -> Option<bool> {
         self.redis_up.get(&ByUse { r#use }).map(|gauge| gauge.get() == 1)
+    }
+
+    /// So many spans came to this.
+    pub fn spans(&self, result: &'static str, number: u64) {
+        if number > 0 {
+            self.spans.get_or_create(&ByResult { result }).inc_by(number);
+        }
     }
 
     /// How long one stage of a delivery took.

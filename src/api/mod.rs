@@ -26,6 +26,7 @@ pub mod queries;
 pub mod room;
 pub mod status;
 pub mod statuses;
+pub mod traced;
 pub mod transport;
 mod users;
 pub mod watch;

@@ -36,6 +36,7 @@ mod shared;
 mod sql_faults;
 mod stale_reads;
 mod status;
+mod steps;
 mod store_trouble;
 mod streams;
 mod surroundings;
@@ -43,6 +44,8 @@ mod tidy;
 mod tls;
 mod tls_renewal;
 mod tls_stores;
+#[cfg(feature = "otlp")]
+mod traces;
 mod two_nodes;
 mod watch;
 mod ws_gateways;
