@@ -14,6 +14,7 @@ mod redis;
 mod reporting;
 pub mod serve;
 mod settings;
+mod spans;
 pub mod threads;
 mod upkeep;
 
@@ -202,12 +203,12 @@ impl App {
         let attached = TaskTracker::new();
         let mut tasks = JoinSet::new();
         let mut engine = Daemon::start(&config, database, data, metrics, &mut tasks, &stop).await?;
-
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
         let operator = operator(&config, &engine, &draining);
         let reporter = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
-        let services = engine.services(&config, &draining, &attached, reporter.clone());
+        let spans = spans::start(&config, &engine, &mut tasks, &stop);
+        let services = engine.services(&config, &draining, &attached, reporter.clone()).traced(spans);
         let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporter, &mut tasks, &stop);
         let router = serve::admin_router(operator, rest);
         if let Some(calls) = engine.peer_calls.take() {

@@ -15,6 +15,7 @@ mod rules;
 mod schema;
 mod secret;
 mod security;
+mod trace;
 
 use std::fmt;
 use std::io;
@@ -51,6 +52,7 @@ pub use security::MtlsRule;
 pub use security::Peer;
 pub use security::Tls;
 pub use security::WhoReadsMetrics;
+pub use trace::Trace;
 
 /// Everything that can be configured, checked. A Redis section that is `None` is a tier that is not there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -60,6 +62,7 @@ pub struct Config {
     pub node: Node,
     pub admin: Admin,
     pub log: Log,
+    pub trace: Trace,
     pub tls: Tls,
     pub admin_tls: Tls,
     pub peer: Peer,

@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use clap::Args;
 use clap::Subcommand;
+use tonic::metadata::AsciiMetadataValue;
 use tonic_types::StatusExt;
 
 use crate::client::security::Link;
@@ -61,6 +62,8 @@ const FAILED: u8 = 1;
 const BAD_USAGE: u8 = 2;
 const NO: u8 = 3;
 
+/// Asks the node for the steps of a delivery.
+const TRACE: &str = "im-trace";
 /// 2,000 users with all their routes may be larger than tonic's 4 MiB.
 const MAX_ANSWER_BYTES: usize = 256 * 1024 * 1024;
 
@@ -75,6 +78,7 @@ Examples:
   im-presence ctl gateway gw-1:7000 42                   a gateway in this terminal, with user 42 on it
   im-presence ctl listen 42 --redis redis://127.0.0.1:6379      as a gateway would
   im-presence ctl deliver 42 'dinner is ready'
+  im-presence ctl deliver 42 'are you there?' --ack-timeout-ms 2000 --trace     where it went, and how long that took
   im-presence ctl status 42 busy --text 'in a meeting' --for 3600
   im-presence ctl status 42 --device phone --idle true
   im-presence ctl status 42                              how the user is shown
@@ -202,6 +206,9 @@ impl Ctl {
             Command::Deliver(deliver) => {
                 let mut request = tonic::Request::new(deliver.request().map_err(unusable)?);
                 request.set_timeout(self.patience()); // tells the node until when a retry makes sense
+                if deliver.trace {
+                    request.metadata_mut().insert(TRACE, AsciiMetadataValue::from_static("1"));
+                }
                 self.connect().await?.deliver(request).await.map(|answer| self.delivered(deliver, answer.get_ref()))
             }
             Command::Gateways(gateways) => {
@@ -289,7 +296,10 @@ impl Ctl {
     }
 
     fn delivered(&self, deliver: &Deliver, answer: &pb::DeliverResp) -> Outcome {
-        let text = self.text("DeliverResp", answer, || print::delivered(deliver.user, answer));
+        let text = self.text("DeliverResp", answer, || match deliver.trace {
+            true => format!("{}\n{}", print::delivered(deliver.user, answer), print::steps(answer)),
+            false => print::delivered(deliver.user, answer),
+        });
         Outcome { text, exit: exit(code(&answer.result), answer.delivered || answer.stored) }
     }
 

@@ -163,6 +163,7 @@ pub struct Metrics {
     delivery_seconds: Family<ByStage, Histogram, fn() -> Histogram>,
     went_back: Counter,
     log_lines_dropped: Counter,
+    spans: Family<ByResult, Counter>,
 }
 
 impl Metrics {
@@ -240,6 +241,7 @@ impl Metrics {
             ),
             went_back: r.add("sql_went_back", "users of whom the database held less than it had", Counter::default()),
             log_lines_dropped: r.add("log_lines_dropped", "lines of the log that nobody read in time", Counter::default()),
+            spans: r.family("spans", "parts of traced calls, by whether the collector has them"),
             registry,
         }
     }
@@ -288,6 +290,13 @@ impl Metrics {
     /// Whether that Redis answered last time. None: it is not configured, or was not asked yet.
     pub fn is_redis_up(&self, r#use: &'static str) -> Option<bool> {
         self.redis_up.get(&ByUse { r#use }).map(|gauge| gauge.get() == 1)
+    }
+
+    /// So many spans came to this.
+    pub fn spans(&self, result: &'static str, number: u64) {
+        if number > 0 {
+            self.spans.get_or_create(&ByResult { result }).inc_by(number);
+        }
     }
 
     /// How long one stage of a delivery took.

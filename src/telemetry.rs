@@ -4,7 +4,10 @@
 //! bounded queue; when that is full, because the reader stands still or the disk is slow, lines are dropped and counted.
 
 mod line;
+#[cfg(feature = "otlp")]
+pub mod otlp;
 mod repeats;
+pub mod spans;
 
 use std::io;
 use std::io::IsTerminal;

@@ -22,6 +22,7 @@ use crate::metrics::ByResult;
 use crate::metrics::ByWhat;
 use crate::metrics::Metrics;
 use crate::pb;
+use crate::telemetry::spans::Place;
 
 pub struct Binder {
     pub lanes: Arc<Lanes>,
@@ -30,16 +31,16 @@ pub struct Binder {
 }
 
 impl Binder {
-    pub async fn bind(&self, user: UserId, bind: Bind) -> Result<pb::BindRouteResp, Error> {
+    pub async fn bind(&self, user: UserId, bind: Bind, trace: Option<Place>) -> Result<pb::BindRouteResp, Error> {
         let began = Instant::now();
-        let outcome = self.lanes.submit(user, Change::Bind(bind)).await;
+        let outcome = self.lanes.submit_traced(user, Change::Bind(bind), trace).await;
         self.metrics.bind_seconds.observe(began.elapsed());
         self.count_bind(&outcome);
         outcome.map(|outcome| self.bound(user, outcome))
     }
 
-    pub async fn unbind(&self, user: UserId, unbind: Unbind) -> Result<pb::UnbindRouteResp, Error> {
-        self.unbound(self.lanes.submit(user, Change::Unbind(unbind)).await)
+    pub async fn unbind(&self, user: UserId, unbind: Unbind, trace: Option<Place>) -> Result<pb::UnbindRouteResp, Error> {
+        self.unbound(self.lanes.submit_traced(user, Change::Unbind(unbind), trace).await)
     }
 
     /// Many binds, each with its own answer.

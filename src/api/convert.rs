@@ -332,6 +332,7 @@ pub fn addressed(envelope: &Envelope) -> pb::Delivery {
         wants_ack: envelope.wants_ack,
         message_id: envelope.message_id.clone(),
         inbox_seq: envelope.inbox_seq,
+        traceparent: envelope.traceparent.clone(),
     }
 }
 
@@ -367,6 +368,7 @@ pub fn stored_delivery(user: UserId, stored: StoredMessage) -> pb::Delivery {
         wants_ack: false,
         message_id: message.message_id,
         inbox_seq: seq,
+        traceparent: String::new(),
     }
 }
 
@@ -390,6 +392,7 @@ pub fn envelope(delivery: pb::Delivery) -> Envelope {
         wants_ack: delivery.wants_ack,
         message_id: delivery.message_id,
         inbox_seq: delivery.inbox_seq,
+        traceparent: delivery.traceparent,
     }
 }
 

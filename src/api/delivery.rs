@@ -1,14 +1,18 @@
 //! Messages between wire and engine: what `Deliver` and `BatchDeliver` take and answer.
 
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
 use tonic::Status;
+use tonic::codegen::http::Extensions;
 use tonic::metadata::MetadataMap;
 
+use crate::api::access::Admission;
 use crate::api::convert;
 use crate::api::status::item_code;
 use crate::api::status::status;
+use crate::domain::caller::Role;
 use crate::domain::id::DeviceId;
 use crate::domain::id::InvalidId;
 use crate::domain::id::MAX_NAME_BYTES;
@@ -19,12 +23,16 @@ use crate::engine::messages::message::Message;
 use crate::engine::messages::message::Outcome;
 use crate::engine::messages::message::Report;
 use crate::engine::messages::message::Storing;
+use crate::engine::messages::steps::Step;
+use crate::engine::messages::steps::Steps;
 use crate::error::Error;
 use crate::pb;
 
 const MAX_TYPE_BYTES: usize = 64;
 /// A caller that sets no deadline waits this long at most.
 const DEFAULT_DEADLINE: Duration = Duration::from_secs(30);
+/// The metadata by which an operator asks for the steps: `im-trace: 1`.
+pub const TRACE: &str = "im-trace";
 /// The answer has to be on its way before the caller gives up.
 const ANSWER_MARGIN: Duration = Duration::from_millis(20);
 
@@ -49,6 +57,28 @@ fn parse_timeout(text: &str) -> Option<Duration> {
     }
 }
 
+/// Takes down the steps of a delivery, if its caller wants to see them and may. None: nobody does.
+pub fn steps(metadata: &MetadataMap, extensions: &Extensions) -> Option<Arc<Steps>> {
+    let is_wanted = metadata.get(TRACE).is_some_and(|value| value == "1");
+    let role = || Admission::of(extensions).map(|admission| admission.identity.caller.role);
+    (is_wanted && role().is_none_or(|role| role == Role::Operator)).then(Steps::begin)
+}
+
+/// The steps as they are told.
+pub fn told(steps: &Steps) -> Vec<pb::DeliveryStep> {
+    let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+    let told = |step: Step| pb::DeliveryStep {
+        at_us: micros(step.at),
+        what: step.what.to_owned(),
+        node_id: step.node,
+        gateway_addr: step.gateway,
+        device_id: step.device,
+        took_us: micros(step.took),
+        detail: step.detail,
+    };
+    steps.list().into_iter().map(told).collect()
+}
+
 pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliveries) -> Result<(UserId, Message), Status> {
     let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
     if !request.device_ids.is_empty() && !deliveries.can_address_devices() {
@@ -65,6 +95,8 @@ pub fn message(request: pb::DeliverReq, max_bytes: usize, deliveries: &Deliverie
         device_ids,
         ack_timeout: (request.ack_timeout_ms > 0).then(|| Duration::from_millis(request.ack_timeout_ms.into())),
         store: request.store_offline.then(|| storing(request.expire_after_s)),
+        steps: None,
+        trace: None,
     };
     check(&message, max_bytes)?;
     Ok((user, message))
@@ -80,6 +112,8 @@ pub fn batch_message(request: pb::BatchDeliverReq, max_bytes: usize) -> Result<(
         device_ids: Vec::new(),
         ack_timeout: None,
         store: request.store_offline.then(|| storing(0)),
+        steps: None,
+        trace: None,
     };
     check(&message, max_bytes)?;
     Ok((users, message))
@@ -121,6 +155,7 @@ pub fn delivered(reports: Vec<Result<Report, Error>>) -> Result<pb::DeliverResp,
         acked_devices: report.acked.iter().map(DeviceId::to_string).collect(),
         stored: report.outcome == Outcome::Stored,
         attempts: report.attempts,
+        steps: Vec::new(),
     })
 }
 

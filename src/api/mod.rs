@@ -29,6 +29,7 @@ pub mod rest;
 pub mod room;
 pub mod status;
 pub mod statuses;
+pub mod traced;
 pub mod transport;
 mod users;
 pub mod watch;

@@ -35,6 +35,7 @@ use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
 use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
+use crate::engine::messages::dispatch::what;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::FORWARD_LIMIT;
 use crate::engine::messages::peers::Peers;
@@ -47,6 +48,9 @@ use crate::engine::read::lives::Lives;
 use crate::pb;
 use crate::pb::node_service_client::NodeServiceClient;
 use crate::pb::node_service_server::NodeService;
+use crate::telemetry::spans::Kind;
+use crate::telemetry::spans::Span;
+use crate::telemetry::spans::Spans;
 
 /// Calls under way to one node.
 const IN_FLIGHT: usize = 16;
@@ -70,6 +74,8 @@ pub struct Node {
     pub lives: Arc<Lives>,
     pub explaining: Arc<Explaining>,
     pub reporter: Arc<Reporter>,
+    /// None: nothing is traced.
+    pub spans: Option<Arc<Spans>>,
 }
 
 #[tonic::async_trait]
@@ -129,8 +135,14 @@ impl Node {
         let known = contents::orders(request);
         let places: Vec<usize> = (0..known.len()).filter(|i| known[*i].is_some()).collect();
         let mut outcomes = vec![pb::Handed::NotHere.into(); known.len()];
-        let known: Vec<_> = known.into_iter().flatten().collect();
+        let mut known: Vec<_> = known.into_iter().flatten().collect();
+        let spans = self.resume(&mut known);
         let handed = self.streams.hand_all(&known, Instant::now() + ROOM_LIMIT).await;
+        for (mut span, handed) in spans.into_iter().map(|(i, span)| (span, handed[i])) {
+            if handed != Handed::Taken {
+                span.fail(what(handed));
+            }
+        }
         for (i, handed) in places.into_iter().zip(handed) {
             outcomes[i] = match handed {
                 Handed::Taken => pb::Handed::Taken.into(),
@@ -139,6 +151,22 @@ impl Node {
             };
         }
         outcomes
+    }
+
+    /// Begins spans for the orders that are traced, each with its place among all; their gateways are told of them.
+    fn resume(&self, orders: &mut [(Epoch, Order)]) -> Vec<(usize, Span)> {
+        let Some(spans) = &self.spans else { return Vec::new() };
+        let mut begun = Vec::new();
+        for (i, (_, order)) in orders.iter_mut().enumerate() {
+            if let Order::Delivery(envelope) = order
+                && let Some(place) = spans.resume(&envelope.traceparent)
+            {
+                let span = place.begin("hand over", Kind::Server);
+                Arc::make_mut(envelope).traceparent = span.place().traceparent();
+                begun.push((i, span));
+            }
+        }
+        begun
     }
 }
 

@@ -8,6 +8,7 @@ use tonic::Response;
 use tonic::Status;
 use tonic::Streaming;
 use tonic::codegen::BoxStream;
+use tonic::codegen::http::Extensions;
 
 use crate::api::access;
 use crate::api::access::Admission;
@@ -29,6 +30,7 @@ use crate::engine::presence::watches::Watches;
 use crate::error::Error;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;
+use crate::telemetry::spans::Place;
 
 #[derive(Clone)]
 pub struct Presence {
@@ -48,7 +50,8 @@ impl PresenceService for Presence {
         let (user, bind) = convert::bind(request.get_ref()).map_err(|error| status(&error))?;
         access::check_gateway(request.extensions(), &bind.gateway)?;
         let target = format!("user {user} on {}", bind.gateway);
-        let bound = self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error));
+        let bound =
+            self.binder.bind(user, bind, place(request.extensions())).await.map(Response::new).map_err(|error| status(&error));
         access::note_operator(request.extensions(), "BindRoute", || target, &bound);
         bound
     }
@@ -59,7 +62,12 @@ impl PresenceService for Presence {
         if let Ok(gateway) = convert::gateway(&request.get_ref().gateway_addr) {
             access::check_gateway(request.extensions(), &gateway)?;
         }
-        let unbound = self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error));
+        let unbound = self
+            .binder
+            .unbind(user, unbind, place(request.extensions()))
+            .await
+            .map(Response::new)
+            .map_err(|error| status(&error));
         access::note_operator(request.extensions(), "UnbindRoute", || format!("user {user}"), &unbound);
         unbound
     }
@@ -67,17 +75,21 @@ impl PresenceService for Presence {
     async fn deliver(&self, request: Request<pb::DeliverReq>) -> Result<Response<pb::DeliverResp>, Status> {
         let (metadata, extensions, request) = request.into_parts();
         let deadline = delivery::deadline(&metadata);
-        let (user, message) = delivery::message(request, self.max_message_bytes, &self.deliveries)?;
+        let (user, mut message) = delivery::message(request, self.max_message_bytes, &self.deliveries)?;
+        (message.steps, message.trace) = (delivery::steps(&metadata, &extensions), place(&extensions));
         let reports = self.deliveries.deliver(&[user], &message, deadline).await.map_err(|error| status(&error));
         access::note_operator(&extensions, "Deliver", || format!("user {user}"), &reports);
-        delivery::delivered(reports?).map(Response::new)
+        let mut answer = delivery::delivered(reports?)?;
+        answer.steps = message.steps.map(|steps| delivery::told(&steps)).unwrap_or_default();
+        Ok(Response::new(answer))
     }
 
     async fn batch_deliver(&self, request: Request<pb::BatchDeliverReq>) -> Result<Response<pb::BatchDeliverResp>, Status> {
         let (metadata, extensions, request) = request.into_parts();
         let deadline = delivery::deadline(&metadata);
         access::take_users(&extensions, request.user_ids.len())?;
-        let (users, message) = delivery::batch_message(request, self.max_message_bytes)?;
+        let (users, mut message) = delivery::batch_message(request, self.max_message_bytes)?;
+        message.trace = place(&extensions);
         let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error));
         access::note_operator(&extensions, "BatchDeliver", || format!("{} users", users.len()), &reports);
         let reports = reports?;
@@ -154,6 +166,11 @@ impl PresenceService for Presence {
         let call = WatchCall::new(self.watching.clone(), watch, credential, request.into_inner());
         Ok(Response::new(Box::pin(call.tellings())))
     }
+}
+
+/// Where the spans of a call begin. None: it is not traced.
+fn place(extensions: &Extensions) -> Option<Place> {
+    extensions.get().cloned()
 }
 
 /// Where the answer would be too large the routes that were removed are left out: what was bound has to be told.

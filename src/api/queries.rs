@@ -40,13 +40,15 @@ use crate::metrics::LookedUp;
 use crate::metrics::Metrics;
 use crate::pb;
 use crate::pb::codec::Written;
+use crate::telemetry::spans::Kind;
+use crate::telemetry::spans::Place;
 
 /// Answers that are larger are counted until they have left.
 const SMALL_ANSWER_BYTES: usize = 4 * 1024;
 
 /// Cloning it counts references, and threads that count in one place slow each other down: each has one of its own.
 #[derive(Clone)]
-pub struct Queries(Arc<Tools>);
+pub struct Queries(Arc<Tools>, Option<Place>);
 
 #[derive(Clone)]
 struct Tools {
@@ -57,11 +59,16 @@ struct Tools {
 
 impl Queries {
     pub fn new(directory: Arc<Directory>, metrics: Arc<Metrics>, memory: Arc<Memory>) -> Self {
-        Self(Arc::new(Tools { directory, metrics, memory }))
+        Self(Arc::new(Tools { directory, metrics, memory }), None)
     }
 
     pub fn for_another_thread(&self, memory: &Arc<Memory>) -> Self {
-        Self(Arc::new(Tools { memory: memory.clone(), ..Tools::clone(&self.0) }))
+        Self(Arc::new(Tools { memory: memory.clone(), ..Tools::clone(&self.0) }), None)
+    }
+
+    /// For a call whose spans begin here.
+    pub fn traced(self, place: Option<Place>) -> Self {
+        Self(self.0, place)
     }
 
     /// Serves the call that is asked by `Q`.
@@ -103,6 +110,9 @@ impl Queries {
     fn about_one(&self, user: UserId, answer: &Answer, asked: Instant) -> Result<Response<Vec<u8>>, Status> {
         by_source(&self.0.metrics.queries, answer.source).inc();
         self.0.metrics.query_seconds.observe(asked.elapsed());
+        if let Some(place) = &self.1 {
+            place.begin_at("lookup", Kind::Internal, asked).note("im_presence.tier", answer.source.name());
+        }
         self.written(answer::about_one(user, answer))
     }
 
@@ -112,7 +122,9 @@ impl Queries {
         let request = request.into_inner();
         let limit = if request.with_routes { convert::MAX_BATCH_WITH_ROUTES } else { convert::MAX_BATCH };
         let users = convert::user_ids(&request.user_ids, limit).map_err(|error| status(&error))?;
+        let span = self.1.as_ref().map(|place| place.begin("lookup", Kind::Internal));
         let answers = self.0.directory.get_many(&users, bound(request.max_staleness_ms)).await;
+        span.into_iter().for_each(|mut span| span.note("im_presence.users", users.len() as u64));
         unless_all_failed(&answers)?;
         self.count_batch(&answers);
         self.written(answer::about_many(&users, &answers, request.with_routes, request.online_only))

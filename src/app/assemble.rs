@@ -237,7 +237,7 @@ impl Daemon {
         let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
-        let node = Node { store_id, streams, acks, peers, lives, explaining, reporter };
+        let node = Node { store_id, streams, acks, peers, lives, explaining, reporter, spans: None };
         Services {
             presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
             more: Some((queries, leases, node)),

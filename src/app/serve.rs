@@ -32,6 +32,7 @@ use crate::api::node::Node;
 use crate::api::queries::Queries;
 use crate::api::rest;
 use crate::api::rest::Rest;
+use crate::api::traced;
 use crate::memory::Memory;
 use crate::memory::Share;
 use crate::metrics::calls::Calls;
@@ -41,6 +42,8 @@ use crate::pb::gateway_service_server::GatewayServiceServer;
 use crate::pb::node_service_server::NodeServiceServer;
 use crate::pb::presence_service_server::PresenceService;
 use crate::pb::presence_service_server::PresenceServiceServer;
+use crate::telemetry::spans::Place;
+use crate::telemetry::spans::Spans;
 
 /// How the paths of our services begin, and those of two of them.
 const OURS: &str = "/mpim.";
@@ -71,6 +74,16 @@ pub struct Services<P> {
     pub more: Option<(Queries, Leases, Node)>,
 }
 
+impl<P> Services<P> {
+    /// With spans of the calls that are traced.
+    pub fn traced(mut self, spans: Option<Arc<Spans>>) -> Self {
+        if let Some((.., node)) = &mut self.more {
+            node.spans = spans;
+        }
+        self
+    }
+}
+
 /// Everything served on the data port. It is cloned for each call, so each thread counts references of its own.
 pub struct DataService<P>(Arc<Served<P>>);
 
@@ -85,6 +98,8 @@ struct Served<P> {
     store_id: Option<Arc<str>>,
     /// None: everybody may do everything.
     access: Option<Arc<Access>>,
+    /// None: no call is traced.
+    spans: Option<Arc<Spans>>,
 }
 
 impl<P> Clone for DataService<P> {
@@ -95,7 +110,7 @@ impl<P> Clone for DataService<P> {
 
 impl<P> DataService<P> {
     pub fn for_another_thread(&self) -> Self {
-        let Served { queries, presence, others, memory, calls, store_id, access } = &*self.0;
+        let Served { queries, presence, others, memory, calls, store_id, access, spans } = &*self.0;
         let memory = memory.for_another_thread();
         Self(Arc::new(Served {
             queries: queries.as_ref().map(|queries| queries.for_another_thread(&memory)),
@@ -105,6 +120,7 @@ impl<P> DataService<P> {
             calls: calls.for_another_thread(),
             store_id: store_id.clone(),
             access: access.clone(),
+            spans: spans.clone(),
         }))
     }
 }
@@ -138,9 +154,19 @@ impl<P: PresenceService> Served<P> {
                 }
             }
         }
+        let Some(span) = self.spans.as_ref().and_then(|spans| traced::begin(spans, &request)) else {
+            return self.call(request, None);
+        };
+        let place = span.place().clone();
+        request.extensions_mut().insert(place.clone());
+        traced::until_answered(span, self.call(request, Some(place)))
+    }
+
+    /// A call that was let in. Its spans begin at `place`, if it is traced.
+    fn call(&self, request: http::Request<Body>, place: Option<Place>) -> BoxFuture<http::Response<Body>, Infallible> {
         match (request.uri().path().strip_prefix(PRESENCE), self.queries.clone()) {
-            (Some("QueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::QueryRouteReq>(request)),
-            (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.serve::<pb::BatchQueryRouteReq>(request)),
+            (Some("QueryRoute"), Some(queries)) => Box::pin(queries.traced(place).serve::<pb::QueryRouteReq>(request)),
+            (Some("BatchQueryRoute"), Some(queries)) => Box::pin(queries.traced(place).serve::<pb::BatchQueryRouteReq>(request)),
             _ if !request.uri().path().starts_with(OURS) => self.call_foreign(request),
             _ if is_stream(request.uri().path()) => {
                 let is_presence = request.uri().path().starts_with(PRESENCE);
@@ -210,8 +236,9 @@ pub async fn data_service<P: PresenceService>(
     let presence = PresenceServiceServer::new(services.presence).max_decoding_message_size(MAX_MESSAGE_BYTES);
     let mut routes = Routes::builder();
     routes.add_service(health_service);
-    let (mut queries, mut store_id) = (None, None);
+    let (mut queries, mut store_id, mut spans) = (None, None, None);
     if let Some((resolving, leases, nodes)) = services.more {
+        spans = nodes.spans.clone();
         queries = Some(resolving);
         store_id = Some(nodes.store_id.clone());
         routes
@@ -225,7 +252,7 @@ pub async fn data_service<P: PresenceService>(
         routes.add_service(v1alpha); // for clients of before 2023
     }
     let others = routes.routes().prepare();
-    (health, DataService(Arc::new(Served { queries, presence, others, memory, calls, store_id, access })))
+    (health, DataService(Arc::new(Served { queries, presence, others, memory, calls, store_id, access, spans })))
 }
 
 /// The gRPC server of the data port.

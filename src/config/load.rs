@@ -236,6 +236,18 @@ mod tests {
     }
 
     #[test]
+    fn traces_go_to_a_collector_nearby_and_from_a_program_that_can_send_them() {
+        let sent_to = |url: &str| load("a.toml", &format!("[trace]\nendpoint = \"{url}\"\n"), &[]);
+        for url in ["collector:4317", "https://collector:4317", "http://collector", "http://", "http://0.0.0.0:4317"] {
+            let error = sent_to(url).unwrap_err().to_string();
+            assert!(error.contains("trace.endpoint: must be http://HOST:PORT"), "{error}");
+        }
+        let error = sent_to("http://collector:4317").map_err(|error| error.to_string()).err();
+        let refused = error.is_some_and(|error| error.contains("trace.endpoint: this program cannot send traces"));
+        assert_eq!(refused, !cfg!(feature = "otlp"));
+    }
+
+    #[test]
     fn nothing_given_is_a_complete_configuration() {
         let config = load("im.toml", "", &[]).unwrap();
         assert_eq!(config.presence_service.port, 6000);

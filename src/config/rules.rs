@@ -45,6 +45,8 @@ const MAX_EXPERIMENTS: usize = 32;
 const MAX_SQL_CONNECTIONS: u64 = 1000;
 /// Less would not hold what one call of the largest batch needs beside the others.
 const MEMORY_BYTES: RangeInclusive<u64> = 64 * 1024 * 1024..=1024 * 1024 * 1024 * 1024;
+/// They have to fit into the 4 MiB that a collector takes at once.
+const MAX_SPANS_TOGETHER: u64 = 4_096;
 const MAX_LANES: u64 = 64;
 /// Shorter, what is under way would be taken for a difference.
 const SETTLE_MS: RangeInclusive<u64> = 100..=HOUR_MS;
@@ -80,6 +82,9 @@ pub fn range(section: &str, key: &str) -> Option<RangeInclusive<u64>> {
         ("limits", "calls_per_s" | "users_per_s") => 0..=MAX_PER_SECOND,
         ("limits", "streams") => 0..=MAX_CONNECTIONS,
         ("tls" | "admin_tls", "handshake_timeout") => TIMEOUT_MS,
+        ("trace", "queue") => QUEUE,
+        ("trace", "batch") => 1..=MAX_SPANS_TOGETHER,
+        ("trace", "timeout") => TIMEOUT_MS,
         ("audit", "keep_days") => 0..=MAX_KEEP_DAYS,
         ("store", "port") => 1..=MAX_PORT,
         ("route", "route_ttl" | "status_ttl") => 1..=YEAR_S,
@@ -179,6 +184,19 @@ impl Config {
         faults.unless(names_itself, &["presence_service.advertise", "presence_service.host"], || UNNAMED.into());
     }
 
+    fn check_trace(&self, faults: &mut Faults) {
+        let trace = &self.trace;
+        let is_collector = |url: &str| url.strip_prefix("http://").is_some_and(is_reachable);
+        faults.unless(trace.endpoint.as_deref().is_none_or(is_collector), &["trace.endpoint"], || {
+            "must be http://HOST:PORT: a collector on this machine or next to it, which speaks TLS from there on".into()
+        });
+        // A node that does not do what it is told to would be found out when the traces are needed.
+        faults.unless(trace.endpoint.is_none() || cfg!(feature = "otlp"), &["trace.endpoint"], || {
+            "this program cannot send traces: it was built without the feature otlp (cargo build --features otlp)".into()
+        });
+        faults.unless((0.0..=1.0).contains(&trace.sample), &["trace.sample"], || "must be from 0 to 1".into());
+    }
+
     fn check_store(&self, faults: &mut Faults) {
         let store = &self.store;
         match store.connect_url() {
@@ -262,6 +280,7 @@ impl Config {
         let grace = self.gateway.stream_grace;
         faults
             .unless(grace <= lease, &["gateway.stream_grace", "gateway.lease"], || "stream_grace must not be above lease".into());
+        self.check_trace(faults);
         let share = self.gateway.doubt_share;
         faults.unless((0.0..=1.0).contains(&share), &["gateway.doubt_share"], || "must be from 0 to 1".into());
         let share = self.digest.max_share;

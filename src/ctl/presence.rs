@@ -124,6 +124,9 @@ pub struct Deliver {
     /// Deliver the bytes of this file instead of a text; `-` is stdin
     #[arg(long, value_name = "FILE")]
     binary_file: Option<PathBuf>,
+    /// Show how it went, step by step; for operators
+    #[arg(long)]
+    pub trace: bool,
 }
 
 impl Bind {

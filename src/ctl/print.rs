@@ -106,6 +106,25 @@ pub fn delivered(user: i64, answer: &pb::DeliverResp) -> String {
     format!("the message for user {user} is delivered to {receivers}{acked}, after {attempts}, delivery id {id}")
 }
 
+/// How a delivery went.
+pub fn steps(answer: &pb::DeliverResp) -> String {
+    let ms = |us: u64| format!("{:.2}", us as f64 / 1_000.0);
+    let rows: Vec<Vec<String>> = answer
+        .steps
+        .iter()
+        .map(|step| {
+            let pb::DeliveryStep { at_us, what, node_id, gateway_addr, device_id, took_us, detail } = step;
+            let words = [what, node_id, gateway_addr, device_id, detail].map(|word| harmless(word));
+            let [what, node, gateway, device, detail] = words;
+            vec![ms(*at_us), ms(*took_us), what, node, gateway, device, detail]
+        })
+        .collect();
+    match &rows[..] {
+        [] => "no steps: the node shows them to operators only, or is of a release that does not know them".to_owned(),
+        rows => table(&["AT MS", "TOOK MS", "STEP", "NODE", "GATEWAY", "DEVICE", "DETAIL"], rows),
+    }
+}
+
 pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
     let alive = answer.lives.iter().filter(|life| life.alive).count();
     let hold = match answer.hold {

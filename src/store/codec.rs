@@ -319,6 +319,9 @@ pub struct Envelope {
     /// The message's number in the user's inbox; 0: it is not stored.
     #[prost(uint64, tag = "10")]
     pub inbox_seq: u64,
+    /// Empty: it is not traced.
+    #[prost(string, tag = "11")]
+    pub traceparent: String,
 }
 
 impl OutboxBody {

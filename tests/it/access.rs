@@ -22,6 +22,7 @@ use tonic::Status;
 use tonic::client::Grpc;
 use tonic_prost::ProstCodec;
 
+use crate::deliver::a_message;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
@@ -40,6 +41,7 @@ use crate::harness::pki::link;
 use crate::harness::pki::token;
 use crate::harness::stream::Devices;
 use crate::harness::stream::TestGateway;
+use crate::steps::traced;
 
 /// A node that asks for tokens, and a token of each kind.
 struct Guarded {
@@ -497,4 +499,14 @@ async fn a_watch_ends_when_its_credential_is_taken_away() {
     guarded.pki.write("tokens.toml", "");
     let ended = tokio::time::timeout(Duration::from_secs(20), told.message()).await.expect("it ends");
     assert_eq!(ended.expect_err("it is told why").code(), tonic::Code::Unauthenticated);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_operators_are_shown_the_steps_of_a_delivery() {
+    let guarded = Guarded::start("", &[]).await;
+    for (name, sees) in [("service", false), ("operator", true)] {
+        let request = traced(a_message(ALICE, "hello"));
+        let answer = guarded.presence(name).deliver(request).await.expect("an answer").into_inner();
+        assert_eq!((code(&answer.result), answer.steps.is_empty()), (Code::NotFound, !sees), "{name}: {answer:?}");
+    }
 }

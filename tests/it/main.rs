@@ -41,6 +41,7 @@ mod shared;
 mod sql_faults;
 mod stale_reads;
 mod status;
+mod steps;
 mod store_trouble;
 mod streams;
 mod surroundings;
@@ -48,6 +49,8 @@ mod tidy;
 mod tls;
 mod tls_renewal;
 mod tls_stores;
+#[cfg(feature = "otlp")]
+mod traces;
 mod two_nodes;
 mod watch;
 mod well;

@@ -15,6 +15,7 @@ use tonic::Code;
 use tonic::Request;
 use tonic::Response;
 use tonic::Status;
+use tonic::metadata::AsciiMetadataValue;
 use tonic_types::StatusExt;
 
 use crate::InvalidAddress;
@@ -33,6 +34,19 @@ const RETRY_AFTER: Duration = Duration::from_millis(50);
 /// to find out, so that waiting for a silent node stays the exception.
 const AVOIDED_FOR: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 const AVOIDED_TIMES: u32 = 4;
+
+tokio::task_local! {
+    static TRACEPARENT: AsciiMetadataValue;
+}
+
+/// Does `work`, and makes its calls part of the caller's trace: nodes and gateways go on from there. `traceparent`: as W3C Trace
+/// Context has it; what cannot be a header is left out.
+pub async fn traced<T>(traceparent: &str, work: impl Future<Output = T>) -> T {
+    match AsciiMetadataValue::try_from(traceparent) {
+        Ok(traceparent) => TRACEPARENT.scope(traceparent, work).await,
+        Err(_) => work.await,
+    }
+}
 
 /// Calls about one user go to that user's node ([`Caller::home_of`]), others to each node in turn. A call that a node could not
 /// serve is made again, on the next one, as long as there is time.
@@ -231,6 +245,9 @@ impl Caller {
             let left = deadline.saturating_duration_since(began);
             let mut attempt = Request::new(request.clone());
             attempt.set_timeout(if tried == 1 && self.nodes.len() > 1 { left / 2 } else { left });
+            if let Ok(traceparent) = TRACEPARENT.try_with(Clone::clone) {
+                attempt.metadata_mut().insert("traceparent", traceparent);
+            }
             let status = match call(&mut node.client.clone(), attempt).await {
                 Ok(answer) => {
                     node.avoid_until(began);

@@ -21,6 +21,7 @@ use crate::domain::caller::GatewayPatterns;
 use crate::domain::id::DeviceId;
 use crate::domain::id::GatewayAddr;
 use crate::domain::id::UserId;
+use crate::engine::messages::steps::Steps;
 use crate::metrics::ByResult;
 use crate::metrics::Metrics;
 
@@ -59,6 +60,8 @@ struct Waiting {
     devices: BTreeMap<DeviceId, Vec<GatewayAddr>>,
     answered: Answered,
     changed: Arc<Notify>,
+    /// For whoever wants to see them.
+    steps: Option<Arc<Steps>>,
 }
 
 pub struct Acks {
@@ -100,10 +103,16 @@ impl Acks {
     }
 
     /// From now on `devices` may acknowledge the delivery.
-    pub fn wait_for(&self, delivery_id: &str, user: UserId, devices: BTreeMap<DeviceId, GatewayAddr>) -> Expected<'_> {
+    pub fn wait_for(
+        &self,
+        delivery_id: &str,
+        user: UserId,
+        devices: BTreeMap<DeviceId, GatewayAddr>,
+        steps: Option<Arc<Steps>>,
+    ) -> Expected<'_> {
         let (changed, answered) = (Arc::new(Notify::new()), Answered::default());
         let devices = devices.into_iter().map(|(device, gateway)| (device, vec![gateway])).collect();
-        let waiting = Waiting { user, devices, answered, changed: changed.clone() };
+        let waiting = Waiting { user, devices, answered, changed: changed.clone(), steps };
         self.lock().insert(delivery_id.to_owned(), waiting);
         Expected { acks: self, delivery_id: delivery_id.to_owned(), changed }
     }
@@ -123,12 +132,12 @@ impl Acks {
         };
         self.metrics.acks.get_or_create(&ByResult { result }).inc();
         if let Some(waiting) = expected.filter(|_| is_theirs) {
-            let answered = &mut waiting.answered;
-            if ack.not_here {
-                answered.not_here.insert(ack.device)
-            } else {
-                answered.acked.insert(ack.device)
-            };
+            let Answered { acked, not_here } = &mut waiting.answered;
+            let (devices, what) = if ack.not_here { (not_here, "device_gone") } else { (acked, "acked") };
+            let is_new = devices.insert(ack.device.clone());
+            if let Some(steps) = waiting.steps.as_ref().filter(|_| is_new) {
+                steps.note(what, Instant::now(), |step| step.device = ack.device.to_string());
+            }
             waiting.changed.notify_one();
         }
         taken
@@ -234,7 +243,7 @@ mod tests {
     async fn only_the_right_device_of_the_right_user_acknowledges() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]), None);
         for wrong in [ack("node-1-77", 1, "phone"), ack(&id, 2, "phone"), ack(&id, 1, "laptop")] {
             acks.take(wrong);
         }
@@ -253,7 +262,7 @@ mod tests {
     async fn a_second_attempt_keeps_what_was_acknowledged_and_asks_the_others_anew() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone", "pad"]), None);
         acks.take(ack(&id, 1, "phone"));
         acks.take(Ack { not_here: true, ..ack(&id, 1, "pad") });
         expected.again(on_gateway(&["pad"]));
@@ -268,7 +277,7 @@ mod tests {
     async fn only_a_gateway_that_was_handed_the_message_speaks_for_its_device() {
         let acks = Acks::new("node-1", Metrics::new());
         let id = acks.next_id();
-        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone"]));
+        let expected = acks.wait_for(&id, UserId::parse(1).unwrap(), on_gateway(&["phone"]), None);
         let by = |host: &str, not_here| {
             let by = Some(Arc::new(GatewayPatterns::host(host)));
             Ack { by, not_here, ..ack(&id, 1, "phone") }

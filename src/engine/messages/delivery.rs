@@ -42,6 +42,7 @@ use crate::error::Error;
 use crate::metrics::ByOutcome;
 use crate::metrics::Metrics;
 use crate::store::inbox::StoredMessage;
+use crate::telemetry::spans::Kind;
 
 /// Deliveries, counted in users, that may be under way at a time.
 const UNDER_WAY: u32 = 50_000;
@@ -146,11 +147,17 @@ impl Deliveries {
         distinct.sort_unstable();
         distinct.dedup();
         let (mut done, _turns) = self.take_turns(&distinct, message, deadline).await?;
+        if !done.is_empty() {
+            message.note("repeat", began, |step| step.detail = "delivered or stored by an earlier call".to_owned());
+        }
         distinct.retain(|user| !done.contains_key(user));
         if message.store.is_some() {
             self.let_drain(&distinct, deadline).await;
         }
         let _place = self.queue_up(&distinct, deadline).await?;
+        if !distinct.is_empty() {
+            message.note("turn", began, |_| {});
+        }
         done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
         if !message.message_id.is_empty() {
             for user in &distinct {
@@ -233,6 +240,7 @@ impl Deliveries {
                 .await
                 .into_iter()
                 .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
+            queued.iter().for_each(|(parcel, _)| parcel.message.note("behind", Instant::now(), |_| {}));
             to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
             let tried = self.dispatcher.answers(self.dispatcher.hand_out(live, deadline).await, deadline).await;
             parcels = Vec::new();
@@ -243,7 +251,10 @@ impl Deliveries {
                 let nowhere = past_caches && result == Ok(Outcome::NoWay);
                 let give_up = last || nowhere || (all_suspect && parcel.message.store.is_some());
                 match result {
-                    Err(_) | Ok(Outcome::Undelivered | Outcome::NoWay) if !give_up => parcels.push(parcel),
+                    Err(_) | Ok(Outcome::Undelivered | Outcome::NoWay) if !give_up => {
+                        parcel.tell_retry(&result, pause);
+                        parcels.push(parcel);
+                    }
                     result => parcel.end(result, &mut done),
                 }
             }
@@ -274,12 +285,21 @@ impl Deliveries {
 
     /// Stores what could not be delivered, each under its user's lock.
     async fn store(&self, parcels: Vec<Parcel<'_>>, done: &mut Done) {
+        let began = Instant::now();
         let changes = parcels.iter().map(|parcel| (parcel.user, Change::Inbox(InboxChange::Store(parcel.message.to_store()))));
+        let span = parcels.first().and_then(|parcel| parcel.message.begin("store", Kind::Internal));
         let outcomes = self.lanes.store(changes.collect()).await;
+        drop(span);
         for (parcel, outcome) in parcels.into_iter().zip(outcomes) {
             let result = match outcome {
-                Ok(lane::Outcome::Inbox(InboxOutcome::Stored { .. })) => Ok(Outcome::Stored),
-                Ok(lane::Outcome::Inbox(InboxOutcome::Full)) => Ok(Outcome::InboxFull),
+                Ok(lane::Outcome::Inbox(InboxOutcome::Stored { seq, .. })) => {
+                    parcel.message.note("stored", began, |step| step.detail = format!("number {seq} in the inbox"));
+                    Ok(Outcome::Stored)
+                }
+                Ok(lane::Outcome::Inbox(InboxOutcome::Full)) => {
+                    parcel.message.note("inbox_full", began, |_| {});
+                    Ok(Outcome::InboxFull)
+                }
                 Ok(_) => Err(Error::internal("storing a message had the outcome of another change")),
                 Err(error) => Err(error),
             };
@@ -322,22 +342,37 @@ impl Deliveries {
     async fn live<'a>(&self, parcels: Vec<Parcel<'a>>, past_caches: bool, done: &mut Done) -> Vec<(Parcel<'a>, Targets)> {
         let (mut live, mut doubted) = (Vec::new(), Vec::new());
         let first_look = if past_caches { Some(Duration::ZERO) } else { None };
-        let users: Vec<UserId> = parcels.iter().map(|parcel| parcel.user).collect();
-        for (parcel, answer) in parcels.into_iter().zip(self.directory.get_many(&users, first_look).await) {
-            match answer.map(|answer| Targets::of(&answer, &parcel.message, &parcel.report.acked)) {
+        let (answers, began) = self.look_up(&parcels, first_look).await;
+        for (parcel, answer) in parcels.into_iter().zip(answers) {
+            match answer.map(|answer| parcel.targets(&answer, began)) {
                 Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
                 _ => doubted.push(parcel),
             }
         }
-        let users: Vec<UserId> = doubted.iter().map(|parcel| parcel.user).collect();
-        for (parcel, answer) in doubted.into_iter().zip(self.directory.get_many(&users, Some(Duration::ZERO)).await) {
-            match answer.map(|answer| Targets::of(&answer, &parcel.message, &parcel.report.acked)) {
+        let (answers, began) = self.look_up(&doubted, Some(Duration::ZERO)).await;
+        for (parcel, answer) in doubted.into_iter().zip(answers) {
+            match answer.map(|answer| parcel.targets(&answer, began)) {
                 Ok(targets) if !targets.routes.is_empty() => live.push((parcel, targets)),
                 Ok(_) => parcel.end(Ok(Outcome::Offline), done),
                 Err(error) => parcel.end(Err(error), done),
             }
         }
         live
+    }
+
+    /// Where they are, and when that was asked.
+    async fn look_up(&self, parcels: &[Parcel<'_>], bound: Option<Duration>) -> (Vec<Result<Answer, Error>>, Instant) {
+        let (users, began): (Vec<UserId>, _) = (parcels.iter().map(|parcel| parcel.user).collect(), Instant::now());
+        let span = parcels.first().and_then(|parcel| parcel.message.begin("lookup", Kind::Internal));
+        let answers = self.directory.get_many(&users, bound).await;
+        if let (Some(mut span), Some(answer)) = (span, answers.first()) {
+            match answer {
+                Ok(answer) => span.note("im_presence.tier", answer.source.name()),
+                Err(error) => span.fail(error.to_string()),
+            }
+            span.note("im_presence.users", users.len() as u64);
+        }
+        (answers, began)
     }
 
     fn count(&self, report: &Result<Report, Error>) {

@@ -25,6 +25,8 @@ use crate::engine::write::change::Change;
 use crate::engine::write::lanes::Lanes;
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::telemetry::spans::Kind;
+use crate::telemetry::spans::Span;
 
 /// What is published with one round trip.
 const PUBLISHED_TOGETHER_BYTES: usize = 4 * 1024 * 1024;
@@ -67,10 +69,13 @@ impl Dispatcher {
     pub async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
-            let devices = targets.routes.iter().map(|(device, (_, gateway))| (device.clone(), gateway.clone())).collect();
+            let devices = targets.routes.iter().map(|(device, target)| (device.clone(), target.gateway.clone())).collect();
             match &parcel.expected {
                 Some(expected) => expected.again(devices),
-                None => parcel.expected = Some(self.acks.wait_for(&parcel.report.delivery_id, parcel.user, devices)),
+                None => {
+                    let (id, steps) = (&parcel.report.delivery_id, parcel.message.steps.clone());
+                    parcel.expected = Some(self.acks.wait_for(id, parcel.user, devices, steps));
+                }
             }
         }
         let (streams, channels) = tokio::join!(self.down_streams(&live, deadline), self.on_channels(&live, deadline));
@@ -101,17 +106,38 @@ impl Dispatcher {
 
     /// How many streams of each parcel's gateways took it.
     async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<u64> {
-        let (mut owners, mut orders) = (Vec::new(), Vec::new());
+        let (mut owners, mut orders, began) = (Vec::new(), Vec::new(), Instant::now());
         for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
-            let envelope = Arc::new(parcel.envelope());
+            let envelope = Arc::new(parcel.envelope(None));
             for (epoch, node) in &targets.streams {
-                owners.push(i);
-                orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope.clone()) });
+                let (name, kind) = match **node == *self.outlets.node_id {
+                    true => ("hand over", Kind::Internal),
+                    false => ("forward", Kind::Client),
+                };
+                let span = parcel.message.begin(name, kind);
+                let envelope = if span.is_none() { envelope.clone() } else { parcel.envelope(span.as_ref()).into() };
+                owners.push((i, *epoch, span));
+                orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope) });
             }
         }
         let mut taken = vec![0; live.len()];
-        for (owner, handed) in owners.into_iter().zip(self.outlets.hand(orders, deadline).await) {
+        for ((owner, epoch, span), (handed, at)) in owners.into_iter().zip(self.outlets.hand(orders, deadline).await) {
             taken[owner] += u64::from(handed == Handed::Taken);
+            let (parcel, targets) = &live[owner];
+            let node = || targets.streams.get(&epoch).map(|node| node.to_string()).unwrap_or_default();
+            let gateway = || targets.gateway(epoch).map(ToString::to_string).unwrap_or_default();
+            parcel.message.note(what(handed), began, |step| {
+                step.took = at.saturating_duration_since(began);
+                (step.node, step.gateway) = (node(), gateway());
+            });
+            if let Some(mut span) = span {
+                span.note("im_presence.node", &*node());
+                span.note("im_presence.gateway", &*gateway());
+                if handed != Handed::Taken {
+                    span.fail(what(handed));
+                }
+                span.end_at(at);
+            }
         }
         taken
     }
@@ -122,24 +148,32 @@ impl Dispatcher {
         // Raw bytes cannot say which device they are for.
         let says_it_all = |message: &Message| message.device_ids.is_empty() || self.format == Format::Envelope;
         let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && says_it_all(&live[*i].0.message)).collect();
-        let Some(bus) = &self.outlets.bus else {
-            let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
-            places.into_iter().for_each(|i| received[i] = Err(none()));
-            return received;
-        };
         if places.is_empty() {
             return received;
         }
+        let began = Instant::now();
+        let Some(bus) = &self.outlets.bus else {
+            let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
+            places.iter().for_each(|i| received[*i] = Err(none()));
+            tell_published(live, &places, &received, began);
+            return received;
+        };
+        let mut span = live.first().and_then(|(parcel, _)| parcel.message.begin("publish", Kind::Producer));
         // All of them at once could be as large as the message times the users.
         let together = live.first().map_or(1, |(parcel, _)| parcel.message.as_many_as(PUBLISHED_TOGETHER_BYTES));
         for places in places.chunks(together) {
-            let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0)));
+            let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0, span.as_ref())));
             let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
             let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
             for (n, i) in places.iter().enumerate() {
                 let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
                 received[*i] = published.as_ref().map(|published| published[n]).map_err(unreachable);
             }
+        }
+        tell_published(live, &places, &received, began);
+        if let Some(span) = &mut span {
+            span.note("im_presence.receivers", received.iter().flatten().sum::<u64>());
+            places.iter().filter_map(|i| received[*i].as_ref().err()).for_each(|error| span.fail(error.to_string()));
         }
         received
     }
@@ -148,12 +182,26 @@ impl Dispatcher {
     async fn acknowledged(&self, parcel: &mut Parcel<'_>, targets: &Targets, handed: Instant, deadline: Instant) -> Outcome {
         let (Some(patience), Some(expected)) = (parcel.message.ack_timeout, &parcel.expected) else { return Outcome::Delivered };
         let until = (handed + patience).min(deadline);
+        parcel.message.note("waiting", handed, |step| {
+            let ms = until.saturating_duration_since(handed).as_millis();
+            step.detail = format!("devices: {}, at most {ms} ms", targets.routes.len());
+        });
         // A stored message is done when one device has it.
+        let span = parcel.message.trace.as_ref().map(|place| place.begin_at("wait for acknowledgement", Kind::Internal, handed));
         let answers = if parcel.inbox_seq > 0 { expected.first(until).await } else { expected.answers(until).await };
         let Answered { acked, not_here } = answers;
         self.metrics.delivery_stage("acknowledged", handed.elapsed());
-        for (version, _) in not_here.iter().filter_map(|device| targets.routes.get(device)) {
-            self.note_refused(parcel.user, *version).await;
+        if let Some(mut span) = span {
+            span.note("im_presence.acked", acked.len() as u64);
+            if acked.is_empty() {
+                span.fail("no device acknowledged it");
+            }
+        }
+        for target in not_here.iter().filter_map(|device| targets.routes.get(device)) {
+            self.note_refused(parcel.user, target.bound_version).await;
+        }
+        for device in targets.routes.keys().filter(|device| !acked.contains(*device) && !not_here.contains(*device)) {
+            parcel.message.note("not_acked", handed, |step| step.device = device.to_string());
         }
         parcel.report.acked.extend(acked);
         if parcel.report.acked.is_empty() { Outcome::Undelivered } else { Outcome::Delivered }
@@ -169,12 +217,33 @@ impl Dispatcher {
         let _ = self.lanes.submit(user, unbind).await; // if not, it will be refused again
     }
 
-    fn body(&self, parcel: &Parcel<'_>) -> Bytes {
+    fn body(&self, parcel: &Parcel<'_>, span: Option<&Span>) -> Bytes {
         let message = &parcel.message;
         match self.format {
             Format::Raw if message.binary.is_empty() => message.text.clone(),
             Format::Raw => message.binary.clone(),
-            Format::Envelope => parcel.envelope().encode_to_vec().into(),
+            Format::Envelope => parcel.envelope(span).encode_to_vec().into(),
         }
+    }
+}
+
+/// What came of handing a message over, as it is told.
+pub fn what(handed: Handed) -> &'static str {
+    match handed {
+        Handed::Taken => "handed",
+        Handed::Full => "queue_full",
+        Handed::NotHere => "not_here",
+    }
+}
+
+fn tell_published(live: &[(Parcel<'_>, Targets)], places: &[usize], received: &[Result<u64, Error>], began: Instant) {
+    for i in places {
+        let what = if received[*i].is_ok() { "published" } else { "not_published" };
+        live[*i].0.message.note(what, began, |step| {
+            step.detail = match &received[*i] {
+                Ok(receivers) => format!("receivers: {receivers}"),
+                Err(error) => error.to_string(),
+            };
+        });
     }
 }

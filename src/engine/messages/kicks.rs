@@ -142,7 +142,7 @@ impl Kicks {
                 others.push(place);
             } // else it is between two streams
         }
-        for (place, handed) in attached.into_iter().zip(self.outlets.hand(orders, until).await) {
+        for (place, (handed, _)) in attached.into_iter().zip(self.outlets.hand(orders, until).await) {
             fates[place] = if handed == Handed::Taken { Fate::Heard } else { Fate::Unheard };
         }
         let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return fates };

@@ -1,19 +1,26 @@
 //! A message, and what comes of it.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
+use std::time::Instant;
 
 use bytes::Bytes;
 
 use crate::domain::id::DeviceId;
 use crate::domain::inbox::NewMessage;
 use crate::domain::time::Timestamp;
+use crate::engine::messages::steps::Step;
+use crate::engine::messages::steps::Steps;
+use crate::telemetry::spans::Kind;
+use crate::telemetry::spans::Place;
+use crate::telemetry::spans::Span;
 
 /// What an envelope may add to a message.
 const ENVELOPE_BYTES: usize = 1024;
 
 /// A message to deliver.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Message {
     /// UTF-8. One copy, however many users get it.
     pub text: Bytes,
@@ -27,6 +34,10 @@ pub struct Message {
     pub ack_timeout: Option<Duration>,
     /// Store it for a user who cannot be reached. None: do not.
     pub store: Option<Storing>,
+    /// For whoever wants to see how it goes.
+    pub steps: Option<Arc<Steps>>,
+    /// Where its spans begin. None: it is not traced.
+    pub trace: Option<Place>,
 }
 
 /// How a message is stored.
@@ -73,7 +84,19 @@ impl Message {
         };
         let device_ids = stored.devices.into_iter().flatten().collect();
         let NewMessage { message_type, message_id, .. } = stored;
-        Self { text, binary, message_type, message_id, device_ids, ack_timeout: None, store: None }
+        Self { text, binary, message_type, message_id, device_ids, ack_timeout: None, store: None, steps: None, trace: None }
+    }
+
+    /// A span, if it is traced.
+    pub(super) fn begin(&self, name: &'static str, kind: Kind) -> Option<Span> {
+        self.trace.as_ref().map(|place| place.begin(name, kind))
+    }
+
+    /// Tells of a step that began at `since` and is over, if somebody wants to see it.
+    pub(super) fn note(&self, what: &'static str, since: Instant, tell: impl FnOnce(&mut Step)) {
+        if let Some(steps) = &self.steps {
+            steps.note(what, since, tell);
+        }
     }
 
     /// How many copies of it are not larger than `bytes`.

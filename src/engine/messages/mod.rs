@@ -10,5 +10,6 @@ pub mod message;
 pub mod outlets;
 mod parcel;
 pub mod peers;
+pub mod steps;
 pub mod streams;
 pub mod turns;

@@ -35,9 +35,10 @@ impl Outlets {
         life.attached.clone().map(|node| (life.epoch, node))
     }
 
-    /// Hands each order to its stream by `until`, in their order per gateway; nodes are asked at the same time.
-    pub async fn hand(&self, orders: Vec<Addressed>, until: Instant) -> Vec<Handed> {
-        let mut outcomes = vec![Handed::NotHere; orders.len()];
+    /// Hands each order to its stream by `until`, in their order per gateway; nodes are asked at the same time. Says also when
+    /// the outcome was known.
+    pub async fn hand(&self, orders: Vec<Addressed>, until: Instant) -> Vec<(Handed, Instant)> {
+        let mut outcomes = vec![(Handed::NotHere, Instant::now()); orders.len()];
         let mut elsewhere: HashMap<Arc<str>, ForNode> = HashMap::new();
         let mut here = ForNode::default();
         for (i, Addressed { epoch, node, order }) in orders.into_iter().enumerate() {
@@ -53,16 +54,16 @@ impl Outlets {
         let mut calls = tokio::task::JoinSet::new();
         for (node, (places, orders)) in elsewhere {
             let peers = self.peers.clone();
-            calls.spawn(async move { (places, peers.forward(&node, orders).await) });
+            calls.spawn(async move { (places, peers.forward(&node, orders).await, Instant::now()) });
         }
         let (places, orders) = here;
-        for (i, outcome) in places.into_iter().zip(self.streams.hand_all(&orders, until).await) {
-            outcomes[i] = outcome;
-        }
+        let handed = self.streams.hand_all(&orders, until).await;
+        let mut note = |(places, handed, at): (Vec<usize>, Vec<Handed>, Instant)| {
+            places.into_iter().zip(handed).for_each(|(i, handed)| outcomes[i] = (handed, at));
+        };
+        note((places, handed, Instant::now()));
         while let Some(done) = calls.join_next().await {
-            for (i, outcome) in done.into_iter().flat_map(|(places, handed)| places.into_iter().zip(handed)) {
-                outcomes[i] = outcome;
-            }
+            done.into_iter().for_each(&mut note);
         }
         outcomes
     }

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
+use std::time::Instant;
 
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -18,6 +20,7 @@ use crate::engine::messages::outlets::Outlets;
 use crate::engine::read::directory::Answer;
 use crate::error::Error;
 use crate::store::codec::Envelope;
+use crate::telemetry::spans::Span;
 
 /// What came of a message, by user.
 pub(super) type Done = HashMap<UserId, Result<Report, Error>>;
@@ -36,7 +39,7 @@ pub(super) struct Parcel<'a> {
 #[derive(Default)]
 pub(super) struct Targets {
     /// Live routes to the devices in question that have not acknowledged.
-    pub routes: BTreeMap<DeviceId, (Version, GatewayAddr)>,
+    pub routes: BTreeMap<DeviceId, Target>,
     pub streams: BTreeMap<Epoch, Arc<str>>,
     /// There are gateways without a stream among them.
     pub channel: bool,
@@ -48,12 +51,20 @@ pub(super) struct Targets {
     pub has_stored: bool,
 }
 
+/// A route that a parcel takes.
+pub(super) struct Target {
+    pub bound_version: Version,
+    pub epoch: Epoch,
+    pub gateway: GatewayAddr,
+}
+
 impl Parcel<'_> {
     pub fn end(self, result: Result<Outcome, Error>, done: &mut Done) {
         done.insert(self.user, result.map(|outcome| Report { outcome, ..self.report }));
     }
 
-    pub fn envelope(&self) -> Envelope {
+    /// As a gateway gets it, as a part of `span`.
+    pub fn envelope(&self, span: Option<&Span>) -> Envelope {
         let message = &self.message;
         Envelope {
             delivery_id: self.report.delivery_id.clone(),
@@ -66,7 +77,27 @@ impl Parcel<'_> {
             wants_ack: message.ack_timeout.is_some(),
             message_id: message.message_id.clone(),
             inbox_seq: self.inbox_seq,
+            traceparent: span.map(|span| span.place().traceparent()).unwrap_or_default(),
         }
+    }
+
+    /// Where it goes, by what was found out since `began`.
+    pub fn targets(&self, answer: &Answer, began: Instant) -> Targets {
+        let targets = Targets::of(answer, &self.message, &self.report.acked);
+        targets.tell(&self.message, answer, began);
+        targets
+    }
+
+    /// Why it is tried again, after a pause, for whoever wants to see it.
+    pub fn tell_retry(&self, result: &Result<Outcome, Error>, pause: Duration) {
+        self.message.note("retried", Instant::now(), |step| {
+            let why = match result {
+                Err(error) => error.to_string(),
+                Ok(_) if self.report.receivers > 0 => "no device acknowledged it in time".to_owned(),
+                Ok(_) => "no gateway took it".to_owned(),
+            };
+            step.detail = format!("{why}: again in {} ms, past every cache", pause.as_millis());
+        });
     }
 
     pub fn is_acknowledged(&mut self) -> bool {
@@ -84,7 +115,8 @@ impl Targets {
             if acked.contains(device) || !(message.device_ids.is_empty() || message.device_ids.contains(device)) {
                 continue;
             }
-            targets.routes.insert(device.clone(), (live.route.bound_version, live.life.gateway.clone()));
+            let (bound_version, epoch, gateway) = (live.route.bound_version, live.life.epoch, live.life.gateway.clone());
+            targets.routes.insert(device.clone(), Target { bound_version, epoch, gateway });
             targets.all_suspect &= live.suspect;
             targets.none_attaches &= live.life.attach_no == 0;
             match Outlets::stream_of(live.life) {
@@ -95,5 +127,30 @@ impl Targets {
             }
         }
         targets
+    }
+
+    /// Where a parcel goes by what was found out since `began`, for whoever wants to see it.
+    pub fn tell(&self, message: &Message, answer: &Answer, began: Instant) {
+        if message.steps.is_none() {
+            return;
+        }
+        message.note("looked_up", began, |step| {
+            let (tier, count) = (answer.source.name(), self.routes.len());
+            step.detail = format!("version {} from {tier}, live routes: {count}", answer.version().0);
+        });
+        for (device, Target { epoch, gateway, .. }) in &self.routes {
+            message.note("route", Instant::now(), |step| {
+                (step.device, step.gateway) = (device.to_string(), gateway.to_string());
+                match self.streams.get(epoch) {
+                    Some(node) => node.as_ref().clone_into(&mut step.node),
+                    None => "without a stream: on its channel".clone_into(&mut step.detail),
+                }
+            });
+        }
+    }
+
+    /// The gateway of one of the lives.
+    pub fn gateway(&self, epoch: Epoch) -> Option<&GatewayAddr> {
+        self.routes.values().find(|target| target.epoch == epoch).map(|target| &target.gateway)
     }
 }

@@ -59,6 +59,17 @@ pub enum Source {
     Durable,
 }
 
+impl Source {
+    /// For people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Local => "memory",
+            Self::Shared => "Redis",
+            Self::Durable => "the database",
+        }
+    }
+}
+
 pub struct Settings {
     pub announcements: Announcements,
     pub l1_ttl: Duration,

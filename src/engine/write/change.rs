@@ -28,6 +28,9 @@ use crate::engine::write::rate::Rate;
 use crate::error::Error;
 use crate::metrics::Metrics;
 use crate::store::database::Database;
+use crate::telemetry::spans::Kind;
+use crate::telemetry::spans::Place;
+use crate::telemetry::spans::Span;
 
 /// A change without a text, rounded up.
 const SMALL_BYTES: usize = 512;
@@ -114,6 +117,8 @@ pub(super) struct Pending {
     pub answer: oneshot::Sender<Result<Outcome, Error>>,
     /// Since the lane took the event: nothing older than what it commits may be answered.
     pub under_way: Option<WriteGuard>,
+    /// Where its spans begin. None: it is not traced.
+    pub trace: Option<Place>,
     _share: Option<OwnedSemaphorePermit>,
 }
 
@@ -125,7 +130,17 @@ impl Pending {
         share: Option<OwnedSemaphorePermit>,
     ) -> (Self, oneshot::Receiver<Result<Outcome, Error>>) {
         let (answer, outcome) = oneshot::channel();
-        (Self { user, change, received, answer, under_way: None, _share: share }, outcome)
+        (Self { user, change, received, answer, under_way: None, trace: None, _share: share }, outcome)
+    }
+
+    /// A span of it, if it is traced.
+    pub fn begin(&self, name: &'static str) -> Option<Span> {
+        self.trace.as_ref().map(|place| place.begin(name, Kind::Internal))
+    }
+
+    /// A lane has taken it.
+    pub fn note_taken(&self) {
+        drop(self.trace.as_ref().map(|place| place.begin_at("lane wait", Kind::Internal, self.received)));
     }
 
     /// Whether somebody still waits for it. If not, its caller has been told to repeat it, and it must not be applied late.

@@ -51,6 +51,7 @@ use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::FILE_MOVED;
 use crate::store::outbox::OutboxId;
+use crate::telemetry::spans::Span;
 
 mod recovery;
 
@@ -196,6 +197,7 @@ impl Lane {
             part.events = self.not_behind_parked(part.events);
             for event in part.events.iter_mut().filter(|event| event.under_way.is_none()) {
                 event.under_way = Some(self.tools.cache.begin_write(event.user));
+                event.note_taken();
             }
             if part.events.is_empty() {
                 continue;
@@ -223,6 +225,7 @@ impl Lane {
     async fn attempt(&mut self, events: &[Pending]) -> Result<Committed, Failure> {
         let mut connection = self.connected().await?;
         let began = Instant::now();
+        let spans: Vec<Span> = events.iter().filter_map(|event| event.begin("commit")).collect();
         let shown = &self.shown;
         let result = Transaction { tools: &self.tools, connection: &mut connection, shown }.run(events).await;
         let result = result.and_then(|committed| self.must_be_in_place(committed));
@@ -237,6 +240,12 @@ impl Lane {
             Err(_) => connection.rollback().await.is_ok(),
         };
         self.connection = usable.then_some(connection);
+        for mut span in spans {
+            span.note("im_presence.batch", events.len() as u64);
+            if result.is_err() {
+                span.fail("it did not commit");
+            }
+        }
         result
     }
 
@@ -286,12 +295,14 @@ impl Lane {
         self.projector.hand_over(Batch { records, kicks, stored, seen, outbox, committed: committed_at, in_l2 });
         let Some(l2) = publisher.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
+        let spans: Vec<Span> = answers.iter().filter_map(|(event, _)| event.begin("show in Redis")).collect();
         self.answering.spawn(async move {
             let is_in_l2 = l2.is_usable() && timeout(L2_PATIENCE, confirmed).await.is_ok_and(|told| told.is_ok());
             // The change is durable either way. Other nodes hear of it now: who could say when L2 answers?
             if let Some(hints) = publisher.hints.as_ref().filter(|_| !is_in_l2) {
                 let _ = timeout(HINT_PATIENCE, hints.tell(changed)).await; // lost, it leaves a gap, and others see that
             }
+            drop(spans);
             answer(answers.into_iter());
         });
     }

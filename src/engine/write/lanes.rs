@@ -32,6 +32,7 @@ use crate::engine::write::lane::Lane;
 use crate::engine::write::projection::ToProjector;
 use crate::error::Error;
 use crate::metrics::Metrics;
+use crate::telemetry::spans::Place;
 
 /// Events a batch call puts into a lane at a time.
 const BATCH_SHARE: usize = 256;
@@ -95,15 +96,28 @@ impl Lanes {
     /// [`Error::Overloaded`]: nothing was done. [`Error::Unavailable`]: it may or may not have been done; repeating it is
     /// harmless. [`Error::Internal`]: this change cannot be stored.
     pub async fn submit(&self, user: UserId, change: Change) -> Result<Outcome, Error> {
-        let begun = self.begin(user, change)?;
+        self.submit_traced(user, change, None).await
+    }
+
+    /// The same, as a part of a traced call.
+    ///
+    /// # Errors
+    /// The same.
+    pub async fn submit_traced(&self, user: UserId, change: Change, trace: Option<Place>) -> Result<Outcome, Error> {
+        let begun = self.take_place(user, change, trace)?;
         self.finish(begun).await
     }
 
     /// The first half of [`Lanes::submit`]: takes the change's place in the lane. Changes begun one after the other are made in
     /// this order.
     pub fn begin(&self, user: UserId, change: Change) -> Result<Begun, Error> {
+        self.take_place(user, change, None)
+    }
+
+    fn take_place(&self, user: UserId, change: Change, trace: Option<Place>) -> Result<Begun, Error> {
         let received = Instant::now();
-        let (pending, answer) = Pending::new(user, change, received, None);
+        let (mut pending, answer) = Pending::new(user, change, received, None);
+        pending.trace = trace;
         self.enter(self.lane_of(user), pending)?;
         Ok(Begun { received, answer })
     }

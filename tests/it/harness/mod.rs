@@ -1,6 +1,8 @@
 //! What the tests run on. Everything started here ends with the test process, however that ends.
 
 pub mod cluster;
+#[cfg(feature = "otlp")]
+pub mod collector;
 pub mod gateway;
 pub mod mariadb;
 pub mod mysql_front;
