@@ -225,6 +225,7 @@ async fn a_collector_that_stands_still_holds_up_nobody_and_each_span_is_sent_or_
         series.iter().filter(|(labels, _)| labels.contains(&label)).map(|(_, n)| n).sum::<f64>()
     };
     assert!(counted("dropped").await > f64::from(CALLS), "most of what does not fit is dropped");
+    eventually("what was sent to it is given up", SOON, async || counted("failed").await > 0.0).await;
     collector.hold(false);
     let all = async || counted("dropped").await + counted("sent").await + counted("failed").await;
     eventually("each span is counted once", SOON, async || all().await == f64::from(2 * CALLS)).await;

@@ -379,6 +379,7 @@ fn answer(answers: impl Iterator<Item = (Pending, Option<Result<Outcome, Error>>
     }
 }
 
+#[allow(clippy::large_enum_variant)] // there is one at a time, and it is moved on at once
 enum Wake {
     Event(Pending),
     Nothing,
