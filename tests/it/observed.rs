@@ -183,7 +183,14 @@ async fn a_life_of_two_nodes() -> BTreeSet<String> {
     node.deliver(with_ack(ALICE, "hello", 5_000)).await;
     node.query(ALICE).await;
     node.presence().allocate_gateway(AllocateGatewayReq { user_id: ALICE, ..Default::default() }).await.expect("an answer");
-    node.unbind(UnbindRouteReq { user_id: BOB, device_id: LAPTOP.to_owned(), ..Default::default() }).await;
+    node.unbind(UnbindRouteReq {
+        user_id: BOB,
+        device_id: LAPTOP.to_owned(),
+        gateway_addr: OTHER_GATEWAY.to_owned(),
+        gateway_epoch: epoch,
+        ..Default::default()
+    })
+    .await;
     assert_eq!(node.ctl(&["kick", "2", PHONE, "--reason", "test"]).0, 0);
     assert_eq!(node.deregister(OTHER_GATEWAY, epoch).await, im_presence::pb::Code::Ok);
     let late = node.presence().bind_route(on(OTHER_GATEWAY, epoch, a_bind(BOB, LAPTOP, "c-2"))).await.expect("an answer");
