@@ -58,7 +58,7 @@ fn run(program: &str, words: &[&str]) -> (bool, String) {
 }
 
 /// Metrics that a text names, without what a histogram adds.
-fn named(text: &str) -> BTreeSet<String> {
+pub fn named(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let is_metric = |word: &&str| word.starts_with("im_presence_") && *word != "im_presence_" || word.starts_with("process_");
     let metrics = words.filter(is_metric);
@@ -159,7 +159,7 @@ fn the_dashboard_can_be_shown() {
 }
 
 /// What these nodes export, counters with their ending.
-async fn exported(nodes: &[&Node]) -> BTreeSet<String> {
+pub async fn exported(nodes: &[&Node]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for node in nodes {
         let (_, text) = node.http("/metrics").await;
