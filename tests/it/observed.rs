@@ -58,7 +58,7 @@ fn run(program: &str, words: &[&str]) -> (bool, String) {
 }
 
 /// Metrics that a text names, without what a histogram adds.
-fn named(text: &str) -> BTreeSet<String> {
+pub fn named(text: &str) -> BTreeSet<String> {
     let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
     let is_metric = |word: &&str| word.starts_with("im_presence_") && *word != "im_presence_" || word.starts_with("process_");
     let metrics = words.filter(is_metric);
@@ -159,7 +159,7 @@ fn the_dashboard_can_be_shown() {
 }
 
 /// What these nodes export, counters with their ending.
-async fn exported(nodes: &[&Node]) -> BTreeSet<String> {
+pub async fn exported(nodes: &[&Node]) -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for node in nodes {
         let (_, text) = node.http("/metrics").await;
@@ -183,7 +183,14 @@ async fn a_life_of_two_nodes() -> BTreeSet<String> {
     node.deliver(with_ack(ALICE, "hello", 5_000)).await;
     node.query(ALICE).await;
     node.presence().allocate_gateway(AllocateGatewayReq { user_id: ALICE, ..Default::default() }).await.expect("an answer");
-    node.unbind(UnbindRouteReq { user_id: BOB, device_id: LAPTOP.to_owned(), ..Default::default() }).await;
+    node.unbind(UnbindRouteReq {
+        user_id: BOB,
+        device_id: LAPTOP.to_owned(),
+        gateway_addr: OTHER_GATEWAY.to_owned(),
+        gateway_epoch: epoch,
+        ..Default::default()
+    })
+    .await;
     assert_eq!(node.ctl(&["kick", "2", PHONE, "--reason", "test"]).0, 0);
     assert_eq!(node.deregister(OTHER_GATEWAY, epoch).await, im_presence::pb::Code::Ok);
     let late = node.presence().bind_route(on(OTHER_GATEWAY, epoch, a_bind(BOB, LAPTOP, "c-2"))).await.expect("an answer");

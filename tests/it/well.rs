@@ -7,6 +7,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb::Code;
+use serde_json::Value;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
 
@@ -22,6 +23,9 @@ use crate::harness::prometheus::Prometheus;
 use crate::harness::stream::Devices;
 use crate::harness::stream::TestGateway;
 use crate::harness::watcher::Watcher;
+use crate::observed::exported;
+use crate::observed::named;
+use crate::tidy::none;
 
 /// How long it goes on, in minutes. Below an hour the windows and waits of the rules are shorter by as much.
 const MINUTES: &str = "IM_PRESENCE_WELL_MINUTES";
@@ -98,6 +102,28 @@ async fn come_and_go(node: &Node, done: &Done) {
     done.count(&done.lives, gone == Code::Ok);
 }
 
+/// What each panel of the dashboard asks for has an answer, if these nodes export what it is about.
+async fn every_panel_shows_something(prometheus: &Prometheus, nodes: &[Node]) {
+    let dashboard: Value = serde_json::from_str(include_str!("../../deploy/grafana/im-presence.json")).expect("JSON");
+    let targets = dashboard["panels"].as_array().expect("panels").iter().flat_map(|panel| panel["targets"].as_array());
+    let there = exported(&nodes.iter().collect::<Vec<_>>()).await;
+    let (mut shown, mut wrong) = (0, Vec::new());
+    for target in targets.flatten() {
+        let expression = target["expr"].as_str().expect("an expression");
+        let metrics = named(expression);
+        let filled = [("$__rate_interval", "1m"), ("$job", "im-presence"), ("$instance", ".*")];
+        let asked = filled.iter().fold(expression.to_owned(), |text, (variable, value)| text.replace(variable, value));
+        let answer = prometheus.query(&asked).await.expect("an answer");
+        let is_empty = answer["data"]["result"].as_array().is_none_or(Vec::is_empty);
+        if answer["status"] != "success" || is_empty && !metrics.is_empty() && metrics.is_subset(&there) {
+            wrong.push(format!("{asked}: {answer}"));
+        }
+        shown += usize::from(!is_empty);
+    }
+    println!("{shown} targets of the dashboard show something");
+    none("each panel shows something", wrong);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_all_is_well_no_alert_fires() {
     if !long() {
@@ -141,6 +167,7 @@ async fn while_all_is_well_no_alert_fires() {
             (restarted, restarts) = (Instant::now(), restarts + 1);
         }
     }
+    every_panel_shows_something(&prometheus, &cluster.nodes).await;
     churn.shutdown().await;
     drop(watcher);
     let count = |what: &AtomicU64| what.load(Ordering::Relaxed);

@@ -18,8 +18,8 @@ use crate::harness::mariadb::free_port;
 use crate::harness::mariadb::scratch;
 use crate::harness::node::Node;
 use crate::harness::process;
-use crate::tidy::package;
 
+const RULES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/deploy/prometheus/rules.yml");
 const START_DEADLINE: Duration = Duration::from_secs(30);
 const WATCHDOG: &str = "ImPresenceWatchdog";
 
@@ -45,7 +45,7 @@ impl Prometheus {
     pub async fn start(nodes: &[&Node], shorter: u64, every: Duration) -> Self {
         let (directory, port) = (scratch("prometheus"), free_port());
         fs::create_dir_all(&directory).expect("make a directory");
-        let rules = fs::read_to_string(package().join("deploy/prometheus/rules.yml")).expect("the rules");
+        let rules = fs::read_to_string(RULES).expect("the rules");
         fs::write(directory.join("rules.yml"), shortened(&rules, shorter)).expect("write the rules");
         let targets: Vec<String> = nodes.iter().map(|node| format!("'{}'", node.admin)).collect();
         let config = format!(
