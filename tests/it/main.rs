@@ -36,6 +36,7 @@ mod operators;
 mod order;
 mod pages;
 mod redis_faults;
+mod rest;
 mod running;
 mod shared;
 mod sql_faults;
