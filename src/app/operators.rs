@@ -8,11 +8,12 @@ use tokio_util::sync::CancellationToken;
 use crate::api::admin::Admin;
 use crate::api::moves::Moves;
 use crate::api::presence::Presence;
-use crate::api::report::Reporter;
 use crate::api::rest::Rest;
 use crate::app::assemble::Daemon;
 use crate::app::lists;
+use crate::app::reporting::Reporting;
 use crate::config::Config;
+use crate::engine::read::audit_log::AuditLog;
 use crate::security::audit::Audit;
 
 /// Starts counting users, too.
@@ -21,7 +22,7 @@ pub fn start(
     engine: &Daemon,
     audit: &Audit,
     presence: Presence,
-    reporter: Arc<Reporter>,
+    reporting: Reporting,
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
 ) -> Rest {
@@ -38,5 +39,13 @@ pub fn start(
         explaining: engine.explaining.clone(),
         peers: engine.peers.clone(),
     };
-    Rest { admin: Arc::new(admin), presence: Arc::new(presence), lives: engine.lives.clone(), reporter }
+    Rest {
+        admin: Arc::new(admin),
+        presence: Arc::new(presence),
+        lives: engine.lives.clone(),
+        inboxes: engine.inboxes.clone(),
+        audit_log: AuditLog::new(engine.database.clone()),
+        reporter: reporting.reporter,
+        listening: reporting.listening,
+    }
 }

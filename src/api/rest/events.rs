@@ -13,6 +13,7 @@ use axum::response::Response;
 use axum::response::sse;
 use axum::response::sse::KeepAlive;
 use axum::response::sse::Sse;
+use futures_util::FutureExt;
 use futures_util::stream;
 use serde::Deserialize;
 use serde_json::json;
@@ -156,7 +157,7 @@ impl Listener {
     /// The next event. None: that was all.
     async fn next(&mut self) -> Option<sse::Event> {
         loop {
-            if self.draining.is_cancelled() {
+            if self.draining.is_cancelled() || self.revoked.as_mut().now_or_never().is_some() {
                 return None;
             }
             if let Some(event) = self.pending.pop_front() {

@@ -130,9 +130,13 @@ mod tests {
 
     #[test]
     fn clocks_may_differ_by_what_the_question_took() {
-        for (offset_ms, read_in_ms, stepped, ok) in
-            [(0, 1, false, true), (-900, 1, false, true), (1_500, 10, false, false), (1_500, 600, false, true), (0, 1, true, false)]
-        {
+        for (offset_ms, read_in_ms, stepped, ok) in [
+            (0, 1, false, true),
+            (-900, 1, false, true),
+            (1_500, 10, false, false),
+            (1_500, 600, false, true),
+            (0, 1, true, false),
+        ] {
             let check = clock(offset_ms, Duration::from_millis(read_in_ms), stepped);
             assert_eq!((check.ok, check.hint.is_empty()), (ok, ok), "{check:?}");
         }

@@ -57,19 +57,20 @@ impl Doctor {
     pub async fn examine(&self) -> Vec<Check> {
         let (database, twins, cache, queue, peers, advertise) =
             tokio::join!(self.database(), self.twins(), self.cache(), self.queue(), self.others(), self.advertise());
-        let mut checks = database;
-        checks.extend([twins, self.echo(), peers, advertise]);
+        let (mut checks, usurped) = database;
+        checks.extend([usurped.unwrap_or(twins), self.echo(), peers, advertise]);
         checks.extend(cache.into_iter().chain([queue]));
         checks.push(check::file_limit(self.files));
         checks
     }
 
-    async fn database(&self) -> Vec<Check> {
+    /// The database, and whether another process has taken this one's name.
+    async fn database(&self) -> (Vec<Check>, Option<Check>) {
         let asked = unix_ms();
         let examined = timeout(SQL_LIMIT, self.database.examine(&self.peers.own.node_id)).await;
         let examined = examined.unwrap_or_else(|_| Err(SqlError::Lost(format!("no answer within {SQL_LIMIT:?}"))));
         match examined {
-            Ok(examined) => self.examined(&examined, asked),
+            Ok(examined) => (self.examined(&examined, asked), self.usurped(examined.owner.as_deref())),
             Err(error) => {
                 let says = error.to_string();
                 let isolation = says.contains("isolation level");
@@ -78,7 +79,7 @@ impl Doctor {
                 if isolation {
                     checks.push(Check::ill("isolation_level", says, ISOLATION_HINT));
                 }
-                checks
+                (checks, None)
             }
         }
     }
@@ -101,19 +102,13 @@ impl Doctor {
             durability,
             check::schema(&examined.steps),
             check::disk(examined.free),
-            self.owner(examined.owner.as_deref()),
         ]
     }
 
-    fn owner(&self, incarnation: Option<&str>) -> Check {
+    fn usurped(&self, owner: Option<&str>) -> Option<Check> {
         let own = &self.peers.own;
-        match incarnation {
-            Some(other) if other != own.incarnation => {
-                Check::ill("node_name", format!("another process has taken node_id {}", own.node_id), TWIN_HINT)
-            }
-            Some(_) => Check::well("node_name", format!("{} is this process", own.node_id)),
-            None => Check::ill("node_name", "this node is not in the table nodes", "see whether it may write to the database"),
-        }
+        let is_usurped = owner.is_some_and(|owner| owner != own.incarnation);
+        is_usurped.then(|| Check::ill("node_id", format!("another process has taken node_id {}", own.node_id), TWIN_HINT))
     }
 
     /// Processes that did not start because this one has their name.
@@ -121,12 +116,12 @@ impl Doctor {
         let from = self.lives.clock.now().minus(TWINS_WITHIN);
         let page = AuditPage { who: None, action: Some(START.to_owned()), from, before: None, limit: STARTS };
         let Ok(rows) = self.audit.page(page).await else {
-            return Check::ill("same_node_id", "the audit cannot be read", "see the check database");
+            return Check::ill("node_id", "the audit cannot be read", "see the check database");
         };
         let own = &self.peers.own.node_id;
         match rows.iter().find(|row| row.outcome == "failed" && row.target == *own) {
-            Some(row) => Check::ill("same_node_id", row.reason.clone(), TWIN_HINT),
-            None => Check::well("same_node_id", format!("nobody else has tried to be {own} within ten minutes")),
+            Some(row) => Check::ill("node_id", row.reason.clone(), TWIN_HINT),
+            None => Check::well("node_id", format!("nobody else has tried to be {own} within ten minutes")),
         }
     }
 

@@ -151,10 +151,8 @@ impl Observer {
         if listed.is_empty() {
             return; // the database was not read yet
         }
-        let nodes: BTreeMap<_, _> = listed
-            .iter()
-            .map(|node| (node.name.node_id.clone(), (node.name.incarnation.clone(), node.draining)))
-            .collect();
+        let nodes: BTreeMap<_, _> =
+            listed.iter().map(|node| (node.name.node_id.clone(), (node.name.incarnation.clone(), node.draining))).collect();
         let before = self.seen.nodes.replace(nodes.clone()).unwrap_or_default();
         let (now, own) = (self.lives.clock.now(), &self.peers.own.node_id);
         let tell = |id: &str, state: &str, words: &str| {
