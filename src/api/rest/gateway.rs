@@ -62,7 +62,7 @@ struct PastLife {
 #[into_params(parameter_in = Query)]
 struct Purge {
     /// For the audit. At most 200 bytes.
-    #[param(example = "its machine is gone")]
+    #[param(pattern = "\\S", max_length = 200, example = "its machine is gone")]
     reason: String,
     /// Only say what would happen.
     dry_run: Option<bool>,
@@ -145,7 +145,8 @@ async fn purge_life(
 /// The last lives of an address, the newest first.
 async fn lives_of(rest: &Rest, caller: &Caller, addr: &str) -> Result<pb::ListGatewaysResp, Problem> {
     let newest_first = format!("{}@{addr}", u64::MAX);
-    let listed = gateways::page(rest, caller, true, LAST_LIVES, newest_first).await;
+    let sought = pb::ListGatewaysReq { include_dead: true, page_size: LAST_LIVES, ..Default::default() };
+    let listed = gateways::page(rest, caller, &sought, newest_first).await;
     let mut page = listed.map_err(|problem| problem.renamed("cursor", "gateway_addr"))?;
     page.lives.retain(|life| life.gateway_addr == addr);
     Ok(page)
