@@ -15,6 +15,7 @@ mod rules;
 mod schema;
 mod secret;
 mod security;
+mod sources;
 mod trace;
 
 use std::fmt;
@@ -52,6 +53,7 @@ pub use security::MtlsRule;
 pub use security::Peer;
 pub use security::Tls;
 pub use security::WhoReadsMetrics;
+pub use sources::Sources;
 pub use trace::Trace;
 
 /// Everything that can be configured, checked. A Redis section that is `None` is a tier that is not there.
@@ -81,6 +83,8 @@ pub struct Config {
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,
+    #[serde(skip)]
+    pub sources: Sources,
 }
 
 /// The gRPC port.

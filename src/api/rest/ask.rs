@@ -16,6 +16,7 @@ use serde::de::DeserializeOwned;
 use tonic::metadata::MetadataMap;
 use utoipa::IntoParams;
 
+use crate::api::access::Admission;
 use crate::api::rest::problem::Problem;
 
 /// Largest body.
@@ -31,6 +32,11 @@ impl Caller {
     /// The same request, as gRPC would have brought it.
     pub fn asks<T>(&self, message: T) -> tonic::Request<T> {
         tonic::Request::from_parts(MetadataMap::new(), self.0.clone(), message)
+    }
+
+    /// Whoever was let in; none, if nobody was asked.
+    pub fn admission(&self) -> Option<&Admission> {
+        Admission::of(&self.0)
     }
 
     /// The same, of somebody who waits for so long.
