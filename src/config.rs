@@ -59,6 +59,7 @@ pub struct Config {
     pub presence_service: PresenceService,
     pub node: Node,
     pub admin: Admin,
+    pub console: Console,
     pub log: Log,
     pub tls: Tls,
     pub admin_tls: Tls,
@@ -114,6 +115,15 @@ pub struct Admin {
     pub host: String,
     /// 0 picks a free one.
     pub port: u16,
+}
+
+/// What browsers see on the port for operators.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// Where the past is drawn.
+    #[serde(with = "or_empty")]
+    pub grafana_url: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 48] = [
+pub static RULES: [Rule; 50] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -93,6 +93,8 @@ pub static RULES: [Rule; 48] = [
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),
     unlimited("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANYBODY),
     unlimited("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANYBODY),
+    unlimited("GET /", ANYBODY),
+    unlimited("GET /web/*", ANYBODY),
     unlimited("GET /livez", ANYBODY),
     unlimited("GET /readyz", ANYBODY),
     unlimited("GET /healthz", ANYBODY),
@@ -134,7 +136,8 @@ impl From<Status> for Refused {
 
 impl Rule {
     pub fn find(call: &str) -> Option<&'static Self> {
-        RULES.iter().find(|rule| rule.call == call)
+        let begins = |rule: &Self| rule.call.strip_suffix('*').is_some_and(|head| call.starts_with(head));
+        RULES.iter().find(|rule| rule.call == call || begins(rule))
     }
 
     /// Whether a caller with this role may make the call.
