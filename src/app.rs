@@ -7,6 +7,7 @@ mod files;
 mod lists;
 mod moving;
 mod neighbours;
+mod operators;
 mod protection;
 mod redis;
 pub mod serve;
@@ -34,10 +35,8 @@ use tonic_health::server::HealthReporter;
 use tracing::info;
 use tracing::warn;
 
-use crate::api::admin::Admin;
 use crate::api::attach::DRAIN_TIME;
 use crate::api::http;
-use crate::api::moves::Moves;
 use crate::api::node::Caller;
 use crate::app::assemble::Daemon;
 use crate::app::protection::Protection;
@@ -201,33 +200,22 @@ impl App {
 
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
-        let for_operators = Admin {
-            gateways: engine.gateways.clone(),
-            digests: engine.digests.clone(),
-            lives: engine.lives.clone(),
-            audit: audit.clone(),
-            lanes: engine.lanes.clone(),
-            history: engine.history.clone(),
-            moves: Moves { drains: engine.drains.clone(), audit: audit.clone() },
-            metrics: engine.metrics.clone(),
-            lists: lists::start(&config, &engine, &mut tasks, &stop),
-            explaining: engine.explaining.clone(),
-            peers: engine.peers.clone(),
-        };
-        let router = serve::admin_router(operator(&config, &engine, &draining), for_operators);
+        let services = engine.services(&config, &draining, &attached);
+        let rest = operators::start(&config, &engine, audit, services.presence.clone(), &mut tasks, &stop);
+        let router = serve::admin_router(operator(&config, &engine, &draining), rest);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
             tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
         }
-        let services = engine.services(&config, &draining, &attached);
         let (health, service) =
             serve::data_service(services, engine.memory.clone(), access.clone(), config.auth.reflection).await;
         let started = Threads::start(config.presence_service.thread_count, &service, &closing, &stop);
         let (threads, serving) = started.map_err(StartError::Threads)?;
         protection.announce(&config, !data.ip().is_loopback() || !admin.ip().is_loopback());
         let Protection { data: entrance, admin: admin_entrance, access, audit, peers, .. } = protection;
-        tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, access, engine.memory.clone(), stop.clone()));
+        let (hosts, memory) = (settings::hosts(&config), engine.memory.clone());
+        tasks.spawn(admin_port::serve(admin_listener, admin_entrance, router, access, hosts, memory, stop.clone()));
         let accepting = threads.accept(data_listener, entrance, max_connections, serving, closing.clone(), stop.clone());
         accepting.map_err(StartError::Threads)?;
 

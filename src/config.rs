@@ -115,6 +115,8 @@ pub struct Admin {
     pub host: String,
     /// 0 picks a free one.
     pub port: u16,
+    /// Under which the REST API may be called, besides IP addresses, localhost and the node's own.
+    pub allowed_hosts: Vec<String>,
 }
 
 /// What browsers see on the port for operators.

@@ -32,7 +32,7 @@ const ANYBODY: u8 = 32;
 /// One call, and which roles may make it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Rule {
-    /// A gRPC method, or `GET /path`. One that ends in `*` stands for all that begin so.
+    /// A gRPC method, or `GET /path`. One that ends in `*` stands for all that begin so, unless a longer one fits, too.
     pub call: &'static str,
     roles: u8,
     /// Counts towards `limits.calls_per_s`. Leases, unbinds and acknowledgements do not: to refuse them would make ghosts.
@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 50] = [
+pub static RULES: [Rule; 58] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -99,6 +99,14 @@ pub static RULES: [Rule; 50] = [
     unlimited("GET /readyz", ANYBODY),
     unlimited("GET /healthz", ANYBODY),
     unlimited(METRICS, VIEWER | OPERATOR),
+    unlimited("GET /api", ANYBODY),
+    unlimited("GET /api/v1/openapi.json", ANYBODY),
+    unlimited("GET /api/v1/*", VIEWER | OPERATOR),
+    unlimited("POST /api/v1/*", OPERATOR),
+    unlimited("POST /api/v1/allocate", VIEWER | OPERATOR),
+    unlimited("POST /api/v1/policy/preview", VIEWER | OPERATOR),
+    unlimited("PUT /api/v1/*", OPERATOR),
+    unlimited("DELETE /api/v1/*", OPERATOR),
 ];
 const METRICS: &str = "GET /metrics";
 const DELIVERIES: [&str; 2] = ["/mpim.PresenceService/Deliver", "/mpim.PresenceService/BatchDeliver"];
@@ -136,8 +144,9 @@ impl From<Status> for Refused {
 
 impl Rule {
     pub fn find(call: &str) -> Option<&'static Self> {
-        let begins = |rule: &Self| rule.call.strip_suffix('*').is_some_and(|head| call.starts_with(head));
-        RULES.iter().find(|rule| rule.call == call || begins(rule))
+        let begins_so = |rule: &&Self| rule.call.strip_suffix('*').is_some_and(|head| call.starts_with(head));
+        let exact = RULES.iter().find(|rule| rule.call == call);
+        exact.or_else(|| RULES.iter().filter(begins_so).max_by_key(|rule| rule.call.len()))
     }
 
     /// Whether a caller with this role may make the call.
@@ -189,7 +198,7 @@ impl Access {
         let caller = &*admission.identity.caller;
         let may_not_deliver = caller.role == Role::Gateway && !self.gateway_may_deliver && DELIVERIES.contains(&rule.call);
         if !rule.allows(caller.role) || may_not_deliver {
-            return Err(admission.denied("the role may not make this call").into());
+            return Err(admission.denied_on(call, "the role may not make this call").into());
         }
         if rule.is_limited {
             admission.take_call().map_err(|error| status(&error))?;
@@ -245,14 +254,20 @@ impl Admission {
 
     /// What a caller with a valid credential is told who may not do something. It is taken down.
     pub fn denied(&self, why: &str) -> Status {
+        self.denied_on(self.call, why)
+    }
+
+    fn denied_on(&self, call: &str, why: &str) -> Status {
         let Identity { caller, allowance, .. } = &self.identity;
         let role = caller.role.name();
         self.access.metrics.security.denied(role);
         if allowance.take_denial() {
-            let entry = Entry { action: self.call.to_owned(), outcome: "denied", reason: why.to_owned(), ..self.actor() };
+            let (action, reason) = (self.call.to_owned(), why.to_owned());
+            let target = if call == self.call { String::new() } else { call.to_owned() };
+            let entry = Entry { action, target, outcome: "denied", reason, ..self.actor() };
             self.access.audit.note(entry);
         }
-        Status::permission_denied(format!("{} as {role}: {why}", self.call))
+        Status::permission_denied(format!("{call} as {role}: {why}"))
     }
 
     fn actor(&self) -> Entry {
@@ -262,14 +277,19 @@ impl Admission {
 }
 
 /// Takes down what an operator has changed by a call that others make, too.
-pub fn note_operator<T>(extensions: &Extensions, target: impl FnOnce() -> String, done: &Result<T, Status>) {
+pub fn note_operator<T>(
+    extensions: &Extensions,
+    action: &'static str,
+    target: impl FnOnce() -> String,
+    done: &Result<T, Status>,
+) {
     let Some(admission) = Admission::of(extensions) else { return };
     if admission.identity.caller.role == Role::Operator {
         let (outcome, reason) = match done {
             Ok(_) => ("ok", String::new()),
             Err(status) => ("failed", status.message().to_owned()),
         };
-        let action = admission.call.rsplit('/').next().unwrap_or_default().to_owned();
+        let action = action.to_owned();
         admission.access.audit.note(Entry { action, target: target(), outcome, reason, ..admission.actor() });
     }
 }

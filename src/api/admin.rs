@@ -85,8 +85,10 @@ impl AdminService for Admin {
             let reason = "must be given, unless held is set".to_owned();
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
+        convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
         let args = format!("epochs {:?}, held {}", request.epochs, request.held);
-        let entry = Entry { action: "PurgeGateways".to_owned(), args, ..Entry::default() };
+        let reason = request.reason.clone();
+        let entry = Entry { action: "PurgeGateways".to_owned(), args, reason, ..Entry::default() };
         audited(&self.audit, &extensions, entry, never, purge(self.gateways.clone(), request)).await.map(Response::new)
     }
 
@@ -190,6 +192,11 @@ impl Admin {
             attached_node: life.attached.as_deref().unwrap_or_default().to_owned(),
             labels: life.profile.labels.clone().into_iter().collect(),
             held: held && late,
+            late,
+            last_beat_ms_ago: if life.is_managed() && life.is_alive() { ago(life.last_beat, now) } else { 0 },
+            began_ms: life.began().0,
+            ended_ms: life.end.map_or(0, |end| end.at.0),
+            end_reason: life.end.map_or("", |end| end.reason.name()).to_owned(),
             weight: life.profile.weight,
             public_addr: life.profile.public_addr.clone(),
             login_rate: life.profile.login_rate,
@@ -221,6 +228,10 @@ fn page_after(token: &str) -> Result<Option<(GatewayAddr, Epoch)>, Error> {
     let (gateway, epoch) = place
         .ok_or_else(|| Error::Invalid { field: "page_token", reason: "must be the next_page_token of an answer".to_owned() })?;
     Ok(Some((gateway, Epoch(epoch))))
+}
+
+fn ago(then: Timestamp, now: Timestamp) -> u64 {
+    u64::try_from(now.0 - then.0).unwrap_or(0)
 }
 
 /// Negative: so long ago.

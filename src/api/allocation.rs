@@ -18,6 +18,7 @@ use crate::pb;
 const MAX_NAMED: usize = 64;
 const MAX_CANDIDATES: usize = 10;
 
+#[derive(Clone)]
 pub struct AllocationCalls {
     pub allocator: Arc<Allocator>,
     pub peers: Arc<Peers>,

@@ -16,12 +16,11 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::HeaderName;
 use axum::http::HeaderValue;
+use axum::http::Method;
 use axum::http::StatusCode;
 use axum::http::header::ACCEPT;
 use axum::http::header::CONTENT_TYPE;
-use axum::http::header::WWW_AUTHENTICATE;
 use axum::middleware::Next;
-use axum::response::AppendHeaders;
 use axum::response::IntoResponse;
 use axum::response::Response;
 use axum::routing::get;
@@ -29,10 +28,9 @@ use serde_json::Value;
 use serde_json::json;
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use tonic::Code;
-use tonic::Status;
 
 use crate::api::access::Access;
+use crate::api::rest::problem::Problem;
 use crate::engine::messages::streams::Streams;
 use crate::engine::read::cache::Cache;
 use crate::engine::read::hints::Hints;
@@ -64,28 +62,21 @@ pub struct Operator {
 pub async fn guard(State(access): State<Option<Arc<Access>>>, mut request: Request, next: Next) -> Response {
     let Some(access) = access else { return next.run(request).await };
     let (path, is_grpc) = (request.uri().path(), request.uri().path().starts_with("/mpim."));
-    let call = if is_grpc { path.to_owned() } else { format!("{} {path}", request.method()) };
+    let call = if is_grpc { path.to_owned() } else { format!("{} {path}", rights(request.method())) };
     match access.admit(&call, request.extensions().get(), request.headers()) {
         Ok(None) => {}
         Ok(Some(admission)) => _ = request.extensions_mut().insert(admission),
         Err(refused) => {
             sleep(refused.late).await;
-            return if is_grpc { refused.status.into_http() } else { in_http(&refused.status) };
+            return if is_grpc { refused.status.into_http() } else { Problem::from(refused.status).into_response() };
         }
     }
     next.run(request).await
 }
 
-fn in_http(status: &Status) -> Response {
-    let code = match status.code() {
-        Code::Unauthenticated => StatusCode::UNAUTHORIZED,
-        Code::PermissionDenied => StatusCode::FORBIDDEN,
-        Code::Unimplemented => StatusCode::NOT_FOUND,
-        Code::ResourceExhausted => StatusCode::TOO_MANY_REQUESTS,
-        _ => StatusCode::INTERNAL_SERVER_ERROR,
-    };
-    let challenge = (code == StatusCode::UNAUTHORIZED).then_some([(WWW_AUTHENTICATE, "Bearer")]);
-    (code, challenge.map(AppendHeaders), format!("{}\n", status.message())).into_response()
+/// What one has to be allowed: whatever else is asked is asked as GET, and has no effect.
+fn rights(method: &Method) -> &Method {
+    if [Method::POST, Method::PUT, Method::DELETE].contains(method) { method } else { &Method::GET }
 }
 
 pub fn router(operator: Operator) -> Router {

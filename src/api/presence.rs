@@ -30,6 +30,7 @@ use crate::error::Error;
 use crate::pb;
 use crate::pb::presence_service_server::PresenceService;
 
+#[derive(Clone)]
 pub struct Presence {
     pub binder: Arc<Binder>,
     pub deliveries: Arc<Deliveries>,
@@ -48,7 +49,7 @@ impl PresenceService for Presence {
         access::check_gateway(request.extensions(), &bind.gateway)?;
         let target = format!("user {user} on {}", bind.gateway);
         let bound = self.binder.bind(user, bind).await.map(Response::new).map_err(|error| status(&error));
-        access::note_operator(request.extensions(), || target, &bound);
+        access::note_operator(request.extensions(), "BindRoute", || target, &bound);
         bound
     }
 
@@ -59,7 +60,7 @@ impl PresenceService for Presence {
             access::check_gateway(request.extensions(), &gateway)?;
         }
         let unbound = self.binder.unbind(user, unbind).await.map(Response::new).map_err(|error| status(&error));
-        access::note_operator(request.extensions(), || format!("user {user}"), &unbound);
+        access::note_operator(request.extensions(), "UnbindRoute", || format!("user {user}"), &unbound);
         unbound
     }
 
@@ -68,7 +69,7 @@ impl PresenceService for Presence {
         let deadline = delivery::deadline(&metadata);
         let (user, message) = delivery::message(request, self.max_message_bytes, &self.deliveries)?;
         let reports = self.deliveries.deliver(&[user], &message, deadline).await.map_err(|error| status(&error));
-        access::note_operator(&extensions, || format!("user {user}"), &reports);
+        access::note_operator(&extensions, "Deliver", || format!("user {user}"), &reports);
         delivery::delivered(reports?).map(Response::new)
     }
 
@@ -78,7 +79,7 @@ impl PresenceService for Presence {
         access::take_users(&extensions, request.user_ids.len())?;
         let (users, message) = delivery::batch_message(request, self.max_message_bytes)?;
         let reports = self.deliveries.deliver(&users, &message, deadline).await.map_err(|error| status(&error));
-        access::note_operator(&extensions, || format!("{} users", users.len()), &reports);
+        access::note_operator(&extensions, "BatchDeliver", || format!("{} users", users.len()), &reports);
         let reports = reports?;
         unless_all_failed(&reports)?;
         Ok(Response::new(delivery::batch_delivered(&users, &reports)))
@@ -97,7 +98,7 @@ impl PresenceService for Presence {
         let users = binds.len();
         let answers = self.binder.bind_many(binds).await;
         let done = unless_all_failed(&answers);
-        access::note_operator(&extensions, || format!("{users} users"), &done);
+        access::note_operator(&extensions, "BatchBindRoute", || format!("{users} users"), &done);
         done?;
         let mut results: Vec<_> =
             answers.into_iter().map(|answer| answer.unwrap_or_else(|error| not_bound_now(&error))).collect();
@@ -115,7 +116,7 @@ impl PresenceService for Presence {
             return Err(admission.denied(&format!("user {user} is not bound to a gateway that it may speak for")));
         }
         let answer = statuses::status_set(outcome).map(Response::new).map_err(|error| status(&error));
-        access::note_operator(request.extensions(), || format!("user {user}"), &answer);
+        access::note_operator(request.extensions(), "SetStatus", || format!("user {user}"), &answer);
         answer
     }
 

@@ -13,6 +13,7 @@ use axum::extract::State;
 use axum::http::Method;
 use axum::http::StatusCode;
 use axum::middleware::Next;
+use axum::middleware::from_fn;
 use axum::middleware::from_fn_with_state;
 use axum::response::IntoResponse;
 use axum::response::Response;
@@ -35,6 +36,9 @@ use tonic::codegen::Service;
 use crate::api::access::Access;
 use crate::api::http::guard;
 use crate::api::listen::ACCEPT_PAUSE;
+use crate::api::rest::gate::Hosts;
+use crate::api::rest::gate::check_host;
+use crate::api::rest::problem::dress;
 use crate::api::room::Guest;
 use crate::api::room::Room;
 use crate::api::transport::Entered;
@@ -62,12 +66,14 @@ pub async fn serve(
     entrance: Entrance,
     router: Router,
     access: Option<Arc<Access>>,
+    hosts: Hosts,
     memory: Arc<Memory>,
     stop: CancellationToken,
 ) {
     let _stop_node_on_panic = stop.clone().drop_guard();
     // Who asks is known before a body is read.
     let router = router.layer(from_fn_with_state(memory, with_whole_body)).layer(from_fn_with_state(access, guard));
+    let router = router.layer(from_fn_with_state(Arc::new(hosts), check_host)).layer(from_fn(dress));
     let (newcomers, settled) = (Room::new(MAX_NEWCOMERS), Room::new(MAX_CONNECTIONS));
     let (mut connections, entrance) = (JoinSet::new(), Arc::new(entrance));
     while let Some(accepted) = stop.run_until_cancelled(listener.accept()).await {

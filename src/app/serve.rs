@@ -19,7 +19,6 @@ use tonic_health::server::health_reporter;
 
 use crate::api::access::Access;
 use crate::api::access::Refused;
-use crate::api::admin::Admin;
 use crate::api::body;
 use crate::api::body::Arriving;
 use crate::api::body::Leaving;
@@ -30,6 +29,8 @@ use crate::api::http as operators;
 use crate::api::node;
 use crate::api::node::Node;
 use crate::api::queries::Queries;
+use crate::api::rest;
+use crate::api::rest::Rest;
 use crate::memory::Memory;
 use crate::memory::Share;
 use crate::pb;
@@ -231,9 +232,9 @@ pub fn data_server() -> Server {
 }
 
 /// What the admin port offers: HTTP for probes, collectors and browsers, gRPC for `ctl`.
-pub fn admin_router(operator: operators::Operator, admin: Admin) -> Router {
-    let grpc = Routes::new(AdminServiceServer::new(admin)).into_axum_router().reset_fallback();
-    operators::router(operator).merge(console::router()).merge(grpc)
+pub fn admin_router(operator: operators::Operator, rest: Rest) -> Router {
+    let grpc = Routes::new(AdminServiceServer::from_arc(rest.admin.clone())).into_axum_router().reset_fallback();
+    operators::router(operator).merge(console::router()).merge(grpc).merge(rest::router(rest))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::api::rest::gate::Hosts;
 use crate::config;
 use crate::config::Config;
 use crate::config::Digest;
@@ -34,6 +35,14 @@ use crate::store::connection::Engine;
 pub fn terms(config: &Config) -> Terms {
     let Gateway { heartbeat_interval, lease, doubt_share, doubt_for, .. } = config.gateway;
     Terms { heartbeat_interval, lease, doubt_share, doubt_for }
+}
+
+/// The names under which the admin port may be called.
+pub fn hosts(config: &Config) -> Hosts {
+    let host = |addr: &String| addr.rsplit_once(':').map_or(addr.clone(), |(host, _)| host.to_owned());
+    let machine = nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok());
+    let own = config.presence_service.advertise.as_ref().map(host).into_iter().chain(machine).chain([config.admin.host.clone()]);
+    Hosts::new(own.chain(config.admin.allowed_hosts.clone()))
 }
 
 pub fn allocation(config: &Config) -> allocation::Settings {

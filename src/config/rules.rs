@@ -166,6 +166,8 @@ impl Config {
         let (data, admin) = (&self.presence_service, &self.admin);
         faults.unless(is_host(&data.host), &["presence_service.host"], not_a_host);
         faults.unless(is_host(&admin.host), &["admin.host"], not_a_host);
+        let hosts_are_names = admin.allowed_hosts.iter().all(|host| is_name(host) && !host.contains(':'));
+        faults.unless(hosts_are_names, &["admin.allowed_hosts"], || "must be names of hosts, without ports".into());
         let apart = data.port == 0 || (&data.host, data.port) != (&admin.host, admin.port);
         faults.unless(apart, &["admin.port", "presence_service.port"], || {
             "admin and presence_service cannot listen on the same address".into()

@@ -101,7 +101,7 @@ async fn list(client: &mut AdminServiceClient<Link>, list: &List, json: bool) ->
 }
 
 async fn purge(client: &mut AdminServiceClient<Link>, purge: &Purge, json: bool) -> Result<Outcome, tonic::Status> {
-    let request = pb::PurgeGatewaysReq { epochs: purge.epochs.clone(), held: purge.held };
+    let request = pb::PurgeGatewaysReq { epochs: purge.epochs.clone(), held: purge.held, ..Default::default() };
     let answer = client.purge_gateways(request).await?.into_inner();
     let none = answer.lives == 0 && !(purge.held && code(&answer.result) == pb::Code::Ok);
     let text = if json { print::json("PurgeGatewaysResp", &answer) } else { print::purged(&answer) };

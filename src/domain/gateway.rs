@@ -114,6 +114,19 @@ pub enum EndReason {
     Held,
 }
 
+impl EndReason {
+    /// As operators are told.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Expired => "expired",
+            Self::Superseded => "superseded",
+            Self::Deregistered => "deregistered",
+            Self::Operator => "operator",
+            Self::Held => "held",
+        }
+    }
+}
+
 /// Why a gateway may not go on with an epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fence {
@@ -156,6 +169,11 @@ impl Life {
         let of_label = self.profile.labels.get(PUBLIC_ADDR_LABEL).map_or("", String::as_str);
         let told = [self.profile.public_addr.as_str(), of_label].into_iter().find(|addr| !addr.is_empty());
         told.unwrap_or(self.gateway.as_str())
+    }
+
+    /// Epochs are times in microseconds, unless two lives began in one.
+    pub fn began(&self) -> Timestamp {
+        Timestamp(i64::try_from(self.epoch.0 / 1_000).unwrap_or(i64::MAX))
     }
 
     pub fn is_alive(&self) -> bool {

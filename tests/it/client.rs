@@ -300,7 +300,7 @@ async fn a_gateway_whose_life_was_ended_begins_a_new_one_with_all_its_users() {
     let program = Program::start(&cluster.nodes);
     program.log_in_all().await;
     let first = program.epochs()[0];
-    let purge = pb::PurgeGatewaysReq { epochs: vec![first], held: false };
+    let purge = pb::PurgeGatewaysReq { epochs: vec![first], held: false, ..Default::default() };
     cluster.node().operator().purge_gateways(purge).await.expect("purged");
     eventually("there is a new life", SOON, async || program.epochs().len() == 2).await;
     for user in 1..=USERS {

@@ -180,7 +180,7 @@ async fn a_device_that_nobody_uses_is_away_until_somebody_does_and_so_it_is_in_a
     program.shows(PAGE, BOB, Status::Away, SOON).await;
     assert!(cluster.node().query(BOB).await.routes[0].idle);
 
-    let purge = pb::PurgeGatewaysReq { epochs: vec![lock(&program.told).epochs[0]], held: false };
+    let purge = pb::PurgeGatewaysReq { epochs: vec![lock(&program.told).epochs[0]], held: false, ..Default::default() };
     cluster.node().operator().purge_gateways(purge).await.expect("purged");
     eventually("there is a new life", SOON, async || lock(&program.told).epochs.len() == 2).await;
     eventually("everybody is bound again", SOON, async || cluster.node().online([BOB, CAROL]).await == 2).await;

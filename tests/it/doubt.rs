@@ -295,7 +295,7 @@ async fn an_operator_holds_deaths_and_calls_it_off_and_declares_a_single_life_de
     assert_eq!((exit, listed["lives"].as_array().map(Vec::len)), (0, Some(2)), "{text}");
     let nobody = PurgeGatewaysReq::default();
     check("purge nobody", other.operator().purge_gateways(nobody).await, "epochs", "must be given");
-    let many = PurgeGatewaysReq { epochs: vec![1; 10_001], held: false };
+    let many = PurgeGatewaysReq { epochs: vec![1; 10_001], held: false, ..Default::default() };
     check("purge many", other.operator().purge_gateways(many).await, "epochs", "10000");
     let talk = HoldGatewaysReq { for_ms: 1, reason: "x".repeat(201) };
     check("hold", other.operator().hold_gateways(talk).await, "reason", "200");

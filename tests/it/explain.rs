@@ -216,7 +216,10 @@ async fn a_gateway_that_is_late_held_dead_or_never_registered_is_told_from_one_t
     here.bind(pb::BindRouteReq { gateway_addr: "gw-3:7000".to_owned(), ..a_bind(CAROL, PHONE, "c") }).await;
     every_node_explains(nodes, CAROL, &["live"], "online: phone is on gw-3:7000, which lives").await;
     cluster.db.another_sweeps().await;
-    here.operator().purge_gateways(pb::PurgeGatewaysReq { epochs: vec![dead], held: false }).await.expect("a purge");
+    here.operator()
+        .purge_gateways(pb::PurgeGatewaysReq { epochs: vec![dead], held: false, ..Default::default() })
+        .await
+        .expect("a purge");
     let purged = "offline: phone was on gw-2:7000; an operator declared it dead ";
     every_node_explains(nodes, BOB, &["over"], purged).await;
     cluster.db.run(&format!("UPDATE routes SET expires_at_ms = {NOW_MS} - 1 WHERE user_id = {CAROL}")).await;
@@ -250,7 +253,10 @@ async fn a_node_that_does_not_know_who_lives_says_so_and_hears_of_a_death_from_t
 
     cluster.db.another_sweeps().await;
     proxy.cut_off();
-    here.operator().purge_gateways(pb::PurgeGatewaysReq { epochs: vec![gateway.epoch], held: false }).await.expect("a purge");
+    here.operator()
+        .purge_gateways(pb::PurgeGatewaysReq { epochs: vec![gateway.epoch], held: false, ..Default::default() })
+        .await
+        .expect("a purge");
     every_node_explains(&cluster.nodes[..1], ALICE, &["over"], "offline: phone was on gw-1:7000; an operator declared it").await;
     let it = explain(there, ALICE).await;
     let heard = format!("; node {} takes its gateway's life for over", explain(here, ALICE).await.node_id);

@@ -292,7 +292,7 @@ async fn a_bind_that_commits_on_a_life_that_has_just_ended_leaves_the_watcher_wi
         let gateway = format!("gw-old-{turn}:7000");
         let old = here.register(&gateway).await;
         here.bind(on(&gateway, old, a_bind(ALICE, PHONE, &format!("old-{turn}")))).await;
-        let dies = pb::PurgeGatewaysReq { epochs: vec![old], held: false };
+        let dies = pb::PurgeGatewaysReq { epochs: vec![old], held: false, ..Default::default() };
         let (mut operator, new) = (there.operator(), on("gw-6:7000", 0, a_bind(ALICE, PHONE, &format!("new-{turn}"))));
         let (purged, bound) = tokio::join!(operator.purge_gateways(dies), async {
             tokio::time::sleep(Duration::from_millis(turn as u64)).await;

@@ -276,7 +276,7 @@ impl Registry {
 
     async fn tell(&self, connection: &mut Connection, ended: Ended) -> Result<(), SqlError> {
         for life in &ended.lives {
-            let (gateway, epoch, cause) = (&life.gateway, life.epoch.0, life.end.map_or("unknown", |end| cause(end.reason)));
+            let (gateway, epoch, cause) = (&life.gateway, life.epoch.0, life.end.map_or("unknown", |end| end.reason.name()));
             let is_expected = life.end.is_some_and(|end| matches!(end.reason, EndReason::Deregistered | EndReason::Superseded));
             match is_expected {
                 true => info!(gateway.addr = %gateway, gateway.epoch = epoch, cause, "gateway {gateway} has ended a life"),
@@ -385,15 +385,5 @@ impl Registry {
             self.metrics.gateway_users.remove(gone);
         }
         *shown = named;
-    }
-}
-
-pub(super) fn cause(reason: EndReason) -> &'static str {
-    match reason {
-        EndReason::Expired => "expired",
-        EndReason::Superseded => "superseded",
-        EndReason::Deregistered => "deregistered",
-        EndReason::Operator => "operator",
-        EndReason::Held => "held",
     }
 }

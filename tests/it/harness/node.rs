@@ -50,6 +50,15 @@ pub struct Node {
     client: Presence,
 }
 
+/// What the admin port has answered.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    /// In lower case.
+    pub head: String,
+    pub body: String,
+}
+
 /// A process and what it logs.
 pub struct Process {
     child: Child,
@@ -111,15 +120,25 @@ impl Node {
 
     /// The same, with this in the header `authorization`.
     pub async fn http_as(&self, path: &str, authorization: Option<&str>) -> (u16, String) {
+        let headers: Vec<_> = authorization.map(|value| ("Authorization", value)).into_iter().collect();
+        let answer = self.ask("GET", path, &headers, "").await;
+        (answer.status, answer.body)
+    }
+
+    /// What the admin port answers. A header `Host` replaces that of the port's address.
+    pub async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
         let mut stream = TcpStream::connect(self.admin).await.expect("connect to the admin port");
-        let header = authorization.map(|value| format!("Authorization: {value}\r\n")).unwrap_or_default();
-        let request = format!("GET {path} HTTP/1.1\r\nHost: {}\r\n{header}Connection: close\r\n\r\n", self.admin);
+        let host = headers.iter().any(|(name, _)| *name == "Host").then(String::new);
+        let host = host.unwrap_or_else(|| format!("Host: {}\r\n", self.admin));
+        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+        let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+        let request = format!("{method} {path} HTTP/1.1\r\n{host}{headers}{length}Connection: close\r\n\r\n{body}");
         stream.write_all(request.as_bytes()).await.expect("ask the admin port");
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.expect("hear the admin port");
         let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
         let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        (status.expect("an HTTP status"), body.to_owned())
+        Answer { status: status.expect("an HTTP status"), head: head.to_lowercase(), body: body.to_owned() }
     }
 
     /// Exit code and output of `im-presence ctl` with these words, on this node.
