@@ -1,8 +1,8 @@
 // What operators may change, each behind its question.
 
-import { send } from './api.js';
+import { get, send } from './api.js';
 import { REASON, ask } from './dialog.js';
-import { h, table } from './dom.js';
+import { h, notice, table } from './dom.js';
 import { count, plural, rate, span } from './format.js';
 
 const DRY = { dry_run: true };
@@ -12,24 +12,22 @@ const plan = (moves) => moves?.length ? table('Where they would go', ['To', { ti
 export function endHold(done) {
   ask({
     title: 'End the hold', verb: 'End the hold', danger: true, fields: [REASON], done,
-    preview: async () => ({ says: await willDie(), ok: true }),
+    preview: async () => {
+      const { silent_gateways: silent, will_die: routes } = await get(['hold']);
+      return { says: silent ? `${plural(silent, 'gateway is', 'gateways are')} silent, with ${plural(routes, 'device')}: whoever stays so is declared dead when its lease is over, many at once.` : 'No gateway is silent now: nobody would go offline.', ok: true };
+    },
     run: async (values) => { await send('DELETE', ['hold'], { reason: values.reason }); return 'The hold is over: each gateway lives by its own lease again.'; },
   });
-}
-
-async function willDie() {
-  const dry = await send('DELETE', ['hold'], { ...DRY, reason: 'dry run' });
-  return `Gateways that stay silent are declared dead as their leases end: ${plural(dry.silent?.length ?? dry.lives ?? 0, 'gateway')}, ${plural(dry.will_die ?? 0, 'user')} at once.`;
 }
 
 export function confirmHold(done) {
   ask({
     title: 'Declare the silent gateways dead', verb: 'They are dead', danger: true, fields: [REASON], done,
-    preview: async (values) => {
-      const dry = await send('POST', ['hold', 'confirm'], DRY, { reason: values.reason || 'dry run' });
-      return { says: `Ends ${plural(dry.lives ?? 0, 'life of a gateway', 'lives of gateways')}; ${plural(dry.users ?? dry.will_die ?? 0, 'user')} would go offline now.`, ok: true };
+    preview: async () => {
+      const dry = await send('POST', ['hold', 'confirm'], DRY, { reason: 'dry run' });
+      return { says: `Ends ${plural(dry.lives, 'life of a gateway', 'lives of gateways')}; ${plural(dry.routes, 'device')} would go offline now.`, ok: dry.lives > 0 };
     },
-    run: async (values) => { const did = await send('POST', ['hold', 'confirm'], {}, { reason: values.reason }); return `Ended ${plural(did.lives ?? 0, 'life', 'lives')}.`; },
+    run: async (values) => { const did = await send('POST', ['hold', 'confirm'], {}, { reason: values.reason }); return `Ended ${plural(did.lives, 'life', 'lives')} with ${plural(did.routes, 'device')}. The hold is over.`; },
   });
 }
 
@@ -38,10 +36,10 @@ export function beginHold(done) {
     title: 'Hold: declare no gateway dead', verb: 'Hold', done,
     fields: [{ name: 'minutes', label: 'For how many minutes', type: 'number', min: 1, max: 1440, value: 10, required: true }, REASON],
     preview: async (values) => {
-      const dry = await send('PUT', ['hold'], DRY, { for_ms: values.minutes * 60_000, reason: values.reason || 'dry run' });
-      return { says: `No gateway is declared dead for ${span(dry.left_ms ?? values.minutes * 60_000)}, whatever falls silent. Users of gateways that are really gone are shown online as long.`, ok: true };
+      const { silent_gateways: silent } = await get(['hold']);
+      return { says: `No gateway is declared dead for ${span(values.minutes * 60_000)}, whatever falls silent; ${plural(silent, 'is', 'are')} silent now. Users of gateways that are really gone are shown online as long.`, ok: true };
     },
-    run: async (values) => { await send('PUT', ['hold'], {}, { for_ms: values.minutes * 60_000, reason: values.reason }); return 'The hold is on.'; },
+    run: async (values) => { await send('PUT', ['hold'], {}, { for_ms: Math.round(values.minutes * 60_000), reason: values.reason }); return 'The hold is on.'; },
   });
 }
 
@@ -59,7 +57,7 @@ export function drain(addr, now, done) {
     preview: async (values) => {
       const dry = await send('POST', ['gateways', addr, 'drain'], DRY, drainBody(values));
       return {
-        says: `Moves ${plural(dry.drain.users, 'user')}${dry.drain.eta_s ? `, in about ${span(dry.drain.eta_s * 1000)}` : ''}. The gateway takes nobody new meanwhile.${dry.says ? ` ${dry.says}` : ''}`,
+        says: `Moves ${plural(dry.drain.users, 'user')}${dry.drain.eta_s ? `, in about ${span(dry.drain.eta_s * 1000)}` : ''}. The gateway takes nobody new meanwhile.${dry.note ? ` But: ${dry.note}` : ''}`,
         ok: true, more: plan(dry.plan),
       };
     },
@@ -72,12 +70,12 @@ export function drain(addr, now, done) {
 
 export function cancelDrain(addr, done) {
   ask({
-    title: `Cancel the drain of ${addr}`, verb: 'Cancel the drain', fields: [REASON], done,
+    title: `Cancel the drain of ${addr}`, verb: 'Cancel the drain', done,
     preview: async () => {
-      const dry = await send('DELETE', ['gateways', addr, 'drain'], { ...DRY, reason: 'dry run' });
-      return { says: `${plural(dry.drain?.left ?? 0, 'user')} would stay where they are; the gateway takes users again.`, ok: true };
+      const { gateway } = await get(['gateways', addr]);
+      return { says: `${plural(gateway.drain?.left ?? 0, 'user')} would stay where they are; the gateway takes users again.`, ok: true };
     },
-    run: async (values) => { await send('DELETE', ['gateways', addr, 'drain'], { reason: values.reason }); return 'Cancelled. Whoever has moved stays moved.'; },
+    run: async () => { await send('DELETE', ['gateways', addr, 'drain']); return 'Cancelled. Whoever has moved stays moved.'; },
   });
 }
 
@@ -86,9 +84,9 @@ export function purge(addr, done) {
     title: `Purge ${addr}`, verb: 'Purge', danger: true, typed: addr, fields: [REASON], done,
     preview: async () => {
       const dry = await send('DELETE', ['gateways', addr], { ...DRY, reason: 'dry run' });
-      return { says: `Ends the life of this gateway now: ${plural(dry.routes ?? 0, 'route')} would go. Its clients have to connect again.`, ok: true };
+      return { says: `Ends the life of this gateway now: ${plural(dry.routes, 'device')} would go offline. Its clients have to connect again.`, ok: true };
     },
-    run: async (values) => { const did = await send('DELETE', ['gateways', addr], { reason: values.reason }); return `Purged: ${plural(did.routes ?? 0, 'route')}.`; },
+    run: async (values) => { const did = await send('DELETE', ['gateways', addr], { reason: values.reason }); return `Purged: ${plural(did.routes, 'device')} went offline.`; },
   });
 }
 
@@ -117,28 +115,29 @@ export function kick(user, device, done) {
     title: `Kick ${device} of user ${user}`, verb: 'Kick', danger: true, fields: [REASON], done,
     preview: async () => {
       const dry = await send('DELETE', ['users', user, 'devices', device], { ...DRY, reason: 'dry run' });
-      return { says: `Removes ${plural(dry.removed ?? 0, 'route')}. The device may come back at once.`, ok: true };
+      return { says: `Takes off ${plural(dry.kicked.length, 'device')}. It may come back at once.`, ok: true };
     },
     run: async (values) => { await send('DELETE', ['users', user, 'devices', device], { reason: values.reason }); return 'Kicked.'; },
   });
 }
 
 export function forceOffline(user, done) {
-  const body = (values) => ({ reason: values.reason || 'dry run', ban_for_s: values.ban ? values.ban * 60 : undefined });
+  const query = (values) => ({ reason: values.reason || 'dry run', ban_for_s: values.ban ? Math.round(values.ban * 60) : undefined });
   ask({
     title: `Take user ${user} offline`, verb: 'Take offline', danger: true, done,
     fields: [{ name: 'ban', label: 'And ban for so many minutes', type: 'number', min: 0, hint: 'Empty: no ban; devices may come back at once.' }, REASON],
     preview: async (values) => {
-      const dry = await send('DELETE', ['users', user, 'routes'], { ...DRY }, body(values));
-      return { says: `Removes ${plural(dry.removed ?? 0, 'device')}${values.ban ? `, and lets none back for ${span(values.ban * 60_000)}` : ''}.`, ok: true };
+      const dry = await send('DELETE', ['users', user, 'routes'], { ...DRY, ...query(values) });
+      return { says: `Takes off ${plural(dry.kicked.length, 'device')}${values.ban ? `, and lets none back for ${span(values.ban * 60_000)}` : ''}.`, ok: true };
     },
-    run: async (values) => { const did = await send('DELETE', ['users', user, 'routes'], {}, body(values)); return `Removed ${plural(did.removed ?? 0, 'device')}.`; },
+    run: async (values) => { const did = await send('DELETE', ['users', user, 'routes'], query(values)); return `Took off ${plural(did.kicked.length, 'device')}.`; },
   });
 }
 
 export function liftBan(user, done) {
   ask({
     title: `End the ban of user ${user}`, verb: 'End the ban', fields: [REASON], done,
+    preview: async () => { await send('DELETE', ['users', user, 'ban'], { ...DRY, reason: 'dry run' }); return { says: 'Devices of this user may connect again.', ok: true }; },
     run: async (values) => { await send('DELETE', ['users', user, 'ban'], { reason: values.reason }); return 'The user may connect again.'; },
   });
 }
@@ -150,9 +149,9 @@ export function migrate(user, done) {
     fields: [{ name: 'to', label: 'To this gateway', hint: 'Empty: by allocation.' }, REASON],
     preview: async (values) => {
       const dry = await send('POST', ['users', user, 'migrate'], DRY, body(values));
-      return { says: `${plural(dry.kicked ?? 0, 'device')} would be told to go${dry.reconnect_to?.length ? ` to ${dry.reconnect_to.join(', ')}` : ''}.`, ok: (dry.kicked ?? 0) > 0, more: plan(dry.plan) };
+      return { says: `${plural(dry.routes, 'device')} would be told to go.`, ok: dry.routes > 0, more: plan(dry.plan) };
     },
-    run: async (values) => { const did = await send('POST', ['users', user, 'migrate'], {}, body(values)); return `${plural(did.kicked ?? 0, 'device')} told to go.`; },
+    run: async (values) => { const did = await send('POST', ['users', user, 'migrate'], {}, body(values)); return `${plural(did.routes, 'device')} told to go.`; },
   });
 }
 
@@ -169,7 +168,8 @@ export function testMessage(user, done) {
 }
 
 function trace(answer) {
-  const steps = answer.steps ?? answer.trace ?? [];
-  return h('div', null, h('p', null, h('strong', null, answer.outcome ?? answer.code ?? 'Sent'), answer.says ? `: ${answer.says}` : ''),
-    h('ol', { class: 'trace' }, steps.map((step) => h('li', null, h('span', { class: 'at' }, `${step.at_ms ?? step.ms ?? 0} ms`), ' ', step.what ?? step.says ?? step.step, step.node_id ? ` (${step.node_id})` : ''))));
+  const { delivered, stored, code, msg, receivers, attempts, acked_devices: acked, steps = [] } = answer;
+  const word = acked.length ? `A device has it: ${acked.join(', ')}` : delivered ? 'A gateway took it' : stored ? 'It is stored' : `Not delivered (${code})`;
+  return h('div', null, notice(delivered ? 'good' : 'warn', `${word}.`, msg && ` ${msg}`), h('p', { class: 'soft' }, `${plural(receivers, 'receiver')}, ${plural(attempts, 'attempt')}.`),
+    steps.length > 0 && h('ol', { class: 'trace' }, steps.map((step) => h('li', null, h('span', { class: 'at' }, `${step.at_ms ?? step.ms ?? 0} ms`), ' ', step.what ?? step.step, step.detail ? `: ${step.detail}` : '', step.node_id ? ` (${step.node_id})` : ''))));
 }

@@ -9,6 +9,7 @@ mod client;
 mod client_watch;
 mod clock;
 mod container;
+mod console;
 mod contention;
 mod crash;
 mod deaths;

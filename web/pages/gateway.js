@@ -23,9 +23,8 @@ export function open({ path: [addr], reload }) {
         get(['gateways', addr], {}, signal),
         get(['users'], { gateway: addr, limit: 100 }, signal),
       ]);
-      gateway = found;
+      gateway = { ...found.gateway, lives: found.lives, digest: found.digest };
       users = listed;
-      if (gateway.connections === undefined) return;
       samples.push({ at: Date.now() / 1000, connections: gateway.connections, routes: gateway.routes });
       samples.splice(0, samples.length - SAMPLES);
     },
@@ -37,14 +36,14 @@ export function open({ path: [addr], reload }) {
 }
 
 function life(gateway, reload) {
-  if (!gateway.state || gateway.state === 'over') return empty('No life of this gateway goes on. Its former lives are below.');
+  if (gateway.state === 'over') return empty('No life of this gateway goes on. Its former lives are below.');
   const labels = Object.entries(gateway.labels ?? {});
   return h('div', { key: 'life' }, h('p', { class: 'buttons' }, stateBadge(gateway.state), act(gateway, reload)), facts([
-    ['Epoch', gateway.epoch], ['Lease left', lease(gateway, gateway.lease_left_ms)], ['Last beat', `${span(gateway.last_beat_ms_ago)} ago`],
+    ['Epoch', gateway.epoch], ['Lease left', lease(gateway, gateway.lease_left_ms)], ['Last beat', gateway.last_beat_ms_ago === null ? 'it sends none' : `${span(gateway.last_beat_ms_ago)} ago`],
     ['Region', gateway.region || '–'], ['Routes', count(gateway.routes)],
     ['Connections', gateway.capacity ? `${count(gateway.connections)} of ${count(gateway.capacity)}` : count(gateway.connections)],
-    ['Load', percent(gateway.load)], ['Weight', gateway.weight ?? '–'],
-    ['Stream at', gateway.stream_node ? link(gateway.stream_node, 'nodes', gateway.stream_node) : 'none: it is not attached'],
+    ['Load', percent(gateway.load)], ['Weight', count(gateway.weight)], gateway.public_addr !== gateway.gateway_addr && ['Clients reach it at', gateway.public_addr],
+    ['Stream at', gateway.attached_node ? link(gateway.attached_node, 'nodes', gateway.attached_node) : 'none: it is not attached'],
     ['Digest', gateway.digest || 'not known here'],
     labels.length && ['Labels', h('ul', { class: 'plain' }, labels.map(([name, value]) => h('li', null, `${name} = ${value}`)))],
   ]));
@@ -54,5 +53,5 @@ function lives(gateway) {
   const list = gateway.lives ?? [];
   if (!list.length) return section('Lives', empty('No life of this address is known.'));
   return section('Lives', table('The last lives, the newest first', ['Epoch', 'Began', 'Ended', 'Why'],
-    list.map((life) => ({ key: life.epoch, cells: [life.epoch, when(life.began_ms), life.ended_ms ? when(life.ended_ms) : 'goes on', life.reason || '–'] }))));
+    list.map((life) => ({ key: life.epoch, cells: [life.epoch, when(life.began_ms), life.ended_ms ? when(life.ended_ms) : 'goes on', life.end_reason || '–'] }))));
 }

@@ -25,15 +25,14 @@ export function lease(gateway, longest) {
 export function open({ query, redraw, reload, search }) {
   let answer;
   let cursors = [undefined];
-  const { state, region, prefix = '' } = query;
-  const shown = () => answer.items.filter((gateway) => gateway.gateway_addr.startsWith(prefix))
-    .sort((a, b) => trouble(a) - trouble(b) || (a.lease_left_ms ?? 0) - (b.lease_left_ms ?? 0) || (a.gateway_addr < b.gateway_addr ? -1 : 1));
+  const { state, region, prefix } = query;
+  const shown = () => [...answer.items].sort((a, b) => trouble(a) - trouble(b) || (a.lease_left_ms ?? 0) - (b.lease_left_ms ?? 0) || (a.gateway_addr < b.gateway_addr ? -1 : 1));
   const turn = (back) => { if (back) cursors.pop(); else cursors.push(answer.next_cursor); reload(); redraw(); };
   return {
     title: 'Gateways',
     every: 3000,
     async load(signal) {
-      answer = await get(['gateways'], { state, region, limit: PAGE, cursor: cursors.at(-1) }, signal);
+      answer = await get(['gateways'], { state, region, prefix, limit: PAGE, cursor: cursors.at(-1) }, signal);
     },
     show: () => [filters(query, search), buttons(reload), rows(shown(), query), pages(answer, cursors, turn)],
   };
@@ -67,7 +66,7 @@ function rows(gateways, query) {
   const row = (gateway) => ({ key: `${gateway.gateway_addr} ${gateway.epoch}`, cells: [
     link(gateway.gateway_addr, 'gateways', gateway.gateway_addr), stateBadge(gateway.state), lease(gateway, longest), span(gateway.last_beat_ms_ago),
     count(gateway.routes), count(gateway.connections), percent(gateway.load), gateway.region || '–',
-    gateway.stream_node ? link(gateway.stream_node, 'nodes', gateway.stream_node) : 'none', act(gateway)] });
+    gateway.attached_node ? link(gateway.attached_node, 'nodes', gateway.attached_node) : 'none', act(gateway)] });
   return table('Gateways, the worst first',
     ['Gateway', 'State', 'Lease left', number('Last beat'), number('Routes'), number('Connections'), number('Load'), 'Region', 'Stream at', mayAct() ? 'Actions' : ''],
     gateways.map(row), [plural(gateways.length, 'gateway'), '', '', '', count(sum((g) => g.routes)), count(sum((g) => g.connections)), '', '', '', '']);

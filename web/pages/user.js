@@ -5,13 +5,13 @@ import { forceOffline, kick, liftBan, migrate, testMessage } from '../actions.js
 import { badge, empty, facts, h, link, notice, section, table } from '../dom.js';
 import { bytes, count, plural, span, when } from '../format.js';
 import { mayAct } from '../live.js';
-import { shownBadge } from './users.js';
+import { platform, shownBadge } from './users.js';
 
 const DAYS = 28;
 const DAY_MS = 86_400_000;
 const VERDICT = { online: 'good', suspect: 'warn', offline: 'idle' };
 const LIFE = { alive: 'good', live: 'good', late: 'warn', held: 'bad', over: 'bad', expired: 'bad' };
-const TIER = { memory: 'Memory', redis: 'Redis', shared: 'Redis', sql: 'SQL', durable: 'SQL' };
+const TIER = { memory: 'Memory', shared: 'Redis', durable: 'SQL' };
 
 export function open({ path: [id], reload }) {
   let user;
@@ -28,7 +28,7 @@ export function open({ path: [id], reload }) {
       user = await get(['users', id], {}, signal);
       if (more.at > Date.now() - 30_000) return;
       const day = (ms) => new Date(ms).toISOString().slice(0, 10);
-      const [history, online, inbox] = await Promise.all([part('history', { limit: 20 }),
+      const [history, online, inbox] = await Promise.all([part('history', { limit: 20, include_hidden: true }),
         part('online-time', { from_day: day(Date.now() - (DAYS - 1) * DAY_MS), to_day: day(Date.now()) }), part('inbox', { limit: 100 })]);
       more = { history, online, inbox, at: Date.now() };
     },
@@ -37,7 +37,7 @@ export function open({ path: [id], reload }) {
 }
 
 function verdict(user) {
-  const unsure = user.tiers?.some((tier) => TIER[tier.tier] === 'SQL' && !tier.trusted);
+  const unsure = !user.tiers.some((tier) => tier.tier === 'durable' && tier.trusted);
   return [h('p', { key: 'verdict', class: 'because', role: 'status' }, badge(user.verdict, VERDICT[user.verdict] ?? 'idle'), ' ', user.because),
     unsure && notice('bad', 'The database cannot be asked: this is what memory and Redis say, and it cannot be confirmed.')];
 }
@@ -47,40 +47,38 @@ function actions(id, user, again) {
   const button = (text, call, danger) => h('button', { type: 'button', class: danger ? 'act danger' : 'act', onclick: call }, text);
   return h('p', { key: 'actions', class: 'buttons' },
     button('Send a test message …', () => testMessage(id, again)),
-    user.routes?.length > 0 && button('Move …', () => migrate(id, again)),
+    user.routes.length > 0 && button('Move …', () => migrate(id, again)),
     button('Take offline …', () => forceOffline(id, again), true),
-    banned(user) && button('End the ban …', () => liftBan(id, again)));
+    user.banned_until_ms && button('End the ban …', () => liftBan(id, again)));
 }
-
-const banned = (user) => user.ban?.until_ms ?? user.banned_until_ms;
 
 function wishes(user) {
   return facts([['Shown as', shownBadge(user.shown)], ['Wants to be', user.wanted ?? '–'], user.status_text && ['Says', user.status_text],
     ['Last seen', when(user.last_seen_ms)],
-    ['Ban', banned(user) ? h('span', null, badge('banned', 'bad'), ' until ', when(banned(user))) : 'none'], ['Answered by', user.answered_by ?? user.node_id ?? '–']]);
+    ['Ban', user.banned_until_ms ? h('span', null, badge('banned', 'bad'), ' until ', when(user.banned_until_ms)) : 'none'], ['Answered by', [link(user.node_id, 'nodes', user.node_id), user.silent_nodes.length > 0 && `; silent: ${user.silent_nodes.join(', ')}`]]]);
 }
 
 function devices(id, user, again) {
-  const routes = user.routes ?? [];
+  const { routes } = user;
   if (!routes.length) return section('Devices', empty('No device is bound.'));
-  const life = (route) => route.life ?? {};
-  return section('Devices', table('Devices', ['Device', 'Platform', 'Gateway', 'Its life', 'Lease left', 'Connected', 'From', mayAct() ? 'Actions' : ''],
-    routes.map((route) => ({ key: route.route_key, cells: [
-      route.device_id, route.platform ?? '–', link(route.gateway_addr, 'gateways', route.gateway_addr),
-      h('span', { title: life(route).why }, badge(life(route).state ?? 'unknown', LIFE[life(route).state] ?? 'idle'), life(route).draining ? ' draining' : ''),
-      life(route).lease_left_ms === undefined || life(route).lease_left_ms === null ? '–' : span(life(route).lease_left_ms), when(route.connected_at_ms), route.client_ip || '–',
-      mayAct() ? h('button', { type: 'button', class: 'act danger', 'aria-label': `Kick ${route.device_id}`, onclick: () => kick(id, route.device_id, again) }, 'Kick …') : ''] }))));
+  const cells = ({ route, life, verdict: worth, why }) => [
+    route.device_id || 'the unnamed one', [platform(route.platform), route.idle ? ', idle' : ''], link(route.gateway_addr, 'gateways', route.gateway_addr),
+    [badge(worth, LIFE[worth] ?? 'idle'), life?.state === 'draining' ? ' draining' : '', why ? ` ${why}` : ''],
+    life?.lease_left_ms === null || !life ? '–' : span(life.lease_left_ms), when(route.bound_at_ms), route.client_ip ?? '–',
+    // A device without a name cannot be named in an order.
+    mayAct() && route.device_id ? h('button', { type: 'button', class: 'act danger', 'aria-label': `Kick ${route.device_id}`, onclick: () => kick(id, route.device_id, again) }, 'Kick …') : ''];
+  return section('Devices', table('Devices', ['Device', 'Platform', 'Gateway', 'Worth', 'Lease left', 'Bound', 'From', mayAct() ? 'Actions' : ''],
+    routes.map((view) => ({ key: view.route.route_key, cells: cells(view) }))));
 }
 
 function tiers(user) {
-  const list = user.tiers ?? [];
-  const newest = list.reduce((max, tier) => (tier.version && BigInt(tier.version) > max ? BigInt(tier.version) : max), 0n);
+  const newest = user.tiers.reduce((max, tier) => (BigInt(tier.version) > max ? BigInt(tier.version) : max), 0n);
   const card = (tier) => h('li', { class: 'card' },
-    h('h3', null, TIER[tier.tier] ?? tier.tier, tier.node ? ` of ${tier.node}` : ''),
-    h('p', null, tier.version && tier.version !== '0' ? [`version ${tier.version} `, BigInt(tier.version) === newest ? badge('newest', 'good') : badge('behind', 'warn')] : 'nothing of this user'),
-    h('p', { class: 'soft' }, tier.age_ms !== undefined && tier.age_ms !== null ? `${span(tier.age_ms)} old` : 'age not known', tier.generation && tier.generation !== '0' ? `, generation ${tier.generation}` : ''),
+    h('h3', null, TIER[tier.tier] ?? tier.tier, tier.node_id ? ` of ${tier.node_id}` : ''),
+    h('p', null, tier.present ? [`version ${tier.version} `, BigInt(tier.version) === newest ? badge('newest', 'good') : badge('behind', 'warn'), ` ${plural(tier.routes, 'device')}`] : 'nothing of this user'),
+    tier.present && h('p', { class: 'soft' }, `${span(tier.age_ms)} old`, tier.generation ? `, generation ${tier.generation}` : ''),
     h('p', null, tier.trusted ? badge('believed', 'good') : badge('not believed', 'idle'), ' ', tier.why));
-  return section('What each tier says', h('ul', { class: 'cards' }, list.map(card)));
+  return section('What each tier says', h('ul', { class: 'cards' }, user.tiers.map(card)));
 }
 
 /** What a part of the page shows that could not be asked for. */
@@ -91,31 +89,29 @@ function part(answer, show) {
 }
 
 function inbox(user, answer) {
-  const { pending, oldest_ms: oldest } = user.inbox ?? {};
-  const head = h('p', null, pending ? `${plural(pending, 'message waits', 'messages wait')}${oldest ? ', the oldest since ' : '.'}` : 'Nothing waits.', pending && oldest ? when(oldest) : '');
-  return section('Inbox', head, part(answer, ({ items }) => items.length > 0 && table('Messages that wait, without their content',
+  const pending = user.inbox_messages;
+  return section('Inbox', h('p', null, pending ? `${plural(pending, 'message waits', 'messages wait')}.` : 'Nothing waits.'), pending > 0 && part(answer, ({ items }) => table('Messages that wait, without their texts',
     [{ title: 'Number', number: true }, 'Message', 'Type', { title: 'Size', number: true }, 'Stored', 'Expires', 'For'],
-    items.map((message) => ({ key: message.seq, cells: [message.seq, message.message_id, message.message_type, bytes(message.bytes), when(message.stored_ms),
-      message.expires_ms ? when(message.expires_ms) : 'never', message.device_ids?.join(', ') || 'all devices'] })))));
+    items.map((message) => ({ key: message.seq, cells: [message.seq, message.message_id || '–', message.message_type || '–', bytes(message.bytes), when(message.stored_ms),
+      when(message.expires_ms), message.device_ids.join(', ') || 'all devices'] })))));
 }
 
 function history(answer) {
   return section('History', part(answer, ({ items }) => (items.length
     ? table('The last 20 changes', ['When', 'Shown as', 'Why', 'Gateway', { title: 'Devices', number: true }, { title: 'Version', number: true }],
-      items.map((change) => ({ key: `${change.version} ${change.at_ms}`, cells: [when(change.at_ms), shownBadge(change.shown), change.cause,
+      items.map((change) => ({ key: `${change.version} ${change.at_ms}`, cells: [when(change.at_ms), [shownBadge(change.shown), change.hidden ? ' hidden' : ''], change.cause,
         change.gateway_addr || '–', count(change.devices), change.version] })))
     : empty('Nothing is written down of this user.'))));
 }
 
 function onlineTime(answer) {
   return section('Time online', part(answer, (time) => {
-    const days = time.days ?? time.items ?? [];
+    const { days } = time;
     if (!days.length) return empty(`Not online in the last ${DAYS} days.`);
     const bar = (day, i) => h('rect', { x: i * 10 + 1, y: 100 - Math.max(1, day.online_s / 864), width: 8, height: Math.max(1, day.online_s / 864), class: 'bar' },
       h('title', { svg: true }, `${day.day}: ${span(day.online_s * 1000)}, ${plural(day.sessions, 'session')}`));
-    const total = time.online_s ?? days.reduce((sum, day) => sum + day.online_s, 0);
-    const all = `${span(total * 1000)} on ${plural(days.filter((day) => day.online_s > 0).length, 'day')}`;
-    return [h('p', null, `${all} of the last ${DAYS}${time.activity_score === undefined ? '' : `; activity ${time.activity_score} of 100`}.`),
+    const all = `${span(time.online_s * 1000)} on ${plural(days.filter((day) => day.online_s > 0).length, 'day')}`;
+    return [h('p', null, `${all} of the last ${DAYS}; activity ${time.activity_score} of 100.`),
       h('svg', { class: 'days', viewBox: `0 0 ${DAYS * 10} 100`, role: 'img', 'aria-label': `Time online a day: ${all}`, preserveAspectRatio: 'none' }, spread(days).map(bar))];
   }));
 }

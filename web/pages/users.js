@@ -9,13 +9,17 @@ const PLATFORMS = ['', 'ios', 'android', 'windows', 'macos', 'linux', 'web', 'ta
 const OLD_MS = 90_000;
 const HOW = { online: 'good', away: 'warn', busy: 'warn' };
 
+/** What a device says it is. */
+export const platform = (name) => (name === 'unspecified' ? 'not told' : name);
 export const shownBadge = (status) => badge(status ?? 'unknown', HOW[status] ?? 'idle');
 
 export function userTable(users, caption) {
-  return table(caption, [{ title: 'User' }, 'Status', 'Gateway', { title: 'Devices', number: true }, 'Platforms', 'Last seen', { title: 'Version', number: true }],
-    users.map((user) => ({ key: String(user.user_id), cells: [
-      link(user.user_id, 'users', user.user_id), shownBadge(user.status), user.gateway_addr ? link(user.gateway_addr, 'gateways', user.gateway_addr) : '–',
-      count(user.devices), user.platforms?.join(', ') || '–', when(user.last_seen_ms), user.version ?? '–'] })));
+  const distinct = (values) => [...new Set(values)];
+  return table(caption, ['User', 'Shown as', 'Gateway', { title: 'Devices', number: true }, 'Platforms', 'Since'],
+    users.map((user) => ({ key: user.user_id, cells: [
+      link(user.user_id, 'users', user.user_id), [shownBadge(user.shown), user.wanted === 'invisible' ? ' hides' : ''],
+      distinct(user.routes.map((route) => route.gateway_addr)).map((addr, i) => [i ? ', ' : '', link(addr, 'gateways', addr)]),
+      count(user.routes.length), distinct(user.routes.map((route) => platform(route.platform))).join(', '), when(user.status_since_ms)] })));
 }
 
 export function open({ query, redraw, reload, search }) {
@@ -29,7 +33,7 @@ export function open({ query, redraw, reload, search }) {
     async load(signal) {
       const [listed, counted] = await Promise.all([
         get(['users'], { ...query, limit: 100, cursor: cursors.at(-1) }, signal),
-        get(['counts'], { by: 'status' }, signal).catch((problem) => { if (problem.status === 404) return undefined; throw problem; }),
+        get(['counts'], { by: 'status' }, signal).catch((problem) => { if (problem.status === 503) return undefined; throw problem; }),
       ]);
       answer = listed;
       counts = counted;
