@@ -32,6 +32,14 @@ impl AllocationCalls {
         Ok(answer(self.allocator.allocate(&ask(request)?)))
     }
 
+    /// The same, of which nothing is counted.
+    ///
+    /// # Errors
+    /// The request is invalid.
+    pub fn try_out(&self, request: pb::AllocateGatewayReq) -> Result<pb::AllocateGatewayResp, Error> {
+        Ok(answer(self.allocator.try_out(&ask(request)?)))
+    }
+
     pub fn nodes(&self) -> pb::ListNodesResp {
         let now = self.lives.clock.now();
         let listed = self.peers.listed();

@@ -2,14 +2,23 @@
 //! carried out as if it had come by gRPC, and tells what came of it. Routes and their description come from one place.
 
 pub mod ask;
+pub mod audit;
 pub mod counts;
 pub mod cursor;
 pub mod document;
 pub mod drains;
 pub mod gate;
+pub mod gateway;
 pub mod gateways;
+pub mod hold;
 pub mod index;
+pub mod messages;
+pub mod orders;
+pub mod past;
 pub mod problem;
+pub mod routes;
+pub mod trials;
+pub mod users;
 pub mod words;
 
 use std::sync::Arc;
@@ -28,6 +37,8 @@ use crate::api::presence::Presence;
 use crate::api::rest::gate::MAX_REQUESTS;
 use crate::api::rest::index::Document;
 use crate::api::rest::problem::Problem;
+use crate::engine::messages::inbox::Inboxes;
+use crate::engine::read::audit_log::AuditLog;
 use crate::engine::read::lives::Lives;
 
 /// What the handlers call.
@@ -35,6 +46,8 @@ pub struct Rest {
     pub admin: Arc<Admin>,
     pub presence: Arc<Presence>,
     pub lives: Arc<Lives>,
+    pub inboxes: Arc<Inboxes>,
+    pub audit_log: AuditLog,
 }
 
 /// What a handler answers.
@@ -62,9 +75,18 @@ pub fn router(rest: Rest) -> Router {
     let routes = Routes::new()
         .merge(index::routes())
         .merge(counts::routes())
+        .merge(users::routes())
+        .merge(past::routes())
+        .merge(orders::routes())
+        .merge(messages::routes())
         .merge(gateways::routes())
+        .merge(gateway::routes())
         .merge(drains::routes())
+        .merge(hold::routes())
+        .merge(trials::routes())
+        .merge(audit::routes())
         .layer(from_fn(gate::in_time))
+        .merge(trials::slow_routes())
         .layer(from_fn_with_state(places, gate::in_places));
     let (router, api) = routes.split_for_parts();
     router.layer(Extension(Document(document::text(api)))).with_state(Arc::new(rest))

@@ -12,6 +12,7 @@ use crate::api::rest::Rest;
 use crate::app::assemble::Daemon;
 use crate::app::lists;
 use crate::config::Config;
+use crate::engine::read::audit_log::AuditLog;
 use crate::security::audit::Audit;
 
 /// Starts counting users, too.
@@ -36,5 +37,11 @@ pub fn start(
         explaining: engine.explaining.clone(),
         peers: engine.peers.clone(),
     };
-    Rest { admin: Arc::new(admin), presence: Arc::new(presence), lives: engine.lives.clone() }
+    Rest {
+        admin: Arc::new(admin),
+        presence: Arc::new(presence),
+        lives: engine.lives.clone(),
+        inboxes: engine.inboxes.clone(),
+        audit_log: AuditLog::new(engine.database.clone()),
+    }
 }

@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use sqlx::Row;
+use sqlx::any::AnyRow;
+
+use crate::domain::time::Timestamp;
 use crate::security::audit::Entry;
 use crate::store::column::clock_millis;
 use crate::store::column::duration_millis;
@@ -14,7 +18,60 @@ use crate::store::statement::repeated;
 /// Rows removed by one statement: others must not wait for long.
 const PRUNED_AT_ONCE: u64 = 1_000;
 
+/// Which rows are asked for.
+#[derive(Clone, Debug)]
+pub struct AuditPage {
+    pub who: Option<String>,
+    pub action: Option<String>,
+    pub from: Timestamp,
+    /// The row after which the page begins: the newest come first.
+    pub before: Option<AuditPlace>,
+    pub limit: u32,
+}
+
+/// Names a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AuditPlace {
+    pub at: Timestamp,
+    pub node_id: String,
+    pub seq: i64,
+}
+
+/// What was done, or denied.
+#[derive(Clone, Debug)]
+pub struct AuditRow {
+    pub place: AuditPlace,
+    pub who: String,
+    pub role: String,
+    pub from_addr: String,
+    pub action: String,
+    pub target: String,
+    pub args: String,
+    pub outcome: String,
+    pub reason: String,
+}
+
 impl Connection {
+    /// Rows of the audit, the newest first.
+    pub async fn read_audit(&mut self, page: &AuditPage) -> Result<Vec<AuditRow>, SqlError> {
+        let given = |clause: &'static str, is_given: bool| if is_given { clause } else { "" };
+        let (who, action) = (given(" AND who = ?", page.who.is_some()), given(" AND action = ?", page.action.is_some()));
+        let before = " AND at_ms <= ? AND (at_ms < ? OR node_id < ? OR (node_id = ? AND seq < ?))";
+        let before = given(before, page.before.is_some());
+        let mut select = statement(format!(
+            "SELECT at_ms, node_id, seq, who, role, from_addr, action, target, args, outcome, reason FROM audit \
+             WHERE at_ms >= ?{before}{who}{action} ORDER BY at_ms DESC, node_id DESC, seq DESC LIMIT ?"
+        ));
+        select = select.bind(page.from.0);
+        if let Some(AuditPlace { at, node_id, seq }) = &page.before {
+            select = select.bind(at.0).bind(at.0).bind(node_id.clone()).bind(node_id.clone()).bind(*seq);
+        }
+        for text in [&page.who, &page.action].into_iter().flatten() {
+            select = select.bind(text.clone());
+        }
+        self.fetch(select.bind(i64::from(page.limit))).await?.iter().map(read_row).collect()
+    }
+
     /// Adds rows, which are numbered from `seq` on.
     pub async fn add_audit(&mut self, node_id: &str, seq: i64, entries: &[Entry]) -> Result<(), SqlError> {
         const HEAD: &str =
@@ -41,4 +98,19 @@ impl Connection {
         };
         Ok(self.execute(statement(sql).bind(duration_millis(keep))).await? == PRUNED_AT_ONCE)
     }
+}
+
+fn read_row(row: &AnyRow) -> Result<AuditRow, SqlError> {
+    let place = AuditPlace { at: Timestamp(row.try_get(0)?), node_id: row.try_get(1)?, seq: row.try_get(2)? };
+    Ok(AuditRow {
+        place,
+        who: row.try_get(3)?,
+        role: row.try_get(4)?,
+        from_addr: row.try_get(5)?,
+        action: row.try_get(6)?,
+        target: row.try_get(7)?,
+        args: row.try_get(8)?,
+        outcome: row.try_get(9)?,
+        reason: row.try_get(10)?,
+    })
 }

@@ -42,6 +42,19 @@ pub struct StoredMessage {
     pub stored_at: Timestamp,
 }
 
+/// A stored message without its text.
+#[derive(Clone, Debug)]
+pub struct StoredHead {
+    pub seq: u64,
+    pub message_id: String,
+    pub message_type: String,
+    pub bytes: u64,
+    pub stored_at: Timestamp,
+    pub expires_at: Timestamp,
+    /// None: for all of the user's devices.
+    pub devices: Option<BTreeSet<DeviceId>>,
+}
+
 /// A message that is written down.
 pub struct Addition<'a> {
     pub user: UserId,
@@ -169,6 +182,31 @@ impl Connection {
             WHERE user_id = ? AND seq > ? AND expires_at > ? ORDER BY seq LIMIT ?";
         let rows = self.fetch(statement(SQL).bind(user.get()).bind(signed(after)).bind(now.0).bind(limit)).await?;
         rows.iter().map(read_message).collect()
+    }
+
+    /// The same without their texts.
+    pub async fn read_inbox_heads(
+        &mut self,
+        user: UserId,
+        after: u64,
+        now: Timestamp,
+        limit: i64,
+    ) -> Result<Vec<StoredHead>, SqlError> {
+        const SQL: &str = "SELECT seq, message_id, message_type, LENGTH(body), stored_at, device_ids, expires_at FROM inbox \
+            WHERE user_id = ? AND seq > ? AND expires_at > ? ORDER BY seq LIMIT ?";
+        let rows = self.fetch(statement(SQL).bind(user.get()).bind(signed(after)).bind(now.0).bind(limit)).await?;
+        let head = |row: &AnyRow| {
+            Ok(StoredHead {
+                seq: unsigned(row.try_get(0)?),
+                message_id: given_id(row.try_get(1)?),
+                message_type: row.try_get(2)?,
+                bytes: unsigned(row.try_get(3)?),
+                stored_at: Timestamp(row.try_get(4)?),
+                expires_at: Timestamp(row.try_get(6)?),
+                devices: read_devices(row, 5)?,
+            })
+        };
+        rows.iter().map(head).collect()
     }
 
     /// Up to `limit` users who have both messages and a route, by number, after `after`.

@@ -11,8 +11,10 @@ use axum::http::Extensions;
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::http::request::Parts;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use tonic::metadata::MetadataMap;
+use utoipa::IntoParams;
 
 use crate::api::rest::problem::Problem;
 
@@ -119,4 +121,19 @@ pub fn number<T: std::str::FromStr>(field: &str, raw: &str) -> Result<T, Problem
 /// It says nothing.
 pub fn reason(given: String) -> Result<String, Problem> {
     if given.trim().is_empty() { Err(Problem::invalid("reason", "must say why")) } else { Ok(given) }
+}
+
+/// Of an order with a body.
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub struct DryRun {
+    /// Only say what would happen.
+    dry_run: Option<bool>,
+}
+
+impl DryRun {
+    pub fn is_dry(&self) -> bool {
+        self.dry_run.unwrap_or_default()
+    }
 }

@@ -63,12 +63,12 @@ struct Count {
 }
 
 pub fn routes() -> Routes {
-    Routes::new().routes(routes!(counts))
+    Routes::new().routes(routes!(count_users))
 }
 
 /// How many users are online: by gateway as of now, by anything else as of the last minute.
 #[utoipa::path(get, path = "/api/v1/counts", tag = "users", params(Asked), responses((status = 200, body = Counts)))]
-async fn counts(State(rest): State<Arc<Rest>>, caller: Caller, Query(asked): Query<Asked>) -> Answer<Counts> {
+async fn count_users(State(rest): State<Arc<Rest>>, caller: Caller, Query(asked): Query<Asked>) -> Answer<Counts> {
     let by = match asked.by {
         None => pb::CountBy::Unspecified,
         Some(By::Gateway) => pb::CountBy::Gateway,

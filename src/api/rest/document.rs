@@ -8,6 +8,7 @@ use utoipa::openapi::ContentBuilder;
 use utoipa::openapi::Info;
 use utoipa::openapi::OpenApi;
 use utoipa::openapi::Ref;
+use utoipa::openapi::RefOr;
 use utoipa::openapi::ResponseBuilder;
 use utoipa::openapi::path::Operation;
 use utoipa::openapi::path::PathItem;
@@ -44,5 +45,12 @@ fn complete(operation: &mut Operation) {
     let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Problem::name()))).build();
     let problem =
         ResponseBuilder::new().description("A problem, as its status says.").content("application/problem+json", content);
+    for response in operation.responses.responses.values_mut() {
+        if let RefOr::T(response) = response
+            && response.description.is_empty()
+        {
+            response.description = "It is done, or was found.".to_owned();
+        }
+    }
     operation.responses.responses.insert("default".to_owned(), problem.build().into());
 }

@@ -76,7 +76,7 @@ pub struct Gateway {
 }
 
 impl Gateway {
-    fn of(life: pb::Life, drain: Option<Drain>) -> Self {
+    pub fn of(life: pb::Life, drain: Option<Drain>) -> Self {
         let state = LifeState::of(&life);
         let has_lease = life.managed && life.alive;
         Self {
@@ -159,12 +159,12 @@ struct Gateways {
 }
 
 pub fn routes() -> Routes {
-    Routes::new().routes(routes!(list))
+    Routes::new().routes(routes!(list_gateways))
 }
 
 /// Who lives, by address.
 #[utoipa::path(get, path = "/api/v1/gateways", tag = "gateways", params(Which), responses((status = 200, body = Gateways)))]
-async fn list(State(rest): State<Arc<Rest>>, caller: Caller, Query(which): Query<Which>) -> Answer<Gateways> {
+async fn list_gateways(State(rest): State<Arc<Rest>>, caller: Caller, Query(which): Query<Which>) -> Answer<Gateways> {
     let cursor = Cursor::of("gateways", &(which.state, &which.region, &which.prefix));
     let (limit, include_dead) = (limit(which.limit)? as usize, which.state == Some(LifeState::Over));
     let (mut found, mut looked_at, mut after) = (Vec::new(), 0, cursor.read(which.cursor.as_deref())?);
@@ -188,12 +188,7 @@ async fn list(State(rest): State<Arc<Rest>>, caller: Caller, Query(which): Query
             break hold;
         }
     };
-    let mut drains = drains(&rest, &caller, &found).await?;
-    let of = |life: pb::Life| {
-        let drain = drains.remove(&life.epoch);
-        Gateway::of(life, drain)
-    };
-    let items = found.into_iter().map(of).collect();
+    let items = with_drains(&rest, &caller, found).await?;
     Ok(Json(Gateways { items, next_cursor: cursor.next(&after), as_of_ms: rest.now_ms(), hold }))
 }
 
@@ -220,12 +215,31 @@ pub fn hold_on(rest: &Rest, page: &pb::ListGatewaysResp) -> Option<HoldOn> {
     page.hold.then(|| HoldOn { until_ms: rest.now_ms() + left_ms, left_ms, reason })
 }
 
-/// The drains that run on these lives.
-async fn drains(rest: &Rest, caller: &Caller, lives: &[pb::Life]) -> Result<HashMap<u64, Drain>, Problem> {
-    if !lives.iter().any(|life| life.draining) {
-        return Ok(HashMap::new());
+/// All that live, up to a bound, and the hold that is on.
+pub async fn living(rest: &Rest, caller: &Caller) -> Result<(Vec<pb::Life>, Option<HoldOn>), Problem> {
+    let (mut living, mut after) = (Vec::new(), String::new());
+    loop {
+        let page = page(rest, caller, false, STEP, after).await?;
+        let hold = hold_on(rest, &page);
+        living.extend(page.lives);
+        after = page.next_page_token;
+        if after.is_empty() || living.len() >= MAX_LOOKED_AT {
+            return Ok((living, hold));
+        }
     }
-    let request = pb::ListDrainsReq { active_only: true, page_size: MAX_DRAINS, ..Default::default() };
-    let running = rest.admin.list_drains(caller.asks(request)).await?.into_inner().drains;
-    Ok(running.into_iter().map(|drain| (drain.epoch, drain.into())).collect())
+}
+
+/// Lives with the drains that run on them.
+pub async fn with_drains(rest: &Rest, caller: &Caller, lives: Vec<pb::Life>) -> Result<Vec<Gateway>, Problem> {
+    let mut drains = HashMap::new();
+    if lives.iter().any(|life| life.draining) {
+        let request = pb::ListDrainsReq { active_only: true, page_size: MAX_DRAINS, ..Default::default() };
+        let running = rest.admin.list_drains(caller.asks(request)).await?.into_inner().drains;
+        drains.extend(running.into_iter().map(|drain| (drain.epoch, Drain::from(drain))));
+    }
+    let with_drain = |life: pb::Life| {
+        let drain = drains.remove(&life.epoch);
+        Gateway::of(life, drain)
+    };
+    Ok(lives.into_iter().map(with_drain).collect())
 }

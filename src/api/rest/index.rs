@@ -31,17 +31,17 @@ struct ApiVersion {
 }
 
 pub fn routes() -> Routes {
-    Routes::new().routes(routes!(versions)).routes(routes!(openapi))
+    Routes::new().routes(routes!(list_versions)).routes(routes!(describe))
 }
 
 /// The versions of the API.
 #[utoipa::path(get, path = "/api", tag = "api", security(()), responses((status = 200, body = Versions)))]
-async fn versions() -> Json<Versions> {
+async fn list_versions() -> Json<Versions> {
     Json(Versions { versions: vec![ApiVersion { version: "v1", openapi: DOCUMENT }] })
 }
 
 /// This document.
 #[utoipa::path(get, path = "/api/v1/openapi.json", tag = "api", security(()), responses((status = 200, body = serde_json::Value)))]
-async fn openapi(Extension(Document(bytes)): Extension<Document>) -> ([(HeaderName, &'static str); 1], Bytes) {
+async fn describe(Extension(Document(bytes)): Extension<Document>) -> ([(HeaderName, &'static str); 1], Bytes) {
     ([(CONTENT_TYPE, "application/json")], bytes)
 }

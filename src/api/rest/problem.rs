@@ -122,10 +122,10 @@ impl Problem {
         self
     }
 
-    /// What an answer of axum means that has a status and nothing else.
-    fn of(status: StatusCode) -> Self {
+    /// What an answer to `asked` means that has a status and nothing else.
+    fn of(status: StatusCode, asked: &str) -> Self {
         let kind = BY_STATUS.into_iter().find(|(.., known)| *known == status).unwrap_or(INTERNAL);
-        Self { status: status.as_u16(), ..Self::new(kind, kind.1) }
+        Self { status: status.as_u16(), ..Self::new(kind, asked) }
     }
 }
 
@@ -206,7 +206,7 @@ pub async fn dress(request: Request, next: Next) -> Response {
     if !head.status.is_client_error() && !head.status.is_server_error() {
         return Response::from_parts(head, body);
     }
-    let mut problem = head.extensions.remove::<Problem>().unwrap_or_else(|| Problem::of(head.status));
+    let mut problem = head.extensions.remove::<Problem>().unwrap_or_else(|| Problem::of(head.status, &asked));
     problem.instance = Uuid::now_v7().urn().to_string();
     if head.status.is_server_error() {
         let (id, why) = (&problem.instance, &problem.detail);

@@ -115,6 +115,15 @@ impl Allocator {
 
     /// The same at `now`, for tests and simulations.
     pub fn allocate_at(&self, ask: &Ask, now: Instant) -> Allocated {
+        self.choose(ask, now, false)
+    }
+
+    /// What would come of it: nobody expects the user, and nothing is counted.
+    pub fn try_out(&self, ask: &Ask) -> Allocated {
+        self.choose(ask, Instant::now(), true)
+    }
+
+    fn choose(&self, ask: &Ask, now: Instant, is_trial: bool) -> Allocated {
         let (nodes, micros) = (self.peers.count(), self.micros(now));
         let ready = self.ready(now, nodes);
         let limit = u64::try_from(self.settings.max_retry_after.as_micros()).unwrap_or(u64::MAX);
@@ -133,12 +142,22 @@ impl Allocator {
                 ("booked", spread(self.settings.max_retry_after.mul_f64(2.0 / 3.0), seed))
             }
             Some(first) => {
-                let rate = self.rate(&ready.field.gateways[first.at].life);
-                let wait = ready.tallies[first.at].hand_out(micros, nodes, rate);
+                let (tally, rate) = (&ready.tallies[first.at], self.rate(&ready.field.gateways[first.at].life));
+                let wait = match is_trial {
+                    true => Duration::from_micros(tally.wait_micros(micros)),
+                    false => tally.hand_out(micros, nodes, rate),
+                };
                 (if first.why == Why::Late { "late" } else { "ok" }, wait)
             }
         };
-        self.answer(&ready, allocation, result, retry_after)
+        let allocated = self.answer(&ready, allocation, result, retry_after);
+        if !is_trial {
+            self.metrics.allocation.count(allocated.algorithm.name(), &allocated.experiment, result);
+            if !allocated.offers.is_empty() {
+                self.metrics.allocation.wait_seconds.observe(retry_after.as_secs_f64());
+            }
+        }
+        allocated
     }
 
     /// Log-ins per second; 0: as many as come.
@@ -152,15 +171,11 @@ impl Allocator {
     fn answer(&self, ready: &Ready, allocation: Allocation, result: &'static str, retry_after: Duration) -> Allocated {
         let Allocation { candidates, algorithm, experiment } = allocation;
         let experiment = experiment.map(|at| self.settings.rules.experiments[at].name.clone()).unwrap_or_default();
-        self.metrics.allocation.count(algorithm.name(), &experiment, result);
         let offer = |at: usize| ready.field.gateways[at].life.clone();
         let offers = match result {
             "booked" => Vec::new(),
             _ => candidates.iter().map(|one| Offer { life: offer(one.at), load: one.load, why: one.why }).collect(),
         };
-        if !offers.is_empty() {
-            self.metrics.allocation.wait_seconds.observe(retry_after.as_secs_f64());
-        }
         Allocated { offers, retry_after, algorithm, experiment }
     }
 

@@ -34,6 +34,7 @@ use crate::memory::Share;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
+pub use crate::store::inbox::StoredHead;
 pub use crate::store::inbox::StoredMessage;
 use crate::store::readers::Readers;
 
@@ -112,6 +113,16 @@ impl Inboxes {
                 found.push(stored);
             }
         }
+    }
+
+    /// Up to `limit` messages after number `after`, without their texts.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if SQL cannot be read.
+    pub async fn heads(&self, user: UserId, after: u64, limit: u32) -> Result<Vec<StoredHead>, Error> {
+        let now = self.lives.clock.over_by();
+        let heads = self.readers.read(move |connection| connection.read_inbox_heads(user, after, now, limit.into()).boxed());
+        heads.await.map_err(|_| Error::unavailable("the inbox cannot be read now"))
     }
 
     /// A device has read everything up to number `seq`. Returns how many messages that were.

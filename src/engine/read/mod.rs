@@ -1,6 +1,7 @@
 //! Where is a user? [`directory`] answers from memory ([`cache`]), then Redis ([`l2`]), then SQL ([`loader`]).
 //! [`inspection`] looks at each of them for operators.
 
+pub mod audit_log;
 pub mod cache;
 pub mod directory;
 pub mod feed;
