@@ -4,7 +4,6 @@ import { clock } from './format.js';
 import { h } from './dom.js';
 
 const HEIGHT = 160;
-const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 let library;
 
 /** `series`: [{ label, of: (sample) => number }]. `samples` have `at`, in seconds. */
@@ -18,6 +17,14 @@ export function chart(title, series, samples, unit = '') {
 
 const show = (value) => (value === null || value === undefined ? '–' : Number(value.toPrecision(4)).toLocaleString('en'));
 
+/** A canvas does not know the colours of the page by name. */
+function color(element, name) {
+  element.style.setProperty('color', `var(${name})`);
+  const { color: known } = getComputedStyle(element);
+  element.style.removeProperty('color');
+  return known;
+}
+
 async function plot(element, series, samples, unit) {
   library ??= import('./vendor/uplot.js');
   const { default: UPlot } = await library;
@@ -25,7 +32,7 @@ async function plot(element, series, samples, unit) {
   const data = () => [samples().map((sample) => sample.at), ...series.map(({ of }) => samples().map((sample) => of(sample) ?? null))];
   const make = () => {
     drawn?.destroy();
-    const axis = { stroke: color('--soft'), grid: { stroke: color('--line'), width: 1 }, ticks: { stroke: color('--line'), width: 1 } };
+    const axis = { stroke: color(element, '--soft'), grid: { stroke: color(element, '--line'), width: 1 }, ticks: { stroke: color(element, '--line'), width: 1 } };
     drawn = new UPlot({
       width: Math.max(200, element.clientWidth),
       height: HEIGHT,
@@ -36,7 +43,7 @@ async function plot(element, series, samples, unit) {
       series: [
         { label: 'at', value: (_, at) => (at ? clock(at * 1000) : '–') },
         ...series.map(({ label }, i) => ({
-          label, stroke: color(`--series-${i + 1}`), width: 2, points: { show: false },
+          label, stroke: color(element, `--series-${i + 1}`), width: 2, points: { show: false },
           value: (_, value) => (value === null || value === undefined ? '–' : show(value) + unit),
         })),
       ],

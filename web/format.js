@@ -8,7 +8,7 @@ const known = (value) => value !== undefined && value !== null;
 
 export const count = (value) => (known(value) ? whole.format(value) : '–');
 export const rate = (value) => (known(value) ? (value >= 100 ? whole : short).format(value) : '–');
-export const percent = (share) => (known(share) ? `${short.format(Math.floor(share * 1000) / 10)} %` : '–');
+export const percent = (share) => (known(share) ? `${short.format(Math.floor(share * 1000) / 10)}\u00a0%` : '–');
 export const plural = (n, one, many = `${one}s`) => `${count(n)} ${n === 1 ? one : many}`;
 
 /** A length of time in the largest two units that matter. */

@@ -30,14 +30,16 @@ function because(summary) {
   return h('ul', { key: 'because', class: 'notice warn' }, reasons.map((reason) => h('li', null, reason)));
 }
 
+const short = (ms) => (ms === undefined || ms === null ? '–' : `${rate(ms)} ms`);
+
 function numbers(s) {
   const rates = s.rates ?? {};
   const list = [
     ['Users online', count(s.users_online), s.devices !== undefined && plural(s.devices, 'device')],
     ['Suspect users', count(s.suspect_users), 'on gateways that are late or held'],
-    ['Binds', rate(rates.binds), 'a second, this node'],
-    ['Queries', rate(rates.queries), `a second, p99 ${s.latency_ms?.query_p99 ?? '–'} ms`],
-    ['Deliveries', rate(rates.deliveries), `a second, p99 ${s.latency_ms?.delivery_p99 ?? '–'} ms`],
+    ['Binds', rate(rates.binds), `a second, p99 ${short(s.latency_ms?.bind_p99)}`],
+    ['Queries', rate(rates.queries), `a second, p99 ${short(s.latency_ms?.query_p99)}`],
+    ['Deliveries', rate(rates.deliveries), `a second, p99 ${short(s.latency_ms?.delivery_p99)}`],
     ['Delivered', percent(rates.delivered_share), `${rate(rates.errors)} errors a second`],
   ];
   return h('dl', { key: 'numbers', class: 'numbers' }, list.map(([name, value, more]) =>
@@ -84,7 +86,7 @@ export function state(node) {
 export function nodeTable(nodes) {
   if (!nodes) return section('Nodes', empty('Loading …'));
   const number = (title) => ({ title, number: true });
-  return section('Nodes', table('Nodes', ['Node', 'State', 'SQL', 'Redis cache', 'Redis queue', number('Streams'), number('Queued'), number('In memory'), number('Held'), 'Version'],
+  return section('Nodes', table('What each says of itself', ['Node', 'State', 'SQL', 'Redis cache', 'Redis queue', number('Streams'), number('Queued'), number('In memory'), number('Held'), 'Version'],
     nodes.map((node) => ({ key: node.node_id, cells: [
       h('a', { href: to('nodes', node.node_id) }, node.node_id), state(node), ...(node.error ? ['–', '–', '–'] : [up(node.sql_ok), up(node.redis_cache_ok), up(node.redis_queue_ok)]),
       count(node.streams), count(node.stream_queue_depth), plural(node.l1_entries, 'user'), bytes(node.held_bytes), node.version] }))));

@@ -67,7 +67,7 @@ function devices(id, user, again) {
     life?.lease_left_ms === null || !life ? '–' : span(life.lease_left_ms), when(route.bound_at_ms), route.client_ip ?? '–',
     // A device without a name cannot be named in an order.
     mayAct() && route.device_id ? h('button', { type: 'button', class: 'act danger', 'aria-label': `Kick ${route.device_id}`, onclick: () => kick(id, route.device_id, again) }, 'Kick …') : ''];
-  return section('Devices', table('Devices', ['Device', 'Platform', 'Gateway', 'Worth', 'Lease left', 'Bound', 'From', mayAct() ? 'Actions' : ''],
+  return section('Devices', table('Where each is, and what that is worth', ['Device', 'Platform', 'Gateway', 'Worth', 'Lease left', 'Bound', 'From', mayAct() ? 'Actions' : ''],
     routes.map((view) => ({ key: view.route.route_key, cells: cells(view) }))));
 }
 
