@@ -10,6 +10,7 @@ mod neighbours;
 mod operators;
 mod protection;
 mod redis;
+mod reporting;
 pub mod serve;
 mod settings;
 pub mod threads;
@@ -200,9 +201,11 @@ impl App {
 
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
-        let services = engine.services(&config, &draining, &attached);
-        let rest = operators::start(&config, &engine, audit, services.presence.clone(), &mut tasks, &stop);
-        let router = serve::admin_router(operator(&config, &engine, &draining), rest);
+        let operator = operator(&config, &engine, &draining);
+        let reporter = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
+        let services = engine.services(&config, &draining, &attached, reporter.clone());
+        let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporter, &mut tasks, &stop);
+        let router = serve::admin_router(operator, rest);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };

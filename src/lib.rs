@@ -6,7 +6,7 @@
 //! |---|---|
 //! | [`app`] | puts the daemon together; the only place that connects, listens and spawns |
 //! | [`api`] | protocols: gRPC for gateways and services, HTTP for operators; translates and decides nothing |
-//! | [`engine`] | the product, in rooms that import downwards too: `gateways`, `messages`, `presence`, `write`, `read` |
+//! | [`engine`] | the product, in rooms that import downwards too: `overview`, `gateways`, `messages`, `presence`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, where users should go, the frames of a stream, the inbox |
 //! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |

@@ -6,6 +6,7 @@ mod moves;
 mod per_thread;
 mod presence;
 mod security;
+pub mod snapshot;
 
 use std::collections::HashSet;
 use std::fmt::Write;
@@ -253,6 +254,11 @@ impl Metrics {
 
     pub fn connections(&self, is_encrypted: bool) -> Gauge {
         self.connections.get_or_create(&ByTls { tls: if is_encrypted { "yes" } else { "no" } }).clone()
+    }
+
+    /// Client connections that are open now.
+    pub fn open_connections(&self) -> i64 {
+        self.connections(true).get() + self.connections(false).get()
     }
 
     pub fn shed(&self, what: &'static str) {

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 58] = [
+pub static RULES: [Rule; 59] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -72,6 +72,7 @@ pub static RULES: [Rule; 58] = [
     unlimited("/mpim.NodeService/Forward", NODE),
     unlimited("/mpim.NodeService/ForwardAcks", NODE),
     unlimited("/mpim.NodeService/Inspect", NODE),
+    unlimited("/mpim.NodeService/InspectNode", NODE),
     unlimited("/mpim.AdminService/ListGateways", VIEWER | OPERATOR),
     unlimited("/mpim.AdminService/PurgeGateways", OPERATOR),
     unlimited("/mpim.AdminService/HoldGateways", OPERATOR),

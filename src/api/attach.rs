@@ -251,6 +251,9 @@ impl Stream {
         };
         let illegal = |why: &dyn std::fmt::Display| Status::invalid_argument(format!("{name} (seq {seq}): {why}"));
         self.session.allows(kind).map_err(|why| illegal(&why))?;
+        if let Some(attached) = &self.attached {
+            attached.figures.note_frame();
+        }
         match frame.body {
             Some(Up::Hello(hello)) => self.hello(seq, hello).await,
             Some(Up::Heartbeat(beat)) => self.heartbeat(seq, beat).map_err(|why| illegal(&why)),
@@ -283,6 +286,9 @@ impl Stream {
                 self.speaker = Some(Arc::new(GatewayPatterns::exactly(&gateway)));
                 self.holder = Some(self.tools.digests.attach(gateway.clone(), life.epoch));
                 self.session.attach(gateway, life.epoch, life.attach_no);
+                if let Some(credential) = &self.credential {
+                    attached.figures.set_caller(&credential.admission().identity.caller.name);
+                }
                 self.attached = Some(attached);
                 convert::welcome(life.epoch, &self.tools.attaching.terms())
             }

@@ -90,13 +90,7 @@ pub fn router(operator: Operator) -> Router {
 
 async fn readyz(State(operator): State<Operator>) -> (StatusCode, Json<Value>) {
     let degraded = operator.degraded();
-    let cut_off = operator.hints.as_ref().is_some_and(|hints| hints.is_cut_off());
-    let why = match (operator.draining.is_cancelled(), cut_off) {
-        (true, _) => Some("draining"),
-        (_, true) => Some("this node alone cannot read the database"),
-        _ => None,
-    };
-    if let Some(why) = why {
+    if let Some(why) = operator.why_not_ready() {
         return (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "why": why, "degraded": degraded })));
     }
     (StatusCode::OK, Json(json!({ "ready": true, "degraded": degraded })))
@@ -117,16 +111,8 @@ async fn metrics(
     State(operator): State<Operator>,
     headers: HeaderMap,
 ) -> Result<([(HeaderName, &'static str); 1], String), StatusCode> {
+    operator.refresh();
     let metrics = &operator.metrics;
-    let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
-    metrics.l1_entries.set(gauge(operator.cache.len()));
-    metrics.users_online.set(operator.lives.users_online());
-    metrics.lane_queue_depth.set(gauge(operator.lanes.depth() as u64));
-    metrics.stream_queue_depth.set(gauge(operator.streams.depth() as u64));
-    metrics.held_bytes.set(gauge(operator.memory.taken() as u64));
-    metrics.shed_so_far("memory", operator.memory.refused());
-    metrics.rejected_so_far("l1", operator.cache.offers_rejected());
-    metrics.log_lines_dropped_so_far((operator.dropped_log_lines)());
     let accepts = |value: &HeaderValue| value.to_str().is_ok_and(|value| value.contains("application/openmetrics-text"));
     let (kind, text) = match headers.get_all(ACCEPT).iter().any(accepts) {
         true => (OPENMETRICS, metrics.openmetrics()),
@@ -136,8 +122,32 @@ async fn metrics(
 }
 
 impl Operator {
+    /// Writes into the metrics what is only counted elsewhere.
+    pub fn refresh(&self) {
+        let metrics = &self.metrics;
+        let gauge = |value: u64| i64::try_from(value).unwrap_or(i64::MAX);
+        metrics.l1_entries.set(gauge(self.cache.len()));
+        metrics.users_online.set(self.lives.users_online());
+        metrics.lane_queue_depth.set(gauge(self.lanes.depth() as u64));
+        metrics.stream_queue_depth.set(gauge(self.streams.depth() as u64));
+        metrics.held_bytes.set(gauge(self.memory.taken() as u64));
+        metrics.shed_so_far("memory", self.memory.refused());
+        metrics.rejected_so_far("l1", self.cache.offers_rejected());
+        metrics.log_lines_dropped_so_far((self.dropped_log_lines)());
+    }
+
+    /// Why this node cannot do its job. None: it can.
+    pub fn why_not_ready(&self) -> Option<&'static str> {
+        let cut_off = self.hints.as_ref().is_some_and(|hints| hints.is_cut_off());
+        match (self.draining.is_cancelled(), cut_off) {
+            (true, _) => Some("draining"),
+            (_, true) => Some("this node alone cannot read the database"),
+            _ => None,
+        }
+    }
+
     /// What an operator should look at, although this node goes on.
-    fn degraded(&self) -> Vec<&'static str> {
+    pub fn degraded(&self) -> Vec<&'static str> {
         let mut degraded = self.missing();
         if self.metrics.hold.get() == 1 {
             degraded.push("hold");
@@ -159,7 +169,8 @@ impl Operator {
         parts.into_iter().filter(|(_, up)| !up).map(|(part, _)| part).collect()
     }
 
-    fn store_up(&self) -> bool {
+    /// Whether the database answered last time.
+    pub fn store_up(&self) -> bool {
         self.metrics.store_up.get() == 1
     }
 }

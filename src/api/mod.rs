@@ -24,6 +24,7 @@ pub mod moves;
 pub mod node;
 pub mod presence;
 pub mod queries;
+pub mod report;
 pub mod rest;
 pub mod room;
 pub mod status;

@@ -24,6 +24,7 @@ use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
 use crate::api::explain;
+use crate::api::report::Reporter;
 use crate::api::status::status;
 use crate::client::security::Link;
 use crate::client::security::Security;
@@ -37,6 +38,7 @@ use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::FORWARD_LIMIT;
 use crate::engine::messages::peers::Peers;
+use crate::engine::messages::peers::Question;
 use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::engine::messages::streams::Streams;
@@ -67,6 +69,7 @@ pub struct Node {
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
     pub explaining: Arc<Explaining>,
+    pub reporter: Arc<Reporter>,
 }
 
 #[tonic::async_trait]
@@ -107,6 +110,13 @@ impl NodeService for Node {
         let user = convert::user_id(request.user_id).map_err(|error| status(&error))?;
         let inspected = self.explaining.inspect(user);
         Ok(Response::new(explain::inspected(&inspected, &self.peers.own.node_id)))
+    }
+
+    async fn inspect_node(&self, request: Request<pb::InspectNodeReq>) -> Result<Response<pb::InspectNodeResp>, Status> {
+        let request = request.into_inner();
+        self.check_store(&request.store_id)?;
+        let json = self.reporter.answer(&request.what, &request.about).await.map_err(|error| status(&error))?;
+        Ok(Response::new(pb::InspectNodeResp { json: json.into() }))
     }
 }
 
@@ -182,6 +192,7 @@ struct Together {
     acks: Vec<Ack>,
     hello: bool,
     inspections: Vec<(UserId, oneshot::Sender<Inspected>)>,
+    questions: Vec<(Question, oneshot::Sender<Result<Vec<u8>, String>>)>,
 }
 
 /// Which process answers at `addr` for the nodes of a store.
@@ -203,9 +214,8 @@ impl Caller {
         let mut tasks = JoinSet::new();
         while let Some(Some(call)) = stop.run_until_cancelled(calls.recv()).await {
             let addr = match &call {
-                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } | Call::Inspect { addr, .. } => {
-                    addr.clone()
-                }
+                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } => addr.clone(),
+                Call::Inspect { addr, .. } | Call::Ask { addr, .. } => addr.clone(),
             };
             if !nodes.contains_key(&addr) {
                 nodes.retain(|addr, _| self.peers.has(addr)); // whoever has gone ends when its queue is empty
@@ -244,7 +254,29 @@ impl Caller {
     async fn call(&self, node: Callee, mut together: Together) {
         let (acks, inspections) = (std::mem::take(&mut together.acks), std::mem::take(&mut together.inspections));
         let inspect = self.inspect(node.client.clone(), inspections);
-        tokio::join!(self.forward_acks(node.client.clone(), &acks), inspect, self.forward(node, together));
+        let ask = self.ask(node.clone(), std::mem::take(&mut together.questions));
+        tokio::join!(self.forward_acks(node.client.clone(), &acks), inspect, ask, self.forward(node, together));
+    }
+
+    async fn ask(&self, node: Callee, questions: Vec<(Question, oneshot::Sender<Result<Vec<u8>, String>>)>) {
+        let ask = |(question, answer): (Question, oneshot::Sender<Result<Vec<u8>, String>>)| {
+            let mut node = node.clone();
+            let request =
+                pb::InspectNodeReq { store_id: self.store_id.clone(), what: question.what.to_owned(), about: question.about };
+            async move {
+                let said = node.client.inspect_node(signed(request, &self.store_id)).await;
+                let said = said.map(|said| said.into_inner().json.to_vec()).map_err(|status| match status.code() {
+                    Code::Unimplemented => "it runs an older release, which tells nothing of itself".to_owned(),
+                    Code::Unauthenticated | Code::PermissionDenied => {
+                        node.link.renew(); // with the certificate of now
+                        format!("it takes this node for none of its own: {}", status.message())
+                    }
+                    _ => format!("it does not answer: {}", root_cause(&status)),
+                });
+                let _ = answer.send(said); // whoever gave up needs no answer
+            }
+        };
+        join_all(questions.into_iter().map(ask)).await;
     }
 
     async fn inspect(&self, client: NodeServiceClient<Link>, inspections: Vec<(UserId, oneshot::Sender<Inspected>)>) {
@@ -333,6 +365,7 @@ impl Together {
                 Call::Acks { acks, .. } => together.acks.extend(acks),
                 Call::Hello { .. } => together.hello = true,
                 Call::Inspect { user, answer, .. } => together.inspections.push((user, answer)),
+                Call::Ask { question, answer, .. } => together.questions.push((question, answer)),
             }
         }
         together

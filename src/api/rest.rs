@@ -13,6 +13,7 @@ pub mod gateways;
 pub mod hold;
 pub mod index;
 pub mod messages;
+pub mod nodes;
 pub mod orders;
 pub mod past;
 pub mod problem;
@@ -34,6 +35,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::api::admin::Admin;
 use crate::api::presence::Presence;
+use crate::api::report::Reporter;
 use crate::api::rest::gate::MAX_REQUESTS;
 use crate::api::rest::index::Document;
 use crate::api::rest::problem::Problem;
@@ -48,6 +50,7 @@ pub struct Rest {
     pub lives: Arc<Lives>,
     pub inboxes: Arc<Inboxes>,
     pub audit_log: AuditLog,
+    pub reporter: Arc<Reporter>,
 }
 
 /// What a handler answers.
@@ -85,6 +88,7 @@ pub fn router(rest: Rest) -> Router {
         .merge(hold::routes())
         .merge(trials::routes())
         .merge(audit::routes())
+        .merge(nodes::routes())
         .layer(from_fn(gate::in_time))
         .merge(trials::slow_routes())
         .layer(from_fn_with_state(places, gate::in_places));

@@ -16,6 +16,7 @@ use crate::api::gateway::Leases;
 use crate::api::node::Node;
 use crate::api::presence::Presence;
 use crate::api::queries::Queries;
+use crate::api::report::Reporter;
 use crate::api::watch::WatchContext;
 use crate::app::StartError;
 use crate::app::moving;
@@ -195,7 +196,13 @@ impl Daemon {
     }
 
     /// The services in front of it. Streams are tasks of `attached`, and end when `draining` is cancelled.
-    pub fn services(&self, config: &Config, draining: &CancellationToken, attached: &TaskTracker) -> Services<Presence> {
+    pub fn services(
+        &self,
+        config: &Config,
+        draining: &CancellationToken,
+        attached: &TaskTracker,
+        reporter: Arc<Reporter>,
+    ) -> Services<Presence> {
         let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
         let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
         let watching =
@@ -230,7 +237,7 @@ impl Daemon {
         let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
-        let node = Node { store_id, streams, acks, peers, lives, explaining };
+        let node = Node { store_id, streams, acks, peers, lives, explaining, reporter };
         Services {
             presence: Presence { binder, deliveries, max_message_bytes, statuses, history, watches, watching, allocation },
             more: Some((queries, leases, node)),

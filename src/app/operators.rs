@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use crate::api::admin::Admin;
 use crate::api::moves::Moves;
 use crate::api::presence::Presence;
+use crate::api::report::Reporter;
 use crate::api::rest::Rest;
 use crate::app::assemble::Daemon;
 use crate::app::lists;
@@ -21,6 +22,7 @@ pub fn start(
     engine: &Daemon,
     audit: &Audit,
     presence: Presence,
+    reporter: Arc<Reporter>,
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
 ) -> Rest {
@@ -42,6 +44,7 @@ pub fn start(
         presence: Arc::new(presence),
         lives: engine.lives.clone(),
         inboxes: engine.inboxes.clone(),
+        reporter,
         audit_log: AuditLog::new(engine.database.clone()),
     }
 }

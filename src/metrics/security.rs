@@ -37,6 +37,9 @@ struct ByCaller {
     caller: String,
 }
 
+/// Where certificates are used.
+const USES: [&str; 6] = ["data", "admin", "peer", "store", "redis_cache", "redis_queue"];
+
 pub struct SecurityMetrics {
     handshakes: Family<ByResult, Counter>,
     auth_failures: Family<ByMode, Counter>,
@@ -80,6 +83,13 @@ impl SecurityMetrics {
     /// `at_s`: in Unix seconds.
     pub fn certificate_ends(&self, r#use: &'static str, which: &'static str, at_s: u64) {
         self.certificate_not_after.get_or_create(&ByCertificate { r#use, which }).set(i64::try_from(at_s).unwrap_or(i64::MAX));
+    }
+
+    /// Certificates that are in use: where, which end (leaf or ca), and when they end, in Unix seconds.
+    pub fn certificates(&self) -> Vec<(&'static str, &'static str, i64)> {
+        let known = USES.iter().flat_map(|r#use| ["leaf", "ca"].map(|which| (*r#use, which)));
+        let end = |r#use, which| self.certificate_not_after.get(&ByCertificate { r#use, which }).map(|end| end.get());
+        known.filter_map(|(r#use, which)| Some((r#use, which, end(r#use, which)?))).collect()
     }
 
     /// `action`: of a fixed set.

@@ -287,6 +287,12 @@ impl Connection {
         rows.iter().map(read_node).collect()
     }
 
+    /// All nodes whose rows are there: those that are alive, and those that ended without a word within the last hour.
+    pub async fn list_nodes(&mut self) -> Result<Vec<NodeRow>, SqlError> {
+        const SQL: &str = "SELECT node_id, incarnation, addr, zone, seen_at, draining FROM nodes ORDER BY node_id";
+        self.fetch(statement(SQL)).await?.iter().map(read_node).collect()
+    }
+
     /// Tells the others that this node is about to stop.
     pub async fn drain_node(&mut self, own: &NodeName) -> Result<(), SqlError> {
         const SQL: &str = "UPDATE nodes SET draining = 1 WHERE node_id = ? AND incarnation = ?";

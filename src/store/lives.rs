@@ -58,6 +58,18 @@ impl Connection {
         self.fetch(select).await?.iter().map(read_life).collect()
     }
 
+    /// Gateways whose leases ran out within `lately`.
+    pub async fn deaths_within(&mut self, lately: Duration) -> Result<u64, SqlError> {
+        let (now, expired, held) = (clock_millis(self.engine()), EndReason::Expired, EndReason::Held);
+        let sql = format!(
+            "SELECT COUNT(*) FROM lives WHERE alive = 0 AND kind = 1 AND ended_at > {now} - ? AND end_reason IN ({}, {})",
+            codec::end_to_i32(expired),
+            codec::end_to_i32(held)
+        );
+        let rows = self.fetch(statement(sql).bind(duration_millis(lately))).await?;
+        rows.first().map_or(Ok(0), |row| Ok(unsigned(row.try_get(0)?)))
+    }
+
     pub async fn lives_by_epoch(&mut self, epochs: &[Epoch]) -> Result<Vec<Arc<Life>>, SqlError> {
         let mut lives = Vec::new();
         for (chunk, fill) in chunks(epochs) {

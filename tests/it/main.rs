@@ -28,6 +28,7 @@ mod kicks;
 mod memory;
 mod moves;
 mod neighbours;
+mod nodes;
 mod online_time;
 mod operators;
 mod order;

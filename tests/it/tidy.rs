@@ -8,7 +8,7 @@ use std::path::PathBuf;
 const MAX_FUNCTION_LINES: usize = 70;
 const MAX_FILE_LINES: usize = 450;
 /// Rooms of the engine, from the lowest to the highest.
-const ROOMS: [&str; 5] = ["read", "write", "presence", "messages", "gateways"];
+const ROOMS: [&str; 6] = ["read", "write", "presence", "messages", "gateways", "overview"];
 
 pub struct Source {
     /// Relative to the package: `src/engine/write/lane.rs`.

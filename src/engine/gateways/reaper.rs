@@ -174,6 +174,7 @@ impl Reaper {
         }
         self.note_generation(cluster.generation);
         self.note_counts(&cluster);
+        self.lives.set_cluster(cluster.clone());
         let asked = Instant::now();
         let has_stalled = self.seen.unmanaged.at.is_some_and(|at| asked.duration_since(at) > NODE_TERM / 2);
         let known = self.seen.unmanaged.known(asked);

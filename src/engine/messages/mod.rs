@@ -3,6 +3,7 @@
 pub mod acks;
 pub mod delivery;
 pub mod dispatch;
+pub mod figures;
 pub mod inbox;
 pub mod kicks;
 pub mod message;

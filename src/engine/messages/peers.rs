@@ -48,6 +48,19 @@ pub enum Call {
         user: UserId,
         answer: oneshot::Sender<Inspected>,
     },
+    /// What the node says of itself.
+    Ask {
+        addr: Arc<str>,
+        question: Question,
+        answer: oneshot::Sender<Result<Vec<u8>, String>>,
+    },
+}
+
+/// What a node is asked about itself, and about whom besides.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Question {
+    pub what: &'static str,
+    pub about: String,
 }
 
 pub struct Peers {
@@ -135,6 +148,27 @@ impl Peers {
         let (answer, answered) = oneshot::channel();
         self.calls.try_send(Call::Inspect { addr, user, answer }).ok()?;
         timeout(FORWARD_LIMIT, answered).await.ok()?.ok()
+    }
+
+    /// What a node says of itself, as JSON. It need not be one of those that are there.
+    ///
+    /// # Errors
+    /// Why it says nothing, for people.
+    pub async fn ask(&self, addr: &str, question: Question, limit: Duration) -> Result<Vec<u8>, String> {
+        let (answer, answered) = oneshot::channel();
+        if self.calls.try_send(Call::Ask { addr: addr.into(), question, answer }).is_err() {
+            return Err("too many calls to other nodes wait".to_owned());
+        }
+        match timeout(limit, answered).await {
+            Ok(Ok(said)) => said,
+            Ok(Err(_)) => Err("it was not asked: too many calls to it wait, or its address makes no sense".to_owned()),
+            Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
+        }
+    }
+
+    /// Where a node is that is there.
+    pub fn addr_of(&self, node_id: &str) -> Option<Arc<str>> {
+        self.nodes.load().get(node_id).cloned()
     }
 
     /// Gives each acknowledgement to the node that waits for it; `own` waits here. Returns how many were not their sender's.

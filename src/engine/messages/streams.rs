@@ -23,6 +23,8 @@ use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 
 use crate::domain::id::Epoch;
+use crate::engine::messages::figures::Figures;
+use crate::engine::messages::figures::StreamView;
 use crate::memory::Held;
 use crate::memory::Memory;
 use crate::memory::Share;
@@ -75,6 +77,7 @@ struct Stream {
     /// Tells the stream that a newer one has taken its place.
     replaced: CancellationToken,
     kicks: Arc<Mutex<TakenKicks>>,
+    figures: Arc<Figures>,
 }
 
 /// Where orders wait.
@@ -110,6 +113,7 @@ pub struct Attached {
     orders: mpsc::Receiver<Queued>,
     kicks: Arc<Mutex<TakenKicks>>,
     pub replaced: CancellationToken,
+    pub figures: Arc<Figures>,
 }
 
 impl Streams {
@@ -121,8 +125,9 @@ impl Streams {
     pub fn attach(&self, epoch: Epoch, no: u64) -> Attached {
         let (orders, receiver) = mpsc::channel(STREAM_QUEUE);
         let (replaced, kicks) = (CancellationToken::new(), Arc::<Mutex<TakenKicks>>::default());
-        let held = Arc::new(self.memory.none(Share::Streams));
-        let stream = Stream { no, queue: Queue { orders, held }, replaced: replaced.clone(), kicks: kicks.clone() };
+        let (held, figures) = (Arc::new(self.memory.none(Share::Streams)), Arc::<Figures>::default());
+        let queue = Queue { orders, held };
+        let stream = Stream { no, queue, replaced: replaced.clone(), kicks: kicks.clone(), figures: figures.clone() };
         let mut streams = self.lock();
         match streams.get(&epoch) {
             Some(newer) if newer.no > no => replaced.cancel(),
@@ -137,7 +142,7 @@ impl Streams {
             }
         }
         self.metrics.streams.set(i64::try_from(streams.len()).unwrap_or(i64::MAX));
-        Attached { orders: receiver, kicks, replaced }
+        Attached { orders: receiver, kicks, replaced, figures }
     }
 
     /// Forgets stream number `no` of a life. Returns the kicks that it may have lost, unless a newer stream has them.
@@ -161,6 +166,7 @@ impl Streams {
     pub fn hand(&self, epoch: Epoch, order: Order) -> Handed {
         let streams = self.lock();
         let Some(stream) = streams.get(&epoch).filter(|stream| !stream.replaced.is_cancelled()) else { return Handed::NotHere };
+        let figures = stream.figures.clone();
         let taken = match order {
             Order::Kick(kick) => stream.take(kick, self.lease), // before anybody can end the stream
             delivery => {
@@ -173,6 +179,7 @@ impl Streams {
             Ok(()) => Handed::Taken,
             Err(Refused::Full) => {
                 self.metrics.shed("stream");
+                figures.note_shed();
                 Handed::Full
             }
             Err(Refused::Closed) => Handed::NotHere,
@@ -243,6 +250,12 @@ impl Streams {
         self.lock().iter().map(|(epoch, stream)| (*epoch, waiting(&stream.queue))).collect()
     }
 
+    /// Each of them, in no order.
+    pub fn view(&self) -> Vec<StreamView> {
+        let waiting = |queue: &Queue| queue.orders.max_capacity() - queue.orders.capacity();
+        self.lock().iter().map(|(epoch, stream)| stream.figures.view(*epoch, waiting(&stream.queue))).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Epoch, Stream>> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -291,6 +304,7 @@ impl Attached {
     /// The next order, for a caller who writes it at once.
     pub async fn next(&mut self) -> Option<Queued> {
         let queued = self.orders.recv().await?;
+        self.figures.note_written();
         if let Order::Kick(_) = queued.0 {
             self.kicks.lock().unwrap_or_else(PoisonError::into_inner).next_is_written();
         }
@@ -323,125 +337,5 @@ fn has_arrived(written: Option<Instant>, lease: Duration) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    const LEASE: Duration = Duration::from_secs(15);
-
-    fn kick(n: i64) -> Order {
-        Order::Kick(KickOrder { user_id: n, ..KickOrder::default() })
-    }
-
-    fn delivery(bytes: usize) -> Order {
-        Order::Delivery(Arc::new(Envelope { message: vec![b'x'; bytes].into(), ..Envelope::default() }))
-    }
-
-    fn streams(lease: Duration) -> Arc<Streams> {
-        Streams::new(lease, Memory::new(1 << 30), Metrics::new())
-    }
-
-    async fn next(attached: &mut Attached) -> Option<Order> {
-        attached.next().await.map(|(order, _)| order)
-    }
-
-    #[tokio::test]
-    async fn a_slow_reader_is_not_waited_for_and_delays_nobody() {
-        let streams = streams(LEASE);
-        let mut slow = streams.attach(Epoch(1), 1);
-        let _other = streams.attach(Epoch(2), 1);
-        for n in 0..STREAM_QUEUE as i64 {
-            assert_eq!(streams.hand(Epoch(1), kick(n)), Handed::Taken);
-        }
-        assert_eq!(streams.hand(Epoch(1), kick(-1)), Handed::Full);
-        assert_eq!(streams.hand(Epoch(2), kick(0)), Handed::Taken);
-        assert_eq!(streams.depth(), STREAM_QUEUE + 1);
-        assert_eq!(next(&mut slow).await, Some(kick(0)));
-        assert_eq!(streams.hand(Epoch(1), kick(-2)), Handed::Taken);
-        assert_eq!(streams.hand(Epoch(3), kick(0)), Handed::NotHere);
-    }
-
-    #[tokio::test]
-    async fn who_has_many_for_one_gateway_waits_for_it_to_read_and_in_order() {
-        let streams = streams(LEASE);
-        let (mut reads, _silent) = (streams.attach(Epoch(1), 1), streams.attach(Epoch(2), 1));
-        let many = 3 * STREAM_QUEUE as i64;
-        let orders: Vec<_> = (0..many).map(|n| (Epoch(1), kick(n))).chain((0..many).map(|n| (Epoch(2), kick(n)))).collect();
-        let until = Instant::now() + Duration::from_secs(1);
-        let read = async {
-            for n in 0..many {
-                assert_eq!(next(&mut reads).await, Some(kick(n)));
-            }
-            Instant::now()
-        };
-        let (handed, read_at) = tokio::join!(streams.hand_all(&orders, until), read);
-        assert!(handed[..many as usize].iter().all(|handed| *handed == Handed::Taken));
-        assert!(read_at < until, "the silent one keeps nobody waiting");
-        let taken = handed[many as usize..].iter().filter(|handed| **handed == Handed::Taken).count();
-        assert_eq!((taken, handed.last()), (STREAM_QUEUE, Some(&Handed::Full)));
-        let few = streams.hand_all(&[(Epoch(2), kick(0))], Instant::now() + LEASE).await;
-        assert_eq!(few, [Handed::Full], "a single one is told at once");
-    }
-
-    #[tokio::test]
-    async fn a_queue_is_bounded_in_bytes_and_so_are_all_together() {
-        const LARGE: usize = 64 * 1024;
-        const FIT: usize = STREAM_QUEUE_BYTES / (LARGE + ORDER_BYTES);
-        let memory = Memory::new(4 * STREAM_QUEUE_BYTES);
-        let streams = Streams::new(LEASE, memory.clone(), Metrics::new());
-        let mut silent: Vec<Attached> = (1..=3).map(|epoch| streams.attach(Epoch(epoch), 1)).collect();
-        let taken = |epoch| (0..2 * FIT).filter(|_| streams.hand(Epoch(epoch), delivery(LARGE)) == Handed::Taken).count();
-        assert_eq!((taken(1), taken(2)), (FIT, FIT));
-        assert!(taken(3) < 3, "half of all the memory is taken");
-        let written = silent[0].next().await;
-        assert_eq!(streams.hand(Epoch(1), delivery(LARGE)), Handed::Full, "it is not written yet");
-        drop(written);
-        assert_eq!(streams.hand(Epoch(1), delivery(LARGE)), Handed::Taken);
-        drop((silent, streams));
-        assert_eq!(memory.taken(), 0);
-    }
-
-    #[tokio::test]
-    async fn the_newest_stream_of_a_life_counts() {
-        let streams = streams(LEASE);
-        let first = streams.attach(Epoch(1), 1);
-        let mut third = streams.attach(Epoch(1), 3);
-        assert!(first.replaced.is_cancelled());
-        assert!(streams.attach(Epoch(1), 2).replaced.is_cancelled(), "it came late");
-        streams.detach(Epoch(1), 1); // and so does the end of the first
-        assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::Taken);
-        assert_eq!(next(&mut third).await, Some(kick(0)));
-        streams.end_unless(|_, no| no == 4);
-        assert!(third.replaced.is_cancelled());
-        assert_eq!(streams.hand(Epoch(1), kick(0)), Handed::NotHere);
-    }
-
-    #[tokio::test]
-    async fn kicks_that_a_stream_took_lately_go_to_the_next_or_come_back_at_its_end() {
-        let streams = streams(LEASE);
-        let mut first = streams.attach(Epoch(1), 1);
-        streams.hand(Epoch(1), kick(1));
-        assert_eq!(next(&mut first).await, Some(kick(1)), "it was written, and who knows whether it arrived");
-        streams.hand(Epoch(1), kick(2));
-        let mut second = streams.attach(Epoch(1), 2);
-        assert_eq!((next(&mut second).await, next(&mut second).await), (Some(kick(1)), Some(kick(2))));
-        streams.hand(Epoch(1), kick(3));
-        assert_eq!(streams.detach(Epoch(1), 1), [], "the second has them");
-        let lost: Vec<Order> = streams.detach(Epoch(1), 2).into_iter().map(Order::Kick).collect();
-        assert_eq!(lost, [kick(1), kick(2), kick(3)]);
-    }
-
-    #[tokio::test]
-    async fn a_kick_that_was_written_a_lease_ago_has_arrived_and_one_in_the_queue_has_not() {
-        let streams = streams(Duration::ZERO);
-        let mut stream = streams.attach(Epoch(1), 1);
-        for n in 0..STREAM_QUEUE as i64 {
-            streams.hand(Epoch(1), kick(n));
-        }
-        for n in [0, 1] {
-            assert_eq!(next(&mut stream).await, Some(kick(n)));
-            assert_eq!(streams.hand(Epoch(1), kick(-n)), Handed::Taken);
-        }
-        let lost: Vec<Order> = streams.detach(Epoch(1), 1).into_iter().map(Order::Kick).collect();
-        assert_eq!((lost.len(), &lost[..1], &lost[STREAM_QUEUE - 1..]), (STREAM_QUEUE, &[kick(2)][..], &[kick(-1)][..]));
-    }
-}
+#[path = "streams_tests.rs"]
+mod tests;

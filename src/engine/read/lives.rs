@@ -12,6 +12,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use arc_swap::ArcSwap;
+use arc_swap::ArcSwapOption;
 use arc_swap::Guard;
 
 use crate::clock::AtomicInstant;
@@ -21,6 +22,7 @@ use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
+use crate::store::cluster::ClusterRow;
 
 /// A table older than this makes routes suspect: a life may have ended without this node's knowing.
 pub const SUSPECT_AFTER: Duration = Duration::from_secs(3);
@@ -32,6 +34,8 @@ pub struct Lives {
     as_of: AtomicInstant,
     /// Users online beyond the connections that gateways report: as the last count found.
     unreported: AtomicI64,
+    /// The row that all nodes agree on, as it was read last.
+    cluster: ArcSwapOption<ClusterRow>,
     pub clock: Clock,
 }
 
@@ -39,7 +43,17 @@ impl Lives {
     pub fn new() -> Arc<Self> {
         let (table, learnt) = (ArcSwap::default(), Mutex::default());
         let (as_of, unreported) = (AtomicInstant::never(), AtomicI64::new(0));
-        Arc::new(Self { table, learnt, as_of, unreported, clock: Clock::default() })
+        Arc::new(Self { table, learnt, as_of, unreported, cluster: ArcSwapOption::empty(), clock: Clock::default() })
+    }
+
+    /// The row that all nodes agree on was read.
+    pub fn set_cluster(&self, cluster: ClusterRow) {
+        self.cluster.store(Some(Arc::new(cluster)));
+    }
+
+    /// The row that all nodes agree on, as it was read last. None: not yet.
+    pub fn cluster(&self) -> Option<Arc<ClusterRow>> {
+        self.cluster.load_full()
     }
 
     /// The lives as known now, for a look that is soon over: it costs no write to memory that other threads use.

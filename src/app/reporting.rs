@@ -1,0 +1,88 @@
+//! What this node can tell operators of itself and of the others, and the tasks that keep it up to date.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
+use tokio::time::interval;
+use tokio_util::sync::CancellationToken;
+
+use crate::api::http::Operator;
+use crate::api::report::Reporter;
+use crate::api::report::facts::Facts;
+use crate::api::report::sampler::SAMPLE_INTERVAL;
+use crate::api::report::sampler::Sampler;
+use crate::api::report::shapes::TlsReport;
+use crate::app::assemble::Daemon;
+use crate::app::protection::Protection;
+use crate::config;
+use crate::config::Config;
+use crate::engine::overview::survey::Survey;
+use crate::store::connection::Purpose;
+use crate::store::database::Database;
+
+/// Starts the tasks, too.
+pub async fn start(
+    config: &Config,
+    engine: &Daemon,
+    operator: &Operator,
+    protection: &Protection,
+    tasks: &mut JoinSet<()>,
+    stop: &CancellationToken,
+) -> Arc<Reporter> {
+    let facts = Facts {
+        version: env!("CARGO_PKG_VERSION"),
+        started: Instant::now(),
+        system: system(config),
+        store_id: engine.database.store_id.clone(),
+        has_cache: config.redis_cache.is_some(),
+        has_queue: config.redis_queue.is_some(),
+        tls: TlsReport { store: to_store(&engine.database).await.to_owned(), ..links(config, protection) },
+    };
+    let survey = Survey::kept(engine.database.clone());
+    let interval = config.gateway.heartbeat_interval;
+    let reporter = Reporter::new(operator.clone(), engine.peers.clone(), survey, facts, interval);
+    tasks.spawn(keep_sampling(reporter.sampler.clone(), stop.clone()));
+    reporter
+}
+
+async fn keep_sampling(sampler: Arc<Sampler>, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(SAMPLE_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks.tick().await; // the first is at once
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        sampler.step();
+    }
+}
+
+/// Name of the database: tells the systems of one company apart.
+fn system(config: &Config) -> String {
+    let url = config.store.connect_url().unwrap_or_default();
+    let path = url.split('?').next().unwrap_or_default();
+    path.rsplit('/').next().unwrap_or_default().trim_end_matches(".db").to_owned()
+}
+
+fn links(config: &Config, protection: &Protection) -> TlsReport {
+    let on = |is_on: bool| if is_on { "on" } else { "off" }.to_owned();
+    let speaks = |redis: Option<&config::Redis>| on(redis.is_some_and(config::Redis::speaks_tls));
+    TlsReport {
+        data: on(protection.data.tls.is_some()),
+        admin: on(protection.admin.tls.is_some()),
+        peer: on(protection.peers.ca_file.is_some()),
+        store: String::new(),
+        redis_cache: speaks(config.redis_cache.as_ref()),
+        redis_queue: speaks(config.redis_queue.as_ref().map(|queue| &queue.server)),
+    }
+}
+
+async fn to_store(database: &Database) -> &'static str {
+    let Ok(mut connection) = database.connect(Purpose::General).await else { return "off" };
+    match database.protection(&mut connection).await {
+        Ok(Some((cipher, _))) if cipher.is_empty() => "off",
+        Ok(Some((_, true))) => "on",
+        Ok(Some((_, false))) => "unverified",
+        Ok(None) | Err(_) => "off",
+    }
+}
