@@ -30,9 +30,11 @@ function place() {
 
 /** Shows the page that the address names. */
 async function go() {
-  if (!element('signin') && page) close();
   const { path, query } = place();
-  const mine = { path, query, stop: new AbortController(), problem: undefined, loaded: false };
+  // Other filters of the same page: whoever set one goes on from there.
+  const focus = page?.path.join('/') === path.join('/') ? document.activeElement?.id : undefined;
+  if (!element('signin') && page) close();
+  const mine = { path, query, focus, stop: new AbortController(), problem: undefined, loaded: false };
   page = mine;
   nav();
   const load = PAGES[path[0]] ?? PAGES[''];
@@ -47,7 +49,7 @@ async function go() {
   document.title = `${mine.view.title} · im-presence`;
   draw(mine);
   element('content').focus({ preventScroll: true });
-  scrollTo(0, 0);
+  if (!focus) scrollTo(0, 0);
   refresh(mine);
 }
 
@@ -98,6 +100,8 @@ function draw(mine) {
     waits ? !problem && h('p', { key: 'loading', class: 'empty', role: 'status' }, 'Loading …') : view.show());
   quieten();
   redrawCharts();
+  if (mine.focus && !waits) element(mine.focus)?.focus();
+  if (!waits) mine.focus = undefined;
 }
 
 function trouble(problem, mine, waits) {
@@ -148,9 +152,9 @@ function hold(silent) {
   if (!on) return fill(element('hold'));
   const left = Math.max(0, on.until_ms - asOf - (silent ? 0 : Date.now() - live.heardAt));
   return fill(element('hold'), h('section', { 'aria-label': 'Hold', class: 'hold' },
-    h('p', null, h('strong', null, 'Hold: '), `${plural(on.silent ?? 0, 'gateway is', 'gateways are')} silent`,
-      on.reason ? ` (${on.reason})` : '', '. Their users stay online for ', h('strong', { role: 'timer' }, span(left)), ', until ', when(on.until_ms),
-      '; then, if nobody does anything, these gateways are declared dead and their users go offline.'),
+    h('p', null, h('strong', null, 'Hold: '), on.silent ? `${plural(on.silent, 'gateway is', 'gateways are')} silent` : 'no gateway is silent',
+      on.reason ? ` (${on.reason})` : '', on.silent ? '. Their users stay online for ' : '. It lasts for ', h('strong', { role: 'timer' }, left < 1000 ? '0 s' : span(left)), ', until ', when(on.until_ms),
+      on.silent ? '; then, if nobody does anything, these gateways are declared dead and their users go offline.' : '; nobody is declared dead until then.'),
     mayAct() && h('p', { class: 'buttons' },
       h('button', { type: 'button', class: 'act', onclick: () => endHold(page && (() => refresh(page))) }, 'End the hold …'),
       h('button', { type: 'button', class: 'act danger', onclick: () => confirmHold(page && (() => refresh(page))) }, 'They are dead: confirm …'))));

@@ -4,6 +4,8 @@ import { clock } from './format.js';
 import { h } from './dom.js';
 
 const HEIGHT = 160;
+/** What the first minute is drawn in. */
+const SHORTEST_S = 60;
 let library;
 
 /** `series`: [{ label, of: (sample) => number }]. `samples` have `at`, in seconds. */
@@ -38,13 +40,14 @@ async function plot(element, series, samples, unit) {
       height: HEIGHT,
       cursor: { points: { size: 6 } },
       tzDate: (at) => UPlot.tzDate(new Date(at * 1000), 'Etc/UTC'),
-      scales: { y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
-      axes: [axis, { ...axis, size: 64, values: (_, ticks) => ticks.map(show) }],
+      scales: { x: { range: (_, first, last) => [Math.min(first ?? 0, (last ?? 0) - SHORTEST_S), last ?? 0] }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
+      axes: [{ ...axis, space: 80, values: (_, ticks) => ticks.map((at) => clock(at * 1000).slice(0, 8)) }, { ...axis, size: 64, values: (_, ticks) => ticks.map(show) }],
       series: [
-        { label: 'at', value: (_, at) => (at ? clock(at * 1000) : '–') },
+        { label: 'at', value: ({ data: [all] }, at) => ((at ?? all.at(-1)) ? clock((at ?? all.at(-1)) * 1000) : '–') },
         ...series.map(({ label }, i) => ({
           label, stroke: color(element, `--series-${i + 1}`), width: 2, points: { show: false },
-          value: (_, value) => (value === null || value === undefined ? '–' : show(value) + unit),
+          // Of the last moment, unless one is pointed at.
+          value: ({ data, cursor }, value) => { const shown = (cursor.idx ?? null) === null ? data[i + 1].at(-1) : value; return shown === null || shown === undefined ? '–' : show(shown) + unit; },
         })),
       ],
     }, data(), element);

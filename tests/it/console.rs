@@ -11,6 +11,7 @@ use std::process::Command;
 use std::process::Stdio;
 use std::sync::LazyLock;
 use std::time::Duration;
+use std::time::Instant;
 
 use im_presence::domain::caller::Role;
 use im_presence::pb;
@@ -69,18 +70,18 @@ static MODULES: LazyLock<PathBuf> = LazyLock::new(|| {
 /// Everything that a page can show, running.
 struct Stage {
     cluster: Cluster,
-    gateways: Vec<Gateway>,
+    gateways: Vec<Running>,
     pki: Pki,
     is_guarded: bool,
 }
 
-/// `im-presence ctl gateway`, a process to be stopped.
-struct Gateway(Child);
+/// `im-presence ctl gateway`, or a script.
+struct Running(Child);
 
-impl Drop for Gateway {
+impl Drop for Running {
     fn drop(&mut self) {
-        let _ = self.0.kill(); // a script may have ended it
-        self.0.wait().expect("wait for the gateway");
+        let _ = self.0.kill(); // it may have ended
+        self.0.wait().expect("wait for it");
     }
 }
 
@@ -131,7 +132,7 @@ impl Stage {
             command.env("IM_PRESENCE_TOKEN_FILE", self.pki.path("gateway"));
         }
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        self.gateways.push(Gateway(process::spawn(command).expect("start a gateway")));
+        self.gateways.push(Running(process::spawn(command).expect("start a gateway")));
     }
 
     async fn everybody_is_bound(&self, users: i64) {
@@ -142,14 +143,23 @@ impl Stage {
     /// Runs `tests/console/<case>.mjs`, which has to succeed.
     async fn play(&self, case: &str) {
         let _alone = heavy().await; // a browser takes the machine
-        let script = package().join(format!("tests/console/{case}.mjs"));
-        let mut command = tokio::process::Command::new("node");
-        command.arg(&script).envs(self.environment()).kill_on_drop(true).stdin(Stdio::null());
-        let output = tokio::time::timeout(SCRIPT_LIMIT, command.output()).await;
-        let output = output.unwrap_or_else(|_| panic!("{case} takes too long")).expect("node: tests/run installs it");
-        let [out, err] = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-        println!("{out}");
-        assert!(output.status.success(), "{case}:\n{out}\n{err}");
+        let said = self.pki.path("said");
+        let [out, err] = [(); 2].map(|()| fs::File::options().create(true).append(true).open(&said).expect("make a file"));
+        let mut command = Command::new("node");
+        command.arg(package().join(format!("tests/console/{case}.mjs"))).envs(self.environment());
+        command.stdin(Stdio::null()).stdout(out).stderr(err);
+        let mut script = Running(process::spawn(command).expect("node: tests/run installs it"));
+        let began = Instant::now();
+        let ended = loop {
+            let ended = script.0.try_wait().expect("look after the script");
+            if ended.is_some() || began.elapsed() > SCRIPT_LIMIT {
+                break ended;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        };
+        let said = fs::read_to_string(said).expect("what it said");
+        println!("{said}");
+        assert!(ended.is_some_and(|status| status.success()), "{case}: {ended:?}\n{said}");
     }
 
     fn environment(&self) -> HashMap<&'static str, String> {

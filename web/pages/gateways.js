@@ -62,14 +62,13 @@ function rows(gateways, query) {
   }
   const longest = Math.max(...gateways.map((gateway) => gateway.lease_left_ms ?? 0));
   const number = (title) => ({ title, number: true });
-  const sum = (of) => gateways.reduce((total, gateway) => total + (of(gateway) ?? 0), 0);
   const row = (gateway) => ({ key: `${gateway.gateway_addr} ${gateway.epoch}`, cells: [
     link(gateway.gateway_addr, 'gateways', gateway.gateway_addr), stateBadge(gateway.state), lease(gateway, longest), span(gateway.last_beat_ms_ago),
-    count(gateway.routes), count(gateway.connections), percent(gateway.load), gateway.region || '–',
+    count(gateway.routes), percent(gateway.load), gateway.region || '–',
     gateway.attached_node ? link(gateway.attached_node, 'nodes', gateway.attached_node) : 'none', act(gateway)] });
   return table('Gateways, the worst first',
-    ['Gateway', 'State', 'Lease left', number('Last beat'), number('Routes'), number('Connections'), number('Load'), 'Region', 'Stream at', mayAct() ? 'Actions' : ''],
-    gateways.map(row), [plural(gateways.length, 'gateway'), '', '', '', count(sum((g) => g.routes)), count(sum((g) => g.connections)), '', '', '', '']);
+    ['Gateway', 'State', 'Lease left', number('Last beat'), number('Routes'), number('Load'), 'Region', 'Stream at', mayAct() ? 'Actions' : ''],
+    gateways.map(row), [plural(gateways.length, 'gateway'), '', '', '', count(gateways.reduce((sum, gateway) => sum + gateway.routes, 0)), '', '', '', '']);
 }
 
 /** What may be done to a gateway. */

@@ -2,7 +2,7 @@
 
 import { get } from '../api.js';
 import { badge, empty, facts, h, link, notice, section, table } from '../dom.js';
-import { bytes, count, span, when } from '../format.js';
+import { count, span, when } from '../format.js';
 import { nodeTable, state, up } from './overview.js';
 
 const SOON_MS = 7 * 86_400_000;
@@ -38,10 +38,9 @@ export function open({ path: [id] }) {
 
 function about(node) {
   return h('div', { key: 'about' }, h('p', null, state(node)), node.error && notice('bad', `It does not answer: ${node.error}. Last seen ${span(node.seen_ms_ago)} ago.`), facts([
-    ['Address', node.addr], ['Version', node.version ?? '–'], ['Up since', when(node.up_since_ms)], ['Seen', `${span(node.seen_ms_ago)} ago`],
+    ['Address', node.addr], node.zone && ['Zone', node.zone], ['Version', node.version ?? '–'], ['Up since', when(node.up_since_ms)], ['Seen', `${span(node.seen_ms_ago)} ago`],
     ...(node.error ? [] : [['SQL', up(node.sql_ok)], ['Redis cache', up(node.redis_cache_ok)], ['Redis queue', up(node.redis_queue_ok)], ['Streams', count(node.streams)],
       ['Queued for streams', count(node.stream_queue_depth)], ['Waiting in lanes', count(node.lane_queue_depth)], ['Users in memory', count(node.l1_entries)], ['Connections', count(node.connections)]]),
-    node.held_bytes !== undefined && ['Memory held', bytes(node.held_bytes)],
   ]));
 }
 

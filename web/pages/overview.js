@@ -3,7 +3,7 @@
 import { get } from '../api.js';
 import { chart } from '../chart.js';
 import { badge, empty, h, link, section, table, to } from '../dom.js';
-import { bytes, count, percent, plural, rate, span } from '../format.js';
+import { count, percent, plural, rate, span } from '../format.js';
 import { live } from '../live.js';
 import { eventRow } from './events.js';
 
@@ -86,10 +86,10 @@ export function state(node) {
 export function nodeTable(nodes) {
   if (!nodes) return section('Nodes', empty('Loading …'));
   const number = (title) => ({ title, number: true });
-  return section('Nodes', table('What each says of itself', ['Node', 'State', 'SQL', 'Redis cache', 'Redis queue', number('Streams'), number('Queued'), number('In memory'), number('Held'), 'Version'],
+  return section('Nodes', table('What each says of itself', ['Node', 'State', 'SQL', 'Redis cache', 'Redis queue', number('Streams'), number('Queued'), number('Users in memory'), 'Version'],
     nodes.map((node) => ({ key: node.node_id, cells: [
       h('a', { href: to('nodes', node.node_id) }, node.node_id), state(node), ...(node.error ? ['–', '–', '–'] : [up(node.sql_ok), up(node.redis_cache_ok), up(node.redis_queue_ok)]),
-      count(node.streams), count(node.stream_queue_depth), plural(node.l1_entries, 'user'), bytes(node.held_bytes), node.version] }))));
+      count(node.streams), count(node.stream_queue_depth), count(node.l1_entries), node.version] }))));
 }
 
 function lastEvents() {

@@ -16,7 +16,9 @@ use serde::de::DeserializeOwned;
 use tonic::metadata::MetadataMap;
 use utoipa::IntoParams;
 
+use crate::api::access::Admission;
 use crate::api::rest::problem::Problem;
+use crate::domain::caller as domain;
 
 /// Largest body.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -31,6 +33,11 @@ impl Caller {
     /// The same request, as gRPC would have brought it.
     pub fn asks<T>(&self, message: T) -> tonic::Request<T> {
         tonic::Request::from_parts(MetadataMap::new(), self.0.clone(), message)
+    }
+
+    /// Whose credential came with it. None: nobody was asked.
+    pub fn who(&self) -> Option<&domain::Caller> {
+        Admission::of(&self.0).map(|admission| &*admission.identity.caller)
     }
 
     /// The same, of somebody who waits for so long.
