@@ -3,7 +3,7 @@
 import { Problem, get, onSignedOut, token } from './api.js';
 import { ask } from './dialog.js';
 import { fill, h, link, notice } from './dom.js';
-import { clock, count, plural, span, when } from './format.js';
+import { clock, count, countdown, plural, span, when } from './format.js';
 import { endCharts, redrawCharts } from './chart.js';
 import { begin, isSilent, leave, live, mayAct, role } from './live.js';
 import { confirmHold, endHold } from './actions.js';
@@ -153,7 +153,7 @@ function hold(silent) {
   const left = Math.max(0, on.until_ms - asOf - (silent ? 0 : Date.now() - live.heardAt));
   return fill(element('hold'), h('section', { 'aria-label': 'Hold', class: 'hold' },
     h('p', null, h('strong', null, 'Hold: '), on.silent ? `${plural(on.silent, 'gateway is', 'gateways are')} silent` : 'no gateway is silent',
-      on.reason ? ` (${on.reason})` : '', on.silent ? '. Their users stay online for ' : '. It lasts for ', h('strong', { role: 'timer' }, left < 1000 ? '0 s' : span(left)), ', until ', when(on.until_ms),
+      on.reason ? ` (${on.reason})` : '', on.silent ? '. Their users stay online for ' : '. It lasts for ', h('strong', { role: 'timer' }, countdown(left)), ', until ', when(on.until_ms),
       on.silent ? '; then, if nobody does anything, these gateways are declared dead and their users go offline.' : '; nobody is declared dead until then.'),
     mayAct() && h('p', { class: 'buttons' },
       h('button', { type: 'button', class: 'act', onclick: () => endHold(page && (() => refresh(page))) }, 'End the hold …'),
@@ -228,6 +228,10 @@ async function start() {
   go();
 }
 
+element('skip').onclick = (event) => {
+  event.preventDefault(); // an address of its own would be another page
+  element('content').focus();
+};
 addEventListener('hashchange', () => (element('signin') ? undefined : go()));
 document.addEventListener('visibilitychange', () => !document.hidden && page && refresh(page));
 const theme = localStorage.getItem('im-presence.theme');

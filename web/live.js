@@ -97,6 +97,8 @@ function note(event) {
   } catch {
     data = { says: event.data };
   }
+  // The node says that some are missing; between when, this tab knows.
+  if (event.event === 'gap') Object.assign(data, { from_ms: live.events[0]?.data.at_ms, to_ms: Date.now() });
   live.events.unshift({ id: event.id, kind: event.event ?? 'message', data });
   live.events.splice(MAX_EVENTS);
   live.changed();

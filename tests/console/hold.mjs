@@ -11,7 +11,10 @@ await play(async (open) => {
   await banner.getByText('2 gateways are silent').waitFor();
   await banner.getByText('if nobody does anything, these gateways are declared dead').waitFor();
   await until('both are shown held', async () => (await page.locator('main td .badge.bad', { hasText: 'held' }).count()) === 2);
-  const left = async () => Number.parseInt(await banner.getByRole('timer').innerText(), 10);
+  const left = async () => {
+    const [minutes, seconds] = (await banner.getByRole('timer').innerText()).split(':').map(Number);
+    return minutes * 60 + seconds;
+  };
   const before = await left();
   await until('the time left gets shorter', async () => (await left()) < before);
   await picture(page, 'hold');

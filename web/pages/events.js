@@ -11,7 +11,7 @@ const SHOWN = 200;
 
 /** An event in words. */
 export function words({ kind, data }) {
-  if (kind === 'gap') return `Events between ${data.from_ms ? clock(data.from_ms) : 'the last one'} and ${data.to_ms ? clock(data.to_ms) : 'now'} were missed.`;
+  if (kind === 'gap') return `Events between ${data.from_ms ? clock(data.from_ms) : 'the start'} and ${clock(data.to_ms)} were missed; the audit below has all that was ordered.`;
   if (data.says) return data.says;
   return Object.entries(data).filter(([name, value]) => name !== 'at_ms' && value !== '' && value !== null)
     .map(([name, value]) => `${name}: ${typeof value === 'object' ? JSON.stringify(value) : value}`).join(', ');
@@ -38,7 +38,7 @@ export function open({ query, redraw, reload, search }) {
       return [
         section('Live', filters([['kind', 'Kind', ['', ...KINDS]], ['text', 'Text in it']], query, search),
           events.length ? h('ul', { class: 'events', role: 'log', 'aria-label': 'Events, the newest first' }, events.map(eventRow))
-            : empty(kind || text ? 'Nothing of that has happened since this tab was opened.' : 'Nothing has happened since this tab was opened.')),
+            : empty(kind || text ? 'Nothing of that has happened lately.' : 'Nothing has happened lately.')),
         section('Who did what', filters([['who', 'Who, exactly'], ['action', 'Action, exactly']], query, search), auditTable(audit, query), pages(audit, cursors, turn)),
       ];
     },

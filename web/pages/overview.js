@@ -94,6 +94,6 @@ export function nodeTable(nodes) {
 
 function lastEvents() {
   const last = live.events.slice(0, 10);
-  return section('Last events', last.length ? h('ul', { class: 'events' }, last.map(eventRow)) : empty('Nothing has happened since this tab was opened.'),
+  return section('Last events', last.length ? h('ul', { class: 'events' }, last.map(eventRow)) : empty('Nothing has happened lately.'),
     h('p', null, link('All events, and who did what', 'events')));
 }

@@ -74,7 +74,7 @@ function devices(id, user, again) {
 function tiers(user) {
   const newest = user.tiers.reduce((max, tier) => (BigInt(tier.version) > max ? BigInt(tier.version) : max), 0n);
   const card = (tier) => h('li', { class: 'card' },
-    h('h3', null, TIER[tier.tier] ?? tier.tier, tier.node_id ? ` of ${tier.node_id}` : ''),
+    h('h3', null, TIER[tier.tier] ?? tier.tier, tier.tier === 'memory' && ` of ${tier.node_id}`),
     h('p', null, tier.present ? [`version ${tier.version} `, BigInt(tier.version) === newest ? badge('newest', 'good') : badge('behind', 'warn'), ` ${plural(tier.routes, 'device')}`] : 'nothing of this user'),
     tier.present && h('p', { class: 'soft' }, `${span(tier.age_ms)} old`, tier.generation ? `, generation ${tier.generation}` : ''),
     h('p', null, tier.trusted ? badge('believed', 'good') : badge('not believed', 'idle'), ' ', tier.why));
