@@ -1,7 +1,7 @@
 // Two of three gateways fall silent: nobody is taken offline, the console says what happens if nobody does anything, and somebody confirms.
 
 import assert from 'node:assert/strict';
-import { gatewayPids, go, picture, play, until } from './stage.mjs';
+import { gatewayPids, gateways, go, picture, play, until } from './stage.mjs';
 
 await play(async (open) => {
   const page = await open('gateways');
@@ -31,6 +31,8 @@ await play(async (open) => {
   await dialog.getByRole('button', { name: 'Close' }).click();
   await until('the hold is over', async () => (await banner.count()) === 0);
   await page.getByText('No device is bound.').waitFor();
-  await go(page, ['', 'Overview', 'died in the last hour']);
-  await page.locator('.events', { hasText: 'death' }).waitFor();
+  await go(page, [`gateways/${encodeURIComponent(gateways[0])}`, gateways[0], 'No life of this gateway goes on']);
+  await page.getByRole('cell', { name: 'operator' }).waitFor();
+  await go(page, ['events', 'Events', 'the rack is on fire']);
+  await page.locator('.events li', { hasText: gateways[0] }).first().waitFor();
 });

@@ -33,6 +33,7 @@ mod online_time;
 mod operators;
 mod order;
 mod redis_faults;
+mod rest;
 mod running;
 mod shared;
 mod sql_faults;

@@ -33,9 +33,10 @@ const MAX_WHO_BYTES: usize = 255;
 #[into_params(parameter_in = Query)]
 struct Which {
     /// Only of this caller.
+    #[param(max_length = 255)]
     who: Option<String>,
     /// Only this, as in `DrainGateway`.
-    #[param(example = "DrainGateway")]
+    #[param(pattern = "^[!-~]{1,128}$", example = "DrainGateway")]
     action: Option<String>,
     /// Only from this time on, in milliseconds since 1970.
     from: Option<i64>,

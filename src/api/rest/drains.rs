@@ -144,21 +144,25 @@ async fn list_drains(State(rest): State<Arc<Rest>>, caller: Caller, Query(which)
 #[serde(deny_unknown_fields)]
 struct DrainOrder {
     /// For those who see it. At most 255 bytes.
-    #[schema(example = "a new version")]
+    #[schema(pattern = "\\S", max_length = 255, example = "a new version")]
     reason: String,
     /// Users per second; not given: as configured.
     #[schema(minimum = 1, maximum = 1000000)]
     rate: Option<u32>,
     /// Then the rest is removed and kicked; not given: never.
+    #[schema(maximum = 604800)]
     deadline_s: Option<u32>,
     /// Only these gateways take them; not given: by allocation. At most 64.
+    #[schema(max_items = 64)]
     to: Option<Vec<String>>,
     /// Below 1: this share of its users, by hash; not given: all, and the gateway takes nobody new.
     #[schema(exclusive_minimum = 0, maximum = 1)]
     share: Option<f32>,
     /// Before the first user is asked: for load balancers.
+    #[schema(maximum = 604800)]
     wait_s: Option<u32>,
     /// Between asking and asking again; not given: as configured.
+    #[schema(maximum = 604800)]
     settle_s: Option<u32>,
     /// Also if the others lack capacity; and who was asked twice and stays is removed.
     force: Option<bool>,
@@ -180,9 +184,10 @@ struct Drained {
 #[serde(deny_unknown_fields)]
 struct Rebalance {
     /// For those who see it. At most 255 bytes.
-    #[schema(example = "two new gateways")]
+    #[schema(pattern = "\\S", max_length = 255, example = "two new gateways")]
     reason: String,
     /// Only of this region; not given: of each.
+    #[schema(max_length = 255)]
     region: Option<String>,
     /// Only gateways with all of these. At most 64.
     labels: Option<HashMap<String, String>>,

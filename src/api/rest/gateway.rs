@@ -62,7 +62,7 @@ struct PastLife {
 #[into_params(parameter_in = Query)]
 struct Purge {
     /// For the audit. At most 200 bytes.
-    #[param(example = "its machine is gone")]
+    #[param(pattern = "\\S", max_length = 200, example = "its machine is gone")]
     reason: String,
     /// Only say what would happen.
     dry_run: Option<bool>,

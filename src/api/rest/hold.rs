@@ -63,7 +63,7 @@ struct HoldOrder {
     #[schema(minimum = 1, example = 600000)]
     for_ms: u32,
     /// For those who see the hold. At most 200 bytes.
-    #[schema(example = "the network is being changed")]
+    #[schema(pattern = "\\S", max_length = 200, example = "the network is being changed")]
     reason: String,
 }
 
@@ -72,6 +72,7 @@ struct HoldOrder {
 #[into_params(parameter_in = Query)]
 struct Why {
     /// For the audit. At most 200 bytes.
+    #[param(max_length = 200)]
     reason: Option<String>,
 }
 
@@ -80,7 +81,7 @@ struct Why {
 #[serde(deny_unknown_fields)]
 struct Confirmation {
     /// For the audit. At most 200 bytes.
-    #[schema(example = "the machines are gone")]
+    #[schema(pattern = "\\S", max_length = 200, example = "the machines are gone")]
     reason: String,
 }
 

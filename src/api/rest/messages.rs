@@ -31,12 +31,16 @@ const MARGIN: Duration = Duration::from_secs(1);
 #[serde(deny_unknown_fields)]
 struct Wish {
     /// Not offline.
+    #[schema(example = "busy")]
     status: Option<Status>,
     /// Up to 256 bytes, shown to others; empty: none.
+    #[schema(max_length = 256, pattern = "^[ -~]*$", example = "in a meeting")]
     text: Option<String>,
     /// Status and text return to online and none after so many seconds, at most 31 days.
+    #[schema(maximum = 2678400)]
     expire_after_s: Option<u32>,
     /// The device that `idle` is about.
+    #[schema(pattern = "^[!-~]{0,128}$")]
     device_id: Option<String>,
     /// Whether nobody uses it.
     idle: Option<bool>,
@@ -56,8 +60,10 @@ struct Message {
     #[schema(example = "dinner is ready")]
     message: String,
     /// For the receivers; it means nothing here.
+    #[schema(pattern = "^[!-~]{0,64}$")]
     message_type: Option<String>,
     /// A repeat is answered with the first outcome.
+    #[schema(pattern = "^[!-~]{0,128}$")]
     message_id: Option<String>,
     /// How long to wait for a device to say that it has it; not given: do not wait. A request takes no longer than 10 s.
     ack_timeout_ms: Option<u32>,

@@ -33,9 +33,10 @@ use crate::pb::admin_service_server::AdminService;
 #[into_params(parameter_in = Query)]
 struct Offline {
     /// For the audit. At most 255 bytes.
-    #[param(example = "reported")]
+    #[param(pattern = "\\S", max_length = 255, example = "reported")]
     reason: String,
     /// Nothing may be bound for so long, at most 10 years. Not given: a ban that is on stays.
+    #[param(maximum = 315360000)]
     ban_for_s: Option<u32>,
     /// Only say what would happen.
     dry_run: Option<bool>,
@@ -49,7 +50,7 @@ struct Ban {
     #[schema(minimum = 1, maximum = 315360000, example = 3600)]
     ban_for_s: u32,
     /// For the audit. At most 255 bytes.
-    #[schema(example = "reported")]
+    #[schema(pattern = "\\S", max_length = 255, example = "reported")]
     reason: String,
 }
 
@@ -58,6 +59,7 @@ struct Ban {
 #[into_params(parameter_in = Query)]
 struct Why {
     /// For the audit. At most 255 bytes.
+    #[param(max_length = 255)]
     reason: Option<String>,
     /// Only say what would happen.
     dry_run: Option<bool>,
@@ -80,10 +82,13 @@ struct Kicked {
 #[serde(deny_unknown_fields)]
 struct Migration {
     /// Not given: by allocation, not where they are.
+    #[schema(pattern = "^[!-~]{1,255}$", example = "gw-2:7000")]
     to: Option<String>,
     /// Not given: all devices.
+    #[schema(pattern = "^[!-~]{0,128}$")]
     device_id: Option<String>,
     /// For the audit. At most 255 bytes.
+    #[schema(max_length = 255)]
     reason: Option<String>,
 }
 

@@ -29,6 +29,7 @@ struct Ask {
     #[schema(pattern = "^[1-9][0-9]{0,17}$", example = "42")]
     user_id: String,
     /// Not given: anywhere.
+    #[schema(max_length = 128, example = "eu")]
     region: Option<String>,
     /// How far the regions are. At most 64.
     latency_ms: Option<HashMap<String, u32>>,
@@ -36,6 +37,7 @@ struct Ask {
     #[schema(minimum = 1, maximum = 10)]
     count: Option<u32>,
     /// Addresses that have just failed. At most 64.
+    #[schema(max_items = 64)]
     exclude: Option<Vec<String>>,
     /// Only gateways with all of these. At most 64.
     labels: Option<HashMap<String, String>>,
