@@ -2,7 +2,7 @@
 
 import { fill, h, notice } from './dom.js';
 
-export const REASON = { name: 'reason', label: 'Reason', required: true, maxlength: 255, hint: 'Whoever looks later sees it, in the audit too.' };
+export const REASON = { name: 'reason', label: 'Reason', required: true, maxlength: 200, hint: 'Whoever looks later sees it, in the audit too.' };
 
 /**
  * @param {object} what
