@@ -171,5 +171,11 @@ function trace(answer) {
   const { delivered, stored, code, msg, receivers, attempts, acked_devices: acked, steps = [] } = answer;
   const word = acked.length ? `A device has it: ${acked.join(', ')}` : delivered ? 'A gateway took it' : stored ? 'It is stored' : `Not delivered (${code})`;
   return h('div', null, notice(delivered ? 'good' : 'warn', `${word}.`, msg && ` ${msg}`), h('p', { class: 'soft' }, `${plural(receivers, 'receiver')}, ${plural(attempts, 'attempt')}.`),
-    steps.length > 0 && h('ol', { class: 'trace' }, steps.map((step) => h('li', null, h('span', { class: 'at' }, `${step.at_ms ?? step.ms ?? 0} ms`), ' ', step.what ?? step.step, step.detail ? `: ${step.detail}` : '', step.node_id ? ` (${step.node_id})` : ''))));
+    steps.length > 0 && h('ol', { class: 'trace' }, steps.map(step)));
+}
+
+/** One step of a delivery, with when it began. */
+function step({ at_us: at, took_us: took, what, detail, node_id: node, gateway_addr: gateway, device_id: device }) {
+  const where = [gateway, device, node].filter(Boolean).join(', ');
+  return h('li', null, h('span', { class: 'at' }, `${rate(at / 1000)} ms`), ` ${what.replaceAll('_', ' ')}`, where && ` (${where})`, took > 0 && `, took ${rate(took / 1000)} ms`, detail && `: ${detail}`);
 }

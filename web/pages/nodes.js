@@ -69,9 +69,11 @@ const text = (value) => (typeof value === 'object' ? JSON.stringify(value) : Str
 function differences(diff) {
   if (!diff) return undefined;
   if (diff.problem) return section('Differences between nodes', notice('warn', diff.problem.message));
-  if (!diff.items.length) return section('Differences between nodes', empty('All nodes that answered are configured alike.'));
-  return section('Differences between nodes', table('Keys that differ', ['Key', 'Values'], diff.items.map((item) => ({ key: item.key, cells: [item.key,
-    h('ul', { class: 'plain' }, (item.values ?? []).map((each) => h('li', null, `${each.node_id}: ${text(each.value)}`)))] }))));
+  const silent = diff.silent.length > 0 && notice('warn', `These did not say what is in force there: ${diff.silent.join(', ')}.`);
+  if (!diff.items.length) return section('Differences between nodes', silent, empty('All nodes that answered are configured alike.'));
+  const said = ({ node_id: id, value, source }) => h('li', null, `${id}: ${value === null ? 'not there' : text(value)}`, source && h('small', null, ` (${source})`));
+  return section('Differences between nodes', silent, table('Keys that differ', ['Key', 'Values'],
+    diff.items.map((item) => ({ key: item.key, cells: [item.key, h('ul', { class: 'plain' }, item.nodes.map(said))] }))));
 }
 
 function configuration(config) {
