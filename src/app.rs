@@ -46,6 +46,7 @@ use crate::config::Config;
 use crate::config::UNNAMED;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::messages::delivery::Deliveries;
+use crate::engine::overview::doctor::START;
 use crate::metrics::Metrics;
 use crate::security::audit::Audit;
 use crate::security::audit::Entry;
@@ -202,9 +203,9 @@ impl App {
         let read_again = protection.start(&config, &engine, &mut tasks, &stop);
         let Protection { access, audit, peers, .. } = &protection;
         let operator = operator(&config, &engine, &draining);
-        let reporter = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
-        let services = engine.services(&config, &draining, &attached, reporter.clone());
-        let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporter, &mut tasks, &stop);
+        let reporting = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
+        let services = engine.services(&config, &draining, &attached, reporting.reporter.clone());
+        let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporting, &mut tasks, &stop);
         let router = serve::admin_router(operator, rest);
         if let Some(calls) = engine.peer_calls.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
@@ -223,7 +224,7 @@ impl App {
         accepting.map_err(StartError::Threads)?;
 
         announce(&config, &engine.database).await;
-        audit.note(Entry { action: "start".to_owned(), outcome: "ok", ..Entry::default() });
+        audit.note(Entry { action: START.to_owned(), outcome: "ok", ..Entry::default() });
         info!(
             listen.data = %data, listen.admin = %admin, node.id = engine.own.node_id,
             "listening on {data}, admin on {admin}, store {}", config.store

@@ -15,6 +15,7 @@ mod rules;
 mod schema;
 mod secret;
 mod security;
+mod sources;
 
 use std::fmt;
 use std::io;
@@ -51,6 +52,7 @@ pub use security::MtlsRule;
 pub use security::Peer;
 pub use security::Tls;
 pub use security::WhoReadsMetrics;
+pub use sources::Sources;
 
 /// Everything that can be configured, checked. A Redis section that is `None` is a tier that is not there.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -79,6 +81,8 @@ pub struct Config {
     pub store: Store,
     pub redis_cache: Option<Redis>,
     pub redis_queue: Option<RedisQueue>,
+    #[serde(skip)]
+    pub sources: Sources,
 }
 
 /// The gRPC port.

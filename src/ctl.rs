@@ -13,8 +13,11 @@ mod moves;
 mod operators;
 mod presence;
 mod print;
+mod rest;
 mod shown;
 mod status;
+mod top;
+mod views;
 mod watch;
 
 use std::io;
@@ -45,9 +48,11 @@ use crate::ctl::presence::Bind;
 use crate::ctl::presence::Deliver;
 use crate::ctl::presence::Query;
 use crate::ctl::presence::Unbind;
+use crate::ctl::rest::Rest;
 use crate::ctl::status::History;
 use crate::ctl::status::OnlineTime;
 use crate::ctl::status::Status;
+use crate::ctl::views::Views;
 use crate::ctl::watch::End;
 use crate::ctl::watch::Watch;
 use crate::pb;
@@ -85,6 +90,7 @@ Examples:
   im-presence ctl offline 42 --ban 3600                  also kick, online, count, preview-policy, top
   im-presence ctl explain 42                             why the user is online or not; on the admin port
   im-presence ctl gateways                               who lives; see its own --help
+  im-presence ctl doctor                                 what is wrong, and what to do; also top, events, audit
   im-presence ctl drain gw-1:7000 --dry-run              where its users would go
 
 Exit codes: 0 done (query, and status that sets nothing: the user is online; deliver: delivered; listen, watch: stopped by
@@ -149,6 +155,8 @@ enum Command {
     Explain(Explain),
     Gateways(Gateways),
     #[command(flatten)]
+    Views(Views),
+    #[command(flatten)]
     Moves(Moves),
     #[command(flatten)]
     Operators(Operators),
@@ -207,6 +215,10 @@ impl Ctl {
             Command::Moves(moves) => {
                 moves.call(link(moves.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
             }
+            Command::Views(views) => return views.call(&self.rest(views.addr())?, self.json).await,
+            Command::Operators(Operators::Top(top)) if top.is_live() => {
+                return top.live(&self.rest(top.addr())?, self.json).await;
+            }
             Command::Operators(command) => {
                 command.call(link(command.addr(), self.patience(), "--admin", &self.security()?).await?, self.json).await
             }
@@ -244,6 +256,10 @@ impl Ctl {
         Ok(PresenceServiceClient::new(link).max_decoding_message_size(MAX_ANSWER_BYTES))
     }
 
+    fn rest<'a>(&self, addr: &'a str) -> Result<Rest<'a>, Outcome> {
+        Ok(Rest { addr, security: self.security()?, patience: self.patience() })
+    }
+
     fn security(&self) -> Result<Security, Outcome> {
         self.credentials.security(self.token_file.clone()).map_err(|text| Outcome { text, exit: BAD_USAGE })
     }
@@ -254,6 +270,7 @@ impl Ctl {
             Command::Gateways(gateways) => gateways.addr(),
             Command::ForgetUser(forget) => forget.addr(),
             Command::Moves(moves) => moves.addr(),
+            Command::Views(views) => views.addr(),
             Command::Operators(command) => command.addr(),
             Command::Explain(explain) => explain.addr(),
             _ => &self.addr,

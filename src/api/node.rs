@@ -37,6 +37,7 @@ use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::FORWARD_LIMIT;
+use crate::engine::messages::peers::OLDER_RELEASE;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::peers::Question;
 use crate::engine::messages::streams::Handed;
@@ -266,7 +267,7 @@ impl Caller {
             async move {
                 let said = node.client.inspect_node(signed(request, &self.store_id)).await;
                 let said = said.map(|said| said.into_inner().json.to_vec()).map_err(|status| match status.code() {
-                    Code::Unimplemented => "it runs an older release, which tells nothing of itself".to_owned(),
+                    Code::Unimplemented => OLDER_RELEASE.to_owned(),
                     Code::Unauthenticated | Code::PermissionDenied => {
                         node.link.renew(); // with the certificate of now
                         format!("it takes this node for none of its own: {}", status.message())

@@ -3,6 +3,8 @@
 //!
 //! What only one node knows is asked of each at the same time, and nobody waits for a silent one longer than a second.
 
+pub mod configuration;
+pub mod diagnosis;
 pub mod facts;
 pub mod others;
 pub mod own;
@@ -23,6 +25,8 @@ use crate::api::report::sampler::Sampler;
 use crate::api::report::shapes::Overview;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::peers::Question;
+use crate::engine::overview::check::Check;
+use crate::engine::overview::doctor::Doctor;
 use crate::engine::overview::kept::Kept;
 use crate::engine::overview::survey::Survey;
 use crate::error::Error;
@@ -39,23 +43,29 @@ pub struct Reporter {
     pub facts: Facts,
     pub heartbeat_interval: Duration,
     colleagues: Kept<Colleagues>,
+    doctor: Kept<Vec<Check>>,
 }
 
 impl Reporter {
     pub fn new(
         operator: Operator,
         peers: Arc<Peers>,
-        survey: Kept<Survey>,
+        survey: Arc<Kept<Survey>>,
         facts: Facts,
+        doctor: Doctor,
         heartbeat_interval: Duration,
     ) -> Arc<Self> {
-        let (sampler, survey) = (Arc::new(Sampler::new(operator.clone())), Arc::new(survey));
+        let (sampler, doctor) = (Arc::new(Sampler::new(operator.clone())), Arc::new(doctor));
+        let doctor = Kept::new(move || {
+            let doctor = doctor.clone();
+            async move { Ok(doctor.examine().await) }.boxed()
+        });
         let asked = (peers.clone(), survey.clone());
         let colleagues = Kept::new(move || {
             let (peers, survey) = asked.clone();
             async move { Ok(Colleagues::ask(&peers, &survey).await) }.boxed()
         });
-        Arc::new(Self { operator, peers, survey, sampler, facts, heartbeat_interval, colleagues })
+        Arc::new(Self { operator, peers, survey, sampler, facts, heartbeat_interval, colleagues, doctor })
     }
 
     /// Answers another node, as JSON. `about` is another node's id, for `reach`.
@@ -66,6 +76,7 @@ impl Reporter {
         match what {
             "hello" => json(&self.peers.own.incarnation),
             "overview" => json(&Overview { report: self.own_report(), metrics: self.sampler.metrics(&self.peers.own.node_id) }),
+            "configuration" => json(&self.facts.configuration),
             "streams" => json(&self.own_streams()),
             "reach" => json(&self.reaches(about).await),
             _ => Err(Error::Invalid { field: "what", reason: format!("{what:?} is no question that this node knows") }),

@@ -5,8 +5,10 @@ pub mod ask;
 pub mod audit;
 pub mod counts;
 pub mod cursor;
+pub mod doctor;
 pub mod document;
 pub mod drains;
+pub mod events;
 pub mod gate;
 pub mod gateway;
 pub mod gateways;
@@ -36,6 +38,7 @@ use utoipa_axum::router::OpenApiRouter;
 use crate::api::admin::Admin;
 use crate::api::presence::Presence;
 use crate::api::report::Reporter;
+use crate::api::rest::events::Listening;
 use crate::api::rest::gate::MAX_REQUESTS;
 use crate::api::rest::index::Document;
 use crate::api::rest::problem::Problem;
@@ -51,6 +54,7 @@ pub struct Rest {
     pub inboxes: Arc<Inboxes>,
     pub audit_log: AuditLog,
     pub reporter: Arc<Reporter>,
+    pub listening: Listening,
 }
 
 /// What a handler answers.
@@ -89,6 +93,8 @@ pub fn router(rest: Rest) -> Router {
         .merge(trials::routes())
         .merge(audit::routes())
         .merge(nodes::routes())
+        .merge(events::routes())
+        .merge(doctor::routes())
         .layer(from_fn(gate::in_time))
         .merge(trials::slow_routes())
         .layer(from_fn_with_state(places, gate::in_places));

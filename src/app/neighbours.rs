@@ -15,6 +15,8 @@ use crate::api::node::who_answers;
 use crate::app::StartError;
 use crate::client::security::Security;
 use crate::engine::gateways::reaper::NODE_TERM;
+use crate::engine::overview::doctor::START;
+use crate::security::audit::Entry;
 use crate::store::bus::Bus;
 use crate::store::cluster::Claim;
 use crate::store::cluster::NodeName;
@@ -70,11 +72,21 @@ pub async fn must_not_be_twins(own: &NodeName, database: &Database) -> Result<()
         match claimed.await.map_err(|error| StartError::Store(error.into()))? {
             Claim::Taken => return Ok(()),
             Claim::InUse { addr, seen_at } if first_seen.is_some_and(|first| seen_at > first) => {
+                leave_word(own, database, &addr).await;
                 return Err(StartError::Twin { node_id: own.node_id.clone(), other: addr, own: own.addr.clone() });
             }
             Claim::InUse { seen_at, .. } => first_seen = first_seen.or(Some(seen_at)),
         }
         sleep(TWIN_INTERVAL).await;
+    }
+}
+
+/// So that operators of the other process hear of this one, which does not start.
+async fn leave_word(own: &NodeName, database: &Database, other: &str) {
+    let reason = format!("a process at {} has the same node_id as the node at {other}: it did not start", own.addr);
+    let entry = Entry { action: START.to_owned(), target: own.node_id.clone(), outcome: "failed", reason, ..Entry::default() };
+    if let Ok(mut connection) = database.connect(Purpose::General).await {
+        let _ = connection.add_audit(&own.node_id, std::process::id().into(), &[entry]).await; // the log has it, too
     }
 }
 

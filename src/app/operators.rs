@@ -8,10 +8,10 @@ use tokio_util::sync::CancellationToken;
 use crate::api::admin::Admin;
 use crate::api::moves::Moves;
 use crate::api::presence::Presence;
-use crate::api::report::Reporter;
 use crate::api::rest::Rest;
 use crate::app::assemble::Daemon;
 use crate::app::lists;
+use crate::app::reporting::Reporting;
 use crate::config::Config;
 use crate::engine::read::audit_log::AuditLog;
 use crate::security::audit::Audit;
@@ -22,7 +22,7 @@ pub fn start(
     engine: &Daemon,
     audit: &Audit,
     presence: Presence,
-    reporter: Arc<Reporter>,
+    reporting: Reporting,
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
 ) -> Rest {
@@ -46,5 +46,7 @@ pub fn start(
         inboxes: engine.inboxes.clone(),
         reporter,
         audit_log: AuditLog::new(engine.database.clone()),
+        reporter: reporting.reporter,
+        listening: reporting.listening,
     }
 }

@@ -10,17 +10,31 @@ use tokio_util::sync::CancellationToken;
 
 use crate::api::http::Operator;
 use crate::api::report::Reporter;
+use crate::api::report::configuration;
 use crate::api::report::facts::Facts;
 use crate::api::report::sampler::SAMPLE_INTERVAL;
 use crate::api::report::sampler::Sampler;
 use crate::api::report::shapes::TlsReport;
+use crate::api::rest::events::Listening;
 use crate::app::assemble::Daemon;
+use crate::app::files;
 use crate::app::protection::Protection;
 use crate::config;
 use crate::config::Config;
+use crate::engine::overview::doctor::Doctor;
+use crate::engine::overview::events::Events;
+use crate::engine::overview::observer;
+use crate::engine::overview::observer::Observer;
 use crate::engine::overview::survey::Survey;
+use crate::engine::read::audit_log::AuditLog;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
+
+/// What operators' requests are answered from.
+pub struct Reporting {
+    pub reporter: Arc<Reporter>,
+    pub listening: Listening,
+}
 
 /// Starts the tasks, too.
 pub async fn start(
@@ -30,7 +44,7 @@ pub async fn start(
     protection: &Protection,
     tasks: &mut JoinSet<()>,
     stop: &CancellationToken,
-) -> Arc<Reporter> {
+) -> Reporting {
     let facts = Facts {
         version: env!("CARGO_PKG_VERSION"),
         started: Instant::now(),
@@ -38,13 +52,40 @@ pub async fn start(
         store_id: engine.database.store_id.clone(),
         has_cache: config.redis_cache.is_some(),
         has_queue: config.redis_queue.is_some(),
+        configuration: configuration::shown(config),
         tls: TlsReport { store: to_store(&engine.database).await.to_owned(), ..links(config, protection) },
     };
-    let survey = Survey::kept(engine.database.clone());
-    let interval = config.gateway.heartbeat_interval;
-    let reporter = Reporter::new(operator.clone(), engine.peers.clone(), survey, facts, interval);
+    let (survey, heartbeat_interval) = (Arc::new(Survey::kept(engine.database.clone())), config.gateway.heartbeat_interval);
+    let doctor = Doctor {
+        database: engine.database.clone(),
+        lives: engine.lives.clone(),
+        peers: engine.peers.clone(),
+        hints: engine.hints.clone(),
+        cache: engine.explaining.inspection.l2(),
+        queue: engine.drains.mover.outlets.bus.clone(),
+        audit: AuditLog::new(engine.database.clone()),
+        files: files::limit(config),
+    };
+    let peers = engine.peers.clone();
+    let reporter = Reporter::new(operator.clone(), peers, survey.clone(), facts, doctor, heartbeat_interval);
     tasks.spawn(keep_sampling(reporter.sampler.clone(), stop.clone()));
-    reporter
+    let events = Events::new(&engine.own.incarnation);
+    let (lives, peers, audit) = (engine.lives.clone(), engine.peers.clone(), AuditLog::new(engine.database.clone()));
+    let looked_at = operator.clone();
+    let degraded = move || looked_at.why_not_ready().into_iter().chain(looked_at.degraded()).collect();
+    let observer = Observer::new(events.clone(), lives, peers, survey, audit, degraded);
+    tasks.spawn(keep_observing(observer, stop.clone()));
+    Reporting { reporter, listening: Listening::new(events, operator.draining.clone()) }
+}
+
+async fn keep_observing(mut observer: Observer, stop: CancellationToken) {
+    let _stop_node_on_panic = stop.clone().drop_guard();
+    let mut ticks = interval(observer::LOOK_INTERVAL);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        observer.look();
+        stop.run_until_cancelled(observer.look_into_sql()).await;
+    }
 }
 
 async fn keep_sampling(sampler: Arc<Sampler>, stop: CancellationToken) {

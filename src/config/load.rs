@@ -14,6 +14,8 @@ use serde_json::json;
 use super::Config;
 use super::rules::Fault;
 use super::schema;
+use super::sources;
+use super::sources::Sources;
 
 const ENV_PREFIX: &str = "IM_PRESENCE__";
 /// What a `url` says by itself.
@@ -36,6 +38,8 @@ pub struct Problem {
 /// A value that a file or a variable gave.
 struct Setting {
     place: String,
+    /// As it is told who said it.
+    source: String,
     section: String,
     /// Empty: the section is there, and says nothing.
     key: String,
@@ -90,9 +94,10 @@ impl Config {
         if ["host", "url_file"].iter().any(|key| is_given(&given, "store", key)) && !is_given(&given, "store", "url") {
             tree["store"]["url"] = json!(""); // the default is meant for those who say nothing
         }
-        let config = serde_json::from_value::<Self>(tree).map_err(|error| ConfigError {
+        let mut config = serde_json::from_value::<Self>(tree).map_err(|error| ConfigError {
             problems: vec![Problem { place: "configuration".into(), key: String::new(), reason: error.to_string() }],
         })?;
+        given.iter().for_each(|setting| note(&mut config.sources, setting));
         let faults = config.validate().into_iter().filter(|fault| !problems.iter().any(|other| fault.keys.contains(&other.key)));
         problems.extend(faults.map(|fault| locate(fault, &given)).collect::<Vec<_>>());
         if problems.is_empty() { Ok(config) } else { Err(ConfigError { problems }) }
@@ -140,8 +145,10 @@ fn read(file: &Path) -> Result<Vec<Setting>, Problem> {
 
 fn settings_of(place: &str, text: &str, format: FileFormat) -> Result<Vec<Setting>, String> {
     let mut settings = Vec::new();
-    let setting =
-        |section: &str, key: &str, value| Setting { place: place.into(), section: section.into(), key: key.into(), value };
+    let setting = |section: &str, key: &str, value| {
+        let line = sources::line_of(text, section, key).map_or(String::new(), |line| format!(":{line}"));
+        Setting { place: place.into(), source: format!("{place}{line}"), section: section.into(), key: key.into(), value }
+    };
     for (section, value) in schema::parse(text, format)? {
         match value {
             Value::Object(keys) if keys.is_empty() => settings.push(setting(&section, "", Value::Null)),
@@ -158,11 +165,22 @@ fn from_variable(name: OsString, value: OsString) -> Result<Option<Setting>, Pro
     let Some(path) = name.strip_prefix(ENV_PREFIX) else { return Ok(None) };
     let path = path.to_lowercase();
     let (section, key) = path.split_once("__").unwrap_or(("", &path));
-    let setting =
-        Setting { place: format!("environment variable {name}"), section: section.into(), key: key.into(), value: Value::Null };
+    let (place, source) = (format!("environment variable {name}"), format!("env:{name}"));
+    let setting = Setting { place, source, section: section.into(), key: key.into(), value: Value::Null };
     match value.into_string() {
         Ok(value) => Ok(Some(Setting { value: value.into(), ..setting })),
         Err(_) => Err(setting.problem("is not UTF-8".into())),
+    }
+}
+
+/// Where a value was said; and of a file with a secret, that it says the secret.
+fn note(sources: &mut Sources, setting: &Setting) {
+    sources.note(setting.name(), setting.source.clone());
+    if let (Some(secret), Some(file)) = (setting.key.strip_suffix("_file"), setting.value.as_str())
+        && ["password", "url"].contains(&secret)
+        && !file.is_empty()
+    {
+        sources.note_secret_file(&setting.section, secret, file);
     }
 }
 

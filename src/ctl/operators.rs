@@ -19,6 +19,8 @@ use super::print;
 use super::print::harmless;
 use super::print::or_dash;
 use super::print::table;
+use super::rest::Rest;
+use super::top;
 use crate::client::security::Link;
 use crate::pb;
 use crate::pb::Code;
@@ -44,8 +46,11 @@ pub enum Operators {
     /// Print whom another device policy would cost devices; on the node's admin port
     #[command(after_help = "Example:\n  im-presence ctl preview-policy --max-devices 3 --per-platform 1 --timeout 70000")]
     PreviewPolicy(PreviewPolicy),
-    /// Print who changes, is watched or waits most on this node, and which gateways bind most; on the node's admin port
-    #[command(after_help = "Example:\n  im-presence ctl top changes --count 5")]
+    /// Print the system at a glance, each second until Ctrl-C; or who changes, is watched or waits most on this node, and which
+    /// gateways bind most; on the node's admin port
+    #[command(
+        after_help = "Examples:\n  im-presence ctl top\n  im-presence ctl top --once\n  im-presence ctl top changes --count 5"
+    )]
     Top(Top),
 }
 
@@ -160,8 +165,12 @@ pub struct PreviewPolicy {
 
 #[derive(Args)]
 pub struct Top {
+    /// Not given: the system at a glance
     #[arg(value_enum)]
-    by: TopBy,
+    by: Option<TopBy>,
+    /// Only once, for scripts
+    #[arg(long, conflicts_with = "by")]
+    once: bool,
     /// How many, at most 100
     #[arg(long, value_name = "N", default_value_t = 20)]
     count: u32,
@@ -182,10 +191,10 @@ enum TopBy {
 }
 
 #[derive(Args)]
-struct Admin {
+pub(super) struct Admin {
     /// The node's admin address
     #[arg(long = "admin", value_name = "HOST:PORT", env = "IM_PRESENCE_ADMIN", default_value = "127.0.0.1:6001")]
-    addr: String,
+    pub(super) addr: String,
 }
 
 type Client = AdminServiceClient<Link>;
@@ -368,8 +377,20 @@ impl PreviewPolicy {
 }
 
 impl Top {
+    pub(super) fn is_live(&self) -> bool {
+        self.by.is_none()
+    }
+
+    pub(super) fn addr(&self) -> &str {
+        &self.admin.addr
+    }
+
+    pub(super) async fn live(&self, rest: &Rest<'_>, json: bool) -> Result<Outcome, Outcome> {
+        top::watch(rest, self.count, self.once, json).await
+    }
+
     async fn call(&self, client: &mut Client, json: bool) -> Result<Outcome, tonic::Status> {
-        let (by, name, value) = match self.by {
+        let (by, name, value) = match self.by.unwrap_or(TopBy::Changes) {
             TopBy::Changes => (pb::TopBy::Changes, "USER", "CHANGES"),
             TopBy::Watched => (pb::TopBy::Watched, "USER", "WATCHES"),
             TopBy::Streams => (pb::TopBy::Streams, "GATEWAY", "WAITING"),

@@ -1,5 +1,6 @@
 //! The database as a whole: reaching it, laying its tables, and what its durability rests on.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -98,6 +99,11 @@ impl Database {
     /// Whether the file that was opened is still the one that its name leads to. Always so for a server.
     pub fn is_in_place(&self) -> bool {
         self.file.as_ref().is_none_or(DatabaseFile::is_in_place)
+    }
+
+    /// The file of an embedded database.
+    pub(super) fn file_path(&self) -> Option<&Path> {
+        self.file.as_ref().map(DatabaseFile::path)
     }
 
     /// What "durable" rests on, and whether it is weaker than a commit that survives a power cut.

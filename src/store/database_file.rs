@@ -47,6 +47,10 @@ impl DatabaseFile {
         format!("sqlite://{}?mode=rw{}", self.path.display(), self.query)
     }
 
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     pub fn is_in_place(&self) -> bool {
         fs::metadata(&self.path).is_ok_and(|there| identity(&there) == self.identity)
     }

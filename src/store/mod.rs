@@ -12,6 +12,7 @@ mod database_file;
 pub mod digests;
 pub mod drains;
 pub mod ended_lives;
+pub mod examination;
 pub mod history;
 pub mod inbox;
 pub mod jobs;

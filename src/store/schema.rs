@@ -18,6 +18,15 @@ use sqlx::migrate::Migration;
 use sqlx::migrate::MigrationType;
 use sqlx::mysql::MySqlDatabaseError;
 
+/// Steps of the schema.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Steps {
+    pub newest: i64,
+    pub missing: Vec<i64>,
+    /// Laid by a newer release.
+    pub unknown: Vec<i64>,
+}
+
 /// Number, name and text of each step. Statements end with `;` at the end of a line. A step has to be quick on a table with
 /// many million rows, for the nodes that start wait for it; what is not is left out if somebody did it beforehand.
 const STEPS: [(i64, &str, &str); 6] = [
@@ -55,6 +64,17 @@ pub(super) async fn lay(connection: &mut AnyConnection) -> Result<(), MigrateErr
     lay_missing(connection).await?;
     connection.execute(UNLOCK).await?;
     Ok(())
+}
+
+/// Which steps are done, and which are not known here.
+pub(super) async fn steps(connection: &mut AnyConnection) -> Steps {
+    let laid = connection.list_applied_migrations(LAID).await.unwrap_or_default();
+    let laid: HashSet<i64> = laid.into_iter().map(|step| step.version).collect();
+    let known: Vec<i64> = STEPS.iter().map(|(number, ..)| *number).collect();
+    let mut unknown: Vec<i64> = laid.iter().copied().filter(|step| !known.contains(step)).collect();
+    unknown.sort_unstable();
+    let newest = laid.iter().copied().max().unwrap_or_default();
+    Steps { newest, missing: known.into_iter().filter(|step| !laid.contains(step)).collect(), unknown }
 }
 
 async fn missing(connection: &mut AnyConnection) -> Vec<(i64, &'static str, &'static str)> {

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use crate::api::report::configuration::Configuration;
 use crate::api::report::shapes::TlsReport;
 
 pub struct Facts {
@@ -12,5 +13,6 @@ pub struct Facts {
     pub store_id: String,
     pub has_cache: bool,
     pub has_queue: bool,
+    pub configuration: Configuration,
     pub tls: TlsReport,
 }

@@ -37,12 +37,12 @@ impl Reporter {
             redis_cache_ok: is_up("cache", facts.has_cache),
             redis_queue_ok: is_up("queue", facts.has_queue),
             tls: Some(facts.tls.clone()),
-            certificates: self.certificates(),
+            certificates: self.own_certificates(),
             error: None,
         }
     }
 
-    fn certificates(&self) -> Vec<CertificateReport> {
+    pub(super) fn own_certificates(&self) -> Vec<CertificateReport> {
         let name = |r#use: &str, which| if which == "ca" { format!("{use} (ca)") } else { r#use.to_owned() };
         let ends = self.operator.metrics.security.certificates().into_iter();
         ends.map(|(r#use, which, at_s)| CertificateReport { r#use: name(r#use, which), not_after_ms: at_s * 1_000 }).collect()

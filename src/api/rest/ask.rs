@@ -18,7 +18,6 @@ use utoipa::IntoParams;
 
 use crate::api::access::Admission;
 use crate::api::rest::problem::Problem;
-use crate::domain::caller as domain;
 
 /// Largest body.
 const MAX_BODY_BYTES: usize = 64 * 1024;
@@ -35,9 +34,9 @@ impl Caller {
         tonic::Request::from_parts(MetadataMap::new(), self.0.clone(), message)
     }
 
-    /// Whose credential came with it. None: nobody was asked.
-    pub fn who(&self) -> Option<&domain::Caller> {
-        Admission::of(&self.0).map(|admission| &*admission.identity.caller)
+    /// Whoever was let in; none, if nobody was asked.
+    pub fn admission(&self) -> Option<&Admission> {
+        Admission::of(&self.0)
     }
 
     /// The same, of somebody who waits for so long.

@@ -100,7 +100,10 @@ pub fn routes() -> Routes {
 /// How the system is, at a glance. It waits for nobody: what other nodes do is what they said a moment ago.
 #[utoipa::path(get, path = "/api/v1/summary", tag = "nodes", responses((status = 200, body = Look)))]
 async fn summary(State(rest): State<Arc<Rest>>, caller: Caller) -> Json<Look> {
-    let caller = caller.who().map(|caller| Asker { name: caller.name.to_string(), role: caller.role.name() });
+    let caller = caller.admission().map(|admission| {
+        let caller = &admission.identity.caller;
+        Asker { name: caller.name.to_string(), role: caller.role.name() }
+    });
     Json(Look { node_id: rest.reporter.peers.own.node_id.clone(), caller, summary: rest.reporter.summary().await })
 }
 

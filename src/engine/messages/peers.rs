@@ -27,6 +27,9 @@ const QUEUE: usize = 4_096;
 /// How long another node may take. An order that comes to it later is not handed over any more.
 pub const FORWARD_LIMIT: Duration = Duration::from_secs(1);
 
+/// Why a node of the last release tells nothing of itself.
+pub const OLDER_RELEASE: &str = "it runs an older release, which tells nothing of itself";
+
 /// A call to another node, for whoever speaks the protocol.
 pub enum Call {
     Forward {

@@ -55,6 +55,11 @@ impl Inspection {
         Self { directory, lives, l2, readers: Readers::new(database, READERS) }
     }
 
+    /// Redis as a cache, if it is configured.
+    pub fn l2(&self) -> Option<Arc<L2>> {
+        self.l2.clone()
+    }
+
     /// What this node's memory has.
     pub fn memory(&self, user: UserId) -> Held {
         let generation = self.l2.as_ref().map_or(0, |l2| l2.generation());

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use im_presence::client::security::Link;
 use im_presence::client::security::Security;
+use im_presence::clock::unix_s;
 use im_presence::security::tokens;
 use rcgen::BasicConstraints;
 use rcgen::CertificateParams;
@@ -14,6 +15,7 @@ use rcgen::IsCa;
 use rcgen::Issuer;
 use rcgen::KeyPair;
 use rcgen::SanType;
+use time::OffsetDateTime;
 
 use crate::harness::mariadb::scratch;
 
@@ -89,6 +91,14 @@ impl Ca {
         self.issue_until(name, names, None)
     }
 
+    /// The same, for so many days from now.
+    pub fn issue_for_days(&self, name: &str, names: &[&str], days: u32) -> Pair {
+        let mut params = CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).expect("names");
+        let end = unix_s() + 86_400 * u64::from(days);
+        params.not_after = OffsetDateTime::from_unix_timestamp(end.cast_signed()).expect("a time");
+        self.sign(name, params)
+    }
+
     /// The same, whose end is at the beginning of this year.
     pub fn issue_until(&self, name: &str, names: &[&str], year: Option<i32>) -> Pair {
         let (uris, hosts): (Vec<&str>, Vec<&str>) = names.iter().partition(|name| name.contains("://"));
@@ -99,6 +109,10 @@ impl Ca {
             params.not_before = rcgen::date_time_ymd(2000, 1, 1);
             params.not_after = rcgen::date_time_ymd(year, 1, 1);
         }
+        self.sign(name, params)
+    }
+
+    fn sign(&self, name: &str, params: CertificateParams) -> Pair {
         let key = KeyPair::generate().expect("a key");
         let pem = params.signed_by(&key, &self.issuer).expect("a certificate").pem();
         let (cert, key) = (write(&self.directory, &format!("{name}.crt"), &pem), key.serialize_pem());

@@ -1,0 +1,223 @@
+//! Finds out what has happened: once a second it compares what this node knows with what it knew. So nothing that does things
+//! has to tell anybody, and each node tells of what others have done, too.
+
+use std::collections::BTreeMap;
+use std::collections::BTreeSet;
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::json;
+
+use crate::domain::drain::Drain;
+use crate::domain::drain::DrainState;
+use crate::domain::gateway::EndReason;
+use crate::domain::gateway::Life;
+use crate::domain::id::Epoch;
+use crate::domain::time::Timestamp;
+use crate::engine::messages::peers::Peers;
+use crate::engine::overview::events::Events;
+use crate::engine::overview::events::Kind;
+use crate::engine::overview::kept::Kept;
+use crate::engine::overview::survey::Survey;
+use crate::engine::read::audit_log::AuditLog;
+use crate::engine::read::audit_log::AuditPage;
+use crate::engine::read::lives::Lives;
+use crate::store::cluster::Hold;
+
+/// Between two looks.
+pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// Between two looks at what only SQL knows: drains, and the audit of other nodes.
+const SQL_INTERVAL: Duration = Duration::from_secs(2);
+/// Rows of the audit are there so long after their time at the latest, as a rule: another node writes them a little later.
+const LATE_ROWS: Duration = Duration::from_secs(10);
+/// Of these at most.
+const ROWS: u32 = 500;
+/// What may be wrong with a node.
+type Degraded = dyn Fn() -> Vec<&'static str> + Send + Sync;
+
+pub struct Observer {
+    events: Arc<Events>,
+    lives: Arc<Lives>,
+    peers: Arc<Peers>,
+    survey: Arc<Kept<Survey>>,
+    audit: AuditLog,
+    degraded: Box<Degraded>,
+    seen: Seen,
+}
+
+/// What the last look has left. None: there was none.
+#[derive(Default)]
+struct Seen {
+    /// Lives that are over, and whether that was told.
+    ended: Option<HashMap<Epoch, bool>>,
+    hold: Option<Hold>,
+    /// Incarnation and whether it is about to stop, by id.
+    nodes: Option<BTreeMap<String, (String, bool)>>,
+    degraded: BTreeSet<&'static str>,
+    drains: Option<HashMap<String, DrainState>>,
+    /// Rows of the audit that were told, of the last [`LATE_ROWS`].
+    audit: BTreeSet<(i64, String, i64)>,
+    /// Nothing before is told.
+    since: Option<Timestamp>,
+}
+
+impl Observer {
+    pub fn new(
+        events: Arc<Events>,
+        lives: Arc<Lives>,
+        peers: Arc<Peers>,
+        survey: Arc<Kept<Survey>>,
+        audit: AuditLog,
+        degraded: impl Fn() -> Vec<&'static str> + Send + Sync + 'static,
+    ) -> Self {
+        Self { events, lives, peers, survey, audit, degraded: Box::new(degraded), seen: Seen::default() }
+    }
+
+    /// Looks at what this node knows.
+    pub fn look(&mut self) {
+        self.deaths();
+        self.hold();
+        self.nodes();
+        self.parts();
+    }
+
+    /// Looks at what only SQL knows. Whatever cannot be read now is found later.
+    pub async fn look_into_sql(&mut self) {
+        if let Ok(survey) = self.survey.newest(SQL_INTERVAL).await {
+            self.drains(&survey.drains);
+        }
+        self.audit().await;
+    }
+
+    /// A death that was heard of from another node is told once SQL has said why.
+    fn deaths(&mut self) {
+        let table = self.lives.table();
+        let over = table.iter().filter(|life| life.is_managed() && !life.is_alive());
+        let Some(known) = self.seen.ended.take() else {
+            self.seen.ended = Some(over.map(|life| (life.epoch, true)).collect());
+            return;
+        };
+        let mut now = HashMap::new();
+        for life in over {
+            let told = match known.get(&life.epoch) {
+                None => false,
+                Some(true) => true,
+                Some(false) => {
+                    self.death(life);
+                    true
+                }
+            };
+            now.insert(life.epoch, told);
+        }
+        self.seen.ended = Some(now);
+    }
+
+    fn death(&self, life: &Life) {
+        let Some(end) = life.end else { return };
+        let why = match end.reason {
+            EndReason::Expired => "its lease ran out",
+            EndReason::Held => "its lease ran out during a hold",
+            EndReason::Operator => "an operator said so",
+            EndReason::Superseded | EndReason::Deregistered => return, // it lives on, or has said good-bye
+        };
+        let (gateway, connections) = (life.gateway.as_str(), life.connections);
+        let says = format!("gateway {gateway} is dead: {why}; it had {connections} connections");
+        let about = json!({ "gateway_addr": gateway, "epoch": life.epoch.0.to_string(), "why": why, "connections": connections });
+        self.events.push(Kind::Death, end.at, says, about);
+    }
+
+    fn hold(&mut self) {
+        let Some(cluster) = self.lives.cluster() else { return };
+        let now = self.lives.clock.now();
+        let hold = if cluster.hold.is_on(now) { cluster.hold.clone() } else { Hold::default() };
+        let before = self.seen.hold.replace(hold.clone());
+        let Some(before) = before.or_else(|| (hold != Hold::default()).then(Hold::default)) else { return };
+        let was_on = before != Hold::default();
+        let (state, says) = match (was_on, hold != Hold::default()) {
+            (false, true) => ("began", format!("no gateway is declared dead: {}", hold.reason)),
+            (true, true) if hold.until != before.until || hold.reason != before.reason => {
+                ("changed", format!("the hold was changed: {}", hold.reason))
+            }
+            (true, false) => ("ended", "the hold is over: gateways whose lease is over are declared dead".to_owned()),
+            _ => return,
+        };
+        let about = json!({ "state": state, "until_ms": hold.until.0, "reason": hold.reason });
+        self.events.push(Kind::Hold, now, says, about);
+    }
+
+    fn nodes(&mut self) {
+        let listed = self.peers.listed();
+        if listed.is_empty() {
+            return; // the database was not read yet
+        }
+        let nodes: BTreeMap<_, _> =
+            listed.iter().map(|node| (node.name.node_id.clone(), (node.name.incarnation.clone(), node.draining))).collect();
+        let before = self.seen.nodes.replace(nodes.clone()).unwrap_or_default();
+        let (now, own) = (self.lives.clock.now(), &self.peers.own.node_id);
+        let tell = |id: &str, state: &str, words: &str| {
+            let says = format!("node {id}{} {words}", if id == own { " (this one)" } else { "" });
+            self.events.push(Kind::Node, now, says, json!({ "node_id": id, "state": state }));
+        };
+        for (id, (incarnation, draining)) in &nodes {
+            match before.get(id) {
+                None => tell(id, "came", "is there"),
+                Some((other, _)) if other != incarnation => tell(id, "restarted", "is there again, as another process"),
+                Some((_, false)) if *draining => tell(id, "draining", "is about to stop"),
+                Some(_) => {}
+            }
+        }
+        before.keys().filter(|id| !nodes.contains_key(*id)).for_each(|id| tell(id, "gone", "is gone"));
+    }
+
+    fn parts(&mut self) {
+        let parts: BTreeSet<&'static str> = (self.degraded)().into_iter().collect();
+        let (now, node_id) = (self.lives.clock.now(), &self.peers.own.node_id);
+        let tell = |part: &str, state: &str, words: &str| {
+            let about = json!({ "node_id": node_id, "part": part, "state": state });
+            self.events.push(Kind::Degraded, now, format!("node {node_id}: {part} {words}"), about);
+        };
+        parts.difference(&self.seen.degraded).for_each(|part| tell(part, "began", "is degraded"));
+        self.seen.degraded.difference(&parts).for_each(|part| tell(part, "ended", "is well again"));
+        self.seen.degraded = parts;
+    }
+
+    fn drains(&mut self, drains: &[Drain]) {
+        let now = self.lives.clock.now();
+        let states = drains.iter().map(|drain| (drain.id.clone(), drain.state)).collect();
+        let Some(before) = self.seen.drains.replace(states) else { return };
+        for drain in drains.iter().filter(|drain| before.get(&drain.id) != Some(&drain.state)) {
+            let (gateway, state) = (drain.gateway.as_str(), drain.state.name());
+            let says = format!("drain of {gateway}: {state}, {} of {} users are left", drain.left, drain.users);
+            let about = json!({
+                "id": drain.id, "gateway_addr": gateway, "epoch": drain.epoch.0.to_string(), "state": state,
+                "users": drain.users, "left": drain.left, "reason": drain.terms.reason,
+            });
+            self.events.push(Kind::Drain, now, says, about);
+        }
+    }
+
+    async fn audit(&mut self) {
+        let now = self.lives.clock.now();
+        let since = *self.seen.since.get_or_insert(now.minus(SQL_INTERVAL));
+        let from = since.max(now.minus(LATE_ROWS));
+        let page = AuditPage { who: None, action: None, from, before: None, limit: ROWS };
+        let Ok(rows) = self.audit.page(page).await else { return };
+        for row in rows.iter().rev() {
+            let place = &row.place;
+            if !self.seen.audit.insert((place.at.0, place.node_id.clone(), place.seq)) {
+                continue;
+            }
+            let on = if row.target.is_empty() { String::new() } else { format!(" on {}", row.target) };
+            let who = if row.who.is_empty() { "somebody" } else { &row.who };
+            let says = format!("{who}: {}{on}: {}", row.action, row.outcome);
+            let about = json!({
+                "node_id": place.node_id, "who": row.who, "role": row.role, "from_addr": row.from_addr, "action": row.action,
+                "target": row.target, "args": row.args, "outcome": row.outcome, "reason": row.reason,
+            });
+            self.events.push(Kind::Audit, place.at, says, about);
+        }
+        let old = now.minus(LATE_ROWS + LATE_ROWS).0;
+        self.seen.audit.retain(|(at, ..)| *at >= old);
+    }
+}

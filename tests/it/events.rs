@@ -1,0 +1,203 @@
+//! What happens, as it is told while it happens.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use im_presence::pb;
+
+use crate::harness::cluster::Cluster;
+use crate::harness::node::Node;
+use crate::harness::pki::Pki;
+use crate::harness::pki::token;
+
+/// Within this time everything is told that a test waits for.
+const SOON: Duration = Duration::from_secs(20);
+/// Credentials are read again within five seconds.
+const REVOKED_WITHIN: Duration = Duration::from_secs(20);
+
+struct Listener {
+    lines: tokio::io::Lines<BufReader<TcpStream>>,
+}
+
+#[derive(Debug)]
+struct Event {
+    id: String,
+    kind: String,
+    data: Value,
+}
+
+impl Listener {
+    async fn open(node: &Node, query: &str, headers: &str) -> Self {
+        let mut stream = TcpStream::connect(node.admin).await.expect("connect to the admin port");
+        let request = format!("GET /api/v1/events{query} HTTP/1.1\r\nHost: {}\r\n{headers}\r\n", node.admin);
+        stream.write_all(request.as_bytes()).await.expect("ask the admin port");
+        let mut listener = Self { lines: BufReader::new(stream).lines() };
+        let head = listener.lines.next_line().await.expect("an answer").unwrap_or_default();
+        assert_eq!(head, "HTTP/1.1 200 OK");
+        listener
+    }
+
+    /// The next event. None: the stream has ended.
+    async fn next(&mut self) -> Option<Event> {
+        let (mut id, mut kind) = (String::new(), String::new());
+        loop {
+            let line = timeout(SOON, self.lines.next_line()).await.expect("something is told in time").ok()??;
+            match line.split_once(": ") {
+                Some(("id", value)) => value.clone_into(&mut id),
+                Some(("event", value)) => value.clone_into(&mut kind),
+                Some(("data", value)) => {
+                    let data = serde_json::from_str(value).unwrap_or_else(|error| panic!("{error}: {value}"));
+                    return Some(Event { id, kind, data });
+                }
+                _ => {} // chunk sizes, headers, comments
+            }
+        }
+    }
+
+    /// The next one of this kind that `fits`.
+    async fn hears(&mut self, kind: &str, fits: impl Fn(&Value) -> bool) -> Event {
+        loop {
+            let event = self.next().await.unwrap_or_else(|| panic!("the stream ended before {kind}"));
+            if event.kind == kind && fits(&event.data) {
+                return event;
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deaths_holds_drains_and_the_audit_are_told_by_a_node_that_did_none_of_it() {
+    let cluster = Cluster::mariadb(2, &[("GATEWAY__LEASE", "3000"), ("GATEWAY__HEARTBEAT_INTERVAL", "1000")]).await;
+    let (one, two) = (&cluster.nodes[0], &cluster.nodes[1]);
+    let mut listener = Listener::open(two, "?last=0", "").await;
+
+    let hold = pb::HoldGatewaysReq { for_ms: 60_000, reason: "we look at the network".into() };
+    one.operator().hold_gateways(hold).await.expect("a hold");
+    let began = listener.hears("hold", |data| data["state"] == "began").await;
+    assert!(began.data["until_ms"].as_i64().is_some_and(|at| at > 0), "{began:?}");
+    let audit = listener.hears("audit", |data| data["action"] == "HoldGateways").await;
+    assert_eq!((&audit.data["outcome"], audit.data["node_id"].is_string()), (&Value::from("ok"), true), "{audit:?}");
+    one.operator().hold_gateways(pb::HoldGatewaysReq::default()).await.expect("an end");
+    listener.hears("hold", |data| data["state"] == "ended").await;
+
+    let epoch = one.register("gw-dies:7000").await;
+    let death = listener.hears("death", |data| data["gateway_addr"] == "gw-dies:7000").await;
+    assert_eq!((&death.data["epoch"], &death.data["why"]), (&Value::from(epoch.to_string()), &Value::from("its lease ran out")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_that_says_good_bye_is_no_death() {
+    let cluster = Cluster::mariadb(1, &[]).await;
+    let node = cluster.node();
+    let mut listener = Listener::open(node, "?last=0&kinds=death", "").await;
+    let epoch = node.register("gw-leaves:7000").await;
+    node.deregister("gw-leaves:7000", epoch).await;
+    let epoch = node.register("gw-dies:7000").await;
+    let purge = pb::PurgeGatewaysReq { epochs: vec![epoch], ..Default::default() };
+    node.operator().purge_gateways(purge).await.expect("a purge");
+    let death = listener.next().await.expect("a death");
+    assert_eq!(
+        (&death.data["epoch"], &death.data["why"]),
+        (&Value::from(epoch.to_string()), &Value::from("an operator said so"))
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nodes_that_come_and_go_and_what_is_degraded_are_told() {
+    let mut cluster = Cluster::with_two_redis(1, &[]).await;
+    let mut listener = Listener::open(cluster.node(), "?last=0&kinds=node,degraded", "").await;
+    cluster.add_node(&[("PRESENCE_SERVICE__NODE_ID", "two")]).await;
+    listener.hears("node", |data| data["node_id"] == "two" && data["state"] == "came").await;
+    cluster.nodes[1].terminate();
+    listener.hears("node", |data| data["node_id"] == "two" && data["state"] == "gone").await;
+    cluster.nodes[1].ended().await;
+    cluster.cache().kill();
+    listener.hears("degraded", |data| data["part"] == "redis_cache" && data["state"] == "began").await;
+    cluster.cache().restart();
+    listener.hears("degraded", |data| data["part"] == "redis_cache" && data["state"] == "ended").await;
+}
+
+/// Makes one more event: a line of the audit.
+async fn something_happens(node: &Node, what: &str) {
+    let hold = pb::HoldGatewaysReq { for_ms: 60_000, reason: what.to_owned() };
+    node.operator().hold_gateways(hold).await.expect("a hold");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_listener_goes_on_where_it_was_and_after_a_restart_is_told_that_something_is_missing() {
+    let mut cluster = Cluster::sqlite(&[]).await;
+    let mut listener = Listener::open(cluster.node(), "?last=0&kinds=audit", "").await;
+    something_happens(cluster.node(), "first").await;
+    let first = listener.hears("audit", |data| data["reason"] == "first").await;
+    drop(listener);
+    something_happens(cluster.node(), "second").await;
+    let last_seen = format!("Last-Event-ID: {}\r\n", first.id);
+    let mut again = Listener::open(cluster.node(), "?kinds=audit", &last_seen).await;
+    let second = again.next().await.expect("an event");
+    assert_eq!((&*second.kind, &second.data["reason"]), ("audit", &Value::from("second")), "no gap, and nothing twice");
+    drop(again);
+
+    cluster.nodes[0].terminate();
+    cluster.nodes[0].ended().await;
+    cluster.nodes[0].restart().await;
+    let mut other = Listener::open(cluster.node(), "", &last_seen).await;
+    let gap = other.next().await.expect("an event");
+    assert_eq!(gap.kind, "gap", "{gap:?}");
+    let run = |id: &str| id.split('-').next().unwrap_or_default().to_owned();
+    assert_ne!(run(&gap.id), run(&first.id));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_of_events_ends_with_its_credential_and_with_the_node() {
+    let pki = Pki::new();
+    let (viewer, entry) = token("viewer", "viewer", "");
+    let (other, other_entry) = token("other", "viewer", "");
+    let file = pki.write("tokens.toml", &format!("{entry}{other_entry}"));
+    let settings = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", file.to_str().expect("a path"))];
+    let mut cluster = Cluster::sqlite(&settings).await;
+    let (status, _) = cluster.node().http("/api/v1/events").await;
+    assert_eq!(status, 401);
+    let mut revoked = Listener::open(cluster.node(), "?last=0", &format!("Authorization: Bearer {viewer}\r\n")).await;
+    let mut stays = Listener::open(cluster.node(), "?last=0&kinds=node", &format!("Authorization: Bearer {other}\r\n")).await;
+    pki.write("tokens.toml", &other_entry);
+    cluster.node().signal(Signal::SIGHUP);
+    let ended = async { while revoked.next().await.is_some() {} };
+    timeout(REVOKED_WITHIN, ended).await.expect("it ends with its credential");
+    cluster.nodes[0].terminate();
+    timeout(SOON, async { while stays.next().await.is_some() {} }).await.expect("it ends with the node");
+    assert!(cluster.nodes[0].ended().await.success());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ctl_prints_events_the_audit_and_the_system_at_a_glance() {
+    let cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__NODE_ID", "one")]).await;
+    let node = cluster.node();
+    let mut listener = Listener::open(node, "?last=0&kinds=audit", "").await;
+    something_happens(node, "we look at the network").await;
+    listener.hears("audit", |data| data["reason"] == "we look at the network").await;
+
+    let (exit, events) = node.ctl(&["events", "--kinds", "audit,hold"]);
+    assert!(exit == 0 && events.contains("HoldGateways") && events.contains(" hold "), "{events}");
+    let (exit, line) = node.ctl(&["events", "--kinds", "audit", "--last", "1", "--json"]);
+    let event: Value = serde_json::from_str(line.trim()).expect("JSON on one line");
+    assert_eq!((exit, &event["event"]), (0, &Value::from("audit")), "{line}");
+    assert_eq!(node.ctl(&["events", "--kinds", "weather"]).0, 2);
+
+    let (exit, audit) = node.ctl(&["audit", "--action", "HoldGateways"]);
+    assert!(exit == 0 && audit.contains("we look at the network"), "{audit}");
+    let (exit, audit) = node.ctl(&["audit", "--action", "Nothing", "--json"]);
+    assert!(exit == 0 && serde_json::from_str::<Value>(&audit).expect("JSON")["items"] == Value::Array(Vec::new()), "{audit}");
+
+    let (exit, top) = node.ctl(&["top", "--once"]);
+    assert!(exit == 0 && top.contains("users online") && top.contains("no streams on this node"), "{top}");
+    let (exit, top) = node.ctl(&["top", "--once", "--json"]);
+    assert_eq!((exit, &serde_json::from_str::<Value>(&top).expect("JSON")["node_id"]), (0, &Value::from("one")));
+    assert_eq!(node.ctl(&["top", "changes"]).0, 0, "as before");
+}
