@@ -63,6 +63,7 @@ pub struct Config {
     pub presence_service: PresenceService,
     pub node: Node,
     pub admin: Admin,
+    pub console: Console,
     pub log: Log,
     pub trace: Trace,
     pub tls: Tls,
@@ -126,6 +127,15 @@ pub struct Admin {
     pub port: u16,
     /// Under which the REST API may be called, besides IP addresses, localhost and the node's own.
     pub allowed_hosts: Vec<String>,
+}
+
+/// What browsers see on the port for operators.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Console {
+    /// Where the past is drawn.
+    #[serde(with = "or_empty")]
+    pub grafana_url: Option<String>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -48,7 +48,7 @@ const fn unlimited(call: &'static str, roles: u8) -> Rule {
 }
 
 /// The first is that of single queries.
-pub static RULES: [Rule; 57] = [
+pub static RULES: [Rule; 59] = [
     rule("/mpim.PresenceService/QueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/BatchQueryRoute", GATEWAY | SERVICE | VIEWER | OPERATOR),
     rule("/mpim.PresenceService/Deliver", GATEWAY | SERVICE | OPERATOR),
@@ -94,6 +94,8 @@ pub static RULES: [Rule; 57] = [
     unlimited("/grpc.health.v1.Health/Watch", ANYBODY),
     unlimited("/grpc.reflection.v1.ServerReflection/ServerReflectionInfo", ANYBODY),
     unlimited("/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo", ANYBODY),
+    unlimited("GET /", ANYBODY),
+    unlimited("GET /web/*", ANYBODY),
     unlimited("GET /livez", ANYBODY),
     unlimited("GET /readyz", ANYBODY),
     unlimited("GET /healthz", ANYBODY),

@@ -8,6 +8,7 @@ pub mod attach;
 pub mod audited;
 pub mod binder;
 pub mod body;
+pub mod console;
 pub mod contents;
 pub mod convert;
 pub mod counted;

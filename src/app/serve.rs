@@ -23,6 +23,7 @@ use crate::api::body;
 use crate::api::body::Arriving;
 use crate::api::body::Leaving;
 use crate::api::body::MAX_MESSAGE_BYTES;
+use crate::api::console;
 use crate::api::counted::Begun;
 use crate::api::counted::Counted;
 use crate::api::gateway::Leases;
@@ -267,10 +268,10 @@ pub fn data_server() -> Server {
         .http2_max_pending_accept_reset_streams(Some(MAX_PENDING_RESETS))
 }
 
-/// What the admin port offers: HTTP for probes and collectors, gRPC for `ctl`.
+/// What the admin port offers: HTTP for probes, collectors and browsers, gRPC for `ctl`.
 pub fn admin_router(operator: operators::Operator, rest: Rest) -> Router {
     let grpc = Routes::new(AdminServiceServer::from_arc(rest.admin.clone())).into_axum_router().reset_fallback();
-    operators::router(operator).merge(grpc).merge(rest::router(rest))
+    operators::router(operator).merge(console::router()).merge(grpc).merge(rest::router(rest))
 }
 
 #[cfg(test)]

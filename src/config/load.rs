@@ -371,6 +371,8 @@ mod tests {
         check_refused("[gateway]\nheartbeat_interval = 6000", &[], &[lease]);
         let same = "im.toml: admin.port: admin and presence_service cannot listen on the same address";
         check_refused("[admin]\nport = 6000", &[], &[same]);
+        let no_page = "im.toml: console.grafana_url: must begin with http:// or https://";
+        check_refused("[console]\ngrafana_url = \"javascript:alert(1)\"", &[], &[no_page]);
         let twice = "im.toml: redis_queue.port: redis_queue.url says it too: give only one of them";
         check_refused("[redis_queue]\nport = 1\nurl = \"redis://a\"", &[], &[twice]);
     }

@@ -144,6 +144,10 @@ impl Config {
         faults.unless(fits, &["delivery.inbox_max_bytes", "delivery.max_message_bytes"], || {
             "the inbox must hold at least one message: inbox_max_bytes >= max_message_bytes".into()
         });
+        let is_url = |url: &String| ["http://", "https://"].iter().any(|head| url.len() > head.len() && url.starts_with(head));
+        faults.unless(self.console.grafana_url.as_ref().is_none_or(is_url), &["console.grafana_url"], || {
+            "must begin with http:// or https://".into()
+        });
         self.check_store(&mut faults);
         self.check_security(&mut faults);
         self.check_forgetting(&mut faults);

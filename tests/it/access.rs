@@ -191,7 +191,15 @@ async fn what_is_not_in_the_table_is_offered_to_nobody() {
     let guarded = Guarded::start("", &[]).await;
     let token = std::fs::read_to_string(guarded.pki.path("operator")).expect("a token");
     let header = format!("Bearer {}", token.trim_end());
-    for path in ["/", "/api/v1/nothing-there", "/api/v2/gateways", "/metrics/", "/debug", "/mpim.AdminService/Nothing"] {
+    for path in [
+        "/web/nothing",
+        "/console",
+        "/api/v1/nothing-there",
+        "/api/v2/gateways",
+        "/metrics/",
+        "/debug",
+        "/mpim.AdminService/Nothing",
+    ] {
         let (status, _) = guarded.node().http_as(path, Some(&header)).await;
         assert!([404, 200].contains(&status), "{path}: {status}");
         if status == 200 {

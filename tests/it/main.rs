@@ -10,6 +10,7 @@ mod bind;
 mod client;
 mod client_watch;
 mod clock;
+mod console;
 mod container;
 mod contention;
 mod crash;

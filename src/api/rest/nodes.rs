@@ -18,6 +18,7 @@ use crate::api::report::shapes::Summary;
 use crate::api::rest::Answer;
 use crate::api::rest::Rest;
 use crate::api::rest::Routes;
+use crate::api::rest::ask::Caller;
 use crate::api::rest::ask::Query;
 use crate::api::rest::ask::limit;
 use crate::api::rest::problem::Problem;
@@ -31,6 +32,25 @@ struct Nodes {
     /// Null: they are all here.
     next_cursor: Option<String>,
     as_of_ms: i64,
+}
+
+/// How the system is, and who asked whom.
+#[derive(Serialize, ToSchema)]
+struct Look {
+    /// The node that answers.
+    node_id: String,
+    /// Null: nobody has to say who they are.
+    caller: Option<Asker>,
+    #[serde(flatten)]
+    summary: Summary,
+}
+
+/// Whose credential came with the request.
+#[derive(Serialize, ToSchema)]
+struct Asker {
+    name: String,
+    /// viewer or operator.
+    role: &'static str,
 }
 
 /// Streams of a node.
@@ -78,9 +98,13 @@ pub fn routes() -> Routes {
 }
 
 /// How the system is, at a glance. It waits for nobody: what other nodes do is what they said a moment ago.
-#[utoipa::path(get, path = "/api/v1/summary", tag = "nodes", responses((status = 200, body = Summary)))]
-async fn summary(State(rest): State<Arc<Rest>>) -> Json<Summary> {
-    Json(rest.reporter.summary().await)
+#[utoipa::path(get, path = "/api/v1/summary", tag = "nodes", responses((status = 200, body = Look)))]
+async fn summary(State(rest): State<Arc<Rest>>, caller: Caller) -> Json<Look> {
+    let caller = caller.admission().map(|admission| {
+        let caller = &admission.identity.caller;
+        Asker { name: caller.name.to_string(), role: caller.role.name() }
+    });
+    Json(Look { node_id: rest.reporter.peers.own.node_id.clone(), caller, summary: rest.reporter.summary().await })
 }
 
 /// Which nodes there are, and how each of them is. One that does not answer within a second is listed with an error.
