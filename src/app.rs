@@ -209,7 +209,7 @@ impl App {
         let operator = operator(&config, &engine, &draining);
         let reporting = reporting::start(&config, &engine, &operator, &protection, &mut tasks, &stop).await;
         let spans = spans::start(&config, &engine, &mut tasks, &stop);
-        let services = engine.services(&config, &draining, &attached, reporting.reporter.clone()).traced(spans);
+        let services = engine.services(&config, &draining, &attached, Some(reporting.reporter.clone())).traced(spans);
         let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporting, &mut tasks, &stop);
         let router = serve::admin_router(operator, rest);
         if let Some(calls) = engine.peer_calls.take() {

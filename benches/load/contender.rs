@@ -98,7 +98,7 @@ async fn serve_on_one_runtime(listener: TcpListener, config: &Config) {
     let (mut tasks, stop) = (JoinSet::new(), CancellationToken::new());
     let addr = listener.local_addr().expect("an address");
     let engine = Daemon::start(config, database, addr, Metrics::new(), &mut tasks, &stop).await.expect("start the engine");
-    let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new());
+    let services = engine.services(config, &CancellationToken::new(), &TaskTracker::new(), None);
     let (_health, service) = serve::data_service(services, engine.memory.clone(), engine.metrics.calls.clone(), None, true).await;
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     serve::data_server().serve_with_incoming(service, incoming).await.expect("serve");

@@ -74,7 +74,8 @@ pub struct Node {
     pub peers: Arc<Peers>,
     pub lives: Arc<Lives>,
     pub explaining: Arc<Explaining>,
-    pub reporter: Arc<Reporter>,
+    /// None: this node says nothing of itself.
+    pub reporter: Option<Arc<Reporter>>,
     /// None: nothing is traced.
     pub spans: Option<Arc<Spans>>,
 }
@@ -122,7 +123,10 @@ impl NodeService for Node {
     async fn inspect_node(&self, request: Request<pb::InspectNodeReq>) -> Result<Response<pb::InspectNodeResp>, Status> {
         let request = request.into_inner();
         self.check_store(&request.store_id)?;
-        let json = self.reporter.answer(&request.what, &request.about).await.map_err(|error| status(&error))?;
+        let Some(reporter) = &self.reporter else {
+            return Err(Status::unimplemented("this node does not say how it is"));
+        };
+        let json = reporter.answer(&request.what, &request.about).await.map_err(|error| status(&error))?;
         Ok(Response::new(pb::InspectNodeResp { json: json.into() }))
     }
 }

@@ -201,7 +201,7 @@ impl Daemon {
         config: &Config,
         draining: &CancellationToken,
         attached: &TaskTracker,
-        reporter: Arc<Reporter>,
+        reporter: Option<Arc<Reporter>>,
     ) -> Services<Presence> {
         let (lives, metrics) = (self.lives.clone(), self.metrics.clone());
         let binder = Arc::new(Binder { lanes: self.lanes.clone(), lives: lives.clone(), metrics: metrics.clone() });
