@@ -18,6 +18,7 @@ COPY crates crates
 COPY migrations migrations
 COPY proto proto
 COPY src src
+COPY web web
 ARG IM_PRESENCE_COMMIT=""
 # Dependencies stay compiled in the caches from one build to the next. What only a debugger needs is not shipped.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/build/target \

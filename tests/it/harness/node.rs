@@ -127,18 +127,7 @@ impl Node {
 
     /// What the admin port answers. A header `Host` replaces that of the port's address.
     pub async fn ask(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
-        let mut stream = TcpStream::connect(self.admin).await.expect("connect to the admin port");
-        let host = headers.iter().any(|(name, _)| *name == "Host").then(String::new);
-        let host = host.unwrap_or_else(|| format!("Host: {}\r\n", self.admin));
-        let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
-        let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
-        let request = format!("{method} {path} HTTP/1.1\r\n{host}{headers}{length}Connection: close\r\n\r\n{body}");
-        stream.write_all(request.as_bytes()).await.expect("ask the admin port");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.expect("hear the admin port");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
-        let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
-        Answer { status: status.expect("an HTTP status"), head: head.to_lowercase(), body: body.to_owned() }
+        ask(self.admin, method, path, headers, body).await
     }
 
     /// Exit code and output of `im-presence ctl` with these words, on this node.
@@ -239,6 +228,22 @@ impl Node {
         let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
         kib * 1024
     }
+}
+
+/// What an admin port answers. A header `Host` replaces that of the port's address.
+pub async fn ask(admin: SocketAddr, method: &str, path: &str, headers: &[(&str, &str)], body: &str) -> Answer {
+    let mut stream = TcpStream::connect(admin).await.expect("connect to the admin port");
+    let host = headers.iter().any(|(name, _)| *name == "Host").then(String::new);
+    let host = host.unwrap_or_else(|| format!("Host: {}\r\n", admin));
+    let headers: String = headers.iter().map(|(name, value)| format!("{name}: {value}\r\n")).collect();
+    let length = if body.is_empty() { String::new() } else { format!("Content-Length: {}\r\n", body.len()) };
+    let request = format!("{method} {path} HTTP/1.1\r\n{host}{headers}{length}Connection: close\r\n\r\n{body}");
+    stream.write_all(request.as_bytes()).await.expect("ask the admin port");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.expect("hear the admin port");
+    let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    Answer { status: status.expect("an HTTP status"), head: head.to_lowercase(), body: body.to_owned() }
 }
 
 impl Process {
