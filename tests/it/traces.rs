@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use im_presence::client::caller::Caller;
 use im_presence::client::caller::traced;
+use im_presence::pb::BatchDeliverReq;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::Delivery;
@@ -133,15 +134,27 @@ async fn a_node_that_traces_nothing_hands_the_trace_on_and_subscribers_find_it_i
     let told = |span: &Seen| format!("00-{}-{}-01", span.trace(), span.id());
     assert_eq!(gateway.deliveries()[0].traceparent, told(the(&spans, "forward")));
 
-    one.bind(BindRouteReq { gateway_addr: "gw-2:7000".into(), ..a_bind(2, PHONE, "c") }).await;
-    let mut subscriber = cluster.queue().subscribe(&["user:2"]).await;
-    one.presence().deliver(in_trace(2, a_message(2, "hello"))).await.expect("an answer");
+    for (number, users) in [(11, 16), (12, 17)] {
+        for user in 1..=users {
+            gateway.bind(user, PHONE, &format!("c-{user}")).await;
+        }
+        let request = BatchDeliverReq { user_ids: (1..=users).collect(), message: "hello".into(), ..Default::default() };
+        one.presence().batch_deliver(in_trace(number, request)).await.expect("an answer");
+        let spans = collector.trace(&trace_id(number), &["lookup", "mpim.PresenceService/BatchDeliver"]).await;
+        let forwards = spans.iter().filter(|seen| seen.span.name == "forward").count();
+        let is_right = if users == 16 { forwards >= 16 } else { forwards == 0 };
+        assert!(is_right, "a message to many has no span for each: {forwards} for {users} users");
+    }
+
+    one.bind(BindRouteReq { gateway_addr: "gw-2:7000".into(), ..a_bind(99, PHONE, "c") }).await;
+    let mut subscriber = cluster.queue().subscribe(&["user:99"]).await;
+    one.presence().deliver(in_trace(2, a_message(99, "hello"))).await.expect("an answer");
     let (_, body) = subscriber.next(allowed(SOON)).await.expect("the message");
     let spans = collector.trace(&trace_id(2), &[DELIVER]).await;
     let publish = the(&spans, "publish");
     assert_eq!(Delivery::decode(&*body).expect("a Delivery").traceparent, told(publish));
     assert_eq!((publish.parent(), publish.attribute("im_presence.receivers")), (the(&spans, DELIVER).id(), "1".to_owned()));
-    one.deliver(a_message(2, "hello")).await;
+    one.deliver(a_message(99, "hello")).await;
     let (_, body) = subscriber.next(allowed(SOON)).await.expect("the message");
     assert_eq!(Delivery::decode(&*body).expect("a Delivery").traceparent, "", "nobody keeps it");
 }

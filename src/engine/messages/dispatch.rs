@@ -30,6 +30,8 @@ use crate::telemetry::spans::Span;
 
 /// What is published with one round trip.
 const PUBLISHED_TOGETHER_BYTES: usize = 4 * 1024 * 1024;
+/// A message to more users has no span for each: it would push all others out of the queue.
+const TRACED_ONE_BY_ONE: usize = 16;
 /// Routes that were refused once: remembered for a while after.
 const REFUSED: u64 = 100_000;
 const REFUSED_FOR: Duration = Duration::from_secs(60);
@@ -114,7 +116,7 @@ impl Dispatcher {
                     true => ("hand over", Kind::Internal),
                     false => ("forward", Kind::Client),
                 };
-                let span = parcel.message.begin(name, kind);
+                let span = if live.len() <= TRACED_ONE_BY_ONE { parcel.message.begin(name, kind) } else { None };
                 let envelope = if span.is_none() { envelope.clone() } else { parcel.envelope(span.as_ref()).into() };
                 owners.push((i, *epoch, span));
                 orders.push(Addressed { epoch: *epoch, node: node.clone(), order: Order::Delivery(envelope) });
