@@ -1,6 +1,10 @@
 //! A system that is well, with all that goes on in one: nobody is called.
 
+use std::collections::BTreeSet;
+use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -19,6 +23,7 @@ use crate::harness::heavy;
 use crate::harness::long;
 use crate::harness::node::Node;
 use crate::harness::node::Presence;
+use crate::harness::percentile;
 use crate::harness::prometheus::Prometheus;
 use crate::harness::stream::Devices;
 use crate::harness::stream::TestGateway;
@@ -40,6 +45,12 @@ const PACE: Duration = Duration::from_millis(10);
 /// Between starts and ends of a gateway that comes and goes.
 const COMING_AND_GOING: Duration = Duration::from_secs(10);
 const BEAT: Duration = Duration::from_secs(5);
+/// Sleeps that are remembered: the last two minutes.
+const FELT: usize = 12_000;
+/// Half of what the alert about queries allows.
+const STARVED: Duration = Duration::from_millis(5);
+/// What is slow when others take the processors.
+const TIMES: [&str; 2] = ["ImPresenceQueriesSlow", "ImPresenceDeliverySlow"];
 /// Between restarts of a node.
 const RESTARTS: Duration = Duration::from_secs(60);
 /// Of devices that answer at once.
@@ -89,6 +100,32 @@ async fn send(mut node: Presence, done: Arc<Done>) {
     for turn in 0.. {
         done.count(&done.messages, node.deliver(with_ack(user(turn), "hello", ACK_TIMEOUT_MS)).await.is_ok());
         sleep(4 * PACE).await;
+    }
+}
+
+/// Whether the machine itself is well: by how much a thread that only sleeps is late.
+#[derive(Default)]
+struct Machine(Mutex<VecDeque<Duration>>);
+
+impl Machine {
+    async fn feel(self: Arc<Self>) {
+        loop {
+            let began = Instant::now();
+            sleep(PACE).await;
+            let mut late = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            late.push_back(began.elapsed().saturating_sub(PACE));
+            if late.len() > FELT {
+                late.pop_front();
+            }
+        }
+    }
+
+    /// One of a hundred of the last two minutes' sleeps was late by half of what a query may take.
+    fn is_starved(&self) -> bool {
+        let mut late: Vec<Duration> = self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let worst = percentile(&mut late, 0.99);
+        println!("a thread that only sleeps is {worst:?} late");
+        worst > STARVED
     }
 }
 
@@ -145,7 +182,8 @@ async fn while_all_is_well_no_alert_fires() {
     }
     let watcher = Watcher::of(&cluster.nodes[0], (1..=100).map(user)).await;
     let prometheus = Prometheus::start(&cluster.nodes.iter().collect::<Vec<_>>(), shorter, every).await;
-    let mut churn = JoinSet::new();
+    let (mut churn, machine, mut excused) = (JoinSet::new(), Arc::<Machine>::default(), BTreeSet::new());
+    churn.spawn(machine.clone().feel());
     churn.spawn(log_in(gateways.clone(), done.clone()));
     for node in &cluster.nodes {
         churn.spawn(ask(node.new_connection(), done.clone()));
@@ -158,7 +196,10 @@ async fn while_all_is_well_no_alert_fires() {
         let waiting: Vec<_> = alerts.iter().filter(|alert| !alert.is_firing).collect();
         println!("{:?}: {waiting:?}", began.elapsed());
         let firing = prometheus.firing().await;
-        assert!(firing.is_empty(), "after {:?}: {alerts:?}", began.elapsed());
+        if machine.is_starved() {
+            excused.extend(firing.iter().filter(|alert| TIMES.contains(&alert.as_str())).cloned());
+        }
+        assert!(firing.is_subset(&excused), "after {:?}: {alerts:?}", began.elapsed());
         if restarted.elapsed() >= RESTARTS {
             let node = &mut cluster.nodes[1]; // watchers and the guest are at the other one
             node.terminate();
@@ -183,6 +224,8 @@ async fn while_all_is_well_no_alert_fires() {
     );
     let ever = "count by (alertname) (count_over_time(ALERTS{alertname!=\"ImPresenceWatchdog\", alertstate=\"firing\"}[2h]))";
     let fired = prometheus.query(ever).await.expect("an answer");
-    assert_eq!(fired["data"]["result"].as_array().map(Vec::len), Some(0), "{fired}");
+    let fired = fired["data"]["result"].as_array().expect("a list").iter().filter_map(|of| of["metric"]["alertname"].as_str());
+    none("no alert fires", fired.filter(|alert| !excused.contains(*alert)).map(str::to_owned).collect());
+    println!("others took the processors, which excuses {excused:?}");
     assert!(count(binds) > 60 * minutes && count(messages) > 60 * minutes, "something went on");
 }
