@@ -44,7 +44,6 @@ pub fn start(
         presence: Arc::new(presence),
         lives: engine.lives.clone(),
         inboxes: engine.inboxes.clone(),
-        reporter,
         audit_log: AuditLog::new(engine.database.clone()),
         reporter: reporting.reporter,
         listening: reporting.listening,
