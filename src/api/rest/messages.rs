@@ -8,9 +8,11 @@ use axum::extract::Path;
 use axum::extract::State;
 use serde::Deserialize;
 use serde::Serialize;
+use tonic::metadata::MetadataValue;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
 
+use crate::api::delivery::TRACE;
 use crate::api::rest::Answer;
 use crate::api::rest::Rest;
 use crate::api::rest::Routes;
@@ -91,6 +93,30 @@ struct Delivered {
     acked_devices: Vec<String>,
     /// How often it was tried.
     attempts: u32,
+    /// What was done, in its order.
+    steps: Vec<Step>,
+}
+
+/// One step of a delivery.
+#[derive(Serialize, ToSchema)]
+struct Step {
+    /// When it began, in microseconds since the delivery did.
+    at_us: u64,
+    /// As looked_up, handed, acked, stored.
+    what: String,
+    node_id: String,
+    gateway_addr: String,
+    device_id: String,
+    took_us: u64,
+    /// For people.
+    detail: String,
+}
+
+impl From<pb::DeliveryStep> for Step {
+    fn from(step: pb::DeliveryStep) -> Self {
+        let pb::DeliveryStep { at_us, what, node_id, gateway_addr, device_id, took_us, detail } = step;
+        Self { at_us, what, node_id, gateway_addr, device_id, took_us, detail }
+    }
 }
 
 pub fn routes() -> Routes {
@@ -148,7 +174,8 @@ async fn deliver(
         device_ids: message.device_ids.unwrap_or_default(),
         ..Default::default()
     };
-    let request = caller.asks_within(MAX_TIME - MARGIN, request);
+    let mut request = caller.asks_within(MAX_TIME - MARGIN, request);
+    request.metadata_mut().insert(TRACE, MetadataValue::from_static("1"));
     let told = rest.presence.deliver(request).await?.into_inner();
     let result = told.result.unwrap_or_default();
     Ok(Json(Delivered {
@@ -161,5 +188,6 @@ async fn deliver(
         receivers: told.receivers,
         acked_devices: told.acked_devices,
         attempts: told.attempts,
+        steps: told.steps.into_iter().map(Step::from).collect(),
     }))
 }
