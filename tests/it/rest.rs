@@ -364,6 +364,8 @@ async fn any_node_answers_for_all_and_what_is_ordered_is_done_and_taken_down() {
         (&json!(true), &json!("OK"), &json!([PHONE])),
         "{told}"
     );
+    let steps: Vec<_> = told["steps"].as_array().expect("a list").iter().map(|step| step["what"].as_str()).collect();
+    assert!(["looked_up", "handed", "acked"].iter().all(|what| steps.contains(&Some(what))), "{told}");
     assert_eq!(gateway.texts(), ["hi"]);
     assert_eq!(two.did("PUT", "/users/2/status", Some(json!({"status": "busy", "text": "lunch"}))).await["shown"], "busy");
     assert_eq!(two.all("/users?status=busy", 10).await.len(), 1);
