@@ -118,7 +118,8 @@ async fn operations(node: &Node) -> Vec<(String, String, Value)> {
 /// A path that names something.
 fn filled(path: &str) -> String {
     let path = path.replace("{user_id}", "1").replace("{gateway_addr}", GATEWAY);
-    path.replace("{device_id}", PHONE).replace("{epoch}", "1")
+    let path = path.replace("{device_id}", PHONE).replace("{epoch}", "1").replace("{node_id}", "node-1");
+    path.replace("/events", "/events?follow=false") // else it does not end
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
