@@ -19,10 +19,12 @@ use crate::api::status::status;
 use crate::domain::event::Outcome;
 use crate::domain::gateway::Life;
 use crate::domain::gateway::Liveness;
+use crate::domain::gateway::late_before_end;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::domain::time::Timestamp;
 use crate::engine::gateways::digests::Digests;
+use crate::engine::gateways::registry::Listed;
 use crate::engine::gateways::registry::Registry;
 use crate::engine::messages::peers::Peers;
 use crate::engine::presence::explaining::Explaining;
@@ -63,7 +65,12 @@ impl AdminService for Admin {
         let request = request.get_ref();
         let after = page_after(&request.page_token).map_err(|error| status(&error))?;
         let limit = if request.page_size == 0 { MAX_PAGE } else { MAX_PAGE.min(request.page_size as usize) };
-        let listing = self.gateways.list(request.include_dead, after, limit).await.map_err(|error| status(&error))?;
+        let listed = match (request.late_only, request.include_dead) {
+            (true, _) => Listed::Ending(late_before_end(self.gateways.terms.heartbeat_interval)),
+            (false, true) => Listed::All,
+            (false, false) => Listed::Living,
+        };
+        let listing = self.gateways.list(listed, after, limit).await.map_err(|error| status(&error))?;
         let (now, held) = (self.lives.clock.now(), listing.hold.is_some());
         let hold = listing.hold.unwrap_or_default();
         let mut lives: Vec<_> = listing.lives.into_iter().map(|(life, routes)| self.life(&life, routes, held, now)).collect();

@@ -193,8 +193,11 @@ struct Together {
     acks: Vec<Ack>,
     hello: bool,
     inspections: Vec<(UserId, oneshot::Sender<Inspected>)>,
-    questions: Vec<(Question, oneshot::Sender<Result<Vec<u8>, String>>)>,
+    questions: Vec<Asked>,
 }
+
+/// What a node is asked about itself, and who waits for the answer.
+type Asked = (Question, oneshot::Sender<Result<Vec<u8>, String>>);
 
 /// Which process answers at `addr` for the nodes of a store.
 ///
@@ -259,8 +262,8 @@ impl Caller {
         tokio::join!(self.forward_acks(node.client.clone(), &acks), inspect, ask, self.forward(node, together));
     }
 
-    async fn ask(&self, node: Callee, questions: Vec<(Question, oneshot::Sender<Result<Vec<u8>, String>>)>) {
-        let ask = |(question, answer): (Question, oneshot::Sender<Result<Vec<u8>, String>>)| {
+    async fn ask(&self, node: Callee, questions: Vec<Asked>) {
+        let ask = |(question, answer): Asked| {
             let mut node = node.clone();
             let request =
                 pb::InspectNodeReq { store_id: self.store_id.clone(), what: question.what.to_owned(), about: question.about };

@@ -191,7 +191,7 @@ impl Life {
 
     /// From when on two of its beats are missing, if none comes until then.
     pub fn late_at(&self, heartbeat_interval: Duration) -> Timestamp {
-        self.lease_until.minus(heartbeat_interval + LATE_MARGIN)
+        self.lease_until.minus(late_before_end(heartbeat_interval))
     }
 
     pub fn liveness(&self, now: Timestamp, heartbeat_interval: Duration) -> Liveness {
@@ -207,6 +207,11 @@ impl Life {
     pub fn ended(&self, end: End) -> Self {
         Self { end: self.end.or(Some(end)), ..self.clone() }
     }
+}
+
+/// How long before the end of its lease a life is late.
+pub fn late_before_end(heartbeat_interval: Duration) -> Duration {
+    heartbeat_interval + LATE_MARGIN
 }
 
 impl Fence {

@@ -50,6 +50,7 @@ use crate::store::connection::statement;
 use crate::store::database::Database;
 use crate::store::ended_lives::Ending;
 use crate::store::lives::Begun;
+use crate::store::lives::Listed;
 use crate::store::open_error::OpenError;
 use crate::store::users::UserChange;
 
@@ -388,10 +389,13 @@ async fn a_registration_ends_the_former_life_and_five_are_enough() {
         assert!(register(connection, "gw-2:7000").await.ended.is_none(), "another address is free to register");
         assert_eq!(connection.current_lives(&[gateway("gw-1:7000")]).await.unwrap().len(), 1);
 
-        let listed = connection.list_lives(false, None, 100).await.unwrap();
+        let listed = connection.list_lives(Listed::Living, None, 100).await.unwrap();
         assert_eq!(listed.iter().map(|life| life.gateway.as_str()).collect::<Vec<_>>(), ["gw-1:7000", "gw-2:7000"]);
         assert_eq!(*listed[0].profile, registration("gw-1:7000").profile);
-        assert_eq!(connection.list_lives(true, None, 100).await.unwrap().len(), 7);
+        assert_eq!(connection.list_lives(Listed::All, None, 100).await.unwrap().len(), 7);
+        for (within, lives) in [(LEASE * 2, 2), (Duration::ZERO, 0)] {
+            assert_eq!(connection.list_lives(Listed::Ending(within), None, 100).await.unwrap().len(), lives);
+        }
     })
     .await;
 }
@@ -487,7 +491,7 @@ async fn any_number_of_lives_ends_at_once() {
         let ended =
             connection.end_lives("node", &epochs, Ending::Unconditional(EndReason::Operator)).await.unwrap().expect("they lived");
         assert_eq!(ended.lives.len(), 100);
-        assert_eq!(connection.list_lives(false, None, 100).await.unwrap().len(), 0);
+        assert_eq!(connection.list_lives(Listed::Living, None, 100).await.unwrap().len(), 0);
     })
     .await;
 }
@@ -512,7 +516,7 @@ async fn a_life_that_never_registered_ends_when_it_has_had_no_route_for_long() {
         assert!(next.epoch > unused.epoch, "nobody binds to it any more");
         assert_eq!(later(connection, 2 * STRAGGLERS).await, 1);
         let mut living: Vec<u64> =
-            connection.list_lives(false, None, 100).await.unwrap().iter().map(|life| life.epoch.0).collect();
+            connection.list_lives(Listed::Living, None, 100).await.unwrap().iter().map(|life| life.epoch.0).collect();
         living.sort_unstable();
         assert_eq!(living, [used.epoch.0, managed.epoch.0, next.epoch.0]);
         assert_eq!(connection.unswept_lives().await.unwrap().len(), 0);

@@ -38,6 +38,15 @@ use crate::store::statement::filled;
 use crate::store::statement::repeated;
 use crate::store::users::Records;
 
+/// Which lives an operator sees.
+#[derive(Clone, Copy, Debug)]
+pub enum Listed {
+    Living,
+    /// Those whose leases end within this time.
+    Ending(Duration),
+    All,
+}
+
 /// A life that began, and those that it ended.
 #[derive(Debug)]
 pub struct Begun {
@@ -275,17 +284,23 @@ impl Connection {
         Ok(())
     }
 
-    /// Up to `limit` lives as an operator sees them, after `after`: by address; also those that ended, if asked for, the newest
-    /// first.
+    /// Up to `limit` lives as an operator sees them, after `after`: by address, the newest first.
     pub async fn list_lives(
         &mut self,
-        include_dead: bool,
+        listed: Listed,
         after: Option<&(GatewayAddr, Epoch)>,
         limit: usize,
     ) -> Result<Vec<Arc<Life>>, SqlError> {
-        let which = if include_dead { "1 = 1" } else { "alive = 1" };
+        let which = match listed {
+            Listed::Living => "alive = 1".to_owned(),
+            Listed::Ending(_) => format!("alive = 1 AND kind = 1 AND lease_until <= {} + ?", clock_millis(self.engine())),
+            Listed::All => "1 = 1".to_owned(),
+        };
         let later = if after.is_some() { " AND gateway_addr >= ? AND (gateway_addr > ? OR epoch < ?)" } else { "" };
         let mut select = statement(format!("{COLUMNS}{which}{later} ORDER BY gateway_addr, epoch DESC LIMIT ?"));
+        if let Listed::Ending(within) = listed {
+            select = select.bind(duration_millis(within));
+        }
         if let Some((gateway, epoch)) = after {
             select = select.bind(gateway.to_string()).bind(gateway.to_string()).bind(signed(epoch.0));
         }

@@ -83,7 +83,7 @@ async fn an_isolation_level_that_somebody_changes_is_named() {
         db.url.rsplit(':').next().and_then(|rest| rest.split('/').next()).expect("a port").parse().expect("a number");
     let liar = Liar::start(server).await;
     let url = format!("mysql://root@127.0.0.1:{}/{}", liar.port, db.name());
-    let mut settings = db.settings(&[]);
+    let mut settings = db.settings(&[("STORE__TLS", "disabled")]); // else nobody stands between
     settings.push(("STORE__URL".to_owned(), url));
     let node = Node::start(settings).await;
     assert!(!failed(&node).contains(&"isolation_level".to_owned()));
@@ -107,8 +107,9 @@ async fn an_advertised_address_that_leads_nowhere_is_named_by_both_nodes() {
     let mut cluster = Cluster::mariadb(1, &[]).await;
     let nowhere = format!("127.0.0.1:{}", free_port());
     cluster.add_node(&[("PRESENCE_SERVICE__ADVERTISE", &nowhere)]).await;
-    names_only(&cluster.nodes[1], "advertise").await;
-    names(&cluster.nodes[0], "peers").await;
+    let both = async || failed(&cluster.nodes[1]) == ["peers", "advertise"];
+    eventually("the doctor of the node names its address, and that nobody reaches it", SETTLED, both).await;
+    names_only(&cluster.nodes[0], "peers").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

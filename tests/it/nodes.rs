@@ -10,6 +10,7 @@ use crate::harness::cluster::Cluster;
 use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
 use crate::harness::eventually;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::stream::Devices;
 use crate::harness::stream::RawStream;
@@ -117,13 +118,14 @@ async fn the_summary_has_what_the_first_page_needs() {
     node.try_beat("gw-1:7000", epoch).await.expect("a beat");
     node.bind(pb::BindRouteReq { gateway_epoch: epoch, ..a_bind(ALICE, PHONE, "c1") }).await;
     node.query(ALICE).await;
+    let lives = async || get(&cluster.nodes[1], "summary").await["gateways"]["alive"] == 1;
+    eventually("the gateway is counted", SOON, lives).await;
     let rates = async || get(&cluster.nodes[1], "summary").await["rates"]["binds"].as_f64().is_some_and(|rate| rate > 0.0);
     eventually("the rates of the other node are in it", RATES_WITHIN, rates).await;
     let summary = get(&cluster.nodes[1], "summary").await;
     for (key, want) in [("version", env!("CARGO_PKG_VERSION")), ("system", cluster.db.name()), ("verdict", "ok")] {
         assert_eq!(summary[key], want, "{summary}");
     }
-    assert_eq!(summary["gateways"]["alive"], 1, "{summary}");
     assert_eq!((&summary["hold"], &summary["drains"]), (&Value::Null, &Value::from(0)), "{summary}");
     let share = &summary["hit_share"];
     let sum: f64 = ["memory", "redis", "sql"].iter().filter_map(|tier| share[tier].as_f64()).sum();
@@ -134,4 +136,19 @@ async fn the_summary_has_what_the_first_page_needs() {
     assert_eq!(of("binds").expect("a number")["value"], 1.0, "{metrics}");
     let (status, _) = node.http("/api/v1/metrics?node=three").await;
     assert_eq!(status, 404);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn when_the_database_stands_still_every_node_says_so_and_that_nothing_can_be_stored() {
+    let server = MariaDb::start();
+    let cluster = Cluster::on(&server, 2, &[]).await;
+    server.stop();
+    for node in &cluster.nodes {
+        let down = async || get(node, "summary").await["verdict"] == "down";
+        eventually("the verdict is down", SOON, down).await;
+        let summary = get(node, "summary").await;
+        assert!(summary["because"].to_string().contains("the database does not answer"), "{summary}");
+    }
+    server.cont();
+    eventually("all is well again", SOON, async || get(cluster.node(), "summary").await["verdict"] == "ok").await;
 }

@@ -21,6 +21,7 @@ use crate::harness::cluster::PHONE;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::code;
 use crate::harness::eventually;
+use crate::harness::gateway::Gateway;
 use crate::harness::gateway::on;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Answer;
@@ -117,7 +118,8 @@ async fn operations(node: &Node) -> Vec<(String, String, Value)> {
 /// A path that names something.
 fn filled(path: &str) -> String {
     let path = path.replace("{user_id}", "1").replace("{gateway_addr}", GATEWAY);
-    path.replace("{device_id}", PHONE).replace("{epoch}", "1")
+    let path = path.replace("{device_id}", PHONE).replace("{epoch}", "1").replace("{node_id}", "node-1");
+    path.replace("/events", "/events?follow=false") // else it does not end
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -447,6 +449,34 @@ async fn gateways_are_drained_held_and_declared_dead() {
     gone.is_problem(404, "NOT_FOUND", None);
     let rows = "SELECT COUNT(*) FROM audit WHERE action = 'PurgeGateways' AND outcome = 'ok' AND reason = 'gone'";
     eventually("why is taken down", SOON, async || cluster.db.number(rows).await == 2).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hold_tells_who_is_silent_and_how_many_go_offline_if_it_ends() {
+    let cluster = Cluster::mariadb(2, &[("GATEWAY__HEARTBEAT_INTERVAL", "1000"), ("GATEWAY__LEASE", "4000")]).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    let _beats = Gateway::start(OTHER_GATEWAY, &[one], Duration::from_millis(500)).await;
+    let silent = one.register(GATEWAY).await;
+    one.did("PUT", "/hold", Some(json!({"for_ms": 3_600_000, "reason": "a look"}))).await;
+    one.bind_all([ALICE, BOB], GATEWAY, silent).await;
+    let over = async || two.got("/hold").await["silent"][0]["lease_left_ms"].as_i64().is_some_and(|left| left < 0);
+    eventually("its lease is over", Duration::from_secs(10), over).await;
+    for node in [one, two] {
+        let hold = node.got("/hold").await;
+        assert_eq!((&hold["silent_gateways"], &hold["will_die"]), (&json!(1), &json!(2)), "{hold}");
+        let named = &hold["silent"][0];
+        assert_eq!((&named["gateway_addr"], &named["state"]), (&json!(GATEWAY), &json!("held")), "{hold}");
+        assert_eq!(texts(&node.all("/gateways?state=held", 1).await, "gateway_addr"), [GATEWAY]);
+        assert_eq!(texts(&node.all("/gateways?state=alive", 1).await, "gateway_addr"), [OTHER_GATEWAY]);
+        assert!(node.all("/gateways?state=late", 1).await.is_empty());
+    }
+    let dry = two.did("POST", "/hold/confirm?dry_run=true", Some(json!({"reason": "dead"}))).await;
+    let done = two.did("POST", "/hold/confirm", Some(json!({"reason": "dead"}))).await;
+    for purged in [dry, done] {
+        assert_eq!((&purged["lives"], &purged["routes"]), (&json!(1), &json!(2)), "{purged}");
+    }
+    eventually("they are offline", SOON, async || one.online([ALICE, BOB]).await == 0).await;
+    assert_eq!(one.got("/hold").await["silent"], json!([]));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

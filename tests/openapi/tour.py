@@ -62,6 +62,14 @@ def steps(epoch):
     yield "DELETE", GATEWAY, gw1, WHY, None
     yield "GET", GATEWAY, gw1, {}, None
     yield "GET", "/api/v1/audit", {}, {"action": "PurgeGateways"}, None
+    yield "GET", "/api/v1/summary", {}, {}, None
+    yield "GET", "/api/v1/nodes", {}, {}, None
+    yield "GET", "/api/v1/nodes/{node_id}/streams", {"node_id": "node-1"}, {"sort": "queue"}, None
+    yield "GET", "/api/v1/metrics", {}, {}, None
+    yield "GET", "/api/v1/config", {}, {"node": "node-1"}, None
+    yield "GET", "/api/v1/config/diff", {}, {}, None
+    yield "GET", "/api/v1/doctor", {}, {}, None
+    yield "GET", "/api/v1/events", {}, {"follow": "false", "last": 10}, None
 
 
 def wait_for(what, done):

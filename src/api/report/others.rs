@@ -1,11 +1,13 @@
 //! What the other nodes say of themselves.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
 use futures_util::future::join_all;
 use serde::de::DeserializeOwned;
+use tokio::time::timeout;
 
 use crate::api::report::Reporter;
 use crate::api::report::shapes::NodeMetrics;
@@ -18,13 +20,14 @@ use crate::engine::messages::peers::Peers;
 use crate::engine::messages::peers::Question;
 use crate::engine::overview::kept::Kept;
 use crate::engine::overview::survey::Survey;
-use crate::error::Error;
 
 /// How old may be what SQL and the other nodes have said: where it is waited for, and where what was said before will do.
 const MAX_AGE: Duration = Duration::from_secs(1);
 const USABLE: Duration = Duration::from_secs(30);
 /// How old may be which nodes there are.
 const LIST_AGE: Duration = Duration::from_secs(2);
+/// How long SQL is waited for: when it stands still, people look.
+const SQL_PATIENCE: Duration = Duration::from_millis(250);
 /// Nodes that are asked, and listed.
 const MAX_NODES: usize = 256;
 /// A node that has not said for so long that it is there is taken for gone.
@@ -51,9 +54,9 @@ struct Colleague {
 impl Colleagues {
     /// Asks all of them at the same time. Which there are SQL says, or memory, if SQL does not.
     pub async fn ask(peers: &Peers, survey: &Kept<Survey>) -> Self {
-        let listed = match survey.newest(LIST_AGE).await {
-            Ok(survey) => survey.nodes.clone(),
-            Err(_) => peers.listed().to_vec(),
+        let listed = match timeout(SQL_PATIENCE, survey.newest(LIST_AGE)).await {
+            Ok(Ok(survey)) => survey.nodes.clone(),
+            Ok(Err(_)) | Err(_) => peers.listed().to_vec(),
         };
         let others = listed.into_iter().filter(|node| node.name.node_id != peers.own.node_id).take(MAX_NODES);
         let asked = others.map(async |node| {
@@ -159,12 +162,12 @@ impl Reporter {
         Some(self.peers.ask(&addr, question, FORWARD_LIMIT).await.and_then(|json| read(&json)))
     }
 
-    /// What SQL says of the whole, as it was known a moment ago, without waiting for it.
-    ///
-    /// # Errors
-    /// [`Error::Unavailable`] if SQL cannot be read and could not be for a while.
-    pub async fn recent_survey(&self) -> Result<std::sync::Arc<Survey>, Error> {
-        self.survey.recent(LIST_AGE, USABLE).await
+    /// What SQL says of the whole, as it was known a moment ago; longer ago, if SQL does not answer. None: it never has.
+    pub(super) async fn recent_survey(&self) -> Option<Arc<Survey>> {
+        match timeout(SQL_PATIENCE, self.survey.recent(LIST_AGE, USABLE)).await {
+            Ok(Ok(survey)) => Some(survey),
+            Ok(Err(_)) | Err(_) => self.survey.last(),
+        }
     }
 }
 

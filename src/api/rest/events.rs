@@ -34,10 +34,10 @@ use crate::api::rest::problem::Problem;
 use crate::api::status::status;
 use crate::engine::overview::events::Event;
 use crate::engine::overview::events::Events;
-use crate::engine::overview::events::From;
 use crate::engine::overview::events::Kind;
 use crate::engine::overview::events::Next;
 use crate::engine::overview::events::RING;
+use crate::engine::overview::events::Since;
 
 /// Those who listen at once.
 const MAX_LISTENERS: usize = 64;
@@ -122,9 +122,9 @@ async fn listen(
     let newest = listening.events.watch(); // before looking, so that nothing is missed
     let seen = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok());
     let next = match seen.map(|id| listening.events.number(id)) {
-        Some(Some(number)) => listening.events.next(From::After(number)),
+        Some(Some(number)) => listening.events.next(Since::After(number)),
         Some(None) => listening.events.after_a_gap(),
-        None => listening.events.next(From::Last(last)),
+        None => listening.events.next(Since::Last(last)),
     };
     let mut listener = Listener {
         events: listening.events.clone(),
@@ -171,7 +171,7 @@ impl Listener {
                 () = self.draining.cancelled() => return None,
                 changed = self.newest.changed() => changed.ok()?,
             }
-            let next = self.events.next(From::After(self.last));
+            let next = self.events.next(Since::After(self.last));
             self.take(next);
         }
     }

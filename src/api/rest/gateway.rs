@@ -145,7 +145,8 @@ async fn purge_life(
 /// The last lives of an address, the newest first.
 async fn lives_of(rest: &Rest, caller: &Caller, addr: &str) -> Result<pb::ListGatewaysResp, Problem> {
     let newest_first = format!("{}@{addr}", u64::MAX);
-    let listed = gateways::page(rest, caller, true, LAST_LIVES, newest_first).await;
+    let sought = pb::ListGatewaysReq { include_dead: true, page_size: LAST_LIVES, ..Default::default() };
+    let listed = gateways::page(rest, caller, &sought, newest_first).await;
     let mut page = listed.map_err(|problem| problem.renamed("cursor", "gateway_addr"))?;
     page.lives.retain(|life| life.gateway_addr == addr);
     Ok(page)

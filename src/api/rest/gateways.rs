@@ -140,6 +140,14 @@ struct Which {
 }
 
 impl Which {
+    /// Routes are counted of what is looked at: of no more than may be wanted.
+    fn sought(&self, limit: u32) -> pb::ListGatewaysReq {
+        let late_only = matches!(self.state, Some(LifeState::Late | LifeState::Held));
+        let is_all = self.state.is_none() && self.region.is_none() && self.prefix.is_none();
+        let include_dead = self.state == Some(LifeState::Over);
+        pb::ListGatewaysReq { include_dead, late_only, page_size: if is_all { limit } else { STEP }, ..Default::default() }
+    }
+
     fn wants(&self, life: &pb::Life) -> bool {
         self.state.is_none_or(|state| state == LifeState::of(life))
             && self.region.as_ref().is_none_or(|region| *region == life.region)
@@ -166,10 +174,12 @@ pub fn routes() -> Routes {
 #[utoipa::path(get, path = "/api/v1/gateways", tag = "gateways", params(Which), responses((status = 200, body = Gateways)))]
 async fn list_gateways(State(rest): State<Arc<Rest>>, caller: Caller, Query(which): Query<Which>) -> Answer<Gateways> {
     let cursor = Cursor::of("gateways", &(which.state, &which.region, &which.prefix));
-    let (limit, include_dead) = (limit(which.limit)? as usize, which.state == Some(LifeState::Over));
+    let limit = limit(which.limit)?;
+    let sought = which.sought(limit);
+    let limit = limit as usize;
     let (mut found, mut looked_at, mut after) = (Vec::new(), 0, cursor.read(which.cursor.as_deref())?);
     let hold = loop {
-        let page = page(&rest, &caller, include_dead, STEP, after).await?;
+        let page = page(&rest, &caller, &sought, after).await?;
         looked_at += page.lives.len();
         let hold = hold_on(&rest, &page);
         after = page.next_page_token;
@@ -196,11 +206,10 @@ async fn list_gateways(State(rest): State<Arc<Rest>>, caller: Caller, Query(whic
 pub async fn page(
     rest: &Rest,
     caller: &Caller,
-    include_dead: bool,
-    page_size: u32,
+    sought: &pb::ListGatewaysReq,
     after: String,
 ) -> Result<pb::ListGatewaysResp, Problem> {
-    let request = pb::ListGatewaysReq { include_dead, page_size, page_token: after };
+    let request = pb::ListGatewaysReq { page_token: after, ..sought.clone() };
     let listed = rest.admin.list_gateways(caller.asks(request)).await;
     Ok(listed.map_err(|status| super::list_problem(status, "prefix"))?.into_inner())
 }
@@ -215,16 +224,17 @@ pub fn hold_on(rest: &Rest, page: &pb::ListGatewaysResp) -> Option<HoldOn> {
     page.hold.then(|| HoldOn { until_ms: rest.now_ms() + left_ms, left_ms, reason })
 }
 
-/// All that live, up to a bound, and the hold that is on.
-pub async fn living(rest: &Rest, caller: &Caller) -> Result<(Vec<pb::Life>, Option<HoldOn>), Problem> {
-    let (mut living, mut after) = (Vec::new(), String::new());
+/// All that are late, up to a bound, and the hold that is on.
+pub async fn late(rest: &Rest, caller: &Caller) -> Result<(Vec<pb::Life>, Option<HoldOn>), Problem> {
+    let sought = pb::ListGatewaysReq { late_only: true, page_size: STEP, ..Default::default() };
+    let (mut late, mut after) = (Vec::new(), String::new());
     loop {
-        let page = page(rest, caller, false, STEP, after).await?;
+        let page = page(rest, caller, &sought, after).await?;
         let hold = hold_on(rest, &page);
-        living.extend(page.lives);
+        late.extend(page.lives.into_iter().filter(|life| life.late));
         after = page.next_page_token;
-        if after.is_empty() || living.len() >= MAX_LOOKED_AT {
-            return Ok((living, hold));
+        if after.is_empty() || late.len() >= MAX_LOOKED_AT {
+            return Ok((late, hold));
         }
     }
 }

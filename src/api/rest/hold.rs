@@ -128,8 +128,8 @@ async fn confirm_hold(
     Body(order): Body<Confirmation>,
 ) -> Answer<Purged> {
     let (reason, dry_run) = (reason(order.reason)?, dry.is_dry());
-    let (living, hold) = gateways::living(&rest, &caller).await?;
-    let held = || living.iter().filter(|life| life.held && life.lease_left_ms < 0);
+    let (late, hold) = gateways::late(&rest, &caller).await?;
+    let held = || late.iter().filter(|life| life.held && life.lease_left_ms < 0);
     let (routes, mut lives) = (held().map(|life| life.routes).sum(), u32::try_from(held().count()).unwrap_or(u32::MAX));
     match hold {
         None if dry_run => return Err(Problem::not_found("no hold is on")),
@@ -145,9 +145,8 @@ async fn confirm_hold(
 }
 
 async fn seen(rest: &Rest, caller: &Caller) -> Answer<Hold> {
-    let (living, hold) = gateways::living(rest, caller).await?;
-    let silent = || living.iter().filter(|life| life.late);
-    let named = silent().take(MAX_NAMED).map(|life| Silent {
+    let (late, hold) = gateways::late(rest, caller).await?;
+    let named = late.iter().take(MAX_NAMED).map(|life| Silent {
         gateway_addr: life.gateway_addr.clone(),
         epoch: life.epoch.to_string(),
         state: LifeState::of(life),
@@ -157,8 +156,8 @@ async fn seen(rest: &Rest, caller: &Caller) -> Answer<Hold> {
     Ok(Json(Hold {
         hold,
         silent: named.collect(),
-        silent_gateways: silent().count() as u64,
-        will_die: silent().map(|life| life.routes).sum(),
+        silent_gateways: late.len() as u64,
+        will_die: late.iter().map(|life| life.routes).sum(),
         as_of_ms: rest.now_ms(),
     }))
 }

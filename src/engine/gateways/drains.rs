@@ -29,6 +29,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::drains::Placed;
+use crate::store::lives::Listed;
 
 /// By then every node knows that the gateways which were named together are drained, and sends nobody from one to the other.
 const MARKED_WITHIN: Duration = Duration::from_secs(2);
@@ -153,7 +154,7 @@ impl Drains {
                 None => None,
                 Some(gateway) => {
                     let newest = Some((gateway.clone(), Epoch(i64::MAX.unsigned_abs())));
-                    let lives = connection.list_lives(true, newest.as_ref(), LIVES_OF_ONE).await?;
+                    let lives = connection.list_lives(Listed::All, newest.as_ref(), LIVES_OF_ONE).await?;
                     let own = lives.iter().filter(|life| life.gateway == gateway);
                     Some(own.map(|life| life.epoch).collect::<Vec<_>>())
                 }

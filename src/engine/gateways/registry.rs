@@ -40,6 +40,7 @@ use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::ended_lives::Ended;
 use crate::store::ended_lives::Ending;
+pub use crate::store::lives::Listed;
 
 /// Registrations of one address within one lease. Room for a process that crashes and starts again, none for two processes
 /// that take the address from each other.
@@ -209,13 +210,13 @@ impl Registry {
     /// Up to `limit` lives after `after`, by gateway and the newest first, with the number of their routes.
     pub async fn list(
         self: &Arc<Self>,
-        include_dead: bool,
+        listed: Listed,
         after: Option<(GatewayAddr, Epoch)>,
         limit: usize,
     ) -> Result<Listing, Error> {
         self.change(move |connection, _| {
             Box::pin(async move {
-                let listed = connection.list_lives(include_dead, after.as_ref(), limit).await?;
+                let listed = connection.list_lives(listed, after.as_ref(), limit).await?;
                 let epochs: Vec<Epoch> = listed.iter().map(|life| life.epoch).collect();
                 let routes = connection.count_routes(&epochs).await?;
                 let counts = epochs.iter().map(|epoch| routes.get(epoch).copied().unwrap_or(0));

@@ -56,7 +56,7 @@ pub struct Event {
 
 /// From where somebody goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum From {
+pub enum Since {
     /// After the event of this number.
     After(u64),
     /// With so many past events.
@@ -121,12 +121,12 @@ impl Events {
     }
 
     /// What has happened since then, as far as it is known.
-    pub fn next(&self, from: From) -> Next {
+    pub fn next(&self, since: Since) -> Next {
         let ring = self.lock();
         let oldest = ring.events.front().map_or(ring.last + 1, |event| event.number);
-        let after = match from {
-            From::After(number) => number.min(ring.last),
-            From::Last(count) => ring.last.saturating_sub(count as u64).max(oldest - 1),
+        let after = match since {
+            Since::After(number) => number.min(ring.last),
+            Since::Last(count) => ring.last.saturating_sub(count as u64).max(oldest - 1),
         };
         let gap = (after + 1 < oldest).then(|| oldest - 1);
         let events = ring.events.iter().filter(|event| event.number > after).cloned().collect();
@@ -135,7 +135,7 @@ impl Events {
 
     /// Everything that is known, for somebody who saw events that are not.
     pub fn after_a_gap(&self) -> Next {
-        let next = self.next(From::Last(RING));
+        let next = self.next(Since::Last(RING));
         let before = next.events.first().map_or(next.last, |event| event.number - 1);
         Next { gap: Some(before), ..next }
     }
@@ -168,21 +168,21 @@ mod tests {
     #[test]
     fn whoever_comes_back_goes_on_where_it_was() {
         let events = events(5);
-        assert_eq!(numbers(&events.next(From::After(3))), [4, 5]);
-        assert_eq!(numbers(&events.next(From::Last(2))), [4, 5]);
-        assert_eq!(events.next(From::After(5)), Next { events: vec![], gap: None, last: 5 });
+        assert_eq!(numbers(&events.next(Since::After(3))), [4, 5]);
+        assert_eq!(numbers(&events.next(Since::Last(2))), [4, 5]);
+        assert_eq!(events.next(Since::After(5)), Next { events: vec![], gap: None, last: 5 });
         assert_eq!(events.number(&events.id(3)), Some(3));
-        let data = &events.next(From::After(4)).events[0].data;
+        let data = &events.next(Since::After(4)).events[0].data;
         assert_eq!(*data, json!({ "at_ms": 5, "says": "it came", "n": 4 }));
     }
 
     #[test]
     fn whoever_was_away_for_too_long_is_told_so_and_the_ring_stays_small() {
         let events = events(RING as u64 + 10);
-        let next = events.next(From::After(3));
+        let next = events.next(Since::After(3));
         assert_eq!((next.gap, next.events.len(), next.events[0].number), (Some(10), RING, 11));
-        assert_eq!(events.next(From::After(10)).gap, None);
-        assert_eq!(events.next(From::Last(2 * RING)).gap, None, "it did not ask for more than there is");
+        assert_eq!(events.next(Since::After(10)).gap, None);
+        assert_eq!(events.next(Since::Last(2 * RING)).gap, None, "it did not ask for more than there is");
     }
 
     #[test]

@@ -62,6 +62,12 @@ impl<T: Send + Sync + 'static> Kept<T> {
         }
     }
 
+    /// What was read last, however long ago.
+    pub fn last(&self) -> Option<Arc<T>> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.last.as_ref().map(|(_, known)| known.clone())
+    }
+
     fn look(&self, fresh: Duration, usable: Duration) -> Result<Arc<T>, watch::Receiver<Done<T>>> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(under_way) = &state.under_way {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::json;
+use tokio::time::timeout;
 
 use crate::domain::drain::Drain;
 use crate::domain::drain::DrainState;
@@ -29,6 +30,8 @@ use crate::store::cluster::Hold;
 pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 /// Between two looks at what only SQL knows: drains, and the audit of other nodes.
 const SQL_INTERVAL: Duration = Duration::from_secs(2);
+/// How long such a look may keep the others waiting.
+const SQL_LIMIT: Duration = Duration::from_secs(3);
 /// Rows of the audit are there so long after their time at the latest, as a rule: another node writes them a little later.
 const LATE_ROWS: Duration = Duration::from_secs(10);
 /// Of these at most.
@@ -84,6 +87,10 @@ impl Observer {
 
     /// Looks at what only SQL knows. Whatever cannot be read now is found later.
     pub async fn look_into_sql(&mut self) {
+        let _ = timeout(SQL_LIMIT, self.ask_sql()).await;
+    }
+
+    async fn ask_sql(&mut self) {
         if let Ok(survey) = self.survey.newest(SQL_INTERVAL).await {
             self.drains(&survey.drains);
         }
