@@ -17,7 +17,7 @@ use utoipa::openapi::security::HttpAuthScheme;
 use utoipa::openapi::security::SecurityRequirement;
 use utoipa::openapi::security::SecurityScheme;
 
-use crate::api::rest::problem::Problem;
+use crate::api::rest::problem::Told;
 
 const TITLE: &str = "im-presence";
 const DESCRIPTION: &str = "What operators ask of a system of im-presence nodes, and order. Any node answers for all. Ids, epochs \
@@ -30,7 +30,7 @@ pub fn text(mut api: OpenApi) -> Bytes {
     api.info = info;
     let components = api.components.get_or_insert_with(Components::new);
     components.add_security_scheme("token", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
-    components.schemas.insert(Problem::name().into_owned(), Problem::schema());
+    components.schemas.insert(Told::name().into_owned(), Told::schema());
     api.security = Some(vec![SecurityRequirement::new::<_, [&str; 0], &str>("token", [])]);
     api.paths.paths.values_mut().flat_map(operations).for_each(complete);
     serde_json::to_vec(&api).unwrap_or_default().into()
@@ -42,7 +42,7 @@ fn operations(item: &mut PathItem) -> impl Iterator<Item = &mut Operation> {
 
 /// Any of them may end with a problem.
 fn complete(operation: &mut Operation) {
-    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Problem::name()))).build();
+    let content = ContentBuilder::new().schema(Some(Ref::from_schema_name(Told::name()))).build();
     let problem =
         ResponseBuilder::new().description("A problem, as its status says.").content("application/problem+json", content);
     for response in operation.responses.responses.values_mut() {

@@ -29,23 +29,33 @@ use crate::pb;
 const MEDIA_TYPE: HeaderValue = HeaderValue::from_static("application/problem+json");
 
 /// What went wrong, for programs by its code, for people by its detail.
-#[derive(Clone, Debug, Serialize, ToSchema)]
-pub struct Problem {
+#[derive(Serialize, ToSchema)]
+#[schema(as = Problem)]
+pub struct Told<'a> {
     /// `urn:im-presence:problem:` and the code.
     #[serde(rename = "type")]
     kind: String,
     title: &'static str,
     /// As that of the answer.
     status: u16,
-    detail: String,
+    detail: &'a str,
     /// Names this request; the log has it, too, if it was the server's trouble.
     instance: String,
     /// One of the codes of the gRPC API.
     code: &'static str,
     /// What of the request is wrong.
-    field: Option<String>,
+    field: Option<&'a str>,
     /// After which time to repeat it.
     retry_after_ms: Option<u64>,
+}
+
+/// Why a request was not carried out.
+#[derive(Clone, Debug)]
+pub struct Problem {
+    kind: &'static Kind,
+    detail: String,
+    field: Option<String>,
+    retry_after: Option<Duration>,
 }
 
 /// Code, title and status of each kind of problem.
@@ -67,50 +77,42 @@ const LIMITED: Kind = ("RESOURCE_EXHAUSTED", "Too much at once", StatusCode::TOO
 const UNAVAILABLE: Kind = ("UNAVAILABLE", "Not now", StatusCode::SERVICE_UNAVAILABLE);
 const INTERNAL: Kind = ("INTERNAL", "A fault of the server", StatusCode::INTERNAL_SERVER_ERROR);
 /// What a status alone can say.
-const BY_STATUS: [Kind; 10] = [INVALID, UNAUTHENTICATED, DENIED, NOT_FOUND, METHOD, SLOW, TOO_LARGE, MEDIA, LIMITED, UNAVAILABLE];
+const BY_STATUS: [&Kind; 10] =
+    [&INVALID, &UNAUTHENTICATED, &DENIED, &NOT_FOUND, &METHOD, &SLOW, &TOO_LARGE, &MEDIA, &LIMITED, &UNAVAILABLE];
 
 impl Problem {
-    fn new((code, title, status): Kind, detail: impl Into<String>) -> Self {
-        Self {
-            kind: format!("urn:im-presence:problem:{code}"),
-            title,
-            status: status.as_u16(),
-            detail: detail.into(),
-            instance: String::new(),
-            code,
-            field: None,
-            retry_after_ms: None,
-        }
+    fn new(kind: &'static Kind, detail: impl Into<String>) -> Self {
+        Self { kind, detail: detail.into(), field: None, retry_after: None }
     }
 
     /// A field of the request, and what is wrong with it: "must be ...".
     pub fn invalid(field: &str, reason: &str) -> Self {
-        Self { field: Some(field.to_owned()), ..Self::new(INVALID, format!("{field}: {reason}")) }
+        Self { field: Some(field.to_owned()), ..Self::new(&INVALID, format!("{field}: {reason}")) }
     }
 
     /// The request cannot be read, as the detail says.
     pub fn unreadable(detail: impl Into<String>) -> Self {
-        Self::new(INVALID, detail)
+        Self::new(&INVALID, detail)
     }
 
     pub fn not_found(detail: impl Into<String>) -> Self {
-        Self::new(NOT_FOUND, detail)
+        Self::new(&NOT_FOUND, detail)
     }
 
     pub fn denied(detail: impl Into<String>) -> Self {
-        Self::new(DENIED, detail)
+        Self::new(&DENIED, detail)
     }
 
     pub fn too_large(detail: impl Into<String>) -> Self {
-        Self::new(TOO_LARGE, detail)
+        Self::new(&TOO_LARGE, detail)
     }
 
     pub fn media_type(detail: impl Into<String>) -> Self {
-        Self::new(MEDIA, detail)
+        Self::new(&MEDIA, detail)
     }
 
     pub fn unavailable(detail: impl Into<String>, retry_after: Duration) -> Self {
-        Self { retry_after_ms: Some(millis(retry_after)), ..Self::new(UNAVAILABLE, detail) }
+        Self { retry_after: Some(retry_after), ..Self::new(&UNAVAILABLE, detail) }
     }
 
     /// The same, with REST's name of a field that the gRPC API calls otherwise.
@@ -124,29 +126,43 @@ impl Problem {
 
     /// What an answer to `asked` means that has a status and nothing else.
     fn of(status: StatusCode, asked: &str) -> Self {
-        let kind = BY_STATUS.into_iter().find(|(.., known)| *known == status).unwrap_or(INTERNAL);
-        Self { status: status.as_u16(), ..Self::new(kind, asked) }
+        let kind = BY_STATUS.into_iter().find(|(.., known)| *known == status).unwrap_or(&INTERNAL);
+        Self::new(kind, asked)
+    }
+
+    /// As the caller is told it.
+    fn told(&self, status: StatusCode, instance: String) -> Told<'_> {
+        let (code, title, _) = *self.kind;
+        Told {
+            kind: format!("urn:im-presence:problem:{code}"),
+            title,
+            status: status.as_u16(),
+            detail: &self.detail,
+            instance,
+            code,
+            field: self.field.as_deref(),
+            retry_after_ms: self.retry_after.map(|after| u64::try_from(after.as_millis()).unwrap_or(u64::MAX)),
+        }
     }
 }
 
 impl From<Status> for Problem {
     fn from(status: Status) -> Self {
         let kind = match status.code() {
-            Code::InvalidArgument | Code::OutOfRange => INVALID,
-            Code::Unauthenticated => UNAUTHENTICATED,
-            Code::PermissionDenied => DENIED,
-            Code::NotFound | Code::Unimplemented => NOT_FOUND,
-            Code::ResourceExhausted => LIMITED,
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => UNAVAILABLE,
-            Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => REFUSED,
-            Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => INTERNAL,
+            Code::InvalidArgument | Code::OutOfRange => &INVALID,
+            Code::Unauthenticated => &UNAUTHENTICATED,
+            Code::PermissionDenied => &DENIED,
+            Code::NotFound | Code::Unimplemented => &NOT_FOUND,
+            Code::ResourceExhausted => &LIMITED,
+            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => &UNAVAILABLE,
+            Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => &REFUSED,
+            Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => &INTERNAL,
         };
         let details = status.get_error_details();
         let wrong = details.bad_request().and_then(|request| request.field_violations.first());
-        let retry_after = details.retry_info().and_then(|info| info.retry_delay);
         Self {
             field: wrong.map(|violation| violation.field.clone()),
-            retry_after_ms: retry_after.map(millis),
+            retry_after: details.retry_info().and_then(|info| info.retry_delay),
             ..Self::new(kind, status.message())
         }
     }
@@ -160,15 +176,15 @@ pub fn done(result: Option<pb::Result>) -> Result<Option<String>, Problem> {
     let pb::Result { code, msg } = result.unwrap_or_default();
     let kind = match pb::Code::try_from(code) {
         Ok(pb::Code::Ok) => return Ok((!msg.is_empty()).then_some(msg)),
-        Ok(pb::Code::Invalid) => INVALID,
-        Ok(pb::Code::NotFound) => NOT_FOUND,
-        Ok(pb::Code::Fenced) => FENCED,
-        Ok(pb::Code::Refused) => REFUSED,
-        Ok(pb::Code::Undelivered) => UNDELIVERED,
-        Ok(pb::Code::Unavailable) => UNAVAILABLE,
-        Ok(pb::Code::Superseded) => SUPERSEDED,
-        Ok(pb::Code::TooLarge) => TOO_LARGE,
-        Ok(pb::Code::Internal) | Err(_) => INTERNAL,
+        Ok(pb::Code::Invalid) => &INVALID,
+        Ok(pb::Code::NotFound) => &NOT_FOUND,
+        Ok(pb::Code::Fenced) => &FENCED,
+        Ok(pb::Code::Refused) => &REFUSED,
+        Ok(pb::Code::Undelivered) => &UNDELIVERED,
+        Ok(pb::Code::Unavailable) => &UNAVAILABLE,
+        Ok(pb::Code::Superseded) => &SUPERSEDED,
+        Ok(pb::Code::TooLarge) => &TOO_LARGE,
+        Ok(pb::Code::Internal) | Err(_) => &INTERNAL,
     };
     Err(Problem::new(kind, msg))
 }
@@ -176,13 +192,14 @@ pub fn done(result: Option<pb::Result>) -> Result<Option<String>, Problem> {
 impl IntoResponse for Problem {
     /// Text, for those who ask for no JSON; [`dress`] makes JSON of it for all others.
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let status = self.kind.2;
         let mut response = (status, format!("{}\n", self.detail)).into_response();
         if status == StatusCode::UNAUTHORIZED {
             response.headers_mut().insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
-        if let Some(retry_after_ms) = self.retry_after_ms {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(retry_after_ms.div_ceil(1_000)));
+        if let Some(after) = self.retry_after {
+            let seconds = after.as_secs() + u64::from(after.subsec_nanos() > 0);
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response.extensions_mut().insert(self);
         response
@@ -206,17 +223,12 @@ pub async fn dress(request: Request, next: Next) -> Response {
     if !head.status.is_client_error() && !head.status.is_server_error() {
         return Response::from_parts(head, body);
     }
-    let mut problem = head.extensions.remove::<Problem>().unwrap_or_else(|| Problem::of(head.status, &asked));
-    problem.instance = Uuid::now_v7().urn().to_string();
+    let problem = head.extensions.remove::<Problem>().unwrap_or_else(|| Problem::of(head.status, &asked));
+    let told = problem.told(head.status, Uuid::now_v7().urn().to_string());
     if head.status.is_server_error() {
-        let (id, why) = (&problem.instance, &problem.detail);
-        warn!(request.id = id, "{asked}: {why}");
+        warn!(request.id = told.instance, "{asked}: {}", told.detail);
     }
     head.headers.insert(CONTENT_TYPE, MEDIA_TYPE);
     head.headers.remove(CONTENT_LENGTH);
-    Response::from_parts(head, Body::from(serde_json::to_vec(&problem).unwrap_or_default()))
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+    Response::from_parts(head, Body::from(serde_json::to_vec(&told).unwrap_or_default()))
 }
