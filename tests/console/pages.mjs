@@ -47,7 +47,7 @@ await play(async (open) => {
   await page.getByText('No device is bound.').waitFor();
   await go(page, ['events', 'Events', 'a test of the console']);
   await go(page, ['users', 'Users', gateways[1]]);
-  await page.getByLabel('User id').fill('no number');
+  await page.getByLabel('User id', { exact: true }).fill('no number');
   await page.getByRole('button', { name: 'Show' }).click();
   await page.getByText('A user id is a number.').waitFor();
   await page.getByLabel('Region, exactly').fill('nowhere');

@@ -29,7 +29,7 @@ export const PAGES = [
   ['events', 'Events', 'Who did what'],
   ['nodes', 'Nodes', 'node-1'],
   ['nodes/node-1', 'Node node-1', 'Configuration in force'],
-  ['doctor', 'Doctor', 'What it found'],
+  ['doctor', 'Doctor', 'Look again'],
   ['settings', 'Settings', 'Appearance'],
 ];
 

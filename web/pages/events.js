@@ -37,7 +37,7 @@ export function open({ query, redraw, reload, search }) {
       const events = live.events.filter(fits).slice(0, SHOWN);
       return [
         section('Live', filters([['kind', 'Kind', ['', ...KINDS]], ['text', 'Text in it']], query, search),
-          events.length ? h('ul', { class: 'events', role: 'log', 'aria-label': 'Events, the newest first' }, events.map(eventRow))
+          events.length ? h('div', { role: 'log', 'aria-label': 'Events, the newest first' }, h('ul', { class: 'events' }, events.map(eventRow)))
             : empty(kind || text ? 'Nothing of that has happened lately.' : 'Nothing has happened lately.')),
         section('Who did what', filters([['who', 'Who, exactly'], ['action', 'Action, exactly']], query, search), auditTable(audit, query), pages(audit, cursors, turn)),
       ];
