@@ -156,7 +156,7 @@ mod tests {
     fn a_healthy_system_needs_no_words_and_each_trouble_has_some() {
         let fine = NodeReport { node_id: "node-1".into(), ready: Some(true), sql_ok: Some(true), ..NodeReport::default() };
         let gateways = GatewayCounts { alive: 8, held: 12, unmanaged: 1, ..GatewayCounts::default() };
-        assert_eq!(because(&[fine.clone()], &GatewayCounts { alive: 20, ..GatewayCounts::default() }, None), [""; 0]);
+        assert_eq!(because(std::slice::from_ref(&fine), &GatewayCounts { alive: 20, ..GatewayCounts::default() }, None), [""; 0]);
         let hold = HoldReport { until_ms: 1_795_337_561_000, reason: "doubt".into(), silent: 12 };
         let silent =
             NodeReport { node_id: "node-2".into(), error: Some("no answer within 1000 ms".into()), ..NodeReport::default() };

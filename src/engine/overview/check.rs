@@ -81,7 +81,7 @@ pub fn certificates(ends: &[(String, i64)], now_s: i64) -> Check {
     let hint = "renew it and put it in place of the file: it is read again within 5 s, without a restart";
     match left {
         ..=0 => Check::ill("certificates", format!("that of {use} ended {days} days ago"), hint),
-        ..RENEW_BEFORE_S => Check::ill("certificates", format!("that of {use} ends in {days} days"), hint),
+        1..RENEW_BEFORE_S => Check::ill("certificates", format!("that of {use} ends in {days} days"), hint),
         _ => Check::well("certificates", format!("{} in use; the first to end is that of {use}, in {days} days", ends.len())),
     }
 }
