@@ -170,13 +170,13 @@ async fn queries(node: &Node, plan: &Plan) -> f64 {
 /// Consoles that stand open until this is dropped: each with its stream of events, and a page that is made anew all the time.
 fn consoles(node: &Node) -> JoinSet<()> {
     let mut open = JoinSet::new();
-    for n in 0..CONSOLES {
+    for (n, (_, paths)) in PAGES.into_iter().take(CONSOLES).enumerate() {
         let admin = node.admin;
         open.spawn(async move { drop(ask(admin, "GET", "/api/v1/events", &[], "").await) });
         open.spawn(async move {
             sleep(REFRESH * u32::try_from(n).expect("a few") / u32::try_from(CONSOLES).expect("a few")).await;
             loop {
-                for path in [&["summary"], PAGES[n].1].concat() {
+                for path in [&["summary"], paths].concat() {
                     ask(admin, "GET", &format!("/api/v1/{path}"), &[], "").await;
                 }
                 sleep(REFRESH).await;
