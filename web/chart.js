@@ -12,9 +12,9 @@ let library;
 export function chart(title, series, samples, unit = '') {
   const last = samples().at(-1);
   const now = series.map(({ label, of }) => `${label} ${last ? show(of(last)) : 'not known'}${unit}`).join(', ');
-  return h('figure', { key: title, 'aria-label': `${title}: now ${now}`, role: 'img' },
+  return h('figure', { key: title },
     h('figcaption', null, title),
-    h('div', { key: 'plot', class: 'plot', keep: (element) => plot(element, series, samples, unit) }));
+    h('div', { key: 'plot', class: 'plot', role: 'img', 'aria-label': `${title}: now ${now}`, keep: (element) => plot(element, series, samples, unit) }));
 }
 
 const show = (value) => (value === null || value === undefined ? '–' : Number(value.toPrecision(4)).toLocaleString('en'));
