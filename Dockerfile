@@ -10,6 +10,7 @@ COPY crates crates
 COPY migrations migrations
 COPY proto proto
 COPY src src
+COPY web web
 # Line numbers stay in panic messages; what only a debugger needs goes.
 RUN cargo build --profile dist --locked --bin im-presence && strip --strip-debug target/dist/im-presence
 
