@@ -83,6 +83,7 @@ struct ByBuild {
 const BIND_RESULTS: [&str; 6] = ["ok", "refused", "fenced", "error", "overloaded", "unavailable"];
 const DEATH_CAUSES: [&str; 5] = ["expired", "superseded", "deregistered", "operator", "held"];
 const DELIVERY_OUTCOMES: [&str; 6] = ["delivered", "offline", "undelivered", "stored", "inbox_full", "error"];
+const SPAN_RESULTS: [&str; 3] = ["sent", "dropped", "failed"];
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 pub struct ByGateway {
@@ -250,6 +251,7 @@ impl Metrics {
     fn begin_with_nothing(&self) {
         BIND_RESULTS.iter().for_each(|result| drop(self.binds.get_or_create(&ByResult { result })));
         DEATH_CAUSES.iter().for_each(|cause| drop(self.gateway_deaths.get_or_create(&ByCause { cause })));
+        SPAN_RESULTS.iter().for_each(|result| drop(self.spans.get_or_create(&ByResult { result })));
         DELIVERY_OUTCOMES.iter().for_each(|outcome| drop(self.deliveries.get_or_create(&ByOutcome { outcome })));
     }
 

@@ -12,9 +12,9 @@ let library;
 export function chart(title, series, samples, unit = '') {
   const last = samples().at(-1);
   const now = series.map(({ label, of }) => `${label} ${last ? show(of(last)) : 'not known'}${unit}`).join(', ');
-  return h('figure', { key: title, 'aria-label': `${title}: now ${now}`, role: 'img' },
+  return h('figure', { key: title },
     h('figcaption', null, title),
-    h('div', { key: 'plot', class: 'plot', keep: (element) => plot(element, series, samples, unit) }));
+    h('div', { key: 'plot', class: 'plot', role: 'img', 'aria-label': `${title}: now ${now}`, keep: (element) => plot(element, series, samples, unit) }));
 }
 
 const show = (value) => (value === null || value === undefined ? '–' : Number(value.toPrecision(4)).toLocaleString('en'));
@@ -32,15 +32,20 @@ async function plot(element, series, samples, unit) {
   const { default: UPlot } = await library;
   let drawn;
   const data = () => [samples().map((sample) => sample.at), ...series.map(({ of }) => samples().map((sample) => of(sample) ?? null))];
+  // From the samples themselves: of a single one uPlot would make a day.
+  const window = () => {
+    const last = samples().at(-1)?.at ?? 0;
+    return [Math.min(samples()[0]?.at ?? 0, last - SHORTEST_S), last];
+  };
   const make = () => {
     drawn?.destroy();
     const axis = { stroke: color(element, '--soft'), grid: { stroke: color(element, '--line'), width: 1 }, ticks: { stroke: color(element, '--line'), width: 1 } };
     drawn = new UPlot({
       width: Math.max(200, element.clientWidth),
       height: HEIGHT,
-      cursor: { points: { size: 6 } },
+      cursor: { points: { size: 6 }, drag: { x: false, y: false } },
       tzDate: (at) => UPlot.tzDate(new Date(at * 1000), 'Etc/UTC'),
-      scales: { x: { range: (_, first, last) => [Math.min(first ?? 0, (last ?? 0) - SHORTEST_S), last ?? 0] }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
+      scales: { x: { range: window }, y: { range: (_, low, high) => [Math.min(0, low ?? 0), high > 0 ? high * 1.1 : 1] } },
       axes: [{ ...axis, space: 80, values: (_, ticks) => ticks.map((at) => clock(at * 1000).slice(0, 8)) }, { ...axis, size: 64, values: (_, ticks) => ticks.map(show) }],
       series: [
         { label: 'at', value: ({ data: [all] }, at) => ((at ?? all.at(-1)) ? clock((at ?? all.at(-1)) * 1000) : '–') },

@@ -122,6 +122,6 @@ export async function accessible(page, what) {
   return found.map(({ id, impact }) => `${id} (${impact})`);
 }
 
-export async function picture(page, name) {
-  if (pictures) await page.screenshot({ path: `${pictures}/${name}.png`, fullPage: false });
+export async function picture(page, name, fullPage = false) {
+  if (pictures) await page.screenshot({ path: `${pictures}/${name}.png`, fullPage });
 }
