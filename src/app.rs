@@ -57,7 +57,7 @@ use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::connection::Purpose;
 use crate::store::database::Database;
-use crate::store::link::LinkError;
+use crate::store::link_error::LinkError;
 use crate::store::open_error::OpenError;
 use crate::telemetry;
 
@@ -80,7 +80,7 @@ pub enum StartError {
     Redis { section: &'static str, cause: LinkError },
     #[error(
         "[redis_cache] is used by another store ({store}), and a node on SQLite shares no Redis: give it another \
-         redis_cache.database, or store.url = mysql://... to join the others; a store that is gone is forgotten in 10 s"
+         redis_cache.database or key_prefix, or store.url = mysql://... to join the others; a store that is gone is forgotten in 10 s"
     )]
     CacheTaken { store: String },
     #[error(
@@ -365,8 +365,9 @@ async fn announce(config: &Config, database: &Database) {
             }
         }
     }
+    let cache = config.redis_cache.as_ref().map(|cache| &cache.server);
     let queue = config.redis_queue.as_ref().map(|queue| &queue.server);
-    for (tier, redis) in [("redis_cache", config.redis_cache.as_ref()), ("redis_queue", queue)] {
+    for (tier, redis) in [("redis_cache", cache), ("redis_queue", queue)] {
         match redis {
             None => info!("[{tier}] is not configured: this node runs without it"),
             Some(redis) if redis.speaks_tls() => {

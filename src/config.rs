@@ -11,6 +11,7 @@ mod forms;
 mod load;
 mod moves;
 mod presence;
+mod redis;
 mod rules;
 mod schema;
 mod secret;
@@ -19,8 +20,6 @@ mod sources;
 mod trace;
 
 use std::fmt;
-use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -42,6 +41,10 @@ pub use moves::Drain;
 pub use presence::History;
 pub use presence::Status;
 pub use presence::Watch;
+pub use redis::Redis;
+pub use redis::RedisCache;
+pub use redis::RedisMode;
+pub use redis::RedisQueue;
 pub use rules::UNNAMED;
 pub use secret::Secret;
 pub use secret::Url;
@@ -82,7 +85,7 @@ pub struct Config {
     pub allocation: Allocation,
     pub digest: Digest,
     pub store: Store,
-    pub redis_cache: Option<Redis>,
+    pub redis_cache: Option<RedisCache>,
     pub redis_queue: Option<RedisQueue>,
     #[serde(skip)]
     pub sources: Sources,
@@ -239,74 +242,6 @@ pub enum Payload {
     Raw,
     /// A protobuf `Delivery`.
     Envelope,
-}
-
-/// A Redis server: by `url`, or by all the other fields.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Redis {
-    pub host: String,
-    pub port: u16,
-    pub database: u32,
-    /// For connecting and writing, not for readers. Also goes with `url`.
-    #[serde(with = "millis")]
-    pub timeout: Duration,
-    #[serde(with = "or_empty")]
-    pub username: Option<String>,
-    #[serde(with = "or_empty")]
-    pub password: Option<Secret>,
-    #[serde(with = "or_empty")]
-    pub password_file: Option<PathBuf>,
-    pub tls: bool,
-    /// Given: these CAs and no others.
-    #[serde(with = "or_empty")]
-    pub ca_file: Option<PathBuf>,
-    #[serde(with = "or_empty")]
-    pub cert_file: Option<PathBuf>,
-    #[serde(with = "or_empty")]
-    pub key_file: Option<PathBuf>,
-    /// Given: `host`, `port`, `database`, `username`, `password` and `tls` have their defaults and say nothing.
-    #[serde(with = "or_empty")]
-    pub url: Option<Url>,
-    #[serde(with = "or_empty")]
-    pub url_file: Option<PathBuf>,
-}
-
-impl Redis {
-    /// The URL, if one was given, here or in a file; the file is read now.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn read_url(&self) -> io::Result<Option<Url>> {
-        self.url_file
-            .as_deref()
-            .map(|file| secret::read(file).map(Url::from))
-            .transpose()
-            .map(|read| read.or_else(|| self.url.clone()))
-    }
-
-    /// Whether the connection is encrypted. The server then has to prove who it is.
-    pub fn speaks_tls(&self) -> bool {
-        self.tls || self.read_url().is_ok_and(|url| url.is_some_and(|url| url.expose().starts_with("rediss:")))
-    }
-
-    /// The password; the same.
-    ///
-    /// # Errors
-    /// The file cannot be read.
-    pub fn read_password(&self) -> io::Result<Option<Secret>> {
-        let read = self.password_file.as_deref().map(|file| secret::read(file).map(Secret::from)).transpose()?;
-        Ok(read.or_else(|| self.password.clone()))
-    }
-}
-
-/// The Redis that carries channels.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct RedisQueue {
-    #[serde(flatten)]
-    pub server: Redis,
-    /// Begins every channel's name; may be empty.
-    pub channel_prefix: String,
 }
 
 impl fmt::Display for Config {

@@ -113,7 +113,7 @@ pub async fn fill_l2(db: &TestDb, settings: &[(&str, &str)], users: u64) {
     }
 }
 
-fn redis_at(port: &str) -> im_presence::config::Redis {
+fn redis_at(port: &str) -> im_presence::config::RedisCache {
     let directory = tempfile::tempdir().expect("a directory");
     let file = directory.path().join("redis.toml");
     std::fs::write(&file, format!("[redis_cache]\nport = {port}\n")).expect("write the settings");

@@ -177,8 +177,12 @@ pub fn batch_delivered(users: &[UserId], reports: &[Result<Report, Error>]) -> p
 const NO_WAY: &str = "the user's gateway does not attach, and no [redis_queue] is configured to publish to it: attach it, or \
     configure [redis_queue], which the gateway subscribes to";
 
+/// What the caller cannot know of a message to a gateway that does not attach.
+const UNCOUNTED: &str = "published in a Redis Cluster, which does not say how many have received it";
+
 fn said(report: &Report) -> (pb::Code, &'static str) {
     match report.outcome {
+        Outcome::Delivered if report.uncounted && report.acked.is_empty() => (pb::Code::Ok, UNCOUNTED),
         Outcome::Delivered | Outcome::Stored => (pb::Code::Ok, ""),
         Outcome::InboxFull => (pb::Code::Undelivered, "the user cannot be reached, and the inbox is full"),
         Outcome::Offline => (pb::Code::NotFound, "the user has no live route"),

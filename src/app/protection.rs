@@ -138,7 +138,7 @@ fn entrance(
 /// Certificates for the links to others. Whoever makes such a link reads them by himself.
 fn watch_ends(config: &Config, metrics: &Arc<Metrics>, reloader: &mut Reloader) -> Result<(), StartError> {
     let redis = |redis: &config::Redis| (redis.cert_file.clone(), redis.ca_file.clone());
-    let cache = config.redis_cache.as_ref().map(redis).unwrap_or_default();
+    let cache = config.redis_cache.as_ref().map(|cache| redis(&cache.server)).unwrap_or_default();
     let queue = config.redis_queue.as_ref().map(|queue| redis(&queue.server)).unwrap_or_default();
     let links = [
         ("peer", (config.peer.cert_file.clone(), config.peer.ca_file.clone())),

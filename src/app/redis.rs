@@ -26,7 +26,7 @@ fn bus(queue: &config::RedisQueue) -> Result<Bus, StartError> {
     Bus::new(queue).map_err(|cause| StartError::Redis { section, cause })
 }
 
-fn shared(redis: &config::Redis, config: &Config, store_id: &str) -> Result<SharedCache, StartError> {
+fn shared(redis: &config::RedisCache, config: &Config, store_id: &str) -> Result<SharedCache, StartError> {
     let section = "redis_cache";
     SharedCache::new(redis, &config.route, store_id).map_err(|cause| StartError::Redis { section, cause })
 }

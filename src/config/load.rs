@@ -20,6 +20,8 @@ use super::sources::Sources;
 const ENV_PREFIX: &str = "IM_PRESENCE__";
 /// What a `url` says by itself.
 const SAID_BY_URL: [&str; 8] = ["host", "port", "database", "user", "username", "password", "password_file", "url_file"];
+/// What a Redis's `nodes` say by themselves.
+const SAID_BY_NODES: [&str; 4] = ["host", "port", "url", "url_file"];
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, PartialEq, Eq)]
@@ -202,9 +204,10 @@ fn said_twice(given: &[Setting]) -> Vec<Problem> {
             return None; // says nothing
         }
         let in_url = SAID_BY_URL.contains(&&*one.key) || (one.key == "tls" && one.section != "store");
-        let other = ["url", "url_file", "password"].into_iter().find(|other| {
+        let other = ["url", "url_file", "password", "nodes"].into_iter().find(|other| {
             let says_it = match *other {
                 "password" => one.key == "password_file",
+                "nodes" => SAID_BY_NODES.contains(&&*one.key),
                 other => in_url && one.key != other,
             };
             says_it && is_given(&one.section, other)
@@ -215,7 +218,8 @@ fn said_twice(given: &[Setting]) -> Vec<Problem> {
 }
 
 fn is_given(given: &[Setting], section: &str, key: &str) -> bool {
-    given.iter().any(|one| one.section == section && one.key == key && one.value != json!(""))
+    let is_empty = |value: &Value| [json!(""), json!([]), json!("[]")].contains(value);
+    given.iter().any(|one| one.section == section && one.key == key && !is_empty(&one.value))
 }
 
 /// Names the place that gave one of the fault's keys last.
@@ -231,6 +235,7 @@ mod tests {
     use super::*;
     use crate::config::LogFormat;
     use crate::config::OnOverflow;
+    use crate::config::RedisMode;
     use std::time::Duration;
 
     const SOURCE_INI: &str = "[presence_service]\nport=6000\nthread_count=4\nmax_connections=1000\n\
@@ -283,7 +288,7 @@ mod tests {
         assert_eq!(config.route.on_overflow, OnOverflow::RefuseNew);
         assert_eq!(config.log.format, LogFormat::Json);
         assert_eq!(config.gateway.doubt_share, 1.0);
-        let redis = config.redis_cache.expect("an empty section is a section");
+        let redis = config.redis_cache.expect("an empty section is a section").server;
         assert_eq!((&*redis.host, redis.port, redis.timeout), ("127.0.0.1", 6379, Duration::from_secs(5)));
     }
 
@@ -307,7 +312,7 @@ mod tests {
         let config = load("im.ini", SOURCE_INI, &[]).unwrap();
         assert_eq!(config.presence_service.thread_count, 4);
         assert_eq!(config.route.retry_interval, Duration::from_secs(1));
-        assert_eq!(config.redis_cache.map(|redis| redis.database), Some(1));
+        assert_eq!(config.redis_cache.map(|cache| cache.server.database), Some(1));
         let queue = config.redis_queue.expect("the section is there");
         assert_eq!((&*queue.server.host, queue.server.port, &*queue.channel_prefix), ("10.0.0.2", 6380, ""));
         assert_eq!(load("im.ini", "[route]\nmpim_keys = off", &[]).map(|config| config.route.mpim_keys), Ok(false));
@@ -323,7 +328,7 @@ mod tests {
     #[test]
     fn a_password_of_digits_stays_a_string() {
         let config = load("im.toml", "", &[("IM_PRESENCE__REDIS_CACHE__PASSWORD", "007")]).unwrap();
-        let password = config.redis_cache.and_then(|redis| redis.password).expect("is given");
+        let password = config.redis_cache.and_then(|cache| cache.server.password).expect("is given");
         assert_eq!(password.expose(), "007");
     }
 
@@ -375,6 +380,39 @@ mod tests {
         check_refused("[console]\ngrafana_url = \"javascript:alert(1)\"", &[], &[no_page]);
         let twice = "im.toml: redis_queue.port: redis_queue.url says it too: give only one of them";
         check_refused("[redis_queue]\nport = 1\nurl = \"redis://a\"", &[], &[twice]);
+    }
+
+    #[test]
+    fn several_redis_servers_are_named_by_their_mode_and_nodes_and_nothing_else() {
+        let text = "[redis_cache]\nmode = \"cluster\"\nnodes = [\"a:1\", \"[::1]:2\"]\nkey_prefix = \"eu:\"";
+        let variables = [
+            ("IM_PRESENCE__REDIS_QUEUE__MODE", "sentinel"),
+            ("IM_PRESENCE__REDIS_QUEUE__NODES", "[\"s:26379\"]"),
+            ("IM_PRESENCE__REDIS_QUEUE__SENTINEL_PASSWORD", "s3cret"),
+        ];
+        let config = load("im.toml", text, &variables).unwrap();
+        assert!(!format!("{config}{config:?}").contains("s3cret"));
+        let (cache, queue) = (config.redis_cache.unwrap(), config.redis_queue.unwrap().server);
+        assert_eq!((cache.server.mode, cache.server.nodes.len(), &*cache.key_prefix), (RedisMode::Cluster, 2, "eu:"));
+        assert_eq!((queue.mode, &*queue.nodes[0], &*queue.sentinel_master), (RedisMode::Sentinel, "s:26379", "mymaster"));
+        let refused = |text: &str, want: &str| {
+            check_refused(&format!("[redis_queue]\n{text}"), &[], &[&format!("im.toml: redis_queue.{want}")]);
+        };
+        refused("mode = \"cluster\"", "mode: needs redis_queue.nodes: HOST:PORT of sentinels, or of some servers of the cluster");
+        refused("nodes = [\"a:1\"]", "nodes: goes with redis_queue.mode = sentinel or cluster");
+        refused("mode = \"ring\"", "mode: must be one of `single`, `sentinel`, `cluster`");
+        let cluster = "mode = \"cluster\"\nnodes = [\"a:1\"]\n";
+        for (key, value) in [("host", "\"b\""), ("port", "1"), ("url", "\"redis://b\"")] {
+            let twice = format!("{key}: redis_queue.nodes says it too: give only one of them");
+            refused(&format!("{cluster}{key} = {value}"), &twice);
+        }
+        refused(&format!("{cluster}database = 1"), "database: must be 0: a Redis Cluster has no other");
+        refused(&format!("{cluster}sentinel_username = \"a\""), "sentinel_username: goes with redis_queue.mode = sentinel");
+        refused("mode = \"cluster\"\nnodes = [\"a\"]", "nodes: must be a list of HOST:PORT, 64 at most");
+        refused("sharded = true", "sharded: goes with redis_queue.mode = cluster");
+        let prefix = "im.toml: redis_cache.key_prefix: must be printable ASCII without spaces, up to 64 characters, without \
+            * ? [ ] \\ { }";
+        check_refused("[redis_cache]\nkey_prefix = \"{eu}\"", &[], &[prefix]);
     }
 
     #[test]

@@ -10,7 +10,6 @@ use tracing_subscriber::filter::LevelFilter;
 
 use super::Config;
 use super::Credential;
-use super::Redis;
 use super::Store;
 use crate::domain::status::MAX_TEXT_BYTES;
 use crate::security::san::SanRule;
@@ -151,13 +150,11 @@ impl Config {
         self.check_store(&mut faults);
         self.check_security(&mut faults);
         self.check_forgetting(&mut faults);
-        if let Some(redis) = &self.redis_cache {
-            redis.check("redis_cache", &mut faults);
+        if let Some(cache) = &self.redis_cache {
+            cache.check(&mut faults);
         }
         if let Some(queue) = &self.redis_queue {
-            queue.server.check("redis_queue", &mut faults);
-            let fits = queue.channel_prefix.is_empty() || is_name(&queue.channel_prefix);
-            faults.unless(fits, &["redis_queue.channel_prefix"], not_a_name);
+            queue.check(&mut faults);
         }
         faults.0
     }
@@ -344,28 +341,7 @@ impl Store {
     }
 }
 
-impl Redis {
-    fn check(&self, section: &str, faults: &mut Faults) {
-        faults.unless(is_host(&self.host), &[&format!("{section}.host")], not_a_host);
-        let known = |url: &str| has_scheme(url, &["redis:", "rediss:", "redis+unix:", "unix:"]);
-        both_or_none(faults, section, &self.cert_file, &self.key_file);
-        let url = match self.read_url().and_then(|url| self.read_password().map(|_| url)) {
-            Ok(url) => url,
-            Err(error) => {
-                let keys = [format!("{section}.url_file"), format!("{section}.password_file")];
-                return faults.unless(false, &[&keys[0], &keys[1]], || error.to_string());
-            }
-        };
-        let fits = url.as_ref().is_none_or(|url| known(url.expose()));
-        faults.unless(fits, &[&format!("{section}.url")], || "must begin with redis:, rediss: or unix:".into());
-        let has_files = self.ca_file.is_some() || self.cert_file.is_some();
-        faults.unless(self.speaks_tls() || !has_files, &[&format!("{section}.ca_file"), &format!("{section}.cert_file")], || {
-            format!("needs {section}.tls = true, or a URL that begins with rediss:")
-        });
-    }
-}
-
-fn both_or_none<T>(faults: &mut Faults, section: &str, cert: &Option<T>, key: &Option<T>) {
+pub(super) fn both_or_none<T>(faults: &mut Faults, section: &str, cert: &Option<T>, key: &Option<T>) {
     let keys = [format!("{section}.cert_file"), format!("{section}.key_file")];
     faults.unless(cert.is_some() == key.is_some(), &[&keys[0], &keys[1]], || {
         "a certificate needs its key, and a key its certificate: give both, or none".into()
@@ -376,10 +352,10 @@ fn both_or_none<T>(faults: &mut Faults, section: &str, cert: &Option<T>, key: &O
 pub const UNNAMED: &str = "with a store that several nodes share, other nodes have to reach this one, and an address such as \
     0.0.0.0 leads each of them to itself: set presence_service.advertise = HOST:PORT";
 
-struct Faults(Vec<Fault>);
+pub(super) struct Faults(Vec<Fault>);
 
 impl Faults {
-    fn unless(&mut self, kept: bool, keys: &[&str], reason: impl FnOnce() -> String) {
+    pub fn unless(&mut self, kept: bool, keys: &[&str], reason: impl FnOnce() -> String) {
         if !kept {
             self.0.push(Fault { keys: keys.iter().map(|&key| key.to_owned()).collect(), reason: reason() });
         }
@@ -393,15 +369,15 @@ fn is_filter(directives: &str) -> bool {
         && EnvFilter::builder().parse(directives).is_ok()
 }
 
-fn has_scheme(url: &str, schemes: &[&str]) -> bool {
+pub(super) fn has_scheme(url: &str, schemes: &[&str]) -> bool {
     schemes.iter().any(|scheme| url.starts_with(scheme))
 }
 
-fn is_host(host: &str) -> bool {
+pub(super) fn is_host(host: &str) -> bool {
     !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
-fn is_name(name: &str) -> bool {
+pub(super) fn is_name(name: &str) -> bool {
     is_host(name) && name.len() <= MAX_NAME_BYTES
 }
 
@@ -409,7 +385,7 @@ fn is_address(address: &str) -> bool {
     address.rsplit_once(':').is_some_and(|(host, port)| is_host(host) && port.parse::<u16>().is_ok_and(|port| port > 0))
 }
 
-fn is_reachable(address: &str) -> bool {
+pub(super) fn is_reachable(address: &str) -> bool {
     is_address(address) && address.rsplit_once(':').is_some_and(|(host, _)| !is_unspecified(host))
 }
 
@@ -425,10 +401,10 @@ fn is_loopback(host: &str) -> bool {
     host == "localhost" || ip.is_ok_and(|ip| ip.to_canonical().is_loopback())
 }
 
-fn not_a_host() -> String {
+pub(super) fn not_a_host() -> String {
     "must be a host name or an IP address".into()
 }
 
-fn not_a_name() -> String {
+pub(super) fn not_a_name() -> String {
     format!("must be printable ASCII without spaces, up to {MAX_NAME_BYTES} characters")
 }

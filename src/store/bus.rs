@@ -13,20 +13,28 @@ use tokio::time::timeout;
 use tokio_stream::StreamExt;
 
 use crate::config;
+use crate::config::RedisMode;
 use crate::domain::id::UserId;
 use crate::domain::status::Status;
+use crate::store::batch::Batch;
 use crate::store::codec::Hint;
 use crate::store::codec::LivesHint;
 use crate::store::codec::status_word;
 use crate::store::keys::Channels;
 use crate::store::link::Link;
-use crate::store::link::LinkError;
+use crate::store::link::Server;
+use crate::store::link_error::LinkError;
+use crate::store::servers::Servers;
 
 /// A subscription on which nothing was heard for this long is made again: this node's own beats come each second.
 const SILENCE: Duration = Duration::from_secs(3);
 
 pub struct Bus {
     pub link: Link,
+    /// Where channels of one user or gateway have slots.
+    shards: Option<Servers>,
+    /// Nobody counts who has received a message of all servers.
+    in_cluster: bool,
     pub channels: Channels,
     up: AtomicBool,
 }
@@ -60,7 +68,27 @@ impl Heard {
 
 impl Bus {
     pub fn new(queue: &config::RedisQueue) -> Result<Self, LinkError> {
-        Ok(Self { link: Link::new(&queue.server)?, channels: Channels::new(&queue.channel_prefix), up: AtomicBool::new(true) })
+        let shards = queue.sharded.then(|| Servers::new(&queue.server)).transpose()?;
+        let (link, in_cluster) = (Link::new(&queue.server)?, queue.server.mode == RedisMode::Cluster);
+        Ok(Self { link, shards, in_cluster, channels: Channels::new(&queue.channel_prefix), up: AtomicBool::new(true) })
+    }
+
+    /// How the server is that messages are published at. One that would not pass them on is left at once.
+    ///
+    /// # Errors
+    /// [`LinkError::Replica`] or [`LinkError::ClusterDown`], or it does not say how it is.
+    pub async fn look(&self, limit: Duration) -> Result<Server, LinkError> {
+        let learn_slots = async {
+            if let Some(shards) = &self.shards {
+                let _ = shards.look(limit).await; // what is sent where nobody answers fails by itself
+            }
+        };
+        let ((), looked) = tokio::join!(learn_slots, self.link.look(limit));
+        match looked {
+            Ok((_, server)) => Ok(server),
+            Err(error @ LinkError::Redis(_)) => self.link.must_fit(limit).await.and(Err(error)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Whether the last hint could be sent. While it could not, only beats are tried.
@@ -109,7 +137,23 @@ impl Bus {
         self.link.run::<(i64,)>(&publish, ASIDE_LIMIT).await.map(|_| ())
     }
 
-    /// Publishes each message on its channel and says how many received it.
+    /// Publishes each message on the channel of one user or one gateway and says how many received it; None: nobody knows.
+    pub async fn send(&self, messages: &[(String, Bytes)], limit: Duration) -> Result<Vec<Option<u64>>, LinkError> {
+        let Some(shards) = &self.shards else {
+            let received = self.publish(messages, limit).await?.into_iter();
+            return Ok(received.map(|received| (!self.in_cluster).then_some(received)).collect());
+        };
+        let mut batch = Batch::new(true);
+        for (channel, body) in messages {
+            let mut publish = redis::cmd("SPUBLISH");
+            publish.arg(channel).arg(&body[..]);
+            batch.add(channel, publish);
+        }
+        let (_, received) = shards.run::<u64>(batch, limit).await?;
+        Ok(received.into_iter().map(Some).collect())
+    }
+
+    /// Publishes each message on its channel and says how many received it, as far as its server knows.
     pub async fn publish(&self, messages: &[(String, Bytes)], limit: Duration) -> Result<Vec<u64>, LinkError> {
         let mut publish = redis::pipe();
         for (channel, body) in messages {

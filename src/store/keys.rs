@@ -1,37 +1,72 @@
 //! Every name in Redis. An operator reads this page; a rename is one line.
 
+use xxhash_rust::xxh3::xxh3_64;
+
 use crate::domain::id::UserId;
 
-/// Where a user is, for other services: the address of the gateway that was bound last. Gone with the last route.
-pub fn user_route(user: UserId) -> String {
-    format!("user:route:{user}")
+/// Keys. In a cluster those that one script writes are in one slot.
+#[derive(Clone, Debug)]
+pub struct Keys {
+    prefix: String,
+    in_cluster: bool,
 }
 
-/// Matches every [`user_route`].
-pub const ALL_USER_ROUTES: &str = "user:route:*";
+impl Keys {
+    pub fn new(prefix: &str, in_cluster: bool) -> Self {
+        Self { prefix: prefix.to_owned(), in_cluster }
+    }
 
-/// The user whose [`user_route`] this is.
-pub fn user_of_route(key: &str) -> Option<UserId> {
-    UserId::parse(key.strip_prefix("user:route:")?.parse().ok()?).ok()
+    /// Where a user is, for other services: the address of the gateway that was bound last. Gone with the last route.
+    pub fn user_route(&self, user: UserId) -> String {
+        format!("{}user:route:{user}", self.prefix)
+    }
+
+    /// Matches every [`Keys::user_route`].
+    pub fn all_user_routes(&self) -> String {
+        format!("{}user:route:*", self.prefix)
+    }
+
+    /// The user whose [`Keys::user_route`] this is.
+    pub fn user_of_route(&self, key: &str) -> Option<UserId> {
+        UserId::parse(key.strip_prefix(&self.prefix)?.strip_prefix("user:route:")?.parse().ok()?).ok()
+    }
+
+    /// `online`, `away`, `busy` or `offline`, for other services.
+    pub fn user_status(&self, user: UserId) -> String {
+        format!("{}user:status:{user}", self.prefix)
+    }
+
+    /// The whole record, for nodes of this daemon only. In a cluster beside the user's route.
+    pub fn user_record(&self, user: UserId) -> String {
+        match self.in_cluster {
+            true => format!("{{{}}}:record", self.user_route(user)),
+            false => format!("{}user:record:{user}", self.prefix),
+        }
+    }
+
+    /// Of a cluster: which record the user's status is from, beside it.
+    pub fn status_version(&self, user: UserId) -> String {
+        format!("{{{}}}:v", self.user_status(user))
+    }
+
+    /// The epoch a gateway lives, for other services; it ends with the lease.
+    pub fn gateway_heartbeat(&self, addr: &str) -> String {
+        format!("{}gateway:heartbeat:{addr}", self.prefix)
+    }
+
+    /// The id of the store whose nodes use these keys. Ends by itself soon after the last of them.
+    pub fn store(&self) -> String {
+        format!("{}presence:store", self.prefix)
+    }
+
+    /// The prefix, as part of what identifies a server's data.
+    pub fn identity(&self, server: &str) -> String {
+        match &*self.prefix {
+            "" => server.to_owned(),
+            prefix => format!("{server}:{:016x}", xxh3_64(prefix.as_bytes())),
+        }
+    }
 }
-
-/// `online`, `away`, `busy` or `offline`, for other services.
-pub fn user_status(user: UserId) -> String {
-    format!("user:status:{user}")
-}
-
-/// The whole record, for nodes of this daemon only.
-pub fn user_record(user: UserId) -> String {
-    format!("user:record:{user}")
-}
-
-/// The epoch a gateway lives, for other services; it ends with the lease.
-pub fn gateway_heartbeat(addr: &str) -> String {
-    format!("gateway:heartbeat:{addr}")
-}
-
-/// The id of the store whose nodes use this database of Redis. Ends by itself soon after the last of them.
-pub const STORE: &str = "presence:store";
 
 /// Channels. Pub/Sub ignores database numbers: the prefix separates systems that share a Redis.
 #[derive(Clone, Debug)]

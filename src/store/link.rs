@@ -4,7 +4,7 @@
 //! may be dead; unless its caller was in a hurry, which must not cost the others theirs. Each connection has a number, so that what was found out about
 //! the server holds for that connection and no later one.
 
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::AtomicU64;
@@ -12,15 +12,11 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
-use redis::AsyncConnectionConfig;
-use redis::Client;
-use redis::ClientTlsConfig;
-use redis::ConnectionAddr;
 use redis::FromRedisValue;
-use redis::IntoConnectionInfo;
 use redis::Pipeline;
 use redis::RedisError;
-use redis::TlsCertificates;
+use redis::RedisResult;
+use redis::Value;
 use redis::aio::MultiplexedConnection;
 use redis::aio::PubSub;
 use tokio::runtime::Handle;
@@ -28,6 +24,8 @@ use tokio::time::timeout;
 
 use crate::backoff::Backoff;
 use crate::config;
+use crate::store::address::Address;
+use crate::store::link_error::LinkError;
 
 /// A command given up sooner than this does not end the connection: the server may only be busy.
 const HURRY: Duration = Duration::from_millis(100);
@@ -36,22 +34,8 @@ const HURRY: Duration = Duration::from_millis(100);
 const NOT_PRIMARY: [&str; 4] = ["READONLY", "LOADING", "MASTERDOWN", "CLUSTERDOWN"];
 /// The first and the longest pause after a connection could not be made.
 const RECONNECT_PAUSES: (Duration, Duration) = (Duration::from_millis(50), Duration::from_millis(500));
-/// Commands that may wait for the connection's driver.
-const PIPELINE_BUFFER: usize = 1024;
-
-#[derive(Debug, thiserror::Error)]
-pub enum LinkError {
-    #[error("no answer within {0:?}")]
-    NoAnswer(Duration),
-    #[error("it did not answer lately")]
-    Down,
-    #[error("it is a replica, which takes no writes")]
-    Replica,
-    #[error("{0}")]
-    Redis(#[from] RedisError),
-    #[error("{0}")]
-    File(#[from] std::io::Error),
-}
+/// In a cluster: somebody else has the slot now, or is about to have it.
+const ELSEWHERE: [&str; 2] = ["MOVED", "ASK"];
 
 /// What a server says of itself.
 #[derive(Clone, Debug)]
@@ -65,8 +49,7 @@ pub struct Server {
 }
 
 pub struct Link {
-    /// Read again for each connection: whatever renews certificates and passwords need not tell anybody.
-    address: config::Redis,
+    address: Arc<Address>,
     database: i64,
     /// Where the connection lives, whoever needs it first: not on a thread that serves clients, and not only as long as it.
     runtime: Handle,
@@ -80,6 +63,8 @@ pub struct Link {
 struct Attempts {
     backoff: Backoff,
     not_before: Instant,
+    /// Of the last failure.
+    why: String,
 }
 
 impl Link {
@@ -88,11 +73,27 @@ impl Link {
     /// # Errors
     /// When the address makes no sense.
     pub fn new(redis: &config::Redis) -> Result<Self, LinkError> {
-        let database = client(redis)?.get_connection_info().redis_settings().db();
-        let attempts = Attempts { backoff: Backoff::new(RECONNECT_PAUSES.0, RECONNECT_PAUSES.1), not_before: Instant::now() };
+        Self::to(Address::of(redis), redis.timeout)
+    }
+
+    /// The same to one server of a cluster, `host:port`.
+    ///
+    /// # Errors
+    /// When the address makes no sense.
+    pub fn to_member(redis: &config::Redis, node: &str) -> Result<Self, LinkError> {
+        Self::to(Address::of_member(redis, node), redis.timeout)
+    }
+
+    fn to(address: Address, timeout: Duration) -> Result<Self, LinkError> {
+        let database = address.database()?;
+        let attempts = Attempts {
+            backoff: Backoff::new(RECONNECT_PAUSES.0, RECONNECT_PAUSES.1),
+            not_before: Instant::now(),
+            why: String::new(),
+        };
         let (current, connecting) = (Mutex::default(), tokio::sync::Mutex::new(attempts));
         let (runtime, numbers) = (Handle::current(), AtomicU64::new(1));
-        Ok(Self { address: redis.clone(), database, runtime, timeout: redis.timeout, current, connecting, numbers })
+        Ok(Self { address: Arc::new(address), database, runtime, timeout, current, connecting, numbers })
     }
 
     /// Runs commands in one round trip, within `limit`. Also connects, if need be.
@@ -111,12 +112,28 @@ impl Link {
         let is_over = match &result {
             LinkError::NoAnswer(limit) => *limit >= HURRY,
             LinkError::Redis(error) => error.is_unrecoverable_error() || error.is_timeout() || is_not_primary(error),
-            LinkError::Down | LinkError::Replica | LinkError::File(_) => false,
+            _ => false,
         };
         if is_over {
             self.give_up(number);
         }
         Err(result)
+    }
+
+    /// The same for commands of which each may fail alone, because somebody else has its slot.
+    ///
+    /// # Errors
+    /// Any other failure of one of them, too.
+    pub async fn run_each(&self, commands: &mut Pipeline, limit: Duration) -> Result<(u64, Vec<RedisResult<Value>>), LinkError> {
+        let (number, values): (_, Vec<RedisResult<Value>>) = self.run_numbered(commands.ignore_errors(), limit).await?;
+        let is_other = |error: &&RedisError| !error.code().is_some_and(|code| ELSEWHERE.contains(&code));
+        if let Some(error) = values.iter().filter_map(|value| value.as_ref().err()).find(is_other) {
+            if is_not_primary(error) {
+                self.give_up(number);
+            }
+            return Err(LinkError::Redis(error.clone()));
+        }
+        Ok((number, values))
     }
 
     /// How the server is, and the number of the connection that told. A replica is left at once.
@@ -127,9 +144,9 @@ impl Link {
         let mut info = redis::pipe();
         info.cmd("INFO").arg("server").cmd("INFO").arg("memory").cmd("INFO").arg("replication");
         let (number, (server, memory, replication)): (_, (String, String, String)) = self.run_numbered(&info, limit).await?;
-        if field(&replication, "role") == "slave" {
-            self.give_up(number);
-            return Err(LinkError::Replica);
+        self.leave_unfit(number, field(&replication, "role") == "slave", limit).await?;
+        if field(&server, "run_id").is_empty() && field(&replication, "master_replid").is_empty() {
+            return Err(LinkError::Nameless);
         }
         let evicts = field(&memory, "maxmemory_policy").starts_with("allkeys-") && field(&memory, "maxmemory") != "0";
         let used_memory = field(&memory, "used_memory").parse().unwrap_or_default();
@@ -140,17 +157,33 @@ impl Link {
     /// The same for a server that tells this user nothing else than what it is.
     ///
     /// # Errors
-    /// [`LinkError::Replica`], or why it does not say it.
-    pub async fn must_be_primary(&self, limit: Duration) -> Result<(), LinkError> {
+    /// [`LinkError::Replica`] or [`LinkError::ClusterDown`], or why it does not say it.
+    pub async fn must_fit(&self, limit: Duration) -> Result<(), LinkError> {
         let mut role = redis::pipe();
         role.cmd("ROLE");
-        let (number, (role,)): (_, (Vec<redis::Value>,)) = self.run_numbered(&role, limit).await?;
-        let is_replica = matches!(role.first(), Some(redis::Value::BulkString(name)) if name == b"slave");
-        if is_replica {
-            self.give_up(number);
-            return Err(LinkError::Replica);
+        let (number, (role,)): (_, (Vec<Value>,)) = self.run_numbered(&role, limit).await?;
+        let is_replica = matches!(role.first(), Some(Value::BulkString(name)) if name == b"slave");
+        self.leave_unfit(number, is_replica, limit).await
+    }
+
+    /// Leaves a replica, or whom sentinels have replaced; or, where any server of a cluster will do, one that has lost the others.
+    async fn leave_unfit(&self, number: u64, is_replica: bool, limit: Duration) -> Result<(), LinkError> {
+        let error = match self.address.is_any_member() {
+            false => (is_replica || self.address.is_left(limit).await).then_some(LinkError::Replica),
+            true => {
+                let mut info = redis::pipe();
+                info.cmd("CLUSTER").arg("INFO");
+                let (state,): (String,) = self.run(&info, limit).await?;
+                (field(&state, "cluster_state") != "ok").then_some(LinkError::ClusterDown)
+            }
+        };
+        match error {
+            None => Ok(()),
+            Some(error) => {
+                self.give_up(number);
+                Err(error)
+            }
         }
-        Ok(())
     }
 
     /// The number of the database that keys are in.
@@ -165,9 +198,7 @@ impl Link {
 
     /// A connection of its own, for subscriptions.
     pub async fn subscriber(&self) -> Result<PubSub, LinkError> {
-        let limit = self.timeout;
-        let client = client(&self.address)?;
-        Ok(timeout(limit, client.get_async_pubsub()).await.map_err(|_| LinkError::NoAnswer(limit))??)
+        self.address.subscribe().await
     }
 
     async fn connection(&self) -> Result<(u64, MultiplexedConnection), LinkError> {
@@ -179,22 +210,16 @@ impl Link {
             return Ok(current);
         }
         if Instant::now() < attempts.not_before {
-            return Err(LinkError::Down);
+            return Err(LinkError::Lately(attempts.why.clone()));
         }
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(self.timeout))
-            .set_response_timeout(Some(self.timeout))
-            .set_pipeline_buffer_size(PIPELINE_BUFFER);
         let address = self.address.clone();
-        let connect = async move {
-            let connected = client(&address)?.get_multiplexed_async_connection_with_config(&config).await?;
-            Ok::<_, LinkError>(connected)
-        };
-        let connected = self.runtime.spawn(connect).await.map_err(|_| LinkError::Down)?;
-        if connected.is_err() {
-            attempts.not_before = Instant::now() + attempts.backoff.pause();
-        } else {
-            attempts.backoff.reset();
+        let connected = self.runtime.spawn(async move { address.connect().await }).await.map_err(|_| LinkError::Down)?;
+        match &connected {
+            Ok(_) => attempts.backoff.reset(),
+            Err(error) => {
+                attempts.not_before = Instant::now() + attempts.backoff.pause();
+                attempts.why = error.to_string();
+            }
         }
         let connection = connected?;
         let number = self.numbers.fetch_add(1, Ordering::Relaxed);
@@ -215,7 +240,7 @@ impl Link {
 }
 
 /// A field of what INFO says; empty if it does not say it.
-fn field<'a>(info: &'a str, name: &str) -> &'a str {
+pub fn field<'a>(info: &'a str, name: &str) -> &'a str {
     info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).unwrap_or_default()
 }
 
@@ -223,42 +248,6 @@ fn field<'a>(info: &'a str, name: &str) -> &'a str {
 fn is_not_primary(error: &RedisError) -> bool {
     let text = error.to_string();
     NOT_PRIMARY.iter().any(|code| error.code() == Some(code) || text.contains(code))
-}
-
-fn client(redis: &config::Redis) -> Result<Client, LinkError> {
-    let info = match redis.read_url()? {
-        Some(url) => url.expose().into_connection_info()?,
-        None => address(redis)?,
-    };
-    let tcp = info.tcp_settings().clone().set_nodelay(true).set_user_timeout(redis.timeout);
-    let info = info.set_tcp_settings(tcp);
-    if !matches!(info.addr(), ConnectionAddr::TcpTls { .. }) {
-        return Ok(Client::open(info)?);
-    }
-    let read = |file: &Option<PathBuf>| file.as_ref().map(std::fs::read).transpose();
-    let client_tls = match (read(&redis.cert_file)?, read(&redis.key_file)?) {
-        (Some(client_cert), Some(client_key)) => Some(ClientTlsConfig { client_cert, client_key }),
-        _ => None,
-    };
-    let root_cert = read(&redis.ca_file)?;
-    Ok(Client::build_with_tls(info, TlsCertificates { client_tls, root_cert })?)
-}
-
-fn address(redis: &config::Redis) -> Result<redis::ConnectionInfo, LinkError> {
-    let (host, port) = (redis.host.clone(), redis.port);
-    let addr = match redis.tls {
-        true => ConnectionAddr::TcpTls { host, port, insecure: false, tls_params: None },
-        false => ConnectionAddr::Tcp(host, port),
-    };
-    let info = addr.into_connection_info()?;
-    let mut settings = info.redis_settings().clone().set_db(redis.database.into());
-    if let Some(username) = &redis.username {
-        settings = settings.set_username(username);
-    }
-    if let Some(password) = redis.read_password()? {
-        settings = settings.set_password(password.expose());
-    }
-    Ok(info.set_redis_settings(settings))
 }
 
 #[cfg(test)]

@@ -95,6 +95,12 @@ impl Connection {
         Ok(claimed)
     }
 
+    /// Ends the claims on rows that this node could not show: nobody has to wait until they end by themselves.
+    pub async fn release_claimed(&mut self, claimant: &str) -> Result<(), SqlError> {
+        const SQL: &str = "UPDATE outbox SET claimed_until = 0 WHERE claimed_by = ?";
+        self.execute(statement(SQL).bind(claimant.to_owned())).await.map(|_| ())
+    }
+
     /// Deletes a row that this node has claimed and shown.
     pub async fn delete_claimed(&mut self, id: &OutboxId, claimant: &str) -> Result<(), SqlError> {
         const SQL: &str = "DELETE FROM outbox WHERE id = ? AND claimed_by = ?";

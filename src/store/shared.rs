@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use prost::Message;
-use redis::Pipeline;
+use redis::Cmd;
 use redis::Script;
 
 use crate::config;
@@ -18,11 +18,14 @@ use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::status::Status;
 use crate::domain::user::UserRecord;
+use crate::store::batch::Batch;
+use crate::store::batch::Cursor;
 use crate::store::codec::StoredRecord;
 use crate::store::codec::status_word;
-use crate::store::keys;
-use crate::store::link::Link;
-use crate::store::link::LinkError;
+use crate::store::keys::Keys;
+use crate::store::link::Server;
+use crate::store::link_error::LinkError;
+use crate::store::servers::Servers;
 use crate::store::users::Records;
 
 /// A reader's copy of what SQL said: short-lived, because it may land after a newer record was evicted.
@@ -38,10 +41,13 @@ const DIGITS: usize = 20;
 /// Generation, version, store id.
 const HEADER_BYTES: usize = 2 * DIGITS + 36;
 
-/// KEYS: record, route, status. ARGV: record, its TTL; `fill`, `project` or `record`; address, its TTL; status, its TTL.
-/// A TTL of 0 is none, an empty value no key. Writes the record if it is newer (a projection: not older) and only then the two
-/// keys, so that all three always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the generation
-/// that is there: a record of that one is no sign that anything newer is known.
+/// KEYS: record, then the keys that go with it. ARGV: record, its TTL; `fill`, `project` or `record`; then of each key its
+/// value and TTL. A TTL of 0 is none, an empty value no key. Writes the record if it is newer (a projection: not older) and only
+/// then the keys, so that all of them always belong together. Returns 1 if it wrote, and -1 if the writer does not know of the
+/// generation that is there: a record of that one is no sign that anything newer is known.
+///
+/// On one server the keys are route and status. In a cluster they are in two slots, and no script reaches both: it runs once
+/// for record and route, and once for the status with the record's header beside it. Each key so follows the versions.
 const WRITE: &str = r"
 local new, old = ARGV[1], redis.call('GETRANGE', KEYS[1], 0, 75)
 if #old == 76 and string.sub(old, 41, 76) == string.sub(new, 41, 76) then
@@ -51,12 +57,12 @@ if #old == 76 and string.sub(old, 41, 76) == string.sub(new, 41, 76) then
 end
 redis.call('SET', KEYS[1], new, 'EX', ARGV[2])
 if ARGV[3] ~= 'project' then return 1 end
-if ARGV[4] == '' then redis.call('DEL', KEYS[2])
-elseif ARGV[5] == '0' then redis.call('SET', KEYS[2], ARGV[4])
-else redis.call('SET', KEYS[2], ARGV[4], 'EX', ARGV[5]) end
-if ARGV[6] == '' then redis.call('DEL', KEYS[3])
-elseif ARGV[7] == '0' then redis.call('SET', KEYS[3], ARGV[6])
-else redis.call('SET', KEYS[3], ARGV[6], 'EX', ARGV[7]) end
+for i = 2, #KEYS do
+    local value, ttl = ARGV[2 * i], ARGV[2 * i + 1]
+    if value == '' then redis.call('DEL', KEYS[i])
+    elseif ttl == '0' then redis.call('SET', KEYS[i], value)
+    else redis.call('SET', KEYS[i], value, 'EX', ttl) end
+end
 return 1";
 
 /// KEYS: a key. ARGV: a value. Deletes the key if it has that value.
@@ -133,7 +139,8 @@ pub struct Shown {
 }
 
 pub struct SharedCache {
-    pub link: Link,
+    servers: Servers,
+    keys: Keys,
     script: Script,
     forget: Script,
     store_id: String,
@@ -143,17 +150,31 @@ pub struct SharedCache {
 }
 
 impl SharedCache {
-    pub fn new(redis: &config::Redis, route: &config::Route, store_id: &str) -> Result<Self, LinkError> {
+    pub fn new(cache: &config::RedisCache, route: &config::Route, store_id: &str) -> Result<Self, LinkError> {
         let (route_ttl, status_ttl, mpim_keys) = (route.route_ttl, route.status_ttl, route.mpim_keys);
         let (script, forget) = (Script::new(WRITE), Script::new(FORGET));
-        Ok(Self { link: Link::new(redis)?, script, forget, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
+        let servers = Servers::new(&cache.server)?;
+        let keys = Keys::new(&cache.key_prefix, servers.are_cluster());
+        Ok(Self { servers, keys, script, forget, store_id: store_id.to_owned(), route_ttl, status_ttl, mpim_keys })
+    }
+
+    /// Which servers they are, and how, and the number that answers of these have.
+    ///
+    /// # Errors
+    /// One of them does not answer, or takes no writes.
+    pub async fn look_at_servers(&self, limit: Duration) -> Result<(u64, Server), LinkError> {
+        let (number, server) = self.servers.look(limit).await?;
+        Ok((number, Server { identity: self.keys.identity(&server.identity), ..server }))
     }
 
     /// Says that this store uses this Redis, for a while, unless another one does.
     pub async fn claim(&self, limit: Duration) -> Result<Owner, LinkError> {
-        let mut claim = redis::pipe();
-        claim.cmd("EVAL").arg(CLAIM).arg(1).arg(keys::STORE).arg(&self.store_id).arg(CLAIM_TTL.as_secs());
-        let (owner,): (String,) = self.link.run(&claim, limit).await?;
+        let (mut claim, key) = (redis::cmd("EVAL"), self.keys.store());
+        claim.arg(CLAIM).arg(1).arg(&key).arg(&self.store_id).arg(CLAIM_TTL.as_secs());
+        let mut batch = self.batch();
+        batch.add(&key, claim);
+        let (_, owner) = self.servers.run::<String>(batch, limit).await?;
+        let owner = owner.into_iter().next().unwrap_or_default();
         Ok(match owner {
             nobody if nobody.is_empty() => Owner::Nobody,
             this if this == self.store_id => Owner::ThisStore,
@@ -198,33 +219,50 @@ impl SharedCache {
         Ok(Some(Seen { generation: header.generation, is_ours: header.store == self.store_id.as_bytes(), record }))
     }
 
+    /// Of a cluster's server many keys are asked one by one: together they would have to be in one slot.
     async fn get(&self, users: &[UserId], limit: Duration) -> Result<(u64, Vec<Option<Vec<u8>>>), LinkError> {
-        let mut get = redis::pipe();
-        get.cmd("MGET").arg(users.iter().map(|user| keys::user_record(*user)).collect::<Vec<_>>());
-        let (connection, (answers,)) = self.link.run_numbered(&get, limit).await?;
-        Ok((connection, answers))
+        let (mut batch, names) = (self.batch(), users.iter().map(|user| self.keys.user_record(*user)));
+        if self.servers.are_cluster() {
+            for name in names {
+                let mut get = redis::cmd("GET");
+                get.arg(&name);
+                batch.add(&name, get);
+            }
+            return self.servers.run(batch, limit).await;
+        }
+        let mut get = redis::cmd("MGET");
+        get.arg(names.collect::<Vec<_>>());
+        batch.add("", get);
+        let (connection, answers) = self.servers.run::<Vec<Option<Vec<u8>>>>(batch, limit).await?;
+        Ok((connection, answers.into_iter().flatten().collect()))
     }
 
     /// Copies what a reader loaded, for the next reader.
     pub async fn fill(&self, records: &[(UserId, UserRecord)], generation: u64, limit: Duration) -> Result<(), LinkError> {
-        let mut pipe = self.pipeline();
+        let mut batch = Batch::with_script(self.servers.are_cluster(), WRITE);
         for (user, record) in records {
             let ttl = if record.version == Version::NONE { ABSENT_TTL } else { FILL_TTL };
             let bytes = self.encode(record, generation);
-            self.write(&mut pipe, *user, &bytes, ttl.min(self.route_ttl), "fill", None);
+            self.write(&mut batch, *user, &bytes, ttl.min(self.route_ttl), "fill", None);
         }
-        self.link.run::<Vec<i64>>(&pipe, limit).await.map(|_| ())
+        self.servers.run::<i64>(batch, limit).await.map(|_| ())
     }
 
     /// Shows committed records, each with its keys.
     pub async fn project(&self, records: &[(UserId, UserRecord, Shown)], generation: u64) -> Result<Written, LinkError> {
-        let mut pipe = self.pipeline();
+        let mut batch = Batch::with_script(self.servers.are_cluster(), WRITE);
         for (user, record, shown) in records {
             let bytes = self.encode(record, generation);
             let mode = if self.mpim_keys { "project" } else { "record" };
-            self.write(&mut pipe, *user, &bytes, self.route_ttl, mode, Some(shown));
+            self.write(&mut batch, *user, &bytes, self.route_ttl, mode, Some(shown));
         }
-        let (connection, written): (_, Vec<i64>) = self.link.run_numbered(&pipe, self.link.timeout()).await?;
+        if self.servers.are_cluster() && self.mpim_keys {
+            for (user, record, shown) in records {
+                let header = self.header_of(record, generation);
+                self.write_status(&mut batch, *user, &header, shown);
+            }
+        }
+        let (connection, written) = self.servers.run::<i64>(batch, self.servers.timeout()).await?;
         let outdated = written.contains(&-1);
         let won = records.iter().zip(written).filter(|(_, written)| *written == 1);
         Ok(Written { connection, winners: won.map(|((user, ..), _)| *user).collect(), outdated })
@@ -232,31 +270,36 @@ impl SharedCache {
 
     /// Says that gateways live, for as long as their leases do.
     pub async fn gateways_live(&self, lives: &[Arc<Life>], lease: Duration, limit: Duration) -> Result<(), LinkError> {
-        let mut pipe = redis::pipe();
+        let mut batch = self.batch();
         for life in lives {
-            let key = keys::gateway_heartbeat(life.gateway.as_str());
-            pipe.cmd("SET").arg(key).arg(life.epoch.0).arg("PX").arg(u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
+            let (mut set, key) = (redis::cmd("SET"), self.keys.gateway_heartbeat(life.gateway.as_str()));
+            set.arg(&key).arg(life.epoch.0).arg("PX").arg(u64::try_from(lease.as_millis()).unwrap_or(u64::MAX));
+            batch.add(&key, set);
         }
-        self.link.run::<Vec<String>>(&pipe, limit).await.map(|_| ())
+        self.servers.run::<String>(batch, limit).await.map(|_| ())
     }
 
     /// Says that lives are over, unless their gateways live another one by now.
     pub async fn gateways_over(&self, lives: &[Arc<Life>], limit: Duration) -> Result<(), LinkError> {
-        let mut pipe = redis::pipe();
-        pipe.load_script(&self.forget).ignore();
+        let mut batch = Batch::with_script(self.servers.are_cluster(), FORGET);
         for life in lives {
-            let mut call = self.forget.key(keys::gateway_heartbeat(life.gateway.as_str()));
-            pipe.invoke_script(call.arg(life.epoch.0));
+            let key = self.keys.gateway_heartbeat(life.gateway.as_str());
+            let mut call = Batch::call(&self.forget, &[&key]);
+            call.arg(life.epoch.0);
+            batch.add(&key, call);
         }
-        self.link.run::<Vec<i64>>(&pipe, limit).await.map(|_| ())
+        self.servers.run::<i64>(batch, limit).await.map(|_| ())
     }
 
-    /// Some of the users that have a `user:route` key, and where to go on; 0 is the begin and the end.
-    pub async fn scan_routes(&self, cursor: u64) -> Result<(u64, Vec<UserId>), LinkError> {
-        let mut scan = redis::pipe();
-        scan.cmd("SCAN").arg(cursor).arg("MATCH").arg(keys::ALL_USER_ROUTES).arg("COUNT").arg(SCAN_PAGE);
-        let ((cursor, names),): ((u64, Vec<String>),) = self.link.run(&scan, self.link.timeout()).await?;
-        Ok((cursor, names.iter().filter_map(|name| keys::user_of_route(name)).collect()))
+    /// Some of the users that have a `user:route` key, and where to go on; None: those were the last.
+    pub async fn scan_routes(&self, cursor: Cursor) -> Result<(Option<Cursor>, Vec<UserId>), LinkError> {
+        let scan = |at: u64| {
+            let mut scan = redis::pipe();
+            scan.cmd("SCAN").arg(at).arg("MATCH").arg(self.keys.all_user_routes()).arg("COUNT").arg(SCAN_PAGE);
+            scan
+        };
+        let (next, names) = self.servers.scan(cursor, scan).await?;
+        Ok((next, names.iter().filter_map(|name| self.keys.user_of_route(name)).collect()))
     }
 
     /// Those of `users` of whom one of the two keys is not there. Nobody, if such keys are not kept.
@@ -264,37 +307,64 @@ impl SharedCache {
         if users.is_empty() || !self.mpim_keys {
             return Ok(Vec::new());
         }
-        let mut count = redis::pipe();
+        let mut batch = self.batch();
         for user in users {
-            count.cmd("EXISTS").arg(keys::user_route(*user)).arg(keys::user_status(*user));
+            for key in [self.keys.user_route(*user), self.keys.user_status(*user)] {
+                let mut exists = redis::cmd("EXISTS");
+                exists.arg(&key);
+                batch.add(&key, exists);
+            }
         }
-        let there: Vec<u8> = self.link.run(&count, self.link.timeout()).await?;
-        Ok(users.iter().zip(there).filter(|(_, there)| *there < 2).map(|(user, _)| *user).collect())
+        let (_, there) = self.servers.run::<bool>(batch, self.servers.timeout()).await?;
+        let keys = there.chunks_exact(2);
+        Ok(users.iter().zip(keys).filter(|(_, keys)| keys.contains(&false)).map(|(user, _)| *user).collect())
     }
 
-    /// Servers forget scripts when they restart: each pipeline brings it along.
-    fn pipeline(&self) -> Pipeline {
-        let mut pipe = redis::pipe();
-        pipe.load_script(&self.script).ignore();
-        pipe
+    fn batch(&self) -> Batch {
+        Batch::new(self.servers.are_cluster())
     }
 
-    fn write(&self, pipe: &mut Pipeline, user: UserId, bytes: &[u8], ttl: Duration, mode: &str, shown: Option<&Shown>) {
-        let seconds = |duration: Duration| duration.as_secs().max(1);
-        let gateway = shown.and_then(|shown| shown.gateway.clone()).unwrap_or_default();
-        let route_ttl = if shown.is_some_and(|shown| shown.unmanaged) { seconds(self.route_ttl) } else { 0 };
+    /// The record, and the keys that are in its reach.
+    fn write(&self, batch: &mut Batch, user: UserId, bytes: &[u8], ttl: Duration, mode: &str, shown: Option<&Shown>) {
+        let (record, route, status) = (self.keys.user_record(user), self.keys.user_route(user), self.keys.user_status(user));
+        let in_reach = if self.servers.are_cluster() { 2 } else { 3 };
+        let mut call = Batch::call(&self.script, &[&*record, &*route, &*status][..in_reach]);
+        call.arg(bytes).arg(seconds(ttl)).arg(mode);
+        call.arg(shown.and_then(|shown| shown.gateway.as_deref()).unwrap_or_default()).arg(self.route_ttl_of(shown));
+        if in_reach > 2 {
+            self.status_args(&mut call, shown);
+        }
+        batch.add(&record, call);
+    }
+
+    /// The status, where it is out of the record's reach.
+    fn write_status(&self, batch: &mut Batch, user: UserId, header: &[u8], shown: &Shown) {
+        let (version, status) = (self.keys.status_version(user), self.keys.user_status(user));
+        let mut call = Batch::call(&self.script, &[&version, &status]);
+        call.arg(header).arg(seconds(self.route_ttl)).arg("project");
+        self.status_args(&mut call, Some(shown));
+        batch.add(&version, call);
+    }
+
+    fn status_args(&self, call: &mut Cmd, shown: Option<&Shown>) {
         // Also of a user who hides: the key ends as that of somebody who is not there.
         let is_offline = shown.and_then(|shown| shown.status).is_none_or(|status| status_word(status) == "offline");
-        let status_ttl = if is_offline { seconds(self.status_ttl) } else { route_ttl };
-        let mut call = self.script.key(keys::user_record(user));
-        call.key(keys::user_route(user)).key(keys::user_status(user));
-        call.arg(bytes).arg(seconds(ttl)).arg(mode).arg(gateway).arg(route_ttl);
-        call.arg(shown.and_then(|shown| shown.status).map_or("", status_word)).arg(status_ttl);
-        pipe.invoke_script(&call);
+        let ttl = if is_offline { seconds(self.status_ttl) } else { self.route_ttl_of(shown) };
+        call.arg(shown.and_then(|shown| shown.status).map_or("", status_word)).arg(ttl);
+    }
+
+    /// In seconds; 0: none.
+    fn route_ttl_of(&self, shown: Option<&Shown>) -> u64 {
+        if shown.is_some_and(|shown| shown.unmanaged) { seconds(self.route_ttl) } else { 0 }
+    }
+
+    /// Generation, version and store.
+    fn header_of(&self, record: &UserRecord, generation: u64) -> Vec<u8> {
+        format!("{generation:0DIGITS$}{:0DIGITS$}{}", record.version.0, self.store_id).into_bytes()
     }
 
     fn encode(&self, record: &UserRecord, generation: u64) -> Vec<u8> {
-        let mut bytes = format!("{generation:0DIGITS$}{:0DIGITS$}{}", record.version.0, self.store_id).into_bytes();
+        let mut bytes = self.header_of(record, generation);
         bytes.extend(StoredRecord::from(record).encode_to_vec());
         bytes
     }
@@ -327,4 +397,8 @@ impl<'a> Header<'a> {
         let (generation, version) = numbers.split_at(DIGITS);
         Some((Self { generation: number(generation)?, version: Version(number(version)?), store }, body))
     }
+}
+
+fn seconds(duration: Duration) -> u64 {
+    duration.as_secs().max(1)
 }

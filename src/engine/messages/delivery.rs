@@ -279,7 +279,8 @@ impl Deliveries {
 
     fn parcel(&self, user: UserId, message: Arc<Message>, inbox_seq: u64) -> Parcel<'_> {
         let (outcome, delivery_id, timestamp) = (Outcome::Undelivered, self.acks.next_id(), self.lives.clock.now());
-        let report = Report { outcome, delivery_id, timestamp, attempts: 0, receivers: 0, acked: BTreeSet::new() };
+        let report =
+            Report { outcome, delivery_id, timestamp, attempts: 0, receivers: 0, uncounted: false, acked: BTreeSet::new() };
         Parcel { user, message, inbox_seq, report, expected: None }
     }
 

@@ -84,7 +84,9 @@ impl Dispatcher {
         self.metrics.delivery_stage("handed", began.elapsed());
         let received = streams.into_iter().zip(channels);
         let parcels = live.into_iter().zip(received).map(|((mut parcel, targets), (taken, received))| {
-            parcel.report.receivers = taken + received.as_ref().copied().unwrap_or(0);
+            let subscribed = received.as_ref().copied().unwrap_or(Some(0));
+            parcel.report.receivers = taken + subscribed.unwrap_or(1);
+            parcel.report.uncounted = subscribed.is_none();
             (parcel, targets, received.err())
         });
         HandedOut { parcels: parcels.collect(), at: Instant::now() }
@@ -144,9 +146,9 @@ impl Dispatcher {
         taken
     }
 
-    /// How many subscribers each parcel had, where it has gateways without a stream.
-    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<Result<u64, Error>> {
-        let mut received: Vec<Result<u64, Error>> = live.iter().map(|_| Ok(0)).collect();
+    /// How many subscribers each parcel had, where it has gateways without a stream. None: somebody, or nobody.
+    async fn on_channels(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<Result<Option<u64>, Error>> {
+        let mut received: Vec<Result<Option<u64>, Error>> = live.iter().map(|_| Ok(Some(0))).collect();
         // Raw bytes cannot say which device they are for.
         let says_it_all = |message: &Message| message.device_ids.is_empty() || self.format == Format::Envelope;
         let places: Vec<usize> = (0..live.len()).filter(|i| live[*i].1.channel && says_it_all(&live[*i].0.message)).collect();
@@ -166,7 +168,7 @@ impl Dispatcher {
         for places in places.chunks(together) {
             let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0, span.as_ref())));
             let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
-            let published = bus.publish(&bodies.collect::<Vec<_>>(), limit).await;
+            let published = bus.send(&bodies.collect::<Vec<_>>(), limit).await;
             for (n, i) in places.iter().enumerate() {
                 let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
                 received[*i] = published.as_ref().map(|published| published[n]).map_err(unreachable);

@@ -146,11 +146,11 @@ impl Kicks {
             fates[place] = if handed == Handed::Taken { Fate::Heard } else { Fate::Unheard };
         }
         let Some(bus) = self.outlets.bus.as_ref().filter(|_| !messages.is_empty()) else { return fates };
-        match bus.publish(&messages, bus.link.timeout()).await {
+        match bus.send(&messages, bus.link.timeout()).await {
             Ok(received) => others
                 .into_iter()
                 .zip(received)
-                .filter(|(_, receivers)| *receivers > 0)
+                .filter(|(_, receivers)| *receivers != Some(0)) // where nobody counts, it is not repeated
                 .for_each(|(place, _)| fates[place] = Fate::Heard),
             Err(_) => others.into_iter().for_each(|place| fates[place] = Fate::NotSent),
         }

@@ -72,6 +72,8 @@ pub struct Report {
     pub attempts: u32,
     /// Gateways that took it at the last attempt.
     pub receivers: u64,
+    /// One of them stands for all who have subscribed, be it nobody: who they are is not known.
+    pub uncounted: bool,
     pub acked: BTreeSet<DeviceId>,
 }
 

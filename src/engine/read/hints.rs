@@ -37,7 +37,7 @@ use crate::store::cluster::NodeName;
 use crate::store::codec::ChangedUser;
 use crate::store::codec::Hint;
 use crate::store::codec::LivesHint;
-use crate::store::link::LinkError;
+use crate::store::link_error::LinkError;
 
 const BEAT_INTERVAL: Duration = Duration::from_secs(1);
 /// Silence of a living node, or of this node's own echo, after which hints may be missing.
@@ -165,16 +165,12 @@ impl Hints {
     /// What is published at a replica reaches nobody, and nobody says so.
     async fn beat_and_look(&self) {
         let beaten = self.beat().await;
-        let mut server = self.bus.link.look(MEMORY_LIMIT).await;
-        if matches!(server, Err(LinkError::Redis(_)))
-            && let Err(error) = self.bus.link.must_be_primary(MEMORY_LIMIT).await
-        {
-            server = Err(error);
-        }
-        self.metrics.redis_up("queue", beaten && !matches!(server, Err(LinkError::Replica)));
+        let server = self.bus.look(MEMORY_LIMIT).await;
+        let is_wrong = matches!(server, Err(LinkError::Replica | LinkError::ClusterDown));
+        self.metrics.redis_up("queue", beaten && !is_wrong);
         match server {
-            Ok((_, server)) => self.metrics.redis_memory("queue", server.used_memory),
-            Err(LinkError::Replica) => warn!("Redis (queue) is a replica: its connections are made anew"),
+            Ok(server) => self.metrics.redis_memory("queue", server.used_memory),
+            Err(error) if is_wrong => warn!(%error, "Redis (queue) passes nothing on: its connections are made anew"),
             Err(_) => {} // it may keep this to itself
         }
     }

@@ -32,7 +32,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::ConnectionSlot;
 use crate::store::database::Database;
-use crate::store::link::LinkError;
+use crate::store::link_error::LinkError;
 use crate::store::shared::Owner;
 use crate::store::shared::SharedCache;
 use crate::store::shared::Shown;
@@ -293,7 +293,7 @@ impl L2Check {
 
     /// Which server it is, if it takes writes: one that does not is as good as none.
     async fn reach(&mut self) -> Result<(u64, String), LinkError> {
-        let (number, server) = self.l2.shared.link.look(CHECK_LIMIT).await?;
+        let (number, server) = self.l2.shared.look_at_servers(CHECK_LIMIT).await?;
         self.metrics.redis_memory("cache", server.used_memory);
         if server.evicts_keys {
             self.l2.searches.store(SEARCHES, Ordering::Relaxed);
@@ -323,7 +323,7 @@ impl L2Check {
             warn!(
                 store.id = store,
                 "another store uses this Redis (cache) too: its records are ignored, but the keys of both mix: \
-                 give one of them another redis_cache.database"
+                 give one of them another redis_cache.database or key_prefix"
             );
         }
         Ok(())

@@ -14,6 +14,7 @@ use crate::engine::read::l2::L2;
 use crate::engine::write::publisher::MAX_CONFIRMED;
 use crate::engine::write::publisher::NOBODY;
 use crate::engine::write::publisher::Publisher;
+use crate::store::batch::Cursor;
 use crate::store::codec::OutboxBody;
 use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
@@ -91,7 +92,10 @@ impl Repair {
                 break;
             }
             repaired += rows.len();
-            self.repair(&mut connection, rows).await?;
+            if let Err(error) = self.repair(&mut connection, rows).await {
+                connection.release_claimed(&self.claimant).await?;
+                return Err(error);
+            }
         }
         self.slot.give_back(connection);
         Ok(repaired)
@@ -136,15 +140,12 @@ impl Repair {
             self.publisher.show_on(connection, &users, &NOBODY).await?;
             connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
         }
-        let mut cursor = 0;
-        loop {
-            let page = l2.shared().scan_routes(cursor).await.map_err(|error| SqlError::Lost(error.to_string()))?;
+        let mut cursor = Some(Cursor::default());
+        while let Some(at) = cursor {
+            let page = l2.shared().scan_routes(at).await.map_err(|error| SqlError::Lost(error.to_string()))?;
             self.publisher.show_on(connection, &page.1, &NOBODY).await?;
             connection.claim_job(&job, &self.claimant, CLAIM_TERM).await?;
             cursor = page.0;
-            if cursor == 0 {
-                break;
-            }
         }
         connection.finish_job(&job, SHOW_GENERATION).await?;
         self.all_shown = generation;

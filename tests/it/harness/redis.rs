@@ -20,6 +20,10 @@ use nix::sys::signal::Signal;
 use redis::FromRedisValue;
 use redis::aio::MultiplexedConnection;
 use redis::aio::PubSub;
+use tokio::io::AsyncBufReadExt;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::io::BufReader;
 use tokio::net::TcpListener;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -114,6 +118,12 @@ impl RedisServer {
         RedisClient { connection }
     }
 
+    /// A key's value, over a connection of its own. None, too, if that ends.
+    pub async fn try_get(&self, key: &str) -> Option<String> {
+        let mut connection = self.open().get_multiplexed_async_connection().await.ok()?;
+        redis::cmd("GET").arg(key).query_async(&mut connection).await.ok()?
+    }
+
     /// Hears these channels from when this returns.
     pub async fn subscribe(&self, channels: &[&str]) -> Subscriber {
         let mut pubsub = self.open().get_async_pubsub().await.expect("connect to Redis");
@@ -121,6 +131,16 @@ impl RedisServer {
             pubsub.subscribe(*channel).await.expect("subscribe");
         }
         Subscriber { pubsub }
+    }
+
+    /// Hears this channel of the shard that the server is of.
+    pub async fn subscribe_to_shard(&self, channel: &str) -> ShardSubscriber {
+        let mut stream = BufReader::new(TcpStream::connect(("127.0.0.1", self.port)).await.expect("connect to Redis"));
+        stream.write_all(format!("SSUBSCRIBE {channel}\r\n").as_bytes()).await.expect("subscribe");
+        let mut subscriber = ShardSubscriber { stream };
+        let confirmed = subscriber.texts().await;
+        assert_eq!(confirmed[0], b"ssubscribe", "{confirmed:?}");
+        subscriber
     }
 
     /// Hears every channel.
@@ -216,6 +236,21 @@ impl RedisClient {
         self.run(&words).await
     }
 
+    /// The same one by one, for keys that are in several slots. What cannot be read is None.
+    pub async fn get_each(&self, keys: &[&str]) -> Vec<Option<Vec<u8>>> {
+        if keys.is_empty() {
+            return Vec::new();
+        }
+        let mut pipe = redis::pipe();
+        for key in keys {
+            pipe.cmd("GET").arg(key);
+        }
+        let mut connection = self.connection.clone();
+        let read = pipe.ignore_errors().query_async::<Vec<redis::RedisResult<Option<Vec<u8>>>>>(&mut connection).await;
+        let values = read.unwrap_or_else(|error| panic!("{keys:?}: {error}"));
+        values.into_iter().map(|value| value.ok().flatten()).collect()
+    }
+
     /// In seconds; -1: the key is there for good; -2: there is no such key.
     pub async fn ttl(&self, key: &str) -> i64 {
         self.run(&["TTL", key]).await
@@ -256,6 +291,44 @@ impl Subscriber {
             }
         }
         panic!("{body:?} was not heard within {deadline:?}");
+    }
+}
+
+/// The client library of the tests has no word for this.
+pub struct ShardSubscriber {
+    stream: BufReader<TcpStream>,
+}
+
+impl ShardSubscriber {
+    /// The next message, as channel and body.
+    pub async fn next(&mut self, deadline: Duration) -> Option<(String, Vec<u8>)> {
+        let [_, channel, body] = timeout(deadline, self.texts()).await.ok()?.try_into().expect("a message");
+        Some((String::from_utf8(channel).expect("text"), body))
+    }
+
+    /// The three texts, or numbers, of a list.
+    async fn texts(&mut self) -> Vec<Vec<u8>> {
+        let mut texts = Vec::new();
+        assert_eq!(self.line().await, "*3");
+        for _ in 0..3 {
+            let line = self.line().await;
+            match line.strip_prefix('$') {
+                None => texts.push(line.into_bytes()),
+                Some(length) => {
+                    let mut text = vec![0; length.parse::<usize>().expect("a length") + 2];
+                    self.stream.read_exact(&mut text).await.expect("a text");
+                    text.truncate(text.len() - 2);
+                    texts.push(text);
+                }
+            }
+        }
+        texts
+    }
+
+    async fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.stream.read_line(&mut line).await.expect("a line");
+        line.trim_end().to_owned()
     }
 }
 

@@ -231,6 +231,18 @@ struct Truth {
 /// Nobody changes anything any more: waits until the records and the two keys of all users are as SQL has them, and every node
 /// answers so.
 pub async fn everything_agrees_with_sql(cluster: &Cluster, users: RangeInclusive<i64>, deadline: Duration) {
+    let get = async |names: Vec<String>| cluster.cache().client().await.get_many(&names).await;
+    everything_agrees(cluster, users, deadline, "user:record:{}", get).await;
+}
+
+/// The same with keys that `get` reads, and records of this name.
+pub async fn everything_agrees(
+    cluster: &Cluster,
+    users: RangeInclusive<i64>,
+    deadline: Duration,
+    record: &str,
+    get: impl AsyncFn(Vec<String>) -> Vec<Option<Vec<u8>>>,
+) {
     let mut truth = Vec::new();
     for user in users {
         let answer = cluster.node().query_sql(user).await;
@@ -238,7 +250,7 @@ pub async fn everything_agrees_with_sql(cluster: &Cluster, users: RangeInclusive
     }
     let began = Instant::now();
     loop {
-        let mut differences = differences_in_redis(cluster, &truth).await;
+        let mut differences = differences_in_redis(cluster, &truth, record, &get).await;
         for node in &cluster.nodes {
             for Truth { user, version, .. } in &truth {
                 let answer = node.query(*user).await;
@@ -257,13 +269,20 @@ pub async fn everything_agrees_with_sql(cluster: &Cluster, users: RangeInclusive
     }
 }
 
-async fn differences_in_redis(cluster: &Cluster, truth: &[Truth]) -> Vec<String> {
+async fn differences_in_redis(
+    cluster: &Cluster,
+    truth: &[Truth],
+    record: &str,
+    get: &impl AsyncFn(Vec<String>) -> Vec<Option<Vec<u8>>>,
+) -> Vec<String> {
     let generation = cluster.db.number("SELECT generation FROM cluster").await;
-    let client = cluster.cache().client().await;
     let mut differences = Vec::new();
     for page in truth.chunks(500) {
-        let names = page.iter().flat_map(|it| ["route", "status", "record"].map(|what| format!("user:{what}:{}", it.user)));
-        let values = client.get_many(&names.collect::<Vec<_>>()).await;
+        let names = page.iter().flat_map(|it| {
+            let user = it.user.to_string();
+            [format!("user:route:{user}"), format!("user:status:{user}"), record.replace("{}", &user)]
+        });
+        let values = get(names.collect()).await;
         for (it, values) in page.iter().zip(values.chunks(3)) {
             let text = |value: &Option<Vec<u8>>| value.as_ref().map(|bytes| String::from_utf8_lossy(bytes).into_owned());
             let (route, status, record) = (text(&values[0]), text(&values[1]), text(&values[2]));

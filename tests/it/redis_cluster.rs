@@ -1,0 +1,391 @@
+//! Redis Cluster: three primaries with a replica each, which die, change places, and hand slots over.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+use std::time::Instant;
+
+use im_presence::config::Config;
+use im_presence::pb::BatchBindRouteReq;
+use im_presence::pb::BatchQueryRouteReq;
+use im_presence::pb::Code;
+use im_presence::pb::DeliverReq;
+use im_presence::pb::Source;
+use im_presence::pb::UnbindRouteReq;
+use im_presence::store::batch::Batch;
+use im_presence::store::servers::Servers;
+use im_presence::store::slot_map::slot_of;
+use tokio::task::JoinSet;
+
+use crate::harness::allowed;
+use crate::harness::cluster::ALICE;
+use crate::harness::cluster::BOB;
+use crate::harness::cluster::Cluster;
+use crate::harness::cluster::GATEWAY;
+use crate::harness::cluster::OTHER_GATEWAY;
+use crate::harness::cluster::PHONE;
+use crate::harness::cluster::TestDb;
+use crate::harness::cluster::a_bind;
+use crate::harness::cluster::code;
+use crate::harness::eventually;
+use crate::harness::heavy;
+use crate::harness::long;
+use crate::harness::mariadb::MariaDb;
+use crate::harness::node::Node;
+use crate::harness::pki::Pki;
+use crate::harness::redis_cluster::NODE_TIMEOUT;
+use crate::harness::redis_cluster::RedisCluster;
+use crate::harness::traffic::Traffic;
+use crate::harness::traffic::everything_agrees;
+
+/// Users of [`Traffic`].
+const BUSY: i64 = 100;
+const NOTICED_WITHIN: Duration = Duration::from_secs(5);
+const KEYS_AGREE_WITHIN: Duration = Duration::from_secs(10);
+/// After a planned exchange of a primary and its replica.
+const SWITCHED_WITHIN: Duration = Duration::from_secs(3);
+/// A server is believed dead, the others vote, and all hear of it.
+const REPLACED_WITHIN: Duration = Duration::from_secs(3 * NODE_TIMEOUT.as_secs());
+const RECORD: &str = "{user:route:{}}:record";
+/// A node that remembers nobody.
+const COLD: (&str, &str) = ("ROUTE__L1_CAPACITY", "0");
+
+async fn nodes_on(redis: &RedisCluster, nodes: usize, more: &[(&str, &str)]) -> Cluster {
+    let mut settings = redis.settings("REDIS_CACHE");
+    settings.extend(redis.settings("REDIS_QUEUE"));
+    let mut all: Vec<(&str, &str)> = settings.iter().map(|(key, value)| (&**key, &**value)).collect();
+    all.extend(more);
+    Cluster::mariadb(nodes, &all).await
+}
+
+async fn keys_agree(cluster: &Cluster, redis: &RedisCluster, users: RangeInclusive<i64>, within: Duration) {
+    everything_agrees(cluster, users, within, RECORD, async |names| redis.get_many(&names).await).await;
+}
+
+async fn bind_all(node: &Node, users: RangeInclusive<i64>) {
+    for page in users.collect::<Vec<_>>().chunks(1_000) {
+        let binds = page.iter().map(|user| a_bind(*user, PHONE, "c")).collect();
+        let answer = node.presence().batch_bind_route(BatchBindRouteReq { binds }).await.expect("binds").into_inner();
+        assert!(answer.results.iter().all(|bind| code(&bind.result) == Code::Ok));
+    }
+}
+
+async fn all_is_well(cluster: &Cluster, within: Duration) {
+    for node in &cluster.nodes {
+        eventually("nothing is degraded", within, async || node.degraded().await.is_empty()).await;
+    }
+}
+
+async fn generation(cluster: &Cluster) -> i64 {
+    cluster.db.number("SELECT generation FROM cluster").await
+}
+
+/// Calls of a command at all primaries.
+async fn calls(redis: &RedisCluster, command: &str) -> Vec<u64> {
+    let mut calls = Vec::new();
+    for primary in redis.primaries().await {
+        let stats: String = primary.client().await.run(&["INFO", "commandstats"]).await;
+        let line = stats.lines().find_map(|line| line.strip_prefix(&format!("cmdstat_{command}:calls=")));
+        calls.push(line.and_then(|rest| rest.split(',').next()?.parse().ok()).unwrap_or(0));
+    }
+    calls
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_are_shown_in_the_slots_of_their_keys_and_found_there_with_one_question_to_each_primary() {
+    let _turn = heavy().await;
+    let users = if long() { 20_000 } else { 2_000 };
+    let asked = users / 4;
+    let redis = RedisCluster::start().await;
+    let cluster = nodes_on(&redis, 2, &[COLD]).await;
+    bind_all(cluster.node(), 1..=users).await;
+    let gone = UnbindRouteReq { user_id: 7, gateway_addr: GATEWAY.to_owned(), device_id: PHONE.to_owned(), ..Default::default() };
+    cluster.node().unbind(gone).await;
+    keys_agree(&cluster, &redis, 1..=users, KEYS_AGREE_WITHIN).await;
+    assert_eq!(redis.keys("user:record:*").await, [""; 0], "names of one server");
+    let node = &cluster.nodes[1];
+    let question = || BatchQueryRouteReq { user_ids: (1..=asked).collect(), ..Default::default() };
+    eventually("Redis answers", NOTICED_WITHIN, async || {
+        node.query(1).await;
+        node.query(2).await.source() == Source::Shared
+    })
+    .await;
+    let (before, hits) = (calls(&redis, "get").await, node.metric("im_presence_l2_hits_total").await);
+    let began = Instant::now();
+    let answer = node.presence().batch_query_route(question()).await.expect("an answer").into_inner();
+    let took = began.elapsed();
+    assert_eq!(answer.users.iter().filter(|user| user.is_online).count() as i64, asked - 1);
+    let from_redis = node.metric("im_presence_l2_hits_total").await - hits;
+    let after: Vec<u64> = calls(&redis, "get").await.into_iter().zip(before).map(|(after, before)| after - before).collect();
+    println!("{asked} users: {from_redis} from Redis in {took:?}; GETs at each primary: {after:?}");
+    assert!(from_redis >= asked as f64 * 0.9, "{from_redis}");
+    assert!(after.iter().all(|gets| *gets > 0) && after.len() == 3, "{after:?}");
+}
+
+/// How long it takes until users who are bound now have their keys at all primaries.
+async fn shown_anew(cluster: &Cluster, redis: &RedisCluster, within: Duration) -> Duration {
+    const NEW: RangeInclusive<i64> = 10_001..=10_100;
+    let began = Instant::now();
+    bind_all(cluster.node(), NEW).await;
+    let names: Vec<String> = NEW.map(|user| format!("user:route:{user}")).collect();
+    eventually("new users are shown", within, async || redis.get_many(&names).await.iter().all(Option::is_some)).await;
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commands_follow_a_slot_that_moves_and_count_again_once_the_servers_were_looked_at() {
+    const LIMIT: Duration = Duration::from_secs(5);
+    let redis = RedisCluster::start().await;
+    let nodes = redis.settings("REDIS_CACHE").remove(1).1;
+    let config = Config::from_text("im.toml", &format!("[redis_cache]\nmode = \"cluster\"\nnodes = {nodes}"));
+    let config = config.expect("settings");
+    let servers = Servers::new(&config.redis_cache.expect("a cache").server).expect("addresses");
+    let keys: Vec<String> = (0..30).map(|number| format!("key:{number}")).collect();
+    let batch = |words: &dyn Fn(&str) -> redis::Cmd| {
+        let mut batch = Batch::new(true);
+        keys.iter().for_each(|key| batch.add(key, words(key)));
+        batch
+    };
+    let set = |key: &str| redis::cmd("SET").arg(key).arg(key).to_owned();
+    let get = || servers.run::<String>(batch(&|key| redis::cmd("GET").arg(key).to_owned()), LIMIT);
+    let right = async |what: &str| {
+        let (number, values) = get().await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        assert_eq!(values, keys, "{what}");
+        number
+    };
+    let (looked, _) = servers.look(LIMIT).await.expect("servers");
+    assert_eq!(servers.run::<String>(batch(&set), LIMIT).await.expect("all are set").0, looked);
+    let (slot, from) = (slot_of(&keys[0]).to_string(), redis.owner(&keys[0]).await);
+    let to = redis.primaries().await.into_iter().find(|server| server.port != from.port).expect("another primary");
+    let (from_id, to_id): (String, String) =
+        (from.client().await.run(&["CLUSTER", "MYID"]).await, to.client().await.run(&["CLUSTER", "MYID"]).await);
+    to.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
+    from.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
+    assert_eq!(right("it is about to move").await, looked);
+    from.client().await.run::<()>(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &keys[0], "0", "5000"]).await;
+    assert_ne!(right("the key has moved, the slot has not").await, looked);
+    for server in [to, from] {
+        server.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
+    }
+    assert_ne!(right("the slot has moved").await, looked);
+    assert_ne!(right("and that is known").await, looked, "nobody has looked who they are");
+    let (again, _) = servers.look(LIMIT).await.expect("servers");
+    assert_ne!(again, looked);
+    assert_eq!(right("they were looked at").await, again);
+}
+
+/// Something happens to a primary while callers bind and ask. Returns once everything is as SQL has it.
+async fn under_load(redis: &RedisCluster, switch: impl AsyncFnOnce(&RedisCluster) -> Duration, within: Duration) -> i64 {
+    const RESTING: RangeInclusive<i64> = BUSY + 1..=BUSY + 400;
+    const LEFT: RangeInclusive<i64> = BUSY + 1..=BUSY + 50;
+    let cluster = nodes_on(redis, 2, &[]).await;
+    bind_all(cluster.node(), RESTING).await;
+    keys_agree(&cluster, redis, RESTING, KEYS_AGREE_WITHIN).await;
+    let before = generation(&cluster).await;
+    let traffic = Traffic::start(&cluster, BUSY);
+    traffic.goes_on(300).await;
+    let took = switch(redis).await;
+    let switched = Instant::now();
+    let new = shown_anew(&cluster, redis, within).await;
+    println!("switched in {took:?}; new users are shown at every primary {new:?} later");
+    for user in LEFT {
+        let (gateway_addr, device_id) = (GATEWAY.to_owned(), PHONE.to_owned());
+        cluster.node().unbind(UnbindRouteReq { user_id: user, gateway_addr, device_id, ..Default::default() }).await;
+    }
+    all_is_well(&cluster, KEYS_AGREE_WITHIN).await;
+    println!("all is well after {:?}", switched.elapsed());
+    traffic.goes_on(300).await;
+    let (written, seen) = traffic.stop().await;
+    assert!(written.refused.is_empty(), "{:?}", written.refused);
+    assert!(seen.iter().all(|reader| reader.refused.is_empty()), "{seen:?}");
+    let left = KEYS_AGREE_WITHIN.saturating_sub(switched.elapsed());
+    keys_agree(&cluster, redis, 1..=*RESTING.end(), left).await;
+    println!("keys agree with SQL {:?} after the switch, callers' 300 binds among it", switched.elapsed());
+    for user in LEFT {
+        assert_eq!(redis.get_many(&[format!("user:route:{user}")]).await, [None], "user {user} has left");
+    }
+    generation(&cluster).await - before
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_is_killed_costs_no_query_and_leaves_no_key_of_who_has_left() {
+    let _turn = heavy().await;
+    let redis = RedisCluster::start().await;
+    let kill = async |redis: &RedisCluster| {
+        let killed = Instant::now();
+        redis.kill(0);
+        let replica = redis.servers[3].client().await;
+        let promoted = async || replica.run::<String>(&["INFO", "replication"]).await.contains("role:master");
+        eventually("its replica is promoted", REPLACED_WITHIN, promoted).await;
+        killed.elapsed()
+    };
+    let generations = under_load(&redis, kill, KEYS_AGREE_WITHIN).await;
+    assert_eq!(generations, 1, "another server, once");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_and_its_replica_change_places_and_nobody_notices() {
+    let _turn = heavy().await;
+    let redis = RedisCluster::start().await;
+    let exchange = async |redis: &RedisCluster| {
+        let (replica, began) = (redis.servers[4].client().await, Instant::now());
+        replica.run::<()>(&["CLUSTER", "FAILOVER"]).await;
+        let promoted = async || replica.run::<String>(&["INFO", "replication"]).await.contains("role:master");
+        eventually("it is promoted", SWITCHED_WITHIN, promoted).await;
+        began.elapsed()
+    };
+    let generations = under_load(&redis, exchange, SWITCHED_WITHIN).await;
+    assert!(generations >= 1, "another server");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_that_move_to_another_primary_cost_callers_nothing() {
+    let _turn = heavy().await;
+    let slots = if long() { 2_000 } else { 200 };
+    let redis = RedisCluster::start().await;
+    let reshard = async |redis: &RedisCluster| {
+        let began = Instant::now();
+        redis.reshard(&redis.servers[0], &redis.servers[1], slots).await;
+        began.elapsed()
+    };
+    let generations = under_load(&redis, reshard, KEYS_AGREE_WITHIN).await;
+    println!("{slots} slots moved, {generations} generations");
+    assert!(generations >= 1, "other slots");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_nodes_that_show_one_user_all_the_time_end_with_what_sql_has() {
+    let _turn = heavy().await;
+    let turns = if long() { 5_000 } else { 500 };
+    let redis = RedisCluster::start().await;
+    let cluster = nodes_on(&redis, 2, &[]).await;
+    let mut callers = JoinSet::new();
+    for (node, gateway) in cluster.nodes.iter().zip([GATEWAY, OTHER_GATEWAY]) {
+        let mut client = node.new_connection();
+        callers.spawn(async move {
+            for turn in 0..turns {
+                let (gateway_addr, device_id) = (gateway.to_owned(), PHONE.to_owned());
+                let bind = im_presence::pb::BindRouteReq {
+                    gateway_addr: gateway_addr.clone(),
+                    ..a_bind(ALICE, PHONE, &format!("c-{turn}"))
+                };
+                client.bind_route(bind).await.expect("a bind");
+                if turn % 3 == 0 {
+                    let gone = UnbindRouteReq { user_id: ALICE, gateway_addr, device_id, ..Default::default() };
+                    client.unbind_route(gone).await.expect("an unbind");
+                }
+            }
+        });
+    }
+    callers.join_all().await;
+    keys_agree(&cluster, &redis, ALICE..=ALICE, NOTICED_WITHIN).await;
+}
+
+/// Waits for a message to be heard, and says what its sender was told.
+async fn delivered_to(node: &Node, user: i64, hears: impl AsyncFn() -> bool) -> im_presence::pb::DeliverResp {
+    let began = Instant::now();
+    loop {
+        let message = DeliverReq { user_id: user, message: "hello".to_owned(), ..Default::default() };
+        if let Ok(answer) = node.presence().deliver(message).await
+            && hears().await
+        {
+            return answer.into_inner();
+        }
+        assert!(began.elapsed() < allowed(NOTICED_WITHIN), "nobody hears it");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn messages_reach_subscribers_of_any_server_and_nobody_says_how_many_there_are() {
+    let redis = RedisCluster::start().await;
+    let cluster = nodes_on(&redis, 2, &[]).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    one.bind(a_bind(BOB, PHONE, "c")).await;
+    for server in &redis.servers {
+        let gateway = tokio::sync::Mutex::new(server.subscribe(&[&format!("user:{BOB}")]).await);
+        let answer = delivered_to(two, BOB, async || gateway.lock().await.next(Duration::from_secs(1)).await.is_some()).await;
+        let told = answer.result.as_ref().map_or("", |result| &result.msg);
+        assert!(answer.delivered && told.contains("does not say how many"), "{answer:?}");
+    }
+    two.query(BOB).await;
+    let bound = one.bind(a_bind(BOB, PHONE, "d")).await;
+    eventually("hints arrive", NOTICED_WITHIN, async || two.query(BOB).await.version == bound.version).await;
+    // The servers that nodes publish and listen at are gone; others are as good.
+    redis.kill(5);
+    let gateway = tokio::sync::Mutex::new(redis.servers[0].subscribe(&[&format!("user:{BOB}")]).await);
+    delivered_to(two, BOB, async || gateway.lock().await.next(Duration::from_secs(1)).await.is_some()).await;
+    all_is_well(&cluster, NOTICED_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sharded_messages_go_to_the_servers_of_their_slot_and_are_counted() {
+    let redis = RedisCluster::start().await;
+    let cluster = nodes_on(&redis, 1, &[("REDIS_QUEUE__SHARDED", "true")]).await;
+    let node = cluster.node();
+    for user in [ALICE, BOB, 3, 4, 5] {
+        node.bind(a_bind(user, PHONE, "c")).await;
+        let channel = format!("user:{user}");
+        let server = redis.owner(&channel).await;
+        let gateway = tokio::sync::Mutex::new(server.subscribe_to_shard(&channel).await);
+        let hears =
+            async || gateway.lock().await.next(Duration::from_secs(1)).await == Some((channel.clone(), b"hello".to_vec()));
+        let answer = delivered_to(node, user, hears).await;
+        assert_eq!((answer.receivers, answer.delivered), (1, true), "{answer:?}");
+        assert_eq!(answer.result.map(|result| result.msg), Some(String::new()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cluster_is_reached_over_tls_with_a_certificate_of_our_own() {
+    let pki = Pki::new();
+    let ca = pki.ca("redis");
+    let (server, own) = (ca.issue("server", &["127.0.0.1"]), ca.issue("own", &["node"]));
+    let redis = RedisCluster::start_with_tls(&ca, &server).await;
+    let file = |path: &std::path::Path| path.display().to_string();
+    let files = [("CA_FILE", file(&ca.file)), ("CERT_FILE", file(&own.cert)), ("KEY_FILE", file(&own.key))];
+    let tls = |section: &str| {
+        let mut all = redis.settings(section);
+        all.push((format!("{section}__TLS"), "true".to_owned()));
+        all.extend(files.iter().map(|(key, value)| (format!("{section}__{key}"), value.clone())));
+        all
+    };
+    let db = TestDb::mariadb(MariaDb::shared()).await;
+    let mut settings = db.settings(&[]);
+    settings.extend(tls("REDIS_CACHE"));
+    settings.extend(tls("REDIS_QUEUE"));
+    let node = Node::start(settings).await;
+    for user in 1..=20 {
+        node.bind(a_bind(user, PHONE, "c")).await;
+    }
+    let keys = async || redis.keys("user:route:*").await.len();
+    eventually("all are shown, at every primary", NOTICED_WITHIN, async || keys().await == 20).await;
+    eventually("both work", NOTICED_WITHIN, async || node.degraded().await.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_prefix_keeps_two_systems_apart_on_one_cluster() {
+    let redis = RedisCluster::start().await;
+    let mut nodes = Vec::new();
+    for prefix in ["", "eu:"] {
+        let db = TestDb::mariadb(MariaDb::shared()).await;
+        let mut settings = db.settings(&[("REDIS_CACHE__KEY_PREFIX", prefix)]);
+        settings.extend(redis.settings("REDIS_CACHE"));
+        let node = Node::start(settings).await;
+        node.bind(a_bind(ALICE, PHONE, "c")).await;
+        let names =
+            [format!("{prefix}user:route:1"), format!("{{{prefix}user:route:1}}:record"), format!("{prefix}presence:store")];
+        eventually("its keys are there", NOTICED_WITHIN, async || redis.get_many(&names).await.iter().all(Option::is_some)).await;
+        nodes.push((node, db));
+    }
+    for (node, _) in &nodes {
+        assert!(!node.log().iter().any(|line| line.contains("another store uses")), "{:?}", node.log());
+        node.unbind(UnbindRouteReq {
+            user_id: ALICE,
+            gateway_addr: GATEWAY.to_owned(),
+            device_id: PHONE.to_owned(),
+            ..Default::default()
+        })
+        .await;
+        let left = if node.data == nodes[0].0.data { vec!["eu:user:route:1".to_owned()] } else { Vec::new() };
+        eventually("only its own key goes", NOTICED_WITHIN, async || redis.keys("*user:route:1").await == left).await;
+    }
+}
