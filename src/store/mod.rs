@@ -25,11 +25,13 @@ pub mod open_error;
 pub mod outbox;
 pub mod readers;
 mod schema;
+pub mod server;
 pub mod shared;
 mod sql_error;
 mod statement;
 mod user_row;
 pub mod users;
+mod way;
 
 #[cfg(test)]
 mod contract;

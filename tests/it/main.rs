@@ -18,6 +18,8 @@ mod docs;
 mod doubt;
 mod ends;
 mod explain;
+mod fail_over;
+mod galera;
 mod gateways;
 mod harness;
 mod hints;

@@ -20,7 +20,8 @@ fn last_release() -> Migrator {
 
 async fn bare(url: &str) -> Connection {
     let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
-    Connection::open(url, engine, Purpose::General, DEADLINE).await.unwrap()
+    let opening = Opening { engine, purpose: Purpose::General, limit: DEADLINE, deadline: DEADLINE };
+    Connection::open(url, opening).await.unwrap()
 }
 
 #[tokio::test]

@@ -1,6 +1,7 @@
 //! What the tests run on. Everything started here ends with the test process, however that ends.
 
 pub mod cluster;
+pub mod galera;
 pub mod gateway;
 pub mod mariadb;
 pub mod mysql_front;
@@ -11,7 +12,9 @@ pub mod process;
 pub mod proxy;
 pub mod redis;
 pub mod redis_proxy;
+pub mod replicas;
 pub mod stream;
+pub mod switch;
 pub mod traffic;
 pub mod watcher;
 
