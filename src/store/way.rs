@@ -10,6 +10,7 @@ use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering;
 
 use arc_swap::ArcSwapOption;
+use tracing::warn;
 
 use crate::config::server_of;
 use crate::store::connection::Connection;
@@ -24,6 +25,8 @@ pub(super) struct Way {
     primary: ArcSwapOption<Server>,
     /// The place in the list of the address that was right last.
     last: AtomicUsize,
+    /// Another server that takes writes, to which a connection led.
+    other: ArcSwapOption<Server>,
 }
 
 /// What to do with a connection that was just made.
@@ -66,6 +69,9 @@ impl Way {
         let is_primary = primary.as_ref().is_none_or(|primary| primary.is(server));
         match &*primary {
             Some(primary) if !is_primary && purpose != Purpose::Beat => {
+                if !self.other.swap(Some(Arc::new(server.clone()))).is_some_and(|told| told.is(server)) {
+                    warn!("a connection led to {server}, and this node writes to {primary}: all have to lead to one of them");
+                }
                 Fit::Wrong(format!("it is {server}, and this node writes to {primary}"))
             }
             _ if !server.is_read_only => Fit::Right,
