@@ -7,6 +7,7 @@ use sqlx::migrate::MigrationType;
 use sqlx::migrate::Migrator;
 
 use super::*;
+use crate::store::connection::Opening;
 
 const INIT: &str = include_str!("../../../migrations/0001_init.sql");
 
