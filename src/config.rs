@@ -31,6 +31,7 @@ pub use allocation::Allocation;
 pub use allocation::Experiment;
 pub use database::Store;
 pub use database::StoreTls;
+pub use database::server_of;
 pub use digest::Digest;
 use forms::millis;
 use forms::or_empty;

@@ -100,8 +100,8 @@ async fn keep_sampling(sampler: Arc<Sampler>, stop: CancellationToken) {
 
 /// Name of the database: tells the systems of one company apart.
 fn system(config: &Config) -> String {
-    let url = config.store.connect_url().unwrap_or_default();
-    let path = url.split('?').next().unwrap_or_default();
+    let urls = config.store.connect_urls().unwrap_or_default();
+    let path = urls.first().map_or("", String::as_str).split('?').next().unwrap_or_default();
     path.rsplit('/').next().unwrap_or_default().trim_end_matches(".db").to_owned()
 }
 
@@ -113,7 +113,7 @@ fn links(config: &Config, protection: &Protection) -> TlsReport {
         admin: on(protection.admin.tls.is_some()),
         peer: on(protection.peers.ca_file.is_some()),
         store: String::new(),
-        redis_cache: speaks(config.redis_cache.as_ref()),
+        redis_cache: speaks(config.redis_cache.as_ref().map(|cache| &cache.server)),
         redis_queue: speaks(config.redis_queue.as_ref().map(|queue| &queue.server)),
     }
 }

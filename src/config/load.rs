@@ -282,6 +282,21 @@ mod tests {
     }
 
     #[test]
+    fn a_store_may_have_several_hosts() {
+        let text =
+            "[store]\nurl = ''\nhost = 'db-1, db-2:3307'\nuser = 'u'\npassword = 'p,@'\ndatabase = 'im'\ntls = 'disabled'\n";
+        let store = load("im.toml", text, &[]).expect("a configuration").store;
+        let urls = store.connect_urls().expect("no file is needed");
+        assert_eq!(
+            urls,
+            ["mysql://u:p%2C%40@db-1:3306/im?ssl-mode=disabled", "mysql://u:p%2C%40@db-2:3307/im?ssl-mode=disabled"]
+        );
+        assert_eq!(store.to_string(), "mysql://u@db-1:3306,db-2:3307/im");
+        let text = text.replace("db-1,", ",");
+        check_refused(&text, &[], &["im.toml: store.host: must be a host name or an IP address"]);
+    }
+
+    #[test]
     fn toml_gives_values_and_sections() {
         let text = "[route]\non_overflow = \"refuse_new\"\n[log]\nformat = \"json\"\n[redis_cache]\n[gateway]\ndoubt_share = 1";
         let config = load("im.toml", text, &[]).unwrap();

@@ -200,16 +200,17 @@ impl Config {
 
     fn check_store(&self, faults: &mut Faults) {
         let store = &self.store;
-        match store.connect_url() {
-            Ok(url) => {
-                faults.unless(has_scheme(&url, &["sqlite:", "mysql:", "mariadb:"]), &["store.url", "store.url_file"], || {
+        match store.connect_urls() {
+            Ok(urls) => {
+                faults.unless(has_scheme(&urls[0], &["sqlite:", "mysql:", "mariadb:"]), &["store.url", "store.url_file"], || {
                     "must begin with sqlite:, mysql: or mariadb:".into()
                 })
             }
             Err(error) => faults.unless(false, &["store.url_file", "store.password_file"], || error.to_string()),
         }
         let host_is_given = store.host.is_some();
-        faults.unless(store.host.as_deref().is_none_or(is_host), &["store.host"], not_a_host);
+        let are_hosts = |hosts: &str| hosts.split(',').all(|host| is_host(host.trim()));
+        faults.unless(store.host.as_deref().is_none_or(are_hosts), &["store.host"], not_a_host);
         let named = !store.user.is_empty() && !store.database.is_empty();
         faults.unless(!host_is_given || named, &["store.host"], || "store.user and store.database are needed, too".into());
         let parts =
@@ -337,7 +338,7 @@ fn check_store_url(url: &str, faults: &mut Faults) {
 impl Store {
     /// A file is of one node alone.
     fn is_of_one_node(&self) -> bool {
-        self.connect_url().is_ok_and(|url| url.starts_with("sqlite:"))
+        self.connect_urls().is_ok_and(|urls| urls[0].starts_with("sqlite:"))
     }
 }
 

@@ -88,7 +88,8 @@ impl fmt::Display for Url {
             _ if is_file(scheme, rest) => f.write_str(rest)?,
             Some((login, server)) => {
                 let (user, mask) = login.split_once(':').map_or((login, ""), |(user, _)| (user, ":***"));
-                write!(f, "{user}{mask}@{}", without_password(server, |port| port.parse::<u16>().is_ok()))?;
+                let servers = server.split(',').map(|server| without_password(server, |port| port.parse::<u16>().is_ok()));
+                write!(f, "{user}{mask}@{}", servers.collect::<Vec<_>>().join(","))?;
             }
             None => {
                 let may_be_port =

@@ -16,6 +16,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
+use crate::store::statement::greatest;
 use crate::store::statement::unless_there;
 use crate::store::users::DatabaseClock;
 
@@ -37,6 +38,8 @@ pub struct ClusterRow {
     pub generation: u64,
     /// The Redis server whose records belong to this generation.
     pub cache_identity: String,
+    /// The database server that was written to last: see [`Server::branch`](crate::store::server::Server::branch).
+    pub branch: String,
     pub hold: Hold,
     pub step: Step,
     pub counts: Counts,
@@ -117,7 +120,7 @@ impl Connection {
         let since = continuous_since(self.engine());
         let sql = format!(
             "SELECT {clock}, store_id, {since}, generation, cache_identity, step_at, step_ms, users_online, \
-             users_counted_at, inbox_messages, inbox_oldest, hold_began, hold_until, hold_rearm, hold_reason FROM cluster \
+             users_counted_at, inbox_messages, inbox_oldest, hold_began, hold_until, hold_rearm, hold_reason, server FROM cluster \
              WHERE id = 1"
         );
         let rows = self.fetch(statement(sql)).await?;
@@ -128,6 +131,7 @@ impl Connection {
             continuous_since: Timestamp(row.try_get(2)?),
             generation: unsigned(row.try_get(3)?),
             cache_identity: row.try_get(4)?,
+            branch: row.try_get(15)?,
             step: Step { at: Timestamp(row.try_get(5)?), ms: row.try_get(6)? },
             counts: Counts {
                 users_online: row.try_get(7)?,
@@ -230,6 +234,18 @@ impl Connection {
     pub async fn raise_generation(&mut self, seen: u64) -> Result<(), SqlError> {
         const SQL: &str = "UPDATE cluster SET generation = generation + 1 WHERE id = 1 AND generation = ?";
         self.execute(statement(SQL).bind(signed(seen))).await.map(|_| ())
+    }
+
+    /// Says that from now on this server is written to. If another was, it may have acknowledged what this one lacks: the
+    /// generation is raised, above all that were raised there, by the clock, so that one is not raised twice.
+    pub async fn move_to(&mut self, branch: &str, seen: &ClusterRow) -> Result<(), SqlError> {
+        let (now, greatest) = (clock_millis(self.engine()), greatest(self.engine()));
+        let raised = match seen.branch.is_empty() {
+            true => "generation".to_owned(),
+            false => format!("{greatest}(generation + 1, {now})"),
+        };
+        let sql = format!("UPDATE cluster SET generation = {raised}, server = ? WHERE id = 1 AND server = ?");
+        self.execute(statement(sql).bind(branch.to_owned()).bind(seen.branch.clone())).await.map(|_| ())
     }
 
     /// Raises the generation because the shared cache is another server than before, unless another node did so meanwhile.

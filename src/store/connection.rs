@@ -17,6 +17,8 @@ use tokio::time::timeout;
 use crate::metrics::sql::Open;
 use crate::metrics::sql::SqlMetrics;
 
+use crate::store::server;
+use crate::store::server::Server;
 pub use crate::store::sql_error::SqlError;
 
 /// Which SQL is spoken.
@@ -35,6 +37,19 @@ pub enum Purpose {
     General,
     /// The transactions of a lane.
     Lane,
+    /// The beats, which decide which server all the others have to lead to.
+    Beat,
+}
+
+/// How to open a connection.
+#[derive(Clone, Copy, Debug)]
+pub struct Opening {
+    pub engine: Engine,
+    pub purpose: Purpose,
+    /// How long all of it may take.
+    pub limit: Duration,
+    /// How long each statement may take from then on.
+    pub deadline: Duration,
 }
 
 /// All that the statements rely on. A server's own defaults may be anything: a limit on selected rows would make users who are
@@ -51,6 +66,9 @@ const NO_LIMIT_MARIADB: &str = "SET SESSION max_statement_time = 0, idle_transac
 const NO_LIMIT_MYSQL: &str = "SET SESSION max_execution_time = 0";
 /// Ends a lane's transaction on the server if its node stands still: its row locks must not outlive it by much.
 const LANE_SESSION_LIMIT: &str = "SET SESSION wait_timeout = 10, innodb_lock_wait_timeout = 1";
+/// A member of a Galera cluster takes part in a change as soon as it is ordered, and carries it out later. Whoever reads or begins
+/// a transaction there waits until all is carried out that was acknowledged anywhere before: a life that has ended, a bind.
+const GALERA_SESSION: &str = "SET SESSION wsrep_sync_wait = 7";
 const SQLITE_SESSION: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000";
 /// Prepared statements kept per connection: each kind of statement times its chunk sizes.
 const STATEMENTS_KEPT: usize = 256;
@@ -59,6 +77,9 @@ const STATEMENTS_KEPT: usize = 256;
 pub struct Connection {
     inner: AnyConnection,
     engine: Engine,
+    purpose: Purpose,
+    /// SQLite: none.
+    server: Option<Server>,
     deadline: Duration,
     /// Shown in the metrics. None: nobody counts.
     open: Option<Open>,
@@ -73,48 +94,80 @@ pub fn statement(sql: impl Into<String>) -> Statement {
 }
 
 impl Connection {
-    /// Connects and sets the session up, all within `deadline`, which then holds for every statement.
-    pub async fn open(url: &str, engine: Engine, purpose: Purpose, deadline: Duration) -> Result<Self, SqlError> {
+    /// Connects and sets the session up.
+    pub async fn open(url: &str, opening: Opening) -> Result<Self, SqlError> {
+        let Opening { engine, purpose, limit, deadline } = opening;
         let connecting = async {
             let url = with_statement_cache(url, engine);
             let options = url.parse::<AnyConnectOptions>()?.disable_statement_logging();
             let inner = options.connect().await?;
-            Ok::<_, SqlError>(Self { inner, engine, deadline, open: None })
+            let mut connection = Self { inner, engine, purpose, server: None, deadline, open: None };
+            connection.set_up().await?;
+            Ok::<_, SqlError>(connection)
         };
-        let mut connection = timeout(deadline, connecting).await.map_err(|_| no_answer(deadline))??;
-        connection.set_up(purpose).await?;
-        Ok(connection)
+        timeout(limit, connecting).await.map_err(|_| no_answer(limit))?
     }
 
-    async fn set_up(&mut self, purpose: Purpose) -> Result<(), SqlError> {
+    async fn set_up(&mut self) -> Result<(), SqlError> {
         if self.engine == Engine::Sqlite {
             return self.run(SQLITE_SESSION).await;
         }
         self.run(SESSION).await?;
         self.run(READ_COMMITTED).await?;
-        let version: String =
-            self.fetch(statement("SELECT VERSION()")).await?.first().map_or(Ok(String::new()), |row| row.try_get(0))?;
-        self.run(if version.contains("MariaDB") { NO_LIMIT_MARIADB } else { NO_LIMIT_MYSQL }).await?;
-        if purpose == Purpose::Lane {
+        let variables = self.look_at_server().await?;
+        let value = |name: &str| variables.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str());
+        self.run(if value("version").is_some_and(|version| version.contains("MariaDB")) {
+            NO_LIMIT_MARIADB
+        } else {
+            NO_LIMIT_MYSQL
+        })
+        .await?;
+        if self.purpose != Purpose::General {
             self.run(LANE_SESSION_LIMIT).await?;
         }
-        let rows = self
-            .fetch(statement("SHOW SESSION VARIABLES WHERE Variable_name IN ('transaction_isolation', 'tx_isolation')"))
-            .await?;
-        let isolation: String = rows.first().map_or(Ok(String::new()), |row| row.try_get(1))?;
-        match isolation.as_str() {
-            "READ-COMMITTED" => Ok(()),
+        if self.server.as_ref().is_some_and(Server::is_in_galera) {
+            self.run(GALERA_SESSION).await?;
+            self.ping().await?; // a member that is not ready lets everybody in, and refuses this
+        }
+        match value("transaction_isolation").or(value("tx_isolation")) {
+            Some("READ-COMMITTED") => Ok(()),
             other => Err(SqlError::Lost(format!("the server set the isolation level to {other:?}, not READ-COMMITTED"))),
         }
     }
 
     /// From now on the metrics show it.
-    pub fn counted(mut self, metrics: &SqlMetrics, purpose: Purpose) -> Self {
-        self.open = Some(metrics.opened(match purpose {
+    pub fn counted(mut self, metrics: &SqlMetrics) -> Self {
+        self.open = Some(metrics.opened(match self.purpose {
             Purpose::General => "general",
             Purpose::Lane => "lane",
+            Purpose::Beat => "beat",
         }));
         self
+    }
+
+    /// Asks which server this is, and whether it takes writes now. Returns the session's variables that matter.
+    pub async fn look_at_server(&mut self) -> Result<Vec<(String, String)>, SqlError> {
+        if self.engine == Engine::Sqlite {
+            return Ok(Vec::new());
+        }
+        let select = format!(
+            "SHOW SESSION VARIABLES WHERE Variable_name IN ('version', 'transaction_isolation', 'tx_isolation', {})",
+            server::VARIABLES
+        );
+        let rows = self.fetch(statement(select)).await?;
+        let variables: Vec<(String, String)> =
+            rows.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?))).collect::<Result<_, sqlx::Error>>()?;
+        self.server = Some(Server::of(&variables));
+        Ok(variables)
+    }
+
+    /// The server behind it, as it was when somebody looked last. SQLite: none.
+    pub fn server(&self) -> Option<&Server> {
+        self.server.as_ref()
+    }
+
+    pub fn purpose(&self) -> Purpose {
+        self.purpose
     }
 
     pub fn engine(&self) -> Engine {

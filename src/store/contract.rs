@@ -764,6 +764,23 @@ async fn the_generation_is_raised_once_for_what_was_seen() {
 }
 
 #[tokio::test]
+async fn another_server_raises_the_generation_once_and_above_all_that_was_raised_before() {
+    each_engine(async |database| {
+        let connection = &mut lane(database).await;
+        let first = connection.read_cluster().await.unwrap();
+        connection.move_to("one", &first).await.unwrap();
+        let known = connection.read_cluster().await.unwrap();
+        assert_eq!((&*known.branch, known.generation), ("one", first.generation), "nobody was there before");
+        connection.move_to("two", &known).await.unwrap();
+        let moved = connection.read_cluster().await.unwrap();
+        assert!(moved.branch == "two" && i64::try_from(moved.generation).unwrap() >= first.clock.now().0, "{moved:?}");
+        connection.move_to("two", &known).await.unwrap(); // another node sees it, too
+        assert_eq!(connection.read_cluster().await.unwrap().generation, moved.generation);
+    })
+    .await;
+}
+
+#[tokio::test]
 async fn what_durable_rests_on_is_told() {
     each_engine(async |database| {
         let connection = &mut lane(database).await;

@@ -11,6 +11,7 @@ use crate::config;
 use crate::metrics::sql::SqlMetrics;
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
+use crate::store::connection::Opening;
 use crate::store::connection::Purpose;
 use crate::store::connection::SqlError;
 use crate::store::connection::statement;
@@ -18,6 +19,7 @@ use crate::store::database_file::DatabaseFile;
 use crate::store::open_error::OpenError;
 use crate::store::schema;
 use crate::store::statement::unless_there;
+use crate::store::way::Way;
 
 /// The server may have ended a connection that was not used for longer.
 const IDLE_LIMIT: Duration = Duration::from_secs(5);
@@ -35,6 +37,7 @@ pub struct Database {
     file: Option<DatabaseFile>,
     /// Who counts connections.
     metrics: Option<Arc<SqlMetrics>>,
+    way: Way,
 }
 
 /// A connection that one task keeps between its steps. After an error it is not given back, and the next step connects anew.
@@ -51,7 +54,7 @@ impl ConnectionSlot {
 
     pub async fn take(&mut self) -> Result<Connection, SqlError> {
         match self.idle.take() {
-            Some((since, connection)) if since.elapsed() < IDLE_LIMIT => Ok(connection),
+            Some((since, connection)) if since.elapsed() < IDLE_LIMIT && self.database.is_current(&connection) => Ok(connection),
             _ => self.database.connect(Purpose::General).await,
         }
     }
@@ -65,19 +68,17 @@ impl Database {
     /// Connects once, creates the tables that are missing, and reads the store's id. Any number of nodes may do so at once.
     pub async fn open(store: &config::Store) -> Result<Self, OpenError> {
         sqlx::any::install_default_drivers();
-        let url = store.connect_url().map_err(|error| SqlError::Lost(error.to_string()))?;
-        let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
-        let (url, file) = match engine {
-            Engine::MySql => (url, None),
-            Engine::Sqlite => {
-                let file = DatabaseFile::hold(&url)?;
-                (file.url(), Some(file))
-            }
+        let urls = store.connect_urls().map_err(|error| SqlError::Lost(error.to_string()))?;
+        let (engine, file) = match urls.first().filter(|url| url.starts_with("sqlite:")) {
+            Some(url) => (Engine::Sqlite, Some(DatabaseFile::hold(url)?)),
+            None => (Engine::MySql, None),
         };
-        let mut connection = Connection::open(&url, engine, Purpose::General, store.timeout).await?;
+        let mut database =
+            Self { engine, store_id: String::new(), address: store.clone(), file, metrics: None, way: Way::default() };
+        let mut connection = database.connect(Purpose::General).await?;
         schema::lay(connection.raw()).await?;
-        let store_id = store_id(&mut connection).await?;
-        Ok(Self { engine, store_id, address: store.clone(), file, metrics: None })
+        database.store_id = store_id(&mut connection).await?;
+        Ok(database)
     }
 
     /// The same, whose connections are counted.
@@ -85,16 +86,34 @@ impl Database {
         Self { metrics: Some(metrics), ..self }
     }
 
+    /// Connects to the one server that this node writes to and reads from. If the configuration names several, they are asked
+    /// in turn, beginning with the one that was right last; each may take its share of the time that a statement may.
+    ///
+    /// # Errors
+    /// What each server said.
     pub async fn connect(&self, purpose: Purpose) -> Result<Connection, SqlError> {
-        let url = match &self.file {
-            Some(file) => file.url(),
-            None => self.address.connect_url().map_err(|error| SqlError::Lost(error.to_string()))?,
+        let urls = match &self.file {
+            Some(file) => vec![file.url()],
+            None => self.address.connect_urls().map_err(|error| SqlError::Lost(error.to_string()))?,
         };
-        let connection = Connection::open(&url, self.engine, purpose, self.address.timeout).await?;
+        let deadline = self.address.timeout;
+        let limit = deadline / u32::try_from(urls.len()).unwrap_or(1);
+        let connection = self.way.find(&urls, Opening { engine: self.engine, purpose, limit, deadline }).await?;
         Ok(match &self.metrics {
-            Some(metrics) => connection.counted(metrics, purpose),
+            Some(metrics) => connection.counted(metrics),
             None => connection,
         })
+    }
+
+    /// Whether a connection that was kept still leads to the server that this node writes to.
+    pub fn is_current(&self, connection: &Connection) -> bool {
+        self.way.is_current(connection)
+    }
+
+    /// A beat was written over `connection`, or could not be, because its server takes no writes: all others have to lead to
+    /// that server from now on.
+    pub fn follow(&self, connection: &Connection) {
+        self.way.follow(connection);
     }
 
     /// How the connection to the server is protected: what it is encrypted with (empty: it is not), and whether the server had
@@ -124,7 +143,8 @@ impl Database {
             return Ok(Durability { rests_on: "SQLite, WAL, synchronous = FULL".to_owned(), weaknesses: Vec::new() });
         }
         const SQL: &str = "SHOW GLOBAL VARIABLES WHERE Variable_name IN \
-            ('version', 'innodb_flush_log_at_trx_commit', 'sync_binlog', 'log_bin', 'binlog_format')";
+            ('version', 'innodb_flush_log_at_trx_commit', 'sync_binlog', 'log_bin', 'binlog_format', 'wsrep_on', \
+            'rpl_semi_sync_master_enabled', 'rpl_semi_sync_source_enabled', 'group_replication_consistency')";
         let mut settings = Vec::new();
         for row in connection.fetch(statement(SQL)).await? {
             settings.push((row.try_get::<String, _>(0)?, row.try_get::<String, _>(1)?));

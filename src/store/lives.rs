@@ -35,6 +35,7 @@ use crate::store::life_row::bind_profile;
 use crate::store::life_row::read_life;
 use crate::store::statement::chunks;
 use crate::store::statement::filled;
+use crate::store::statement::greatest;
 use crate::store::statement::repeated;
 use crate::store::users::Records;
 
@@ -185,11 +186,7 @@ impl Connection {
     }
 
     async fn issue_epoch(&mut self) -> Result<(), SqlError> {
-        let greatest = match self.engine() {
-            Engine::MySql => "GREATEST",
-            Engine::Sqlite => "MAX",
-        };
-        let clock = clock_micros(self.engine());
+        let (greatest, clock) = (greatest(self.engine()), clock_micros(self.engine()));
         let issue = format!("UPDATE cluster SET next_epoch = {greatest}(next_epoch + 1, {clock}) WHERE id = 1");
         self.execute(statement(issue)).await.map(|_| ())
     }

@@ -31,6 +31,7 @@ pub mod outbox;
 pub mod readers;
 mod schema;
 mod sentinels;
+pub mod server;
 pub mod servers;
 mod several;
 pub mod shared;
@@ -40,6 +41,7 @@ mod sql_error;
 mod statement;
 mod user_row;
 pub mod users;
+mod way;
 
 #[cfg(test)]
 mod contract;

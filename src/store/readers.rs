@@ -33,7 +33,7 @@ impl Readers {
     pub async fn read<T>(&self, read: impl Fn(&mut Connection) -> Reading<'_, T>) -> Result<T, SqlError> {
         let _turn = self.turns.acquire().await.map_err(|_| SqlError::Lost("this node stops".to_owned()))?;
         let kept = self.idle().pop();
-        if let Some(mut kept) = kept
+        if let Some(mut kept) = kept.filter(|kept| self.database.is_current(kept))
             && let Ok(found) = read(&mut kept).await
         {
             self.idle().push(kept);

@@ -29,13 +29,14 @@ pub struct Steps {
 
 /// Number, name and text of each step. Statements end with `;` at the end of a line. A step has to be quick on a table with
 /// many million rows, for the nodes that start wait for it; what is not is left out if somebody did it beforehand.
-const STEPS: [(i64, &str, &str); 6] = [
+const STEPS: [(i64, &str, &str); 7] = [
     (1, "init", include_str!("../../migrations/0001_init.sql")),
     (2, "incarnation", include_str!("../../migrations/0002_incarnation.sql")),
     (3, "clock, lives, counts", include_str!("../../migrations/0003_clock_lives_counts.sql")),
     (4, "audit", include_str!("../../migrations/0004_audit.sql")),
     (5, "presence", include_str!("../../migrations/0005_presence.sql")),
     (6, "moves", include_str!("../../migrations/0006_moves.sql")),
+    (7, "server", include_str!("../../migrations/0007_server.sql")),
 ];
 /// Which steps are done.
 const LAID: &str = "schema_steps";

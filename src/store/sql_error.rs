@@ -34,11 +34,15 @@ pub enum SqlError {
 /// Numbers of MySQL and MariaDB.
 mod mysql {
     pub const LOCK_WAIT_TIMEOUT: u16 = 1205;
-    /// A deadlock; a row that changed since the snapshot (MariaDB); an error during COMMIT, certification of a Galera or group
-    /// replication transaction among them: rolled back, and as good as never run.
-    pub const DEADLOCK: [u16; 4] = [1213, 1020, 1180, 3101];
+    /// A deadlock; a row that changed since the snapshot (MariaDB); a Galera or group replication transaction that was not
+    /// certified at COMMIT, because another member changed the same rows: rolled back, and as good as never run.
+    /// TiDB's write conflicts.
+    pub const DEADLOCK: [u16; 6] = [1213, 1020, 3101, 8002, 8022, 9007];
+    /// An error during COMMIT, which the text has by number: a deadlock too, or anything.
+    pub const DURING_COMMIT: u16 = 1180;
+    pub const DEADLOCK_DURING_COMMIT: &str = "149";
     /// Disk or table full, error of a file or of the engine, out of memory, threads or room for locks.
-    pub const ILL: [u16; 10] = [1021, 1024, 1026, 1030, 1037, 1038, 1041, 1114, 1135, 1206];
+    pub const ILL: [u16; 11] = [1021, 1024, 1026, 1030, 1037, 1038, 1041, 1114, 1135, 1206, 3013];
     /// Access denied to the account, the database, a table or a column; a password that expired; an account that is locked.
     pub const DENIED: [u16; 14] = [1044, 1045, 1130, 1142, 1143, 1227, 1251, 1370, 1698, 1820, 1862, 3118, 3159, 4151];
     /// About the rows of this statement: values, constraints (a trigger may be one), and sizes that fewer rows may fit into.
@@ -64,10 +68,19 @@ impl SqlError {
         matches!(self, Self::Lost(_) | Self::Denied(_))
     }
 
+    /// What the server said, without what that means.
+    pub fn cause(&self) -> String {
+        match self {
+            Self::Lost(cause) | Self::Denied(cause) | Self::Ill(cause) => cause.clone(),
+            other => other.to_string(),
+        }
+    }
+
     fn of_mysql(number: u16, error: sqlx::Error) -> Self {
         match number {
             mysql::LOCK_WAIT_TIMEOUT => Self::Locked,
             number if mysql::DEADLOCK.contains(&number) => Self::Deadlock,
+            mysql::DURING_COMMIT if error.to_string().contains(mysql::DEADLOCK_DURING_COMMIT) => Self::Deadlock,
             number if mysql::ILL.contains(&number) => Self::Ill(error.to_string()),
             number if mysql::DENIED.contains(&number) => Self::Denied(error.to_string()),
             number if mysql::ROWS.contains(&number) => Self::Failed(error),
@@ -132,13 +145,23 @@ mod tests {
     #[test]
     fn only_errors_about_the_rows_are_the_callers() {
         check("failed", &[1048, 1062, 1153, 1197, 1264, 1366, 1406, 1452, 4025], &[18, 19, 20, 1555, 2067]);
-        check("deadlock", &[1213, 1020, 1180, 3101], &[]);
+        check("deadlock", &[1213, 1020, 3101, 8002, 8022, 9007], &[]);
+        let certified = |text: &str| SqlError::of_mysql(1180, sqlx::Error::Protocol(text.to_owned()));
+        assert_eq!(kind(&certified("Got error 149 \"Lock deadlock; Retry transaction\" during COMMIT")), "deadlock");
+        assert_eq!(
+            kind(&certified("Got error 5 \"Input/output error\" during COMMIT")),
+            "lost",
+            "whether it was done is unknown"
+        );
         check("locked", &[1205], &[]);
-        check("ill", &[1021, 1030, 1041, 1114], &[7, 10, 13, 5, 266, 778]);
+        check("ill", &[1021, 1030, 1038, 1041, 1114, 3013], &[7, 10, 13, 5, 266, 778]);
         check("denied", &[1044, 1045, 1142, 1143, 1227], &[3, 23]);
         // The session or the server: too many connections, read-only, shutting down, not part of a Galera cluster, a
         // missing table, and whatever nobody has heard of.
-        let lost = [1040, 1047, 1049, 1053, 1129, 1146, 1176, 1203, 1226, 1290, 1317, 1792, 1836, 1927, 2006, 3100, 4031, 9_999];
+        let lost = [
+            1040, 1047, 1049, 1053, 1129, 1146, 1158, 1161, 1176, 1203, 1226, 1290, 1317, 1792, 1836, 1927, 2006, 2055, 3100,
+            3168, 3169, 4031, 8027, 8028, 9001, 9005, 9010, 9_999,
+        ];
         check("lost", &lost, &[1, 8, 11, 14, 26, 1032, 99]);
     }
 }

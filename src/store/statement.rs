@@ -45,6 +45,14 @@ pub fn repeated(head: &str, row: &str, times: usize, tail: &str) -> String {
     sql
 }
 
+/// What the greatest of several values is called.
+pub fn greatest(engine: Engine) -> &'static str {
+    match engine {
+        Engine::MySql => "GREATEST",
+        Engine::Sqlite => "MAX",
+    }
+}
+
 /// The end of an insert that leaves a row that is there as it is. `column`: any of its own.
 pub fn unless_there(engine: Engine, column: &str) -> String {
     match engine {

@@ -23,6 +23,8 @@ mod doubt;
 mod ends;
 mod events;
 mod explain;
+mod fail_over;
+mod galera;
 mod gateways;
 mod harness;
 mod hints;

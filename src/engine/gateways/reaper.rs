@@ -153,10 +153,10 @@ impl Reaper {
     async fn look(&mut self) -> Result<(), SqlError> {
         let mut connection = match self.seen.connection.take() {
             Some(connection) => connection,
-            None => self.database.connect(Purpose::Lane).await?,
+            None => self.database.connect(Purpose::Beat).await?,
         };
         let asked = Instant::now();
-        let cluster = connection.read_cluster().await?;
+        let mut cluster = connection.read_cluster().await?;
         let step = self.lives.clock.learn(cluster.clock.now(), asked, Instant::now());
         self.lives.clock.learn_continuous(cluster.continuous_since);
         self.lives.clock.learn_step(cluster.step.ms, cluster.step.at, self.longest);
@@ -172,15 +172,17 @@ impl Reaper {
                 connection.note_step(step_ms, STEP_SEEN_WITHIN).await?;
             }
         }
-        self.note_generation(cluster.generation);
+        self.follow(&mut connection, &mut cluster).await?;
+        let anew = self.note_generation(cluster.generation);
         self.note_counts(&cluster);
         self.lives.set_cluster(cluster.clone());
         let asked = Instant::now();
         let has_stalled = self.seen.unmanaged.at.is_some_and(|at| asked.duration_since(at) > NODE_TERM / 2);
-        let known = self.seen.unmanaged.known(asked);
+        let known = self.seen.unmanaged.known(asked).filter(|_| !anew);
         let lives = connection.read_lives(self.gateways.terms.lease.max(MISSED_AFTER), known).await?;
         self.lives.replace(lives.clone(), known.is_none(), asked);
         self.seen.unmanaged.note(&lives, known.is_none(), asked);
+        must_take_writes(&connection)?;
         clamp(&mut connection, &self.gateways.terms, &lives, &cluster).await?;
         let listed = connection.beat_node(&self.peers.own, NODE_TERM).await?;
         let nodes: Vec<NodeName> = listed.iter().map(|node| node.name.clone()).collect();
@@ -196,7 +198,7 @@ impl Reaper {
             hints.nodes_alive(nodes.into_iter().map(|node| node.node_id));
         }
         let table = self.lives.table();
-        self.streams.end_unless(|epoch, no| table.get(epoch).is_none_or(|life| life.is_alive() && life.attach_no <= no));
+        self.streams.end_unless(|epoch, no| table.get(epoch).map_or(!anew, |life| life.is_alive() && life.attach_no <= no));
         // After reading: somebody may hold that row. Before judging: it tells whether silence means anything.
         connection.beat_cluster().await?;
         // Judged is what the database says. Of what was heard meanwhile only the end is known, not the reason.
@@ -238,12 +240,35 @@ impl Reaper {
         self.metrics.inbox_oldest_seconds.set(i64::try_from(age.as_secs()).unwrap_or(i64::MAX));
     }
 
-    fn note_generation(&mut self, generation: u64) {
+    /// Sees which server the beats go to, and has all others go there. One that was not written to before may lack what another
+    /// has acknowledged.
+    async fn follow(&mut self, connection: &mut Connection, cluster: &mut ClusterRow) -> Result<(), SqlError> {
+        connection.look_at_server().await?;
+        let Some(server) = connection.server().cloned() else { return Ok(()) };
+        if !server.is_read_only && cluster.branch != server.branch() {
+            connection.move_to(server.branch(), cluster).await?;
+            if !cluster.branch.is_empty() {
+                let (from, to) = (&cluster.branch, server.branch());
+                warn!(
+                    from,
+                    to, "the database is another server now, {to}: what it has not received is lost, and every cache starts anew"
+                );
+            }
+            *cluster = connection.read_cluster().await?;
+        }
+        self.database.follow(connection); // before anything is cached anew
+        Ok(())
+    }
+
+    /// True: it was raised, and what was known before may have never been.
+    fn note_generation(&mut self, generation: u64) -> bool {
         self.metrics.cache_generation.set(i64::try_from(generation).unwrap_or(i64::MAX));
-        if self.seen.generation.replace(generation).is_some_and(|known| known != generation) {
+        let is_raised = self.seen.generation.replace(generation).is_some_and(|known| known != generation);
+        if is_raised {
             warn!(generation, "the caches' generation was raised: memory is not trusted any more");
             self.cache.distrust();
         }
+        is_raised
     }
 
     /// Begins or ends the hold, as the gateways' silence tells. True: nobody may be declared dead now.
@@ -284,6 +309,14 @@ impl Reaper {
         epochs.sort_unstable();
         let ending = Ending::Expired { lease: self.gateways.terms.lease };
         self.gateways.end(connection, &epochs, ending).await.map(|_| ())
+    }
+}
+
+/// Its user may be allowed to write nevertheless.
+fn must_take_writes(connection: &Connection) -> Result<(), SqlError> {
+    match connection.server().filter(|server| server.is_read_only) {
+        Some(server) => Err(SqlError::Lost(format!("{server} is read-only"))),
+        None => Ok(()),
     }
 }
 

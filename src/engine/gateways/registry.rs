@@ -340,7 +340,7 @@ impl Registry {
 
     /// The connection that was `kept`, if it still answers: the server ends idle sessions. Else a new one.
     pub(super) async fn usable(&self, kept: Option<Connection>) -> Result<Connection, SqlError> {
-        if let Some(mut connection) = kept
+        if let Some(mut connection) = kept.filter(|kept| self.database.is_current(kept))
             && connection.ping().await.is_ok()
         {
             return Ok(connection);

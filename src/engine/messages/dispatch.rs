@@ -176,7 +176,7 @@ impl Dispatcher {
         }
         tell_published(live, &places, &received, began);
         if let Some(span) = &mut span {
-            span.note("im_presence.receivers", received.iter().flatten().sum::<u64>());
+            span.note("im_presence.receivers", received.iter().flatten().flatten().sum::<u64>());
             places.iter().filter_map(|i| received[*i].as_ref().err()).for_each(|error| span.fail(error.to_string()));
         }
         received
@@ -240,12 +240,13 @@ pub fn what(handed: Handed) -> &'static str {
     }
 }
 
-fn tell_published(live: &[(Parcel<'_>, Targets)], places: &[usize], received: &[Result<u64, Error>], began: Instant) {
+fn tell_published(live: &[(Parcel<'_>, Targets)], places: &[usize], received: &[Result<Option<u64>, Error>], began: Instant) {
     for i in places {
         let what = if received[*i].is_ok() { "published" } else { "not_published" };
         live[*i].0.message.note(what, began, |step| {
             step.detail = match &received[*i] {
-                Ok(receivers) => format!("receivers: {receivers}"),
+                Ok(Some(receivers)) => format!("receivers: {receivers}"),
+                Ok(None) => "to a cluster, where nobody counts receivers".to_owned(),
                 Err(error) => error.to_string(),
             };
         });

@@ -26,8 +26,6 @@ use crate::store::connection::Engine;
 use crate::store::connection::SqlError;
 use crate::store::database::Database;
 use crate::store::examination::Examined;
-use crate::store::link::Link;
-use crate::store::link::LinkError;
 
 /// How a process that starts is called in the audit.
 pub const START: &str = "start";
@@ -194,7 +192,7 @@ impl Doctor {
 
     async fn cache(&self) -> Vec<Check> {
         let Some(cache) = &self.cache else { return vec![Check::well("redis_cache", "not configured")] };
-        let (_, server) = match look(&cache.shared().link).await {
+        let (_, server) = match cache.shared().look_at_servers(REDIS_LIMIT).await {
             Ok(looked) => looked,
             Err(error) => return vec![Check::ill("redis_cache", error.to_string(), REDIS_HINT)],
         };
@@ -220,7 +218,7 @@ impl Doctor {
 
     async fn queue(&self) -> Check {
         let Some(queue) = &self.queue else { return Check::well("redis_queue", "not configured") };
-        match look(&queue.link).await {
+        match queue.look(REDIS_LIMIT).await {
             Ok(_) => Check::well("redis_queue", "it answers"),
             Err(error) => Check::ill("redis_queue", error.to_string(), REDIS_HINT),
         }
@@ -231,10 +229,6 @@ const ISOLATION_HINT: &str = "whatever stands between this node and the database
     transaction_isolation: it has to leave READ COMMITTED alone, for else changes are lost";
 const TWIN_HINT: &str = "give each node a presence_service.node_id of its own, or none";
 const REDIS_HINT: &str = "see whether it runs, is a primary, and takes this node's user and password";
-
-async fn look(link: &Link) -> Result<(u64, crate::store::link::Server), LinkError> {
-    link.look(REDIS_LIMIT).await
-}
 
 fn millis(time: Duration) -> i64 {
     i64::try_from(time.as_millis()).unwrap_or(i64::MAX)

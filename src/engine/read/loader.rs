@@ -296,6 +296,7 @@ struct Reader {
 impl Reader {
     /// Reads on the connection kept from before if it still works, else on a new one.
     async fn read(&mut self, database: &Database, users: &[UserId]) -> Result<Read, SqlError> {
+        self.connection = self.connection.take().filter(|kept| database.is_current(kept));
         if let Some(kept) = &mut self.connection {
             match kept.load_users_with_lives(users).await {
                 Err(error) if error.ends_connection() => self.connection = None,

@@ -308,7 +308,7 @@ impl Lane {
     }
 
     async fn connected(&mut self) -> Result<Connection, SqlError> {
-        match self.connection.take() {
+        match self.connection.take().filter(|kept| self.tools.database.is_current(kept)) {
             Some(connection) => Ok(connection),
             None => self.tools.database.connect(Purpose::Lane).await,
         }

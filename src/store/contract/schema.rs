@@ -7,6 +7,7 @@ use sqlx::migrate::MigrationType;
 use sqlx::migrate::Migrator;
 
 use super::*;
+use crate::store::connection::Opening;
 
 const INIT: &str = include_str!("../../../migrations/0001_init.sql");
 
@@ -20,7 +21,8 @@ fn last_release() -> Migrator {
 
 async fn bare(url: &str) -> Connection {
     let engine = if url.starts_with("sqlite:") { Engine::Sqlite } else { Engine::MySql };
-    Connection::open(url, engine, Purpose::General, DEADLINE).await.unwrap()
+    let opening = Opening { engine, purpose: Purpose::General, limit: DEADLINE, deadline: DEADLINE };
+    Connection::open(url, opening).await.unwrap()
 }
 
 #[tokio::test]

@@ -22,6 +22,7 @@ use nix::sys::signal::Signal;
 
 use crate::store::connection::Connection;
 use crate::store::connection::Engine;
+use crate::store::connection::Opening;
 use crate::store::connection::Purpose;
 use crate::store::connection::statement;
 
@@ -41,7 +42,9 @@ static DATABASES: AtomicU32 = AtomicU32::new(0);
 pub async fn fresh_database() -> String {
     let server = format!("mysql://root@127.0.0.1:{}/", *PORT);
     let name = format!("contract_{}", DATABASES.fetch_add(1, Ordering::Relaxed));
-    let mut connection = Connection::open(&server, Engine::MySql, Purpose::General, START_DEADLINE).await.unwrap();
+    let (engine, purpose) = (Engine::MySql, Purpose::General);
+    let opening = Opening { engine, purpose, limit: START_DEADLINE, deadline: START_DEADLINE };
+    let mut connection = Connection::open(&server, opening).await.unwrap();
     connection.execute(statement(format!("CREATE DATABASE {name}"))).await.unwrap();
     server + &name
 }

@@ -208,6 +208,13 @@ impl Cluster {
         self.launch(self.db.settings_through(proxy, more), more).await;
     }
 
+    /// One more, which finds the database by `url`.
+    pub async fn add_node_at(&mut self, url: &str, more: &[(&str, &str)]) {
+        let mut settings = settings(more);
+        settings.push(("STORE__URL".to_owned(), url.to_owned()));
+        self.launch(settings, more).await;
+    }
+
     async fn launch(&mut self, mut settings: Settings, more: &[(&str, &str)]) {
         let section = |key: &str| key.split("__").next().unwrap_or_default().to_owned();
         let given: Vec<String> = more.iter().filter(|(key, _)| key.ends_with("__URL")).map(|(key, _)| section(key)).collect();

@@ -3,6 +3,7 @@
 use std::fs;
 use std::fs::File;
 use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
@@ -57,9 +58,16 @@ impl MariaDb {
     }
 
     pub fn start_with(options: Vec<String>) -> Self {
+        Self::start_on(&TEMPLATE, options)
+    }
+
+    /// The same on a copy of the data in `template`.
+    pub fn start_on(template: &Path, options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
-        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(&*TEMPLATE).arg(&directory).status();
-        assert!(copied.is_ok_and(|status| status.success()), "cannot copy {:?} to {directory:?}", *TEMPLATE);
+        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template).arg(&directory).status();
+        assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
+        // Galera's scripts write there as nobody in particular.
+        fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("open the directory to all");
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
             let mut child = launch(&directory, port, &options);
@@ -86,8 +94,15 @@ impl MariaDb {
     /// As if the power had failed, but for what the operating system has not written yet.
     pub fn kill(&self) {
         let mut child = self.child();
-        child.kill().expect("kill mariadbd");
+        let _ = child.kill(); // it may have ended
         child.wait().expect("wait for mariadbd");
+    }
+
+    /// Ends it in order, and moves its data to `place`.
+    pub fn end_and_keep(self, place: &Path) {
+        process::signal(&self.child(), Signal::SIGTERM);
+        self.child().wait().expect("wait for mariadbd");
+        fs::rename(&self.directory, place).expect("move the data");
     }
 
     /// After [`MariaDb::kill`]: the same data, the same port.

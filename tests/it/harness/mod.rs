@@ -3,6 +3,7 @@
 pub mod cluster;
 #[cfg(feature = "otlp")]
 pub mod collector;
+pub mod galera;
 pub mod gateway;
 pub mod mariadb;
 pub mod mysql_front;
@@ -15,8 +16,10 @@ pub mod proxy;
 pub mod redis;
 pub mod redis_cluster;
 pub mod redis_proxy;
+pub mod replicas;
 pub mod sentinel;
 pub mod stream;
+pub mod switch;
 pub mod traffic;
 pub mod watcher;
 

@@ -100,12 +100,17 @@ pub struct Seen {
 impl Traffic {
     /// Binds of users 1 to `users` through all nodes in turn, and a reader on each node.
     pub fn start(cluster: &Cluster, users: i64) -> Self {
+        Self::start_with(cluster, users, WRITERS)
+    }
+
+    /// The same with so many callers that bind, each users of its own.
+    pub fn start_with(cluster: &Cluster, users: i64, callers: i64) -> Self {
         let ledger = Ledger { users: (0..users).map(|_| Mutex::default()).collect(), binds: watch::Sender::new(0) };
         let (ledger, done) = (Arc::new(ledger), Arc::new(AtomicBool::new(false)));
         let (mut writers, mut readers) = (JoinSet::new(), JoinSet::new());
-        for first in 1..=WRITERS {
+        for first in 1..=callers {
             let nodes = cluster.nodes.iter().map(|node| node.new_connection()).collect();
-            let mine = (1..=users).filter(|user| user % WRITERS == first % WRITERS).collect();
+            let mine = (1..=users).filter(|user| user % callers == first % callers).collect();
             writers.spawn(write(nodes, mine, ledger.clone(), done.clone()));
         }
         for (node, running) in cluster.nodes.iter().enumerate() {
@@ -120,6 +125,13 @@ impl Traffic {
         let before = *count.borrow();
         let more = tokio::time::timeout(PROGRESS_DEADLINE, count.wait_for(|count| *count >= before + binds)).await;
         assert!(more.is_ok_and(|more| more.is_ok()), "not {binds} binds within {PROGRESS_DEADLINE:?}");
+    }
+
+    /// What was acknowledged of each user last.
+    pub fn acknowledged(&self) -> Vec<(i64, u64)> {
+        let now = Instant::now();
+        let users = 1..=i64::try_from(self.ledger.users.len()).expect("a number of users");
+        users.map(|user| (user, self.ledger.version_at(user, now, None))).collect()
     }
 
     /// Ends it, and insists that nothing was seen that must not be.

@@ -1,0 +1,255 @@
+//! The database is another server from one moment to the next: its replica, which may lack what was acknowledged last.
+
+use std::time::Duration;
+use std::time::Instant;
+
+use im_presence::pb;
+use im_presence::pb::BindRouteReq;
+use im_presence::pb::Code as ResultCode;
+use im_presence::pb::DeliverReq;
+use im_presence::pb::Delivery;
+use tonic::Code;
+
+use crate::deliver::a_message;
+use crate::harness::allowed;
+use crate::harness::cluster::ALICE;
+use crate::harness::cluster::Cluster;
+use crate::harness::cluster::GATEWAY;
+use crate::harness::cluster::OTHER_GATEWAY;
+use crate::harness::cluster::PHONE;
+use crate::harness::cluster::Redis;
+use crate::harness::cluster::a_bind;
+use crate::harness::eventually;
+use crate::harness::gateway::on;
+use crate::harness::heavy;
+use crate::harness::node::Node;
+use crate::harness::node::settings;
+use crate::harness::replicas::Replicas;
+use crate::harness::replicas::run;
+use crate::harness::stream::gateways;
+use crate::harness::switch::Switch;
+use crate::harness::traffic::everything_agrees_with_sql;
+
+/// Nobody answers from the server that was, nor from what was cached of it.
+const FOLLOWED_WITHIN: Duration = Duration::from_secs(2);
+const AGREES_WITHIN: Duration = Duration::from_secs(10);
+const LOST: i64 = 200;
+const NOBODY: i64 = 1_000;
+
+/// Nodes without special rights on a primary that has a replica.
+struct World {
+    pair: Replicas,
+    switch: Switch,
+    cluster: Cluster,
+}
+
+impl World {
+    async fn start() -> Self {
+        let pair = Replicas::start().await;
+        let cluster = Cluster::on_all(&pair.primary, Redis::one(), 0, &[]).await;
+        run(&pair.primary, &format!("CREATE USER app; GRANT ALL ON {}.* TO app", cluster.db.name())).await;
+        pair.catch_up().await;
+        let switch = Switch::start(pair.primary.port).await;
+        Self { pair, switch, cluster }
+    }
+
+    async fn add_node(&mut self, url: &str) {
+        self.cluster.add_node_at(&url.replace("root@", "app@"), &[]).await;
+    }
+
+    fn one_address(&self) -> String {
+        self.switch.url(self.cluster.db.name())
+    }
+
+    /// The replica first: it is not the right one, but for the time after a fail-over.
+    fn both_hosts(&self) -> String {
+        let (replica, primary) = (self.pair.replica.port, self.pair.primary.port);
+        format!("mysql://root@127.0.0.1:{replica},127.0.0.1:{primary}/{}", self.cluster.db.name())
+    }
+
+    fn new_primary(&self) -> String {
+        self.pair.replica.url(self.cluster.db.name())
+    }
+
+    async fn promote(&mut self) {
+        self.pair.promote().await;
+        self.switch.lead_to(self.pair.replica.port);
+        self.cluster.db.url = self.new_primary();
+    }
+}
+
+/// The primary is made read-only and stays up, as in a planned switch: connections to it go on to answer.
+async fn is_followed(mut world: World, url: &str) {
+    world.add_node(url).await;
+    let node = world.cluster.nodes.pop().expect("a node");
+    node.bind(a_bind(ALICE, PHONE, "before")).await;
+    assert_eq!(node.query_sql(ALICE).await.routes[0].conn_id, "before");
+    run(&world.pair.primary, "SET GLOBAL read_only = 1").await;
+    world.pair.catch_up().await;
+    world.promote().await;
+    let other = Node::start(settings(&[("STORE__URL", &world.new_primary())])).await;
+    other.bind(a_bind(ALICE, PHONE, "after")).await;
+    let since = Instant::now();
+    eventually("what the new primary has is answered", FOLLOWED_WITHIN, async || {
+        node.try_query(ALICE, Some(0)).await.is_ok_and(|answer| answer.routes[0].conn_id == "after")
+    })
+    .await;
+    println!("the new primary answers after {:?}", since.elapsed());
+    eventually("binds work", FOLLOWED_WITHIN, async || node.try_bind(a_bind(ALICE, PHONE, "again")).await.is_ok()).await;
+    assert_eq!(other.query_sql(ALICE).await.routes[0].conn_id, "again");
+    eventually("nothing is wrong any more", AGREES_WITHIN, async || node.degraded().await.is_empty()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_promoted_behind_one_address_is_followed_although_the_old_primary_goes_on_answering() {
+    let world = World::start().await;
+    let url = world.one_address();
+    is_followed(world, &url).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_several_hosts_the_one_that_takes_writes_is_found_and_followed() {
+    let world = World::start().await;
+    let url = world.both_hosts();
+    is_followed(world, &url).await;
+}
+
+/// Whatever its user may do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_read_only_is_not_written_to_by_a_user_who_may() {
+    let mut world = World::start().await;
+    world.cluster.add_node_at(&world.one_address(), &[]).await; // root
+    let node = world.cluster.node();
+    node.bind(a_bind(ALICE, PHONE, "before")).await;
+    run(&world.pair.primary, "SET GLOBAL read_only = 1").await;
+    eventually("it is noticed", FOLLOWED_WITHIN, async || node.degraded().await.contains(&"store".to_owned())).await;
+    let refused = node.try_bind(a_bind(ALICE, PHONE, "refused")).await.expect_err("nothing is stored");
+    assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+    assert_eq!(node.query_sql(ALICE).await.routes[0].conn_id, "before", "nobody knows of a better one");
+    run(&world.pair.primary, "SET GLOBAL read_only = 0").await;
+    eventually("binds work", AGREES_WITHIN, async || node.try_bind(a_bind(ALICE, PHONE, "after")).await.is_ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_of_which_none_takes_writes_each_say_why() {
+    let world = World::start().await;
+    let nobody = crate::harness::mariadb::free_port();
+    let url = format!("mysql://root@127.0.0.1:{},127.0.0.1:{nobody}/{}", world.pair.replica.port, world.cluster.db.name());
+    let mut node = crate::harness::node::Process::start(&settings(&[("STORE__URL", &url)]));
+    let ended = node.ended(Duration::from_secs(30)).await;
+    let log = node.log().join("\n");
+    assert!(!ended.success(), "{log}");
+    let replica = format!("127.0.0.1:{}: ", world.pair.replica.port);
+    for word in [&*replica, "is read-only; ", &format!("127.0.0.1:{nobody}: "), "refused"] {
+        assert!(log.contains(word), "{word} is not in\n{log}");
+    }
+}
+
+/// What was acknowledged before the fail-over, and is lost by it.
+struct Before {
+    generation: i64,
+    /// Of users 1 to `LOST`, the versions of binds that are lost.
+    versions: Vec<u64>,
+    epochs: Vec<u64>,
+    seq: u64,
+}
+
+fn elsewhere(user: i64, conn: &str) -> BindRouteReq {
+    BindRouteReq { gateway_addr: OTHER_GATEWAY.to_owned(), ..a_bind(user, PHONE, conn) }
+}
+
+/// Stores a message for somebody who is not there, and returns all that wait.
+async fn store(node: &Node, text: &str) -> Vec<Delivery> {
+    let message = DeliverReq { store_offline: true, message_id: text.to_owned(), ..a_message(NOBODY, text) };
+    let answer = node.deliver(message).await;
+    assert!(answer.stored, "{answer:?}");
+    let request = pb::PullInboxReq { user_id: NOBODY, device_id: PHONE.to_owned(), limit: 10, ..Default::default() };
+    gateways(node).pull_inbox(request).await.expect("an inbox").into_inner().deliveries
+}
+
+/// 200 binds, a registration and a message that the replica does not hear of; all nodes and Redis have them.
+async fn acknowledge_what_will_be_lost(world: &Cluster, epoch: u64) -> Before {
+    let [node, other] = &world.nodes[..] else { panic!("two nodes") };
+    let mut versions = Vec::new();
+    for user in 1..=LOST {
+        versions.push(node.bind(elsewhere(user, "lost")).await.version);
+    }
+    for user in 1..=LOST {
+        assert_eq!(other.query_sql(user).await.routes[0].conn_id, "lost");
+        assert_eq!(node.query(user).await.routes[0].conn_id, "lost");
+    }
+    let epochs = vec![epoch, node.register("gw-lost:1").await];
+    node.bind(on("gw-lost:1", epochs[1], a_bind(LOST + 1, PHONE, "lost"))).await;
+    let seq = store(node, "lost").await.last().expect("a message").inbox_seq;
+    let generation = world.db.number("SELECT generation FROM cluster").await;
+    Before { generation, versions, epochs, seq }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_what_a_fail_over_has_lost_nothing_is_answered_and_no_number_is_used_twice() {
+    let _turn = heavy().await;
+    let mut world = World::start().await;
+    for url in [world.one_address(), world.both_hosts()] {
+        world.add_node(&url).await;
+    }
+    let kept = world.cluster.node().register("gw-kept:1").await;
+    for user in 1..=LOST {
+        world.cluster.node().bind(a_bind(user, PHONE, "kept")).await;
+    }
+    store(world.cluster.node(), "kept").await;
+    world.pair.part().await;
+    let before = acknowledge_what_will_be_lost(&world.cluster, kept).await;
+
+    world.pair.primary.kill();
+    world.promote().await;
+    let promoted = Instant::now();
+    nothing_that_was_lost_is_answered(&world.cluster, promoted).await;
+    let [node, other] = &world.cluster.nodes[..] else { panic!("two nodes") };
+    let generation = world.cluster.db.number("SELECT generation FROM cluster").await;
+    assert!(generation > before.generation, "{generation}, but {} before", before.generation);
+    everything_agrees_with_sql(&world.cluster, 1..=LOST, AGREES_WITHIN).await;
+
+    for (user, lost) in (1..=LOST).zip(before.versions) {
+        let bound = other.bind(a_bind(user, PHONE, "again")).await.version;
+        assert!(bound > lost, "user {user}: {bound} after {lost}");
+        assert_eq!(node.query_sql(user).await.version, bound);
+    }
+    assert_eq!(node.beat("gw-kept:1", kept).await, ResultCode::Ok);
+    assert_eq!(node.beat("gw-lost:1", before.epochs[1]).await, ResultCode::Fenced);
+    let epochs = [node.register("gw-lost:1").await, other.register("gw-new:1").await];
+    assert!(epochs.iter().all(|new| before.epochs.iter().all(|old| new > old)), "{epochs:?} after {:?}", before.epochs);
+    let messages = store(node, "after").await;
+    assert_eq!(messages.iter().map(|message| message.message.as_str()).collect::<Vec<_>>(), ["kept", "after"]);
+    assert!(messages[1].inbox_seq > before.seq, "{messages:?}: {} was used", before.seq);
+    eventually("nothing is wrong any more", AGREES_WITHIN, async || {
+        node.degraded().await.is_empty() && other.degraded().await.is_empty()
+    })
+    .await;
+}
+
+/// From two seconds after `promoted` on; says when it was so.
+async fn nothing_that_was_lost_is_answered(cluster: &Cluster, promoted: Instant) {
+    let mut last_seen = Duration::ZERO;
+    while promoted.elapsed() < FOLLOWED_WITHIN + Duration::from_secs(2) {
+        for node in &cluster.nodes {
+            for user in [1, 77, LOST] {
+                let asked = promoted.elapsed();
+                let Ok(answer) = node.try_query(user, None).await else { continue };
+                if answer.routes.first().is_none_or(|route| route.conn_id != "kept") {
+                    last_seen = asked;
+                }
+            }
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    println!("the last answer from what was lost: {last_seen:?} after the promotion");
+    assert!(last_seen < allowed(FOLLOWED_WITHIN), "{last_seen:?}");
+    for node in &cluster.nodes {
+        for user in 1..=LOST {
+            let answer = node.query(user).await;
+            assert_eq!((answer.routes[0].conn_id.as_str(), answer.gateway_addr.as_str()), ("kept", GATEWAY), "{answer:?}");
+        }
+        let nobody = node.query(LOST + 1).await;
+        assert!(!nobody.is_online, "{nobody:?}");
+    }
+}

@@ -1,0 +1,106 @@
+//! A Galera cluster of MariaDB servers. Needs `libgalera_smm.so` (Debian: galera-4) and rsync; `tests/run` installs them.
+
+use std::path::Path;
+use std::path::PathBuf;
+use std::sync::LazyLock;
+use std::time::Duration;
+
+use sqlx::AssertSqlSafe;
+use sqlx::Connection;
+use sqlx::Row;
+
+use crate::harness::eventually;
+use crate::harness::mariadb::MariaDb;
+use crate::harness::mariadb::free_port;
+use crate::harness::mariadb::scratch;
+use crate::harness::replicas::run;
+
+const PROVIDERS: [&str; 2] = ["/usr/lib/galera/libgalera_smm.so", "/usr/lib64/galera-4/libgalera_smm.so"];
+const JOINED_WITHIN: Duration = Duration::from_secs(30);
+
+/// The data of a cluster that was begun and ended: members that begin with a copy need only be sent what came later.
+static TEMPLATE: LazyLock<PathBuf> = LazyLock::new(|| {
+    let first = MariaDb::start_with(options(free_port(), ""));
+    let place = scratch("galera_template");
+    first.end_and_keep(&place);
+    for file in ["galera.cache", "gvwstate.dat"] {
+        let _ = std::fs::remove_file(place.join(file)); // each member has its own
+    }
+    place
+});
+
+pub struct Galera {
+    pub members: Vec<MariaDb>,
+    /// Where members find each other.
+    ports: Vec<u16>,
+}
+
+impl Galera {
+    pub async fn start(members: usize) -> Self {
+        let mut cluster = Self { members: Vec::new(), ports: Vec::new() };
+        for _ in 0..members {
+            cluster.join().await;
+        }
+        cluster
+    }
+
+    /// One more member. Returns when it is ready.
+    pub async fn join(&mut self) {
+        let peers: Vec<String> = self.ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        let port = free_port();
+        let member = MariaDb::start_on(&TEMPLATE, options(port, &peers.join(",")));
+        eventually("the member is ready", JOINED_WITHIN, async || is_ready(&member).await).await;
+        self.members.push(member);
+        self.ports.push(port);
+    }
+
+    /// `database` on all members, beginning with member `first`.
+    pub fn url(&self, database: &str, first: usize) -> String {
+        let order = (0..self.members.len()).map(|n| (first + n) % self.members.len());
+        let servers: Vec<String> = order.map(|n| format!("127.0.0.1:{}", self.members[n].port)).collect();
+        format!("mysql://root@{}/{database}", servers.join(","))
+    }
+}
+
+/// Cuts a member off from the others, or joins it to them again. It goes on to talk to its clients.
+pub async fn isolate(member: &MariaDb, isolated: bool) {
+    run(member, &format!("SET GLOBAL wsrep_provider_options = 'gmcast.isolate={}'", u8::from(isolated))).await;
+}
+
+pub async fn is_ready(member: &MariaDb) -> bool {
+    status(member, "wsrep_ready").await.as_deref() == Some("ON")
+        && status(member, "wsrep_local_state_comment").await.as_deref() == Some("Synced")
+}
+
+async fn status(member: &MariaDb, name: &str) -> Option<String> {
+    sqlx::any::install_default_drivers();
+    let mut connection = sqlx::AnyConnection::connect(&member.url("")).await.ok()?;
+    let show = AssertSqlSafe(format!("SHOW GLOBAL STATUS LIKE '{name}'"));
+    sqlx::query(show).fetch_one(&mut connection).await.ok()?.try_get(1).ok()
+}
+
+fn options(port: u16, peers: &str) -> Vec<String> {
+    let provider = PROVIDERS.iter().find(|file| Path::new(file).is_file());
+    let provider = provider.expect("Galera is not installed: run tests/run, or apt-get install galera-4");
+    let (state, changes) = (free_port(), free_port());
+    let mut options = vec![
+        "--binlog-format=ROW".to_owned(),
+        "--innodb-autoinc-lock-mode=2".to_owned(),
+        "--wsrep-on=ON".to_owned(),
+        format!("--wsrep-provider={provider}"),
+        "--wsrep-cluster-name=it".to_owned(),
+        format!("--wsrep-cluster-address=gcomm://{peers}"),
+        format!("--wsrep-node-address=127.0.0.1:{port}"),
+        format!("--wsrep-node-name=n{port}"),
+        "--wsrep-sst-method=rsync".to_owned(),
+        format!("--wsrep-sst-receive-address=127.0.0.1:{state}"),
+        format!(
+            "--wsrep-provider-options=base_port={port};gmcast.listen_addr=tcp://127.0.0.1:{port};\
+             ist.recv_addr=127.0.0.1:{changes};gcache.size=64M"
+        ),
+    ];
+    if peers.is_empty() {
+        options.push("--wsrep-new-cluster".to_owned());
+    }
+    options
+}
