@@ -54,7 +54,8 @@ impl World {
     }
 
     async fn add_node(&mut self, url: &str) {
-        self.cluster.add_node_at(&url.replace("root@", "app@"), &[]).await;
+        // The one connection for reading is there before the fail-over.
+        self.cluster.add_node_at(&url.replace("root@", "app@"), &[("STORE__CONNECTIONS", "1")]).await;
     }
 
     fn one_address(&self) -> String {
