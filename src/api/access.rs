@@ -6,6 +6,7 @@ use std::time::Duration;
 use tonic::Status;
 use tonic::codegen::http::Extensions;
 use tonic::codegen::http::HeaderMap;
+use tonic::codegen::http::header::CONTENT_TYPE;
 
 use crate::api::status::status;
 use crate::domain::caller::GatewayPatterns;
@@ -293,6 +294,12 @@ pub fn note_operator<T>(
         let action = action.to_owned();
         admission.access.audit.note(Entry { action, target: target(), outcome, reason, ..admission.actor() });
     }
+}
+
+/// Whether a call says that it is gRPC, as every client does. A web page cannot, unless it asks first and somebody agrees, which
+/// nobody here does: so no page gives orders in the name of the operator who looks at it.
+pub fn says_grpc(headers: &HeaderMap) -> bool {
+    headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
 /// Who makes a call, for the audit. Without [auth] that is only an address.

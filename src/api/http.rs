@@ -30,6 +30,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::access::Access;
+use crate::api::access::says_grpc;
 use crate::api::rest::problem::Problem;
 use crate::engine::messages::streams::Streams;
 use crate::engine::read::cache::Cache;
@@ -63,8 +64,11 @@ pub struct Operator {
 
 /// Lets in who may make a call on this port: whoever reaches it, if `access` is None.
 pub async fn guard(State(access): State<Option<Arc<Access>>>, mut request: Request, next: Next) -> Response {
-    let Some(access) = access else { return next.run(request).await };
     let (path, is_grpc) = (request.uri().path(), request.uri().path().starts_with("/mpim."));
+    if is_grpc && !says_grpc(request.headers()) {
+        return StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response();
+    }
+    let Some(access) = access else { return next.run(request).await };
     let call = if is_grpc { path.to_owned() } else { format!("{} {path}", rights(request.method())) };
     match access.admit(&call, request.extensions().get(), request.headers()) {
         Ok(None) => {}

@@ -19,6 +19,7 @@ use tonic_health::server::health_reporter;
 
 use crate::api::access::Access;
 use crate::api::access::Refused;
+use crate::api::access::says_grpc;
 use crate::api::body;
 use crate::api::body::Arriving;
 use crate::api::body::Leaving;
@@ -143,6 +144,11 @@ impl<P: PresenceService> Service<http::Request<Body>> for DataService<P> {
 
 impl<P: PresenceService> Served<P> {
     fn answer(&self, mut request: http::Request<Body>) -> BoxFuture<http::Response<Body>, Infallible> {
+        if !says_grpc(request.headers()) {
+            let mut refused = http::Response::new(Body::empty());
+            *refused.status_mut() = http::StatusCode::UNSUPPORTED_MEDIA_TYPE;
+            return Box::pin(async { Ok(refused) });
+        }
         if let Some(access) = &self.access {
             match access.admit(request.uri().path(), request.extensions().get(), request.headers()) {
                 Ok(None) => {}

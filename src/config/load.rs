@@ -108,8 +108,7 @@ impl Config {
 
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let lines: Vec<String> = self.problems.iter().map(Problem::to_string).collect();
-        f.write_str(&lines.join("\n"))
+        f.write_str(&self.problems.iter().map(Problem::to_string).collect::<Vec<_>>().join("\n"))
     }
 }
 
@@ -246,9 +245,8 @@ mod tests {
     fn load(file: &str, text: &str, variables: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let format = if file.ends_with(".ini") { FileFormat::Ini } else { FileFormat::Toml };
         let mut settings = settings_of(file, text, format).expect("the file can be parsed");
-        for (name, value) in variables {
-            settings.extend(from_variable(name.into(), value.into()).expect("the variable is text"));
-        }
+        let given = |(name, value): &(&str, &str)| from_variable(name.into(), value.into()).expect("the variable is text");
+        settings.extend(variables.iter().flat_map(given));
         Config::from_settings(settings, Vec::new())
     }
 

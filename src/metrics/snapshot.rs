@@ -30,7 +30,7 @@ const fn gauge(name: &'static str, metric: &'static str) -> Source {
     Source { name, metric, labels: "", kind: Kind::Gauge }
 }
 
-const SOURCES: [Source; 34] = [
+const SOURCES: [Source; 35] = [
     counter("queries", "queries_total", ""),
     counter("batch_users", "batch_users_total", ""),
     counter("queries_from_memory", "queries_total", "local"),
@@ -44,6 +44,7 @@ const SOURCES: [Source; 34] = [
     counter("deliveries", "deliveries_total", ""),
     counter("delivered", "deliveries_total", "\"delivered"),
     counter("stored", "deliveries_total", "stored"),
+    counter("offline", "deliveries_total", "offline"),
     counter("acks", "acks_total", ""),
     counter("kicks", "kicks_total", ""),
     counter("fenced", "fenced_total", ""),

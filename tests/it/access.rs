@@ -200,7 +200,9 @@ async fn what_is_not_in_the_table_is_offered_to_nobody() {
         "/debug",
         "/mpim.AdminService/Nothing",
     ] {
-        let (status, _) = guarded.node().http_as(path, Some(&header)).await;
+        let kind = if path.starts_with("/mpim.") { "application/grpc" } else { "text/plain" };
+        let headers = [("Authorization", &*header), ("Content-Type", kind)];
+        let status = guarded.node().ask("GET", path, &headers, "").await.status;
         assert!([404, 200].contains(&status), "{path}: {status}");
         if status == 200 {
             assert!(path.starts_with("/mpim."), "{path}"); // gRPC says it in a trailer
@@ -212,6 +214,27 @@ fn is_denied<T: std::fmt::Debug>(answer: Result<T, Status>) {
     let status = answer.expect_err("it is somebody else's gateway");
     assert_eq!(status.code(), tonic::Code::PermissionDenied, "{status:?}");
     assert!(status.message().contains("gateway"), "{status:?}");
+}
+
+#[tokio::test]
+async fn a_web_page_gives_no_orders_by_grpc_to_whom_it_may_send_without_asking() {
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    // A hold of 60 s, as a page can send it to any address: without a question before.
+    let order = "\0\0\0\0\u{4}\u{8}\u{60}\u{54}\u{3}";
+    for headers in [&[("Content-Type", "text/plain")][..], &[("Content-Type", "application/x-www-form-urlencoded")], &[]] {
+        let answer = node.ask("POST", "/mpim.AdminService/HoldGateways", headers, order).await;
+        assert_eq!(answer.status, 415, "{headers:?}: {}", answer.body);
+    }
+    assert!(!node.degraded().await.contains(&"hold".to_owned()));
+
+    let socket = TcpStream::connect(node.data).await.expect("connect");
+    let (send, connection) = h2::client::handshake(socket).await.expect("shake hands");
+    tokio::spawn(connection);
+    let request = http::Request::post(format!("http://{}/mpim.PresenceService/SetStatus", node.data));
+    let request = request.header("content-type", "text/plain").body(()).expect("a request");
+    let (answer, _) = send.ready().await.expect("it stands").send_request(request, true).expect("a call");
+    assert_eq!(answer.await.expect("an answer").status(), 415);
 }
 
 #[tokio::test]

@@ -18,6 +18,7 @@ use im_presence::pb;
 use im_presence::pb::Platform;
 use im_presence::pb::RegisterGatewayReq;
 use im_presence::pb::SetStatusReq;
+use tokio::sync::SemaphorePermit;
 
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::Cluster;
@@ -55,14 +56,15 @@ const PACE: &[(&str, &str)] = &[
 static MODULES: LazyLock<PathBuf> = LazyLock::new(|| {
     let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join("console");
     fs::create_dir_all(&directory).expect("make a directory");
-    let (lock, installed) = (package().join("tests/console/package-lock.json"), directory.join("package-lock.json"));
+    let (lock, installed) = (package().join("tests/console/package-lock.json"), directory.join("installed"));
     let read = |file: &Path| fs::read(file).unwrap_or_default();
-    if !directory.join("node_modules").exists() || read(&lock) != read(&installed) {
+    if read(&lock) != read(&installed) {
         for file in ["package.json", "package-lock.json"] {
             fs::copy(package().join("tests/console").join(file), directory.join(file)).expect("copy a file");
         }
         let npm = Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&directory).status();
         assert!(npm.expect("npm: tests/run installs it").success(), "npm ci in {directory:?}");
+        fs::copy(&lock, &installed).expect("copy a file"); // when all of it is there
     }
     directory
 });
@@ -73,6 +75,8 @@ struct Stage {
     gateways: Vec<Running>,
     pki: Pki,
     is_guarded: bool,
+    /// A browser takes the machine; and gateways are late when others take it.
+    _alone: SemaphorePermit<'static>,
 }
 
 /// `im-presence ctl gateway`, or a script.
@@ -98,6 +102,7 @@ impl Stage {
 
     /// The first gateway has so many users, the others one each.
     async fn set(is_guarded: bool, more: &[(&str, &str)], users: i64) -> Self {
+        let _alone = heavy().await;
         let pki = Pki::new();
         let mut entries = String::new();
         for role in Role::ALL {
@@ -114,7 +119,7 @@ impl Stage {
         for name in ["node-1", "node-2"] {
             cluster.add_node(&[PACE, guard, &[("PRESENCE_SERVICE__NODE_ID", name)], more].concat()).await;
         }
-        let mut stage = Self { cluster, gateways: Vec::new(), pki, is_guarded };
+        let mut stage = Self { cluster, gateways: Vec::new(), pki, is_guarded, _alone };
         for (n, addr) in (0..).zip(GATEWAYS) {
             let bound = if n == 0 { (1..=users).collect() } else { vec![users + n] };
             stage.start_gateway(addr, &bound);
@@ -142,7 +147,6 @@ impl Stage {
 
     /// Runs `tests/console/<case>.mjs`, which has to succeed.
     async fn play(&self, case: &str) {
-        let _alone = heavy().await; // a browser takes the machine
         let said = self.pki.path("said");
         let [out, err] = [(); 2].map(|()| fs::File::options().create(true).append(true).open(&said).expect("make a file"));
         let mut command = Command::new("node");

@@ -54,7 +54,7 @@ const SWEPT_BY_ANOTHER_WITHIN: Duration = Duration::from_secs(15);
 const SWEEP_INTERVAL: Duration = Duration::from_secs(1);
 
 /// How a node begins to look who lives.
-const READ_CLUSTER: &str = "hold_reason FROM cluster";
+const READ_CLUSTER: &str = "hold_reason, server FROM cluster";
 // Steps of a death and of the sweep after it, as the node says them to the database.
 const DECLARE: &str = "SET alive = 0, ended_at";
 const COMMIT: &str = "COMMIT";

@@ -230,7 +230,7 @@ async fn a_hundred_healthy_gateways_are_never_held_and_none_dies() {
 async fn gateways_that_deregister_together_are_no_reason_for_doubt_whenever_a_node_hears_of_it() {
     /// What only the reading of the whole table of lives says.
     const TABLE: &str = "swept_at = 0 OR ended_at";
-    const READ_CLUSTER: &str = "hold_reason FROM cluster";
+    const READ_CLUSTER: &str = "hold_reason, server FROM cluster";
     let _turn = heavy().await;
     let proxy = Proxy::start(MariaDb::shared().port).await;
     let mut cluster = Cluster::with_redis(1, SETTINGS).await;

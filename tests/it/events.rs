@@ -12,6 +12,7 @@ use tokio::time::timeout;
 
 use im_presence::pb;
 
+use crate::harness::allowed;
 use crate::harness::cluster::Cluster;
 use crate::harness::node::Node;
 use crate::harness::pki::Pki;
@@ -46,9 +47,13 @@ impl Listener {
 
     /// The next event. None: the stream has ended.
     async fn next(&mut self) -> Option<Event> {
+        timeout(SOON, self.read()).await.expect("something is told in time")
+    }
+
+    async fn read(&mut self) -> Option<Event> {
         let (mut id, mut kind) = (String::new(), String::new());
         loop {
-            let line = timeout(SOON, self.lines.next_line()).await.expect("something is told in time").ok()??;
+            let line = self.lines.next_line().await.ok()??;
             match line.split_once(": ") {
                 Some(("id", value)) => value.clone_into(&mut id),
                 Some(("event", value)) => value.clone_into(&mut kind),
@@ -63,12 +68,15 @@ impl Listener {
 
     /// The next one of this kind that `fits`.
     async fn hears(&mut self, kind: &str, fits: impl Fn(&Value) -> bool) -> Event {
-        loop {
-            let event = self.next().await.unwrap_or_else(|| panic!("the stream ended before {kind}"));
-            if event.kind == kind && fits(&event.data) {
-                return event;
+        let heard = async {
+            loop {
+                let event = self.next().await.unwrap_or_else(|| panic!("the stream ended before {kind}"));
+                if event.kind == kind && fits(&event.data) {
+                    return event;
+                }
             }
-        }
+        };
+        timeout(allowed(SOON), heard).await.unwrap_or_else(|_| panic!("{kind} is told in time"))
     }
 }
 

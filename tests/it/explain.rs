@@ -40,7 +40,7 @@ const STALE_WITHIN: Duration = Duration::from_secs(6);
 const PATIENCE: Duration = Duration::from_millis(2_500);
 const NOW_MS: &str = "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED)";
 /// How a node begins to look who lives.
-const READ_CLUSTER: &str = "hold_reason FROM cluster";
+const READ_CLUSTER: &str = "hold_reason, server FROM cluster";
 
 async fn explain(node: &Node, user: i64) -> pb::ExplainRouteResp {
     let request = pb::ExplainRouteReq { user_id: user, this_node_only: false };

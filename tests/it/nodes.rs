@@ -48,9 +48,13 @@ async fn each_node_tells_how_all_of_them_are() {
     let cluster = pair().await;
     for node in &cluster.nodes {
         for (name, other) in [("one", &cluster.nodes[0]), ("two", &cluster.nodes[1])] {
-            let told = async || item(node, name).await["ready"] == true;
-            eventually("it answers", SOON, told).await;
-            let item = item(node, name).await;
+            let mut told = Value::Null;
+            eventually("it answers", SOON, async || {
+                told = item(node, name).await;
+                told["ready"] == true
+            })
+            .await;
+            let item = told;
             assert_eq!(item["addr"], other.data.to_string(), "{item}");
             assert_eq!((&item["version"], &item["zone"]), (&Value::from(env!("CARGO_PKG_VERSION")), &Value::from("here")));
             for part in ["sql_ok", "redis_cache_ok", "redis_queue_ok"] {

@@ -455,14 +455,14 @@ async fn gateways_are_drained_held_and_declared_dead() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hold_tells_who_is_silent_and_how_many_go_offline_if_it_ends() {
-    let cluster = Cluster::mariadb(2, &[("GATEWAY__HEARTBEAT_INTERVAL", "1000"), ("GATEWAY__LEASE", "4000")]).await;
+    let cluster = Cluster::mariadb(2, &[("GATEWAY__HEARTBEAT_INTERVAL", "1000"), ("GATEWAY__LEASE", "12000")]).await;
     let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
     let _beats = Gateway::start(OTHER_GATEWAY, &[one], Duration::from_millis(500)).await;
     let silent = one.register(GATEWAY).await;
     one.did("PUT", "/hold", Some(json!({"for_ms": 3_600_000, "reason": "a look"}))).await;
     one.bind_all([ALICE, BOB], GATEWAY, silent).await;
     let over = async || two.got("/hold").await["silent"][0]["lease_left_ms"].as_i64().is_some_and(|left| left < 0);
-    eventually("its lease is over", Duration::from_secs(10), over).await;
+    eventually("its lease is over", Duration::from_secs(30), over).await;
     for node in [one, two] {
         let hold = node.got("/hold").await;
         assert_eq!((&hold["silent_gateways"], &hold["will_die"]), (&json!(1), &json!(2)), "{hold}");

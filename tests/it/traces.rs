@@ -225,7 +225,7 @@ async fn a_bind_says_how_long_it_waited_for_its_lane_the_commit_and_redis_and_a_
 async fn a_collector_that_stands_still_holds_up_nobody_and_each_span_is_sent_or_counted() {
     const CALLS: u32 = 2_000;
     let collector = Collector::start().await;
-    let more = [("TRACE__QUEUE", "1024"), ("TRACE__BATCH", "64"), ("TRACE__TIMEOUT", "1000")];
+    let more = [("TRACE__QUEUE", "128"), ("TRACE__BATCH", "32"), ("TRACE__TIMEOUT", "1000")];
     let cluster = Cluster::sqlite(&[&[("TRACE__ENDPOINT", &*collector.endpoint())], &more[..]].concat()).await;
     let node = cluster.node();
     collector.hold(true);

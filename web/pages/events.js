@@ -59,7 +59,7 @@ function filters(fields, query, search) {
 function auditTable(audit, query) {
   if (!audit.items.length) return empty(query.who || query.action ? 'Nothing in the audit fits.' : 'No operator has changed anything yet.');
   return table('Audit, the newest first', ['When', 'Who', 'Role', 'From', 'Action', 'Target', 'Outcome', 'Reason'],
-    audit.items.map((entry) => ({ key: `${entry.at_ms} ${entry.node_id} ${entry.seq}`, cells: [when(entry.at_ms), entry.who || 'nobody signed in', entry.role || '–', entry.from_addr || '–',
+    audit.items.map((entry) => ({ key: `${entry.at_ms} ${entry.node_id} ${entry.seq}`, cells: [when(entry.at_ms), entry.who || (entry.from_addr ? 'nobody signed in' : entry.node_id), entry.role || '–', entry.from_addr || '–',
       entry.action, entry.target || '–', badge(entry.outcome, entry.outcome === 'ok' ? 'good' : 'bad'), entry.reason || '–'] })));
 }
 

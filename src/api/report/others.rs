@@ -23,7 +23,7 @@ use crate::engine::overview::survey::Survey;
 
 /// How old may be what SQL and the other nodes have said: where it is waited for, and where what was said before will do.
 const MAX_AGE: Duration = Duration::from_secs(1);
-const USABLE: Duration = Duration::from_secs(30);
+const USABLE: Duration = Duration::from_secs(5);
 /// How old may be which nodes there are.
 const LIST_AGE: Duration = Duration::from_secs(2);
 /// How long SQL is waited for: when it stands still, people look.

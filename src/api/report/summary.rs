@@ -94,12 +94,14 @@ impl Reporter {
 
 fn rates(nodes: &[NodeMetrics]) -> Rates {
     let deliveries = sampler::pace(nodes, &["deliveries"]);
+    // To whom was nobody to bring it is no failure.
+    let to_somebody = deliveries - sampler::pace(nodes, &["offline", "stored"]);
     let delivered = sampler::pace(nodes, &["delivered"]);
     Rates {
         queries: sampler::pace(nodes, &["queries", "batch_users"]),
         binds: sampler::pace(nodes, &["binds"]),
         deliveries,
-        delivered_share: (deliveries > 0.0).then_some((delivered / deliveries).min(1.0)),
+        delivered_share: (to_somebody > 0.0).then_some((delivered / to_somebody).min(1.0)),
         errors: sampler::pace(nodes, &["store_errors", "redis_errors", "turned_away"]),
     }
 }

@@ -39,6 +39,7 @@ use crate::store::database::Database;
 use crate::store::ended_lives::Ended;
 use crate::store::ended_lives::Ending;
 pub use crate::store::lives::Listed;
+use crate::store::readers::Readers;
 
 /// Registrations of one address within one lease. Room for a process that crashes and starts again, none for two processes
 /// that take the address from each other.
@@ -47,6 +48,8 @@ const MAX_REGISTRATIONS: i64 = 5;
 const MAX_WAITING: usize = 1024;
 /// Whoever has waited for longer has gone to another node.
 const MAX_AGE: Duration = Duration::from_secs(5);
+/// Connections that lists are read on.
+const READERS: usize = 1;
 /// Lives that one statement ends.
 const ENDED_AT_ONCE: usize = 256;
 
@@ -84,6 +87,7 @@ pub struct Registry {
     pub(super) publisher: Arc<Publisher>,
     pub(super) metrics: Arc<Metrics>,
     connection: Mutex<Option<Connection>>,
+    readers: Readers,
     waiting: Arc<Semaphore>,
     changes: TaskTracker,
     /// Where changes run: not on the threads that serve callers.
@@ -107,7 +111,8 @@ impl Registry {
     ) -> Arc<Self> {
         let (node_id, connection, waiting) = (node_id.to_owned(), Mutex::default(), Arc::new(Semaphore::new(MAX_WAITING)));
         let (changes, runtime) = (TaskTracker::new(), Handle::current());
-        Arc::new(Self { terms, node_id, database, lives, publisher, metrics, connection, waiting, changes, runtime })
+        let readers = Readers::new(database.clone(), READERS);
+        Arc::new(Self { terms, node_id, database, lives, publisher, metrics, connection, readers, waiting, changes, runtime })
     }
 
     /// Begins a life of a gateway, or goes on with the one it claims.
@@ -204,13 +209,10 @@ impl Registry {
     }
 
     /// Up to `limit` lives after `after`, by gateway and the newest first, with the number of their routes.
-    pub async fn list(
-        self: &Arc<Self>,
-        listed: Listed,
-        after: Option<(GatewayAddr, Epoch)>,
-        limit: usize,
-    ) -> Result<Listing, Error> {
-        self.change(move |connection, _| {
+    pub async fn list(&self, listed: Listed, after: Option<(GatewayAddr, Epoch)>, limit: usize) -> Result<Listing, Error> {
+        // Registrations do not wait for those who only look.
+        let listing = self.readers.read(|connection| {
+            let after = after.clone();
             Box::pin(async move {
                 let listed = connection.list_lives(listed, after.as_ref(), limit).await?;
                 let epochs: Vec<Epoch> = listed.iter().map(|life| life.epoch).collect();
@@ -221,8 +223,8 @@ impl Registry {
                 let hold = Some(cluster.hold).filter(|hold| hold.is_on(cluster.clock.now()));
                 Ok(Listing { lives, hold })
             })
-        })
-        .await
+        });
+        listing.await.map_err(|_| Error::unavailable("the database cannot be read now"))
     }
 
     /// Declares the named lives dead now, whatever their leases say. Returns how many.

@@ -30,7 +30,7 @@ use crate::store::examination::Examined;
 /// How a process that starts is called in the audit.
 pub const START: &str = "start";
 /// How long the database, and each Redis, may take.
-const SQL_LIMIT: Duration = Duration::from_secs(5);
+const SQL_LIMIT: Duration = Duration::from_secs(3);
 const REDIS_LIMIT: Duration = Duration::from_secs(1);
 /// Since when processes are looked for that did not start because of their name.
 const TWINS_WITHIN: Duration = Duration::from_secs(600);
@@ -113,7 +113,7 @@ impl Doctor {
     async fn twins(&self) -> Check {
         let from = self.lives.clock.now().minus(TWINS_WITHIN);
         let page = AuditPage { who: None, action: Some(START.to_owned()), from, before: None, limit: STARTS };
-        let Ok(rows) = self.audit.page(page).await else {
+        let Ok(Ok(rows)) = timeout(SQL_LIMIT, self.audit.page(page)).await else {
             return Check::ill("node_id", "the audit cannot be read", "see the check database");
         };
         let own = &self.peers.own.node_id;

@@ -215,8 +215,15 @@ impl Observer {
             if !self.seen.audit.insert((place.at.0, place.node_id.clone(), place.seq)) {
                 continue;
             }
+            if row.outcome == "denied" {
+                continue; // who may do nothing must not push deaths out of the ring
+            }
             let on = if row.target.is_empty() { String::new() } else { format!(" on {}", row.target) };
-            let who = if row.who.is_empty() { "somebody" } else { &row.who };
+            let who = match (row.who.as_str(), row.from_addr.as_str()) {
+                ("", "") => place.node_id.as_str(), // what nobody has asked for
+                ("", _) => "somebody",
+                (who, _) => who,
+            };
             let says = format!("{who}: {}{on}: {}", row.action, row.outcome);
             let about = json!({
                 "node_id": place.node_id, "who": row.who, "role": row.role, "from_addr": row.from_addr, "action": row.action,
