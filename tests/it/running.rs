@@ -109,8 +109,8 @@ async fn an_idle_node_stops_at_once_even_with_clients_connected() {
 
 #[tokio::test]
 async fn a_node_that_stops_serves_as_long_as_load_balancers_take_to_notice() {
-    const DRAIN: Duration = Duration::from_secs(4);
-    let mut cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__DRAIN_MS", "4000")]).await;
+    const DRAIN: Duration = Duration::from_secs(8);
+    let mut cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__DRAIN_MS", "8000")]).await;
     let node = &mut cluster.nodes[0];
     let began = Instant::now();
     node.terminate();
@@ -224,7 +224,7 @@ async fn a_key_nobody_knows_is_exit_2_and_named() {
 #[tokio::test]
 async fn a_path_the_admin_port_does_not_know_is_not_found() {
     let cluster = Cluster::sqlite(&[]).await;
-    for path in ["/", "/ready", "/health"] {
+    for path in ["/index", "/ready", "/health", "/readyz/"] {
         // A load balancer with a mistyped path must not take this node for healthy.
         assert_eq!(cluster.node().http(path).await.0, 404, "{path}");
     }
