@@ -22,6 +22,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use utoipa::IntoParams;
+use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use crate::api::credential::Credential;
@@ -92,6 +93,18 @@ struct Listener {
     _place: OwnedSemaphorePermit,
 }
 
+/// One event of the stream.
+#[derive(ToSchema)]
+#[allow(dead_code)] // only described
+struct Told {
+    /// Names it, for Last-Event-ID.
+    id: Option<String>,
+    /// death, hold, drain, degraded, node, audit or gap.
+    event: String,
+    /// JSON: when it was, what it says, and what it is about.
+    data: String,
+}
+
 pub fn routes() -> Routes {
     Routes::new().routes(routes!(listen))
 }
@@ -102,7 +115,7 @@ pub fn routes() -> Routes {
 #[utoipa::path(
     get, path = "/api/v1/events", tag = "nodes",
     params(How, ("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was seen.")),
-    responses((status = 200, body = String, content_type = "text/event-stream"))
+    responses((status = 200, body = Told, content_type = "text/event-stream"))
 )]
 async fn listen(
     State(rest): State<Arc<Rest>>,
