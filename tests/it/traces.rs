@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use im_presence::client::caller::Caller;
 use im_presence::client::caller::traced;
 use im_presence::pb::BatchDeliverReq;
@@ -224,14 +225,19 @@ async fn a_bind_says_how_long_it_waited_for_its_lane_the_commit_and_redis_and_a_
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_collector_that_stands_still_holds_up_nobody_and_each_span_is_sent_or_counted() {
     const CALLS: u32 = 2_000;
+    /// At once: what the collector takes in a second must not be most of it.
+    const CALLERS: u32 = 16;
     let collector = Collector::start().await;
-    let more = [("TRACE__QUEUE", "128"), ("TRACE__BATCH", "32"), ("TRACE__TIMEOUT", "1000")];
+    let more = [("TRACE__QUEUE", "1024"), ("TRACE__BATCH", "64"), ("TRACE__TIMEOUT", "1000")];
     let cluster = Cluster::sqlite(&[&[("TRACE__ENDPOINT", &*collector.endpoint())], &more[..]].concat()).await;
     let node = cluster.node();
     collector.hold(true);
-    for _ in 0..CALLS {
-        query(node, in_trace(1, of(ALICE, None))).await;
-    }
+    let caller = async |_| {
+        for _ in 0..CALLS / CALLERS {
+            query(node, in_trace(1, of(ALICE, None))).await;
+        }
+    };
+    join_all((0..CALLERS).map(caller)).await;
     let counted = async |result: &str| {
         let label = format!("result=\"{result}\"");
         let series = node.series("im_presence_spans_total").await;
