@@ -37,6 +37,11 @@ async fn two_servers_and_three_sentinels() -> (RedisServer, RedisServer, Vec<Sen
     (first, second, sentinels)
 }
 
+async fn is_promoted(replica: &RedisServer, within: Duration) {
+    let promoted = async || replica.client().await.run::<String>(&["INFO", "replication"]).await.contains("role:master");
+    eventually("the replica is promoted", within, promoted).await;
+}
+
 async fn cluster_with(settings: &Settings) -> Cluster {
     let more: Vec<(&str, &str)> = settings.iter().map(|(key, value)| (&**key, &**value)).collect();
     Cluster::mariadb(2, &more).await
@@ -82,8 +87,7 @@ async fn when_the_primary_is_killed_both_uses_follow_the_sentinels_to_the_new_on
     let killed = Instant::now();
     node.bind(a_bind(BOB, PHONE, "c")).await;
     // How long the sentinels take is theirs: one that stood still for a moment waits before it acts.
-    let promoted = async || second.client().await.run::<String>(&["INFO", "replication"]).await.contains("role:master");
-    eventually("the replica is promoted", AGREED_WITHIN, promoted).await;
+    is_promoted(&second, AGREED_WITHIN).await;
     key_is_there(&second, BOB, FOLLOWED_WITHIN).await;
     println!("written to the new primary {:?} after the old one was killed", killed.elapsed());
     messages_arrive_at(&second, node, BOB, FOLLOWED_WITHIN).await;
@@ -108,8 +112,7 @@ async fn a_planned_fail_over_is_followed_and_the_former_primary_left() {
     let begins = async || sentinels[0].run::<()>(&["SENTINEL", "FAILOVER", MASTER]).await.is_ok();
     eventually("a fail-over begins", NOTICED_WITHIN, begins).await;
     let began = Instant::now();
-    let promoted = async || second.client().await.run::<String>(&["INFO", "replication"]).await.contains("role:master");
-    eventually("the replica is promoted", NOTICED_WITHIN, promoted).await;
+    is_promoted(&second, NOTICED_WITHIN).await;
     let (promoted_after, promoted) = (began.elapsed(), Instant::now());
     node.bind(a_bind(BOB, PHONE, "c")).await;
     key_is_there(&second, BOB, NOTICED_WITHIN).await;
