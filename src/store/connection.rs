@@ -67,8 +67,9 @@ const NO_LIMIT_MYSQL: &str = "SET SESSION max_execution_time = 0";
 /// Ends a lane's transaction on the server if its node stands still: its row locks must not outlive it by much.
 const LANE_SESSION_LIMIT: &str = "SET SESSION wait_timeout = 10, innodb_lock_wait_timeout = 1";
 /// A member of a Galera cluster takes part in a change as soon as it is ordered, and carries it out later. Whoever reads or begins
-/// a transaction there waits until all is carried out that was acknowledged anywhere before: a life that has ended, a bind.
-const GALERA_SESSION: &str = "SET SESSION wsrep_sync_wait = 7";
+/// a transaction there waits until all is carried out that was acknowledged anywhere before: a life that has ended, a bind. Dirty
+/// reads would not wait, and a member that has lost the majority would answer them.
+const GALERA_SESSION: &str = "SET SESSION wsrep_sync_wait = 7, wsrep_dirty_reads = 0";
 const SQLITE_SESSION: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA busy_timeout = 5000";
 /// Prepared statements kept per connection: each kind of statement times its chunk sizes.
 const STATEMENTS_KEPT: usize = 256;

@@ -3,6 +3,11 @@
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence::store::connection::Connection;
+use im_presence::store::connection::Engine;
+use im_presence::store::connection::Opening;
+use im_presence::store::connection::Purpose;
+use tokio::task::JoinSet;
 use tonic::Code;
 
 use crate::harness::cluster::ALICE;
@@ -12,13 +17,17 @@ use crate::harness::cluster::TestDb;
 use crate::harness::cluster::a_bind;
 use crate::harness::cluster::retry_delay;
 use crate::harness::eventually;
+use crate::harness::galera::Door;
 use crate::harness::galera::Galera;
 use crate::harness::galera::is_ready;
 use crate::harness::galera::isolate;
 use crate::harness::heavy;
+use crate::harness::long;
 use crate::harness::node::Node;
 use crate::harness::node::settings;
+use crate::harness::percentile;
 use crate::harness::proxy::Proxy;
+use crate::harness::replicas::run;
 use crate::harness::traffic::Traffic;
 
 const USERS: i64 = 400;
@@ -26,6 +35,9 @@ const CALLERS: i64 = 8;
 /// Members wait for 5 s before they give another up, and up to 15 s if it is in doubt.
 const GIVEN_UP_WITHIN: Duration = Duration::from_secs(25);
 const BACK_AGAIN: Duration = Duration::from_secs(15);
+const ROUNDS: usize = 8;
+const ROUND: Duration = Duration::from_secs(3);
+const BINDERS: i64 = 32;
 
 /// Nodes on a database of all members, each beginning with another one.
 async fn one_node_each(galera: &Galera) -> Cluster {
@@ -78,6 +90,7 @@ async fn a_member_that_is_not_ready_is_left_for_another_or_waited_for() {
     let _turn = heavy().await;
     let galera = Galera::start(3).await;
     let member = &galera.members[0];
+    run(member, "SET GLOBAL wsrep_dirty_reads = 1").await; // which nodes do not take over
     let db = TestDb::mariadb(member).await;
     let bound_to_it = Node::start(db.settings(&[])).await;
     let free = Node::start(settings(&[("STORE__URL", &galera.url(db.name(), 0))])).await;
@@ -93,6 +106,8 @@ async fn a_member_that_is_not_ready_is_left_for_another_or_waited_for() {
     let refused = bound_to_it.try_bind(a_bind(ALICE, PHONE, "refused")).await.expect_err("there is no other");
     assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
     assert!(retry_delay(&refused).is_some(), "{refused:?}");
+    let read = bound_to_it.try_query(ALICE, Some(0)).await.expect_err("nobody knows what the others have");
+    assert_eq!(read.code(), Code::Unavailable, "{read:?}");
     isolate(member, false).await;
     eventually("it is back", GIVEN_UP_WITHIN, async || is_ready(member).await).await;
     eventually("binds work", BACK_AGAIN, async || bound_to_it.try_bind(a_bind(ALICE, PHONE, "c-3")).await.is_ok()).await;
@@ -145,4 +160,73 @@ async fn every_node_binds(cluster: &Cluster, when: &str) {
     for (node, user) in cluster.nodes.iter().zip(USERS + 1..) {
         eventually(when, GIVEN_UP_WITHIN, async || node.try_bind(a_bind(user, PHONE, "c")).await.is_ok()).await;
     }
+}
+
+/// Two nodes on one member, whose sessions wait for what the other members have acknowledged, and do not; in turn. Then what it
+/// costs to ask a server who it is, as each node does once a second and each new connection once. Prints, and asserts nothing of it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_it_costs_to_wait_for_the_other_members_and_to_ask_who_a_server_is() {
+    if !long() {
+        return;
+    }
+    let _turn = heavy().await;
+    let galera = Galera::start(3).await;
+    let db = TestDb::mariadb(&galera.members[0]).await;
+    let doors = [Door::start(&galera.members[0], true).await, Door::start(&galera.members[0], false).await];
+    let mut nodes = Vec::new();
+    for door in &doors {
+        let url = format!("mysql://root@127.0.0.1:{}/{}", door.port, db.name());
+        nodes.push(Node::start(settings(&[("STORE__URL", &url)])).await);
+    }
+    let (mut binds, mut queries) = ([Vec::new(), Vec::new()], [Vec::new(), Vec::new()]);
+    for round in 0..ROUNDS {
+        for side in [round % 2, 1 - round % 2] {
+            binds[side].push(binds_per_second(&nodes[side]).await);
+            queries[side].extend(query_times(&nodes[side]).await);
+        }
+    }
+    assert!(doors[0].changed() == 0 && doors[1].changed() > 0, "sessions of the second node do not wait");
+    for (side, name) in ["wsrep_sync_wait = 7", "wsrep_sync_wait = 0"].iter().enumerate() {
+        binds[side].sort_unstable_by(f64::total_cmp);
+        let (p50, p99) = (percentile(&mut queries[side], 0.5), percentile(&mut queries[side], 0.99));
+        println!("{name}: {:.0} binds/s (median of {ROUNDS}), a query of SQL p50 {p50:?}, p99 {p99:?}", binds[side][ROUNDS / 2]);
+    }
+    let ratio = binds[0][ROUNDS / 2] / binds[1][ROUNDS / 2];
+    println!("binds with waiting are {ratio:.2} of those without");
+    let opening = Opening { engine: Engine::MySql, purpose: Purpose::General, limit: BACK_AGAIN, deadline: BACK_AGAIN };
+    let mut connection = Connection::open(&db.url, opening).await.expect("a connection");
+    let mut took = Vec::new();
+    for _ in 0..1_000 {
+        let began = Instant::now();
+        connection.look_at_server().await.expect("its variables");
+        took.push(began.elapsed());
+    }
+    println!("to ask who a server is: p50 {:?}, p99 {:?}", percentile(&mut took, 0.5), percentile(&mut took, 0.99));
+}
+
+/// Of callers that bind users of their own.
+async fn binds_per_second(node: &Node) -> f64 {
+    let (mut callers, began) = (JoinSet::new(), Instant::now());
+    for caller in 0..BINDERS {
+        let mut client = node.presence();
+        callers.spawn(async move {
+            let mut binds = 0;
+            while began.elapsed() < ROUND {
+                client.bind_route(a_bind(1_000 * caller + binds % 100 + 1, PHONE, "c")).await.expect("a bind");
+                binds += 1;
+            }
+            binds
+        });
+    }
+    callers.join_all().await.into_iter().sum::<i64>() as f64 / began.elapsed().as_secs_f64()
+}
+
+async fn query_times(node: &Node) -> Vec<Duration> {
+    let mut took = Vec::new();
+    for user in 1..=100 {
+        let began = Instant::now();
+        node.query_sql(user).await;
+        took.push(began.elapsed());
+    }
+    took
 }

@@ -1,13 +1,22 @@
 //! A Galera cluster of MariaDB servers. Needs `libgalera_smm.so` (Debian: galera-4) and rsync; `tests/run` installs them.
 
+use std::io;
 use std::path::Path;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::LazyLock;
+use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use sqlx::AssertSqlSafe;
 use sqlx::Connection;
 use sqlx::Row;
+use tokio::io::AsyncReadExt;
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
 
 use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
@@ -77,6 +86,59 @@ async fn status(member: &MariaDb, name: &str) -> Option<String> {
     let mut connection = sqlx::AnyConnection::connect(&member.url("")).await.ok()?;
     let show = AssertSqlSafe(format!("SHOW GLOBAL STATUS LIKE '{name}'"));
     sqlx::query(show).fetch_one(&mut connection).await.ok()?.try_get(1).ok()
+}
+
+/// An address that leads to a member. Whose sessions are not to wait, they do not, whatever they ask for.
+pub struct Door {
+    pub port: u16,
+    /// Sessions that were kept from waiting.
+    changed: Arc<AtomicUsize>,
+    _connections: JoinSet<()>,
+}
+
+impl Door {
+    pub async fn start(member: &MariaDb, waits: bool) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("listen");
+        let (port, server_port) = (listener.local_addr().expect("an address").port(), member.port);
+        let (changed, mut connections) = (Arc::<AtomicUsize>::default(), JoinSet::new());
+        let count = changed.clone();
+        connections.spawn(async move {
+            let mut links = JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                links.spawn(pass(client, server_port, waits, count.clone()));
+            }
+        });
+        Self { port, changed, _connections: connections }
+    }
+
+    pub fn changed(&self) -> usize {
+        self.changed.load(Ordering::Relaxed)
+    }
+}
+
+async fn pass(client: TcpStream, server_port: u16, waits: bool, changed: Arc<AtomicUsize>) -> io::Result<()> {
+    const WAIT: &[u8] = b"wsrep_sync_wait = 7";
+    let server = TcpStream::connect(("127.0.0.1", server_port)).await?;
+    let _ = (client.set_nodelay(true), server.set_nodelay(true)); // slower, not wrong, without
+    let ((mut from_client, mut to_client), (mut from_server, mut to_server)) = (client.into_split(), server.into_split());
+    let requests = async {
+        let mut chunk = vec![0; 64 * 1024];
+        loop {
+            let bytes = from_client.read(&mut chunk).await?;
+            if bytes == 0 {
+                return Ok::<_, io::Error>(());
+            }
+            if let Some(at) = chunk[..bytes].windows(WAIT.len()).position(|part| part == WAIT).filter(|_| !waits) {
+                chunk[at + WAIT.len() - 1] = b'0';
+                changed.fetch_add(1, Ordering::Relaxed);
+            }
+            to_server.write_all(&chunk[..bytes]).await?;
+        }
+    };
+    tokio::select! {
+        ended = requests => ended,
+        ended = tokio::io::copy(&mut from_server, &mut to_client) => ended.map(|_| ()),
+    }
 }
 
 fn options(port: u16, peers: &str) -> Vec<String> {
