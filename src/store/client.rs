@@ -84,3 +84,26 @@ fn info(redis: &config::Redis, host: &str, port: u16, login: Login) -> Result<Co
     }
     Ok(info.set_redis_settings(settings))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_is_a_name_or_an_address_of_either_kind_with_or_without_brackets() {
+        let config = crate::config::Config::from_text("im.toml", "[redis_cache]").expect("settings");
+        let redis = config.redis_cache.expect("a cache").server;
+        for (node, host) in [
+            ("db-1.example:6380", "db-1.example"),
+            ("10.0.0.1:6380", "10.0.0.1"),
+            ("[fd00::1]:6380", "fd00::1"),
+            ("fd00::1:6380", "fd00::1"), // as servers of a cluster and sentinels have it
+        ] {
+            let client = client_at(&redis, node, Login::Server).expect(node);
+            assert_eq!(client.get_connection_info().addr(), &ConnectionAddr::Tcp(host.to_owned(), 6380));
+        }
+        for nonsense in ["db-1", "db-1:", "db-1:70000"] {
+            assert!(client_at(&redis, nonsense, Login::Server).is_err(), "{nonsense}");
+        }
+    }
+}

@@ -128,9 +128,6 @@ impl Link {
         let (number, values): (_, Vec<RedisResult<Value>>) = self.run_numbered(commands.ignore_errors(), limit).await?;
         let is_other = |error: &&RedisError| !error.code().is_some_and(|code| ELSEWHERE.contains(&code));
         if let Some(error) = values.iter().filter_map(|value| value.as_ref().err()).find(is_other) {
-            if is_not_primary(error) {
-                self.give_up(number);
-            }
             return Err(LinkError::Redis(error.clone()));
         }
         Ok((number, values))

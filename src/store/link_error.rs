@@ -16,6 +16,8 @@ pub enum LinkError {
     Replica,
     #[error("the cluster is down")]
     ClusterDown,
+    #[error("some of the cluster's slots are nobody's")]
+    NobodysSlots,
     #[error("it says neither run_id nor master_replid: what it holds from long ago could not be told from the rest")]
     Nameless,
     #[error("no sentinel knows where the primary of {master} is: {why}")]

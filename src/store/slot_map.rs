@@ -5,6 +5,8 @@ use redis::Value;
 pub const SLOTS: usize = 16_384;
 /// In place of an owner: nobody has the slot.
 pub const NOBODY: u16 = u16::MAX;
+/// In place of the name that servers are to be known by: this one was given none.
+const NO_NAME: &str = "?";
 /// CRC-16/XMODEM, byte by byte.
 const CRC: [u16; 256] = crc_table();
 
@@ -36,27 +38,42 @@ pub fn owners(ranges: &Ranges, servers: &[String]) -> Vec<u16> {
     owners
 }
 
-/// `host:port` as another server has named it; without a host it is on that of `asked`.
-pub fn address(host: &str, port: u16, asked: &str) -> String {
+/// `host:port` as another server has named it; without a host it is on that of `asked`. None: it has no name.
+pub fn address(host: &str, port: u16, asked: &str) -> Option<String> {
     match host {
-        "" | "?" => format!("{}:{port}", asked.rsplit_once(':').map_or(asked, |(host, _)| host)),
-        host => format!("{host}:{port}"),
+        NO_NAME => None,
+        "" => Some(format!("{}:{port}", asked.rsplit_once(':').map_or(asked, |(host, _)| host))),
+        host => Some(format!("{host}:{port}")),
     }
 }
 
 fn one_range(said: &Value, asked: &str) -> Option<(u16, u16, String)> {
     let Value::Array(fields) = said else { return None };
     let [first, last, Value::Array(primary), ..] = &fields[..] else { return None };
-    let [host, port, ..] = &primary[..] else { return None };
+    let [host, port, more @ ..] = &primary[..] else { return None };
     let number = |value: &Value| if let Value::Int(number) = value { u16::try_from(*number).ok() } else { None };
-    let host = match host {
-        Value::Nil => "",
-        Value::BulkString(host) => std::str::from_utf8(host).ok()?,
-        _ => return None,
+    let host = match text(host)? {
+        NO_NAME => other_name(more),
+        host => host,
     };
     let (first, last) = (number(first)?, number(last)?);
     let is_range = first <= last && usize::from(last) < SLOTS;
-    is_range.then_some((first, last, address(host, number(port)?, asked)))
+    is_range.then_some((first, last, address(host, number(port)?, asked)?))
+}
+
+/// Behind its id stands what else it is known as: names and values in turn. Any will do. Empty: it is the one that was asked,
+/// which nobody has told its address yet.
+fn other_name(more: &[Value]) -> &str {
+    let [_, Value::Array(names), ..] = more else { return "" };
+    names.chunks_exact(2).filter_map(|name| text(&name[1])).find(|name| !name.is_empty()).unwrap_or_default()
+}
+
+fn text(value: &Value) -> Option<&str> {
+    match value {
+        Value::Nil => Some(""),
+        Value::BulkString(text) => std::str::from_utf8(text).ok(),
+        _ => None,
+    }
 }
 
 const fn crc_table() -> [u16; 256] {
@@ -107,5 +124,22 @@ mod tests {
             assert_eq!(ranges(&Value::Array(vec![nonsense]), "a:9"), None);
         }
         assert_eq!(ranges(&Value::Nil, "a:9"), None);
+    }
+
+    #[test]
+    fn a_server_without_the_name_it_should_have_is_known_by_another_and_one_without_a_host_is_where_the_asked_one_is() {
+        let text = |text: &str| Value::BulkString(text.as_bytes().to_vec());
+        let said = |host: Value, names: &[&str]| {
+            let names = Value::Array(names.iter().map(|name| text(name)).collect());
+            let node = Value::Array(vec![host, Value::Int(7), text("id"), names]);
+            ranges(&Value::Array(vec![Value::Array(vec![Value::Int(0), Value::Int(9), node])]), "[fd00::1]:9")
+        };
+        let at = |address: &str| Some(vec![(0, 9, address.to_owned())]);
+        assert_eq!(said(text("?"), &["ip", "10.0.0.2"]), at("10.0.0.2:7"));
+        assert_eq!(said(text("?"), &["ip", ""]), at("[fd00::1]:7"));
+        assert_eq!(said(Value::Nil, &["ip", "10.0.0.2"]), at("[fd00::1]:7"), "the address that leads there from here");
+        assert_eq!(said(text("db.example"), &["ip", "10.0.0.2"]), at("db.example:7"));
+        assert_eq!(said(text("fd00::2"), &[]), at("fd00::2:7"));
+        assert_eq!(address("?", 7, "a:9"), None);
     }
 }

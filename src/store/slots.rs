@@ -18,6 +18,7 @@ use redis::Pipeline;
 use redis::RedisError;
 use redis::RedisResult;
 use redis::Value;
+use tokio::time::timeout_at;
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::config;
@@ -100,12 +101,12 @@ impl Slots {
         let until = Instant::now() + limit;
         let map = match self.map.load_full() {
             Some(map) => map,
-            None => self.refresh(None, limit).await?,
+            None => timeout_at(until.into(), self.refresh(None, limit)).await.map_err(|_| LinkError::NoAnswer(limit))??,
         };
         let mut parts = vec![Vec::new(); map.servers.len()];
         for (place, slot) in batch.slots().enumerate() {
             let owner = usize::from(map.owners[usize::from(slot)]);
-            parts.get_mut(owner).ok_or(LinkError::ClusterDown)?.push(place);
+            parts.get_mut(owner).ok_or(LinkError::NobodysSlots)?.push(place);
         }
         let asked = parts.iter().zip(&map.servers).enumerate().filter(|(_, (places, _))| !places.is_empty());
         let answered = join_all(asked.map(|(at, (places, (name, link)))| async move {
@@ -122,7 +123,7 @@ impl Slots {
         }
         self.follow(batch, &sent_on, &mut values, until).await?;
         if sent_on.keys().any(|elsewhere| !elsewhere.asking) {
-            let _ = self.refresh(Some(&map), until.saturating_duration_since(Instant::now())).await; // the next look will
+            let _ = timeout_at(until.into(), self.refresh(Some(&map), limit)).await; // the next look will
         }
         Ok((UNKNOWN, values))
     }
@@ -149,7 +150,7 @@ impl Slots {
     pub async fn look(&self, limit: Duration) -> Result<(u64, Server), LinkError> {
         let map = self.refresh(None, limit).await?;
         if map.owners.contains(&NOBODY) {
-            return Err(LinkError::ClusterDown);
+            return Err(LinkError::NobodysSlots);
         }
         let looked = join_all(map.servers.iter().map(|(_, link)| link.look(limit))).await;
         let looked = looked.into_iter().collect::<Result<Vec<_>, _>>()?;
@@ -275,7 +276,7 @@ fn take_in(
 
 fn elsewhere(error: &RedisError, node: &str) -> Result<Elsewhere, LinkError> {
     let to = error.redirect_node().and_then(|(to, _)| to.rsplit_once(':'));
-    let node = to.and_then(|(host, port)| Some(slot_map::address(host, port.parse().ok()?, node)));
+    let node = to.and_then(|(host, port)| slot_map::address(host, port.parse().ok()?, node));
     let node = node.ok_or_else(|| LinkError::Redis(error.clone()))?;
     Ok(Elsewhere { node, asking: error.code() == Some("ASK") })
 }

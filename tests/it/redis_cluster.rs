@@ -32,6 +32,7 @@ use crate::harness::long;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::pki::Pki;
+use crate::harness::redis::RedisServer;
 use crate::harness::redis_cluster::NODE_TIMEOUT;
 use crate::harness::redis_cluster::RedisCluster;
 use crate::harness::traffic::Traffic;
@@ -41,6 +42,8 @@ use crate::harness::traffic::everything_agrees;
 const BUSY: i64 = 100;
 const NOTICED_WITHIN: Duration = Duration::from_secs(5);
 const KEYS_AGREE_WITHIN: Duration = Duration::from_secs(10);
+/// Changes that wait for 5 s to be shown are a sign that something is wrong.
+const BEHIND_WITHIN: Duration = Duration::from_secs(8);
 /// After a planned exchange of a primary and its replica.
 const SWITCHED_WITHIN: Duration = Duration::from_secs(3);
 /// A server is believed dead, the others vote, and all hear of it.
@@ -154,23 +157,136 @@ async fn commands_follow_a_slot_that_moves_and_count_again_once_the_servers_were
     };
     let (looked, _) = servers.look(LIMIT).await.expect("servers");
     assert_eq!(servers.run::<String>(batch(&set), LIMIT).await.expect("all are set").0, looked);
-    let (slot, from) = (slot_of(&keys[0]).to_string(), redis.owner(&keys[0]).await);
+    let (slot, from) = (slot_of(&keys[0]), redis.owner(&keys[0]).await);
     let to = redis.primaries().await.into_iter().find(|server| server.port != from.port).expect("another primary");
-    let (from_id, to_id): (String, String) =
-        (from.client().await.run(&["CLUSTER", "MYID"]).await, to.client().await.run(&["CLUSTER", "MYID"]).await);
-    to.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
-    from.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
+    redis.open_slot(slot, from, to).await;
     assert_eq!(right("it is about to move").await, looked);
     from.client().await.run::<()>(&["MIGRATE", "127.0.0.1", &to.port.to_string(), &keys[0], "0", "5000"]).await;
     assert_ne!(right("the key has moved, the slot has not").await, looked);
-    for server in [to, from] {
-        server.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
-    }
+    redis.close_slot(slot, from, to).await;
     assert_ne!(right("the slot has moved").await, looked);
+    let sent_on = async || {
+        let said: String = from.client().await.run(&["INFO", "errorstats"]).await;
+        said.lines().find(|line| line.starts_with("errorstat_MOVED:")).map(str::to_owned).expect("somebody was sent on")
+    };
+    let before = sent_on().await;
     assert_ne!(right("and that is known").await, looked, "nobody has looked who they are");
+    assert_eq!(sent_on().await, before, "nobody is sent on twice");
     let (again, _) = servers.look(LIMIT).await.expect("servers");
     assert_ne!(again, looked);
     assert_eq!(right("they were looked at").await, again);
+    // Over a new connection somebody else may answer.
+    to.client().await.run::<i64>(&["CLIENT", "KILL", "TYPE", "normal"]).await;
+    let mut answer = get().await;
+    while answer.is_err() {
+        answer = get().await; // over the one that has ended
+    }
+    assert_ne!(answer.expect("an answer").0, again);
+    let (known, _) = servers.look(LIMIT).await.expect("servers");
+    assert_ne!(known, again);
+    assert_eq!(right("it was looked at").await, known);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn routes_of_users_whom_nobody_knows_are_removed_from_every_primary() {
+    let redis = RedisCluster::start().await;
+    let mut strays = Vec::new();
+    for primary in redis.primaries().await {
+        let ranges = redis.ranges().await;
+        let is_its = |name: &String| {
+            let slot = slot_of(name);
+            ranges.iter().any(|(first, last, at)| (*first..=*last).contains(&slot) && at.ends_with(&format!(":{}", primary.port)))
+        };
+        let mut names = (1_000_000..).map(|user| format!("user:route:{user}"));
+        let stray = names.find(is_its).expect("there are users in every slot");
+        primary.client().await.run::<()>(&["SET", &stray, "gw-old:1"]).await;
+        strays.push(stray);
+    }
+    let cluster = nodes_on(&redis, 1, &[]).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    eventually("they are gone", KEYS_AGREE_WITHIN, async || redis.get_many(&strays).await.iter().all(Option::is_none)).await;
+    keys_agree(&cluster, &redis, ALICE..=ALICE, NOTICED_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_has_lost_the_others_is_left_for_one_that_passes_messages_on() {
+    let redis = RedisCluster::start().await;
+    let replicas = [&redis.servers[4], &redis.servers[5]];
+    let places = format!("[\"127.0.0.1:{}\", \"127.0.0.1:{}\"]", replicas[0].port, replicas[1].port);
+    let cluster = nodes_on(&redis, 1, &[("REDIS_QUEUE__NODES", &places)]).await;
+    let node = cluster.node();
+    node.bind(a_bind(BOB, PHONE, "c")).await;
+    let gateway = tokio::sync::Mutex::new(redis.servers[0].subscribe(&[&format!("user:{BOB}")]).await);
+    delivered_to(node, BOB, async || gateway.lock().await.next(Duration::from_secs(1)).await.is_some()).await;
+    let publishes = async |server: &RedisServer| {
+        server.client().await.run::<String>(&["INFO", "commandstats"]).await.contains("cmdstat_publish:")
+    };
+    let chosen = if publishes(replicas[0]).await { replicas[0] } else { replicas[1] };
+    assert!(publishes(chosen).await);
+    chosen.client().await.run::<()>(&["CLUSTER", "RESET", "SOFT"]).await; // it goes on to answer, alone
+    delivered_to(node, BOB, async || gateway.lock().await.next(Duration::from_millis(100)).await.is_some()).await;
+    all_is_well(&cluster, NOTICED_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn users_in_a_slot_that_stays_half_way_wait_to_be_shown_until_the_move_is_over() {
+    let redis = RedisCluster::start().await;
+    let cluster = nodes_on(&redis, 2, &[COLD]).await;
+    let [node, other] = &cluster.nodes[..] else { panic!("two nodes") };
+    let name = format!("user:route:{BOB}");
+    let from = redis.owner(&name).await;
+    let to = redis.primaries().await.into_iter().find(|server| server.port != from.port).expect("another primary");
+    all_is_well(&cluster, NOTICED_WITHIN).await;
+    redis.open_slot(slot_of(&name), from, to).await;
+    for conn in ["c-1", "c-2"] {
+        node.bind(a_bind(BOB, PHONE, conn)).await;
+        assert_eq!(other.query(BOB).await.routes[0].conn_id, conn);
+    }
+    eventually("somebody says so", BEHIND_WITHIN, async || node.degraded().await.contains(&"redis_cache".to_owned())).await;
+    assert_eq!(other.query(BOB).await.routes[0].conn_id, "c-2");
+    redis.close_slot(slot_of(&name), from, to).await;
+    all_is_well(&cluster, KEYS_AGREE_WITHIN).await;
+    keys_agree(&cluster, &redis, BOB..=BOB, NOTICED_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slot_that_nobody_has_is_told_and_costs_no_call() {
+    let redis = RedisCluster::start().await;
+    for server in &redis.servers {
+        server.client().await.run::<()>(&["CONFIG", "SET", "cluster-require-full-coverage", "no"]).await;
+    }
+    let cluster = nodes_on(&redis, 1, &[COLD]).await;
+    let (node, name) = (cluster.node(), format!("user:route:{BOB}"));
+    let (slot, owner) = (slot_of(&name).to_string(), redis.owner(&name).await);
+    for server in std::iter::once(owner).chain(redis.servers.iter().filter(|server| server.port != owner.port)) {
+        let mut client = redis::Client::open(("127.0.0.1", server.port)).expect("an address").get_connection().expect("a server");
+        let _ = redis::cmd("CLUSTER").arg("DELSLOTS").arg(&slot).exec(&mut client); // it may have heard of it
+    }
+    let told = "slots are nobody's";
+    eventually("the log says so", NOTICED_WITHIN, async || node.log().iter().any(|line| line.contains(told))).await;
+    for user in [ALICE, BOB] {
+        node.bind(a_bind(user, PHONE, "c")).await;
+        assert_eq!(node.query(user).await.routes[0].conn_id, "c");
+    }
+    assert!(node.degraded().await.contains(&"redis_cache".to_owned()));
+    owner.client().await.run::<()>(&["CLUSTER", "ADDSLOTS", &slot]).await;
+    all_is_well(&cluster, KEYS_AGREE_WITHIN).await;
+    keys_agree(&cluster, &redis, ALICE..=BOB, KEYS_AGREE_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn servers_are_found_by_the_names_they_tell_and_those_without_one_by_their_addresses() {
+    let redis = RedisCluster::start_with_names().await;
+    let said: redis::Value = redis.servers[1].client().await.run(&["CLUSTER", "SLOTS"]).await;
+    let said = format!("{said:?}");
+    assert!(said.contains("localhost") && said.contains('?'), "{said}");
+    let cluster = nodes_on(&redis, 2, &[]).await;
+    bind_all(cluster.node(), 1..=200).await;
+    all_is_well(&cluster, NOTICED_WITHIN).await;
+    keys_agree(&cluster, &redis, 1..=200, KEYS_AGREE_WITHIN).await;
+    redis.reshard(&redis.servers[0], &redis.servers[1], 20).await;
+    bind_all(cluster.node(), 1..=200).await;
+    keys_agree(&cluster, &redis, 1..=200, KEYS_AGREE_WITHIN).await;
 }
 
 /// Something happens to a primary while callers bind and ask. Returns once everything is as SQL has it.
@@ -334,6 +450,19 @@ async fn sharded_messages_go_to_the_servers_of_their_slot_and_are_counted() {
         assert_eq!((answer.receivers, answer.delivered), (1, true), "{answer:?}");
         assert_eq!(answer.result.map(|result| result.msg), Some(String::new()));
     }
+    // A replica takes them, too, and passes them on, but counts only its own.
+    let channel = format!("user:{ALICE}");
+    let former = redis.owner(&channel).await.port;
+    let place = redis.servers.iter().position(|server| server.port == former).expect("a server");
+    let replica = &redis.servers[place + 3];
+    let _gateway = replica.subscribe_to_shard(&channel).await;
+    replica.client().await.run::<()>(&["CLUSTER", "FAILOVER"]).await;
+    eventually("it is counted where it is heard", NOTICED_WITHIN, async || {
+        let message = DeliverReq { user_id: ALICE, message: "hello".to_owned(), ..Default::default() };
+        node.presence().deliver(message).await.is_ok_and(|answer| answer.into_inner().receivers == 1)
+    })
+    .await;
+    eventually("it is the primary", NOTICED_WITHIN, async || redis.owner(&channel).await.port == replica.port).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -361,6 +490,24 @@ async fn a_cluster_is_reached_over_tls_with_a_certificate_of_our_own() {
     let keys = async || redis.keys("user:route:*").await.len();
     eventually("all are shown, at every primary", NOTICED_WITHIN, async || keys().await == 20).await;
     eventually("both work", NOTICED_WITHIN, async || node.degraded().await.is_empty()).await;
+    // Replicas are reached in the same way.
+    for place in 0..3 {
+        let replica = redis.servers[place + 3].client().await;
+        replica.run::<()>(&["CLUSTER", "FAILOVER"]).await;
+        let promoted = async || replica.run::<String>(&["INFO", "replication"]).await.contains("role:master");
+        eventually("it is promoted", SWITCHED_WITHIN, promoted).await;
+    }
+    let began = Instant::now();
+    for user in 21..=40 {
+        node.bind(a_bind(user, PHONE, "c")).await;
+    }
+    let names: Vec<String> = (1..=40).map(|user| format!("user:route:{user}")).collect();
+    eventually("all are shown at the others", KEYS_AGREE_WITHIN, async || {
+        redis.get_many(&names).await.iter().all(Option::is_some)
+    })
+    .await;
+    eventually("both work", NOTICED_WITHIN, async || node.degraded().await.is_empty()).await;
+    println!("over TLS at all six: shown at the new primaries {:?} after the third was promoted", began.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -154,6 +154,19 @@ async fn sentinels_that_are_wrong_stand_still_or_are_gone_are_passed_over() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn sentinels_are_told_their_own_password_and_servers_are_not() {
+    let first = RedisServer::start(); // knows no password, and refuses whoever gives one
+    let sentinel = Sentinel::start_with(&first, 1, "requirepass sesame\n");
+    let mut settings = settings_of(&[&sentinel]);
+    settings.extend(["REDIS_CACHE", "REDIS_QUEUE"].map(|section| (format!("{section}__SENTINEL_PASSWORD"), "sesame".to_owned())));
+    let cluster = cluster_with(&settings).await;
+    cluster.node().bind(a_bind(ALICE, PHONE, "c")).await;
+    key_is_there(&first, ALICE, NOTICED_WITHIN).await;
+    messages_arrive_at(&first, cluster.node(), ALICE, NOTICED_WITHIN).await;
+    nothing_is_degraded(cluster.node(), NOTICED_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_that_the_sentinels_do_not_know_is_told() {
     let first = RedisServer::start();
     let sentinel = Sentinel::start(&first, 1);

@@ -31,19 +31,30 @@ pub struct RedisCluster {
 
 impl RedisCluster {
     pub async fn start() -> Self {
-        Self::start_with(None).await
+        Self::start_with(None, |_| Vec::new()).await
+    }
+
+    /// Servers that tell each other's names instead of addresses. Every other one was given none.
+    pub async fn start_with_names() -> Self {
+        let options = |place: usize| {
+            let names: &[&str] = if place.is_multiple_of(2) { &["--cluster-announce-hostname", "localhost"] } else { &[] };
+            [&["--cluster-preferred-endpoint-type", "hostname"][..], names].concat()
+        };
+        Self::start_with(None, options).await
     }
 
     /// Servers that show this certificate, and ask for one of this CA.
     pub async fn start_with_tls(ca: &Ca, pair: &Pair) -> Self {
-        Self::start_with(Some((ca, pair))).await
+        Self::start_with(Some((ca, pair)), |_| Vec::new()).await
     }
 
-    async fn start_with(tls: Option<(&Ca, &Pair)>) -> Self {
+    /// `more` are the options of the server at a place.
+    async fn start_with(tls: Option<(&Ca, &Pair)>, more: impl Fn(usize) -> Vec<&'static str>) -> Self {
         let (mut servers, mut ports, mut buses) = (Vec::new(), Vec::new(), Vec::new());
-        for _ in 0..SERVERS {
+        for place in 0..SERVERS {
             let (bus, port) = (free_port(), free_port());
             let mut options = options(bus);
+            options.extend(more(place).into_iter().map(str::to_owned));
             if let Some((ca, pair)) = tls {
                 options.extend(tls_options(port, ca, pair));
             }
@@ -154,6 +165,23 @@ impl RedisCluster {
         let (slot, ranges) = (slot_map::slot_of(name), self.ranges().await);
         let (.., node) = ranges.iter().find(|(first, last, _)| (*first..=*last).contains(&slot)).expect("an owner");
         self.live().into_iter().find(|server| node.ends_with(&format!(":{}", server.port))).expect("a server that lives")
+    }
+
+    /// A slot is about to move, for as long as somebody needs for it.
+    pub async fn open_slot(&self, slot: u16, from: &RedisServer, to: &RedisServer) {
+        let slot = slot.to_string();
+        let (from_id, to_id): (String, String) =
+            (from.client().await.run(&["CLUSTER", "MYID"]).await, to.client().await.run(&["CLUSTER", "MYID"]).await);
+        to.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
+        from.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
+    }
+
+    /// A slot that was about to move has moved.
+    pub async fn close_slot(&self, slot: u16, from: &RedisServer, to: &RedisServer) {
+        let (slot, to_id): (String, String) = (slot.to_string(), to.client().await.run(&["CLUSTER", "MYID"]).await);
+        for server in [to, from] {
+            server.client().await.run::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
+        }
     }
 
     /// Moves slots from one primary to another, with what is in them.

@@ -33,12 +33,17 @@ pub struct Sentinel {
 impl Sentinel {
     /// Watches over a primary, of whose death so many sentinels have to be sure.
     pub fn start(primary: &RedisServer, quorum: usize) -> Self {
+        Self::start_with(primary, quorum, "")
+    }
+
+    /// The same, with more lines in its file.
+    pub fn start_with(primary: &RedisServer, quorum: usize, more: &str) -> Self {
         let (directory, port) = (scratch("sentinel"), free_port());
         fs::create_dir_all(&directory).expect("make a directory");
         let file = directory.join("sentinel.conf");
         let settings = format!(
             "port {port}\nbind 127.0.0.1\ndir {}\nsentinel monitor {MASTER} 127.0.0.1 {} {quorum}\n\
-             sentinel down-after-milliseconds {MASTER} {}\nsentinel failover-timeout {MASTER} 6000\n",
+             sentinel down-after-milliseconds {MASTER} {}\nsentinel failover-timeout {MASTER} 6000\n{more}",
             directory.display(),
             primary.port,
             DOWN_AFTER.as_millis()
