@@ -3,7 +3,9 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
 use im_presence::domain::caller::Role;
 use im_presence::pb;
 use im_presence::pb::Code;
@@ -501,33 +503,59 @@ async fn a_trial_counts_nothing() {
     assert_eq!(preview["users"], 0, "{preview}");
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whoever_comes_when_all_places_are_taken_is_told_to_come_again_and_probes_are_answered() {
-    const PLACES: usize = 32;
-    const AUDIT: &str = "outcome, reason FROM audit";
-    let proxy = Proxy::start(MariaDb::shared().port).await;
+/// Who looks, and who acts; each with a token.
+async fn crowd(pki: &Pki, proxy: &Proxy) -> (Cluster, [String; 4]) {
+    let roles = [("one", "viewer"), ("two", "viewer"), ("three", "viewer"), ("operator", "operator"), ("node", "node")];
+    let credentials = roles.map(|(name, role)| token(name, role, ""));
+    let entries: String = credentials.iter().map(|(_, entry)| entry.as_str()).collect();
+    let (file, own) = (pki.write("tokens.toml", &entries), pki.write("node", &credentials[4].0));
+    let settings = [
+        ("AUTH__MODE", "token"),
+        ("AUTH__TOKENS_FILE", file.to_str().expect("a path")),
+        ("PEER__TOKEN_FILE", own.to_str().expect("a path")),
+        ("STORE__TIMEOUT", "60000"),
+    ];
     let mut cluster = Cluster::mariadb(0, &[]).await;
-    cluster.add_node_through(&proxy, &[("STORE__TIMEOUT", "60000")]).await;
+    cluster.add_node_through(proxy, &settings).await;
+    let [one, two, three, operator, _] = credentials.map(|(token, _)| format!("Bearer {token}"));
+    (cluster, [one, two, three, operator])
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_who_look_never_keep_those_from_acting_who_have_to_and_nobody_takes_all_places() {
+    const SHARE: usize = 16;
+    const AUDIT: &str = "outcome, reason FROM audit";
+    let (pki, proxy) = (Pki::new(), Proxy::start(MariaDb::shared().port).await);
+    let (cluster, [one, two, three, operator]) = crowd(&pki, &proxy).await;
     let node = cluster.node();
-    proxy.hold_answers(Kind::Reader, AUDIT);
-    let asked = join_all((0..PLACES + 8).map(|_| node.rest("GET", "/audit", None)));
-    let probed = async {
-        proxy.struck().await;
-        for path in ["/livez", "/metrics"] {
-            assert_eq!(node.http(path).await.0, 200);
-        }
-        assert_eq!(node.list_gateways(false).await.lives.len(), 0, "ctl is answered, too");
+    let ask = async |who: &str, method: &str, path: &str, body: &str| {
+        node.ask(method, &format!("/api/v1{path}"), &[JSON, ("Authorization", who)], body).await
     };
-    let (answers, ()) = tokio::join!(asked, probed);
-    let mut turned_away = 0;
-    for answer in &answers {
-        let problem = answer.is_problem(503, "UNAVAILABLE", None);
-        assert!(answer.has("retry-after: 1") && problem["retry_after_ms"] == 1_000, "{answer:?}");
-        let detail = problem["detail"].as_str().expect("a text");
-        turned_away += usize::from(detail == "32 requests are served already");
-        assert!(detail == "32 requests are served already" || detail == "it took longer than 10 s", "{detail}");
+    proxy.hold_answers(Kind::Reader, AUDIT);
+    let mut looks = FuturesUnordered::new();
+    for (who, beyond) in [(&one, 4), (&two, 1)] {
+        (0..SHARE + beyond).for_each(|_| looks.push(ask(who, "GET", "/audit", "")));
+        for _ in 0..beyond {
+            // All the others have their places, or this one would have one.
+            let answer = looks.next().await.expect("an answer");
+            let problem = answer.is_problem(429, "RESOURCE_EXHAUSTED", None);
+            assert_eq!(problem["detail"], "16 requests of this caller are served already");
+            assert!(answer.has("retry-after: 1") && problem["retry_after_ms"] == 1_000, "{answer:?}");
+        }
     }
-    assert_eq!(turned_away, 8);
+    let trial = json!({"user_id": "1"}).to_string();
+    for (who, method, path, body) in
+        [(&three, "GET", "/gateways", ""), (&three, "POST", "/allocate", &*trial), (&operator, "GET", "/gateways", "")]
+    {
+        let answer = ask(who, method, path, body).await;
+        assert_eq!(answer.is_problem(503, "UNAVAILABLE", None)["detail"], "32 requests are served already");
+        assert!(answer.has("retry-after: 1"), "{answer:?}");
+    }
+    let ban = json!({"ban_for_s": 60, "reason": "spam"}).to_string();
+    let banned = ask(&operator, "PUT", "/users/1/ban", &ban).await;
+    assert_eq!(banned.status, 200, "who has to act does not wait: {banned:?}");
+    assert_eq!((node.http("/livez").await.0, node.http_as("/metrics", Some(&three)).await.0), (200, 200));
     proxy.release();
-    eventually("places are free again", SOON, async || node.rest("GET", "/audit", None).await.status == 200).await;
+    while looks.next().await.is_some() {}
+    assert_eq!(ask(&three, "GET", "/audit", "").await.status, 200, "places are free again");
 }
