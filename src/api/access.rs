@@ -251,7 +251,7 @@ impl Admission {
     fn limited(&self, taken: Result<(), Duration>, what: &'static str) -> Result<(), Error> {
         taken.map_err(|retry_after| {
             self.access.metrics.shed("caller");
-            Error::Overloaded { what, retry_after }
+            Error::Limited { what, retry_after }
         })
     }
 

@@ -559,3 +559,29 @@ async fn those_who_look_never_keep_those_from_acting_who_have_to_and_nobody_take
     while looks.next().await.is_some() {}
     assert_eq!(ask(&three, "GET", "/audit", "").await.status, 200, "places are free again");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_too_much_for_the_node_is_not_the_callers_fault_and_what_is_too_much_for_a_user_is() {
+    const LOOK: &str = "SELECT user_id, COUNT(*) FROM routes";
+    let proxy = Proxy::start(MariaDb::shared().port).await;
+    let mut cluster = Cluster::mariadb(0, &[]).await;
+    cluster.add_node_through(&proxy, &[("STORE__TIMEOUT", "60000"), ("STATUS__RATE", "1"), ("STATUS__BURST", "1")]).await;
+    let node = cluster.node();
+    proxy.hold_answers(Kind::Reader, LOOK);
+    let (policy, busy) = (json!({"max_devices": 1}), json!({"status": "busy"}));
+    let first = node.rest("POST", "/policy/preview", Some(&policy));
+    let others = async {
+        proxy.struck().await;
+        let second = node.rest("POST", "/policy/preview", Some(&policy)).await;
+        second.is_problem(503, "UNAVAILABLE", None);
+        assert!(second.has("retry-after: 1"), "{second:?}");
+        node.did("PUT", "/users/1/status", Some(busy.clone())).await;
+        let again = join_all((0..8).map(|_| node.rest("PUT", "/users/1/status", Some(&busy)))).await;
+        let refused = again.iter().find(|answer| answer.status != 200).expect("one a second");
+        refused.is_problem(429, "RESOURCE_EXHAUSTED", None);
+        assert!(refused.has("retry-after: 1"), "{refused:?}");
+        proxy.release();
+    };
+    let (first, ()) = tokio::join!(first, others);
+    assert_eq!(first.status, 200, "{first:?}");
+}

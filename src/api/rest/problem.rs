@@ -153,17 +153,18 @@ impl Problem {
 
 impl From<Status> for Problem {
     fn from(status: Status) -> Self {
+        let details = status.get_error_details();
         let kind = match status.code() {
             Code::InvalidArgument | Code::OutOfRange => &INVALID,
             Code::Unauthenticated => &UNAUTHENTICATED,
             Code::PermissionDenied => &DENIED,
             Code::NotFound | Code::Unimplemented => &NOT_FOUND,
-            Code::ResourceExhausted => &LIMITED,
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => &UNAVAILABLE,
+            // More than this node takes at once is no fault of who happens to ask now.
+            Code::ResourceExhausted if details.quota_failure().is_some() => &LIMITED,
+            Code::ResourceExhausted | Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => &UNAVAILABLE,
             Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => &REFUSED,
             Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => &INTERNAL,
         };
-        let details = status.get_error_details();
         let wrong = details.bad_request().and_then(|request| request.field_violations.first());
         Self {
             field: wrong.map(|violation| violation.field.clone()),
