@@ -329,15 +329,21 @@ async fn a_browser_that_was_led_here_under_another_name_is_turned_away() {
     let cluster = Cluster::sqlite(&[("ADMIN__ALLOWED_HOSTS", "[\"presence.example\"]")]).await;
     let node = cluster.node();
     for host in ["localhost:6001", "127.0.0.1", "[::1]:6001", "presence.example", "PRESENCE.example:6001"] {
-        assert_eq!(node.ask("GET", "/api/v1/gateways", &[("Host", host)], "").await.status, 200, "{host}");
+        for path in ["/api/v1/gateways", "/metrics"] {
+            assert_eq!(node.ask("GET", path, &[("Host", host)], "").await.status, 200, "{path} {host}");
+        }
     }
     for host in ["evil.example", "evil.example:6001", "presence.example.evil.example", ""] {
         let foreign = [("Host", host)];
         node.ask("GET", "/api/v1/gateways", &foreign, "").await.is_problem(403, "PERMISSION_DENIED", None);
         let grpc = [("Host", host), ("Content-Type", "application/grpc")];
         assert_eq!(node.ask("POST", "/mpim.AdminService/ListGateways", &grpc, "").await.status, 403, "{host}");
-        assert_eq!(node.ask("GET", "/livez", &foreign, "").await.status, 200);
-        assert_eq!(node.ask("GET", "/metrics", &foreign, "").await.status, 200);
+        for path in ["/metrics", "/", "/web/app.js"] {
+            assert_eq!(node.ask("GET", path, &foreign, "").await.status, 403, "{path} {host}");
+        }
+        for probe in ["/livez", "/readyz", "/healthz"] {
+            assert_eq!(node.ask("GET", probe, &foreign, "").await.status, 200, "{probe}: load balancers call nodes by any name");
+        }
     }
 }
 

@@ -21,8 +21,8 @@ use crate::api::rest::problem::Problem;
 pub const MAX_TIME: Duration = Duration::from_secs(10);
 /// When to come again whom it took too long.
 const RETRY: Duration = Duration::from_secs(1);
-/// Asked by those who may know the node by any name.
-const FOR_ALL: [&str; 4] = ["/livez", "/readyz", "/healthz", "/metrics"];
+/// Probes, which may know the node by any name. They tell strangers little.
+const FOR_ALL: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 
 /// Names under which the port may be called: a browser that was led here under another name obeys a stranger's page.
 pub struct Hosts(HashSet<String>);
