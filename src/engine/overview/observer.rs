@@ -97,7 +97,7 @@ impl Observer {
         self.audit().await;
     }
 
-    /// A death that was heard of from another node is told once SQL has said why.
+    /// A death that another node has told of is told once SQL has said why: it may be none.
     fn deaths(&mut self) {
         let table = self.lives.table();
         let over = table.iter().filter(|life| life.is_managed() && !life.is_alive());
@@ -107,31 +107,27 @@ impl Observer {
         };
         let mut now = HashMap::new();
         for life in over {
-            let told = match known.get(&life.epoch) {
-                None => false,
-                Some(true) => true,
-                Some(false) => {
-                    self.death(life);
-                    true
-                }
-            };
-            now.insert(life.epoch, told);
+            let was_told = known.get(&life.epoch).copied().unwrap_or_default();
+            now.insert(life.epoch, was_told || self.death(life));
         }
         self.seen.ended = Some(now);
     }
 
-    fn death(&self, life: &Life) {
-        let Some(end) = life.end else { return };
+    /// False: why is not known yet.
+    fn death(&self, life: &Life) -> bool {
+        let Some(end) = life.end else { return false };
         let why = match end.reason {
             EndReason::Expired => "its lease ran out",
             EndReason::Held => "its lease ran out during a hold",
             EndReason::Operator => "an operator said so",
-            EndReason::Superseded | EndReason::Deregistered => return, // it lives on, or has said good-bye
+            EndReason::Superseded | EndReason::Deregistered => return true, // it lives on, or has said good-bye
+            EndReason::Untold => return false,
         };
         let (gateway, connections) = (life.gateway.as_str(), life.connections);
         let says = format!("gateway {gateway} is dead: {why}; it had {connections} connections");
         let about = json!({ "gateway_addr": gateway, "epoch": life.epoch.0.to_string(), "why": why, "connections": connections });
         self.events.push(Kind::Death, end.at, says, about);
+        true
     }
 
     fn hold(&mut self) {
