@@ -166,6 +166,44 @@ async fn explained(node: &Node, user: i64) -> String {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_taken_down_late_is_told_once_and_what_was_denied_is_not() {
+    let pki = Pki::new();
+    let (viewer, entry) = token("viewer", "viewer", "");
+    let (operator, other_entry) = token("operator", "operator", "");
+    let file = pki.write("tokens.toml", &format!("{entry}{other_entry}"));
+    let settings = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", file.to_str().expect("a path"))];
+    let cluster = Cluster::sqlite(&settings).await;
+    let node = cluster.node();
+    let bearer = |token: &str| format!("Bearer {token}");
+    let (viewer, operator) = (bearer(&viewer), bearer(&operator));
+    let mut listener = Listener::open(node, "?last=0&kinds=audit", &format!("Authorization: {viewer}\r\n")).await;
+    let bans = async |who: &str, reason: &str| {
+        let path = format!("/api/v1/users/1/ban?reason={reason}");
+        node.ask("DELETE", &path, &[("Authorization", who)], "").await.status
+    };
+    assert_eq!(bans(&operator, "first").await, 200);
+    listener.hears("audit", |data| data["reason"] == "first").await;
+
+    assert_eq!(bans(&viewer, "denied").await, 403);
+    let denied = "SELECT COUNT(*) FROM audit WHERE outcome = 'denied'";
+    eventually("it is taken down", SOON, async || cluster.db.number(denied).await == 1).await;
+    // As another node writes it whose commit has taken a while.
+    let late = "INSERT INTO audit (at_ms, node_id, seq, who, role, from_addr, action, target, args, outcome, reason) \
+        SELECT MAX(at_ms) - 60000, 'another', 1, 'somebody', 'operator', '', 'KickDevice', '', '', 'ok', 'late' FROM audit";
+    cluster.db.run(late).await;
+    let mut told = Vec::new();
+    for reason in ["second", "third"] {
+        assert_eq!(bans(&operator, reason).await, 200);
+        while told.last().is_none_or(|last| last != reason) {
+            let event = listener.next().await.expect("an event");
+            told.push(event.data["reason"].as_str().expect("a reason").to_owned());
+        }
+    }
+    told.sort_unstable();
+    assert_eq!(told, ["late", "second", "third"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_that_come_and_go_and_what_is_degraded_are_told() {
     let mut cluster = Cluster::with_two_redis(1, &[]).await;
     let mut listener = Listener::open(cluster.node(), "?last=0&kinds=node,degraded", "").await;
