@@ -509,6 +509,30 @@ async fn a_trial_counts_nothing() {
     assert_eq!(preview["users"], 0, "{preview}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_name_that_a_gateway_or_a_device_may_have_can_be_asked_for() {
+    let cluster = Cluster::sqlite(UNHURRIED).await;
+    let node = cluster.node();
+    let epoch = node.register("rebalance").await;
+    for (conn, device) in ["", ".", "..", "a/b?c#d%e"].into_iter().enumerate() {
+        node.bind(on("rebalance", epoch, a_bind(ALICE, device, &format!("c{conn}")))).await;
+    }
+    for (path, device) in [
+        ("devices?device_id=&", ""),
+        ("devices?device_id=.&", "."),
+        ("devices?device_id=..&", ".."),
+        ("devices/a%2Fb%3Fc%23d%25e?", "a/b?c#d%e"),
+    ] {
+        let kicked = node.did("DELETE", &format!("/users/1/{path}reason=lost"), None).await;
+        assert_eq!(texts(kicked["kicked"].as_array().expect("a list"), "device_id"), [device]);
+    }
+    node.rest("DELETE", "/users/1/devices?reason=lost", None).await.is_problem(400, "INVALID_ARGUMENT", Some("device_id"));
+    assert_eq!(node.got("/gateways/%72ebalance").await["gateway"]["gateway_addr"], "rebalance");
+    node.did("POST", "/gateways/%72ebalance/drain", Some(json!({"reason": "x", "wait_s": 3600, "force": true}))).await;
+    node.did("DELETE", "/gateways/%72ebalance/drain", None).await;
+    node.did("DELETE", "/gateways/%72ebalance?reason=gone", None).await;
+}
+
 /// Who looks, and who acts; each with a token.
 async fn crowd(pki: &Pki, proxy: &Proxy) -> (Cluster, [String; 4]) {
     let roles = [("one", "viewer"), ("two", "viewer"), ("three", "viewer"), ("operator", "operator"), ("node", "node")];
