@@ -195,6 +195,18 @@ async fn however_many_ask_where_nodes_differ_each_node_is_asked_once_in_two_seco
     assert!(questions <= 3.0 * times, "{questions} questions, {times}");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_stands_still_is_named_before_whoever_asks_has_lost_patience() {
+    let server = MariaDb::start();
+    // The doctor's own patience counts, not that of the node.
+    let cluster = Cluster::on(&server, 2, &[("STORE__TIMEOUT", "60000")]).await;
+    eventually("all is well", SETTLED, async || failed(cluster.node()).is_empty()).await;
+    server.stop();
+    let ill = failed(cluster.node());
+    assert!(["database", "node_id"].iter().all(|check| ill.iter().any(|name| name == check)), "{ill:?}");
+    server.cont();
+}
+
 /// Stands before MariaDB, and once it lies, says of another isolation level.
 struct Liar {
     port: u16,
