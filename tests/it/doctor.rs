@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use std::time::Instant;
 
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
@@ -175,6 +176,41 @@ async fn a_configuration_that_differs_between_nodes_is_named_and_shown() {
     let (exit, shown) = cluster.node().ctl(&["config", "--node", "two"]);
     assert!(exit == 0 && shown.contains("gateway.doubt_share") && !shown.contains("built-in"), "{shown}");
     assert!(cluster.node().ctl(&["config", "--all"]).1.contains("built-in"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_many_ask_where_nodes_differ_each_node_is_asked_once_in_two_seconds() {
+    const ASKED_AGAIN_AFTER_S: f64 = 2.0;
+    let cluster = Cluster::mariadb(2, &[]).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    eventually("both nodes know each other", SETTLED, async || failed(one).is_empty() && failed(two).is_empty()).await;
+    let asked = async || {
+        let calls = two.series("im_presence_calls_total").await;
+        let others = calls.iter().filter(|(labels, _)| labels.contains("\"other\""));
+        others.map(|(_, count)| count).sum::<f64>()
+    };
+    let (before, began) = (asked().await, Instant::now());
+    for _ in 0..20 {
+        for path in ["config/diff", "doctor"] {
+            get(one, path).await;
+        }
+    }
+    let times = 1.0 + began.elapsed().as_secs_f64() / ASKED_AGAIN_AFTER_S;
+    // For its configuration, and whether it reaches this one; and a node that looks for others asks who is there.
+    let questions = asked().await - before;
+    assert!(questions <= 3.0 * times, "{questions} questions, {times}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_stands_still_is_named_before_whoever_asks_has_lost_patience() {
+    let server = MariaDb::start();
+    // The doctor's own patience counts, not that of the node.
+    let cluster = Cluster::on(&server, 2, &[("STORE__TIMEOUT", "60000")]).await;
+    eventually("all is well", SETTLED, async || failed(cluster.node()).is_empty()).await;
+    server.stop();
+    let ill = failed(cluster.node());
+    assert!(["database", "node_id"].iter().all(|check| ill.iter().any(|name| name == check)), "{ill:?}");
+    server.cont();
 }
 
 /// Stands before MariaDB, and once it lies, says of another isolation level.
