@@ -169,6 +169,12 @@ async fn a_configuration_that_differs_between_nodes_is_named_and_shown() {
     let share = &two["sections"]["gateway"]["doubt_share"];
     let want = serde_json::json!({ "value": 0.4, "default": false, "source": "env:IM_PRESENCE__GATEWAY__DOUBT_SHARE" });
     assert_eq!(*share, want, "{two}");
+    let (exit, shown) = cluster.node().ctl(&["config", "--diff"]);
+    let line = "gateway.doubt_share  two   0.4    env:IM_PRESENCE__GATEWAY__DOUBT_SHARE";
+    assert!(exit == 0 && shown.lines().any(|shown| shown.trim_end() == line), "{shown}");
+    let (exit, shown) = cluster.node().ctl(&["config", "--node", "two"]);
+    assert!(exit == 0 && shown.contains("gateway.doubt_share") && !shown.contains("built-in"), "{shown}");
+    assert!(cluster.node().ctl(&["config", "--all"]).1.contains("built-in"));
 }
 
 /// Stands before MariaDB, and once it lies, says of another isolation level.

@@ -192,14 +192,19 @@ async fn ctl_prints_events_the_audit_and_the_system_at_a_glance() {
     listener.hears("audit", |data| data["reason"] == "we look at the network").await;
 
     let (exit, events) = node.ctl(&["events", "--kinds", "audit,hold"]);
-    assert!(exit == 0 && events.contains("HoldGateways") && events.contains(" hold "), "{events}");
+    let ordered = "HoldGateways, for 60s: ok; reason: we look at the network";
+    assert!(exit == 0 && events.contains(ordered) && events.contains("no gateway is declared dead until 20"), "{events}");
     let (exit, line) = node.ctl(&["events", "--kinds", "audit", "--last", "1", "--json"]);
     let event: Value = serde_json::from_str(line.trim()).expect("JSON on one line");
     assert_eq!((exit, &event["event"]), (0, &Value::from("audit")), "{line}");
     assert_eq!(node.ctl(&["events", "--kinds", "weather"]).0, 2);
 
     let (exit, audit) = node.ctl(&["audit", "--action", "HoldGateways"]);
-    assert!(exit == 0 && audit.contains("we look at the network"), "{audit}");
+    assert!(exit == 0 && audit.contains("for 60s  ok       we look at the network"), "{audit}");
+    let (exit, audit) = node.ctl(&["audit", "--action", "start"]);
+    assert!(exit == 0 && audit.contains("Z  one  -     start "), "what a node did by itself is told with its name: {audit}");
+    let (exit, audit) = node.ctl(&["audit", "--action", "Hold"]);
+    assert!(exit == 0 && audit.contains("the whole name, as in DrainGateway"), "{audit}");
     let (exit, audit) = node.ctl(&["audit", "--action", "Nothing", "--json"]);
     assert!(exit == 0 && serde_json::from_str::<Value>(&audit).expect("JSON")["items"] == Value::Array(Vec::new()), "{audit}");
 

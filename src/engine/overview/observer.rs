@@ -16,6 +16,7 @@ use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
+use crate::domain::time::written_time;
 use crate::engine::messages::peers::Peers;
 use crate::engine::overview::events::Events;
 use crate::engine::overview::events::Kind;
@@ -142,9 +143,11 @@ impl Observer {
         let Some(before) = before.or_else(|| (hold != Hold::default()).then(Hold::default)) else { return };
         let was_on = before != Hold::default();
         let (state, says) = match (was_on, hold != Hold::default()) {
-            (false, true) => ("began", format!("no gateway is declared dead: {}", hold.reason)),
+            (false, true) => {
+                ("began", format!("no gateway is declared dead until {}: {}", written_time(hold.until), hold.reason))
+            }
             (true, true) if hold.until != before.until || hold.reason != before.reason => {
-                ("changed", format!("the hold was changed: {}", hold.reason))
+                ("changed", format!("no gateway is declared dead until {} now: {}", written_time(hold.until), hold.reason))
             }
             (true, false) => ("ended", "the hold is over: gateways whose lease is over are declared dead".to_owned()),
             _ => return,
@@ -182,7 +185,7 @@ impl Observer {
         let (now, node_id) = (self.lives.clock.now(), &self.peers.own.node_id);
         let tell = |part: &str, state: &str, words: &str| {
             let about = json!({ "node_id": node_id, "part": part, "state": state });
-            self.events.push(Kind::Degraded, now, format!("node {node_id}: {part} {words}"), about);
+            self.events.push(Kind::Degraded, now, format!("node {node_id} {words}: {part}"), about);
         };
         parts.difference(&self.seen.degraded).for_each(|part| tell(part, "began", "is degraded"));
         self.seen.degraded.difference(&parts).for_each(|part| tell(part, "ended", "is well again"));
@@ -218,13 +221,19 @@ impl Observer {
             if row.outcome == "denied" {
                 continue; // who may do nothing must not push deaths out of the ring
             }
-            let on = if row.target.is_empty() { String::new() } else { format!(" on {}", row.target) };
+            let on = prefixed(" on ", &row.target);
             let who = match (row.who.as_str(), row.from_addr.as_str()) {
                 ("", "") => place.node_id.as_str(), // what nobody has asked for
                 ("", _) => "somebody",
                 (who, _) => who,
             };
-            let says = format!("{who}: {}{on}: {}", row.action, row.outcome);
+            let says = format!(
+                "{who}: {}{on}{}: {}{}",
+                row.action,
+                prefixed(", ", &row.args),
+                row.outcome,
+                prefixed("; reason: ", &row.reason)
+            );
             let about = json!({
                 "node_id": place.node_id, "who": row.who, "role": row.role, "from_addr": row.from_addr, "action": row.action,
                 "target": row.target, "args": row.args, "outcome": row.outcome, "reason": row.reason,
@@ -234,4 +243,9 @@ impl Observer {
         let old = now.minus(LATE_ROWS + LATE_ROWS).0;
         self.seen.audit.retain(|(at, ..)| *at >= old);
     }
+}
+
+/// Nothing, if there is no text.
+fn prefixed(prefix: &str, text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("{prefix}{text}") }
 }
