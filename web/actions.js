@@ -117,10 +117,10 @@ export function kick(user, device, done) {
   ask({
     title: `Kick ${device} of user ${user}`, verb: 'Kick', danger: true, fields: [REASON], done,
     preview: async () => {
-      const dry = await send('DELETE', ['users', user, 'devices', device], { ...DRY, reason: 'dry run' });
+      const dry = await send('DELETE', ['users', user, 'devices'], { ...DRY, device_id: device, reason: 'dry run' });
       return { says: `Takes off ${plural(dry.kicked.length, 'device')}. It may come back at once.`, ok: true };
     },
-    run: async (values) => { await send('DELETE', ['users', user, 'devices', device], { reason: values.reason }); return 'Kicked.'; },
+    run: async (values) => { await send('DELETE', ['users', user, 'devices'], { device_id: device, reason: values.reason }); return 'Kicked.'; },
   });
 }
 

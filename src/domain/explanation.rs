@@ -226,6 +226,7 @@ fn ended(reason: EndReason) -> &'static str {
         EndReason::Deregistered => "it deregistered",
         EndReason::Operator => "an operator declared it dead",
         EndReason::Held => "it was silent until a hold ended, and was declared dead",
+        EndReason::Untold => "its life ended (SQL has not said yet why)",
     }
 }
 

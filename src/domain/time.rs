@@ -13,7 +13,7 @@ pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
 pub const DAY_MS: i64 = 86_400_000;
 
 /// Milliseconds since 1970 on the database's clock.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,10 +21,12 @@ use crate::domain::time::written_time;
 use crate::engine::messages::peers::Peers;
 use crate::engine::overview::events::Events;
 use crate::engine::overview::events::Kind;
+use crate::engine::overview::events::RING;
 use crate::engine::overview::kept::Kept;
 use crate::engine::overview::survey::Survey;
 use crate::engine::read::audit_log::AuditLog;
 use crate::engine::read::audit_log::AuditPage;
+use crate::engine::read::audit_log::AuditPlace;
 use crate::engine::read::lives::Lives;
 use crate::store::cluster::Hold;
 
@@ -33,10 +36,10 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const SQL_INTERVAL: Duration = Duration::from_secs(2);
 /// How long such a look may keep the others waiting.
 const SQL_LIMIT: Duration = Duration::from_secs(3);
-/// Rows of the audit are there so long after their time at the latest, as a rule: another node writes them a little later.
-const LATE_ROWS: Duration = Duration::from_secs(10);
-/// Of these at most.
-const ROWS: u32 = 500;
+/// A row of the audit that can be read so long after its time is still told: who wrote it may have waited for its commit.
+const LATE_ROWS: Duration = Duration::from_secs(300);
+/// Rows of one look. Of more, only the newest are told: the others would not be kept either.
+const ROWS: u32 = RING as u32;
 /// What may be wrong with a node.
 type Degraded = dyn Fn() -> Vec<&'static str> + Send + Sync;
 
@@ -60,10 +63,10 @@ struct Seen {
     nodes: Option<BTreeMap<String, (String, bool)>>,
     degraded: BTreeSet<&'static str>,
     drains: Option<HashMap<String, DrainState>>,
-    /// Rows of the audit that were told, of the last [`LATE_ROWS`].
-    audit: BTreeSet<(i64, String, i64)>,
-    /// Nothing before is told.
-    since: Option<Timestamp>,
+    /// Rows of the audit that were there at the last look.
+    audit: Option<HashSet<AuditPlace>>,
+    /// From when on it looked. That does not go back while the clock does not, or rows would be told twice.
+    since: Timestamp,
 }
 
 impl Observer {
@@ -98,7 +101,7 @@ impl Observer {
         self.audit().await;
     }
 
-    /// A death that was heard of from another node is told once SQL has said why.
+    /// A death that another node has told of is told once SQL has said why: it may be none.
     fn deaths(&mut self) {
         let table = self.lives.table();
         let over = table.iter().filter(|life| life.is_managed() && !life.is_alive());
@@ -108,31 +111,27 @@ impl Observer {
         };
         let mut now = HashMap::new();
         for life in over {
-            let told = match known.get(&life.epoch) {
-                None => false,
-                Some(true) => true,
-                Some(false) => {
-                    self.death(life);
-                    true
-                }
-            };
-            now.insert(life.epoch, told);
+            let was_told = known.get(&life.epoch).copied().unwrap_or_default();
+            now.insert(life.epoch, was_told || self.death(life));
         }
         self.seen.ended = Some(now);
     }
 
-    fn death(&self, life: &Life) {
-        let Some(end) = life.end else { return };
+    /// False: why is not known yet.
+    fn death(&self, life: &Life) -> bool {
+        let Some(end) = life.end else { return false };
         let why = match end.reason {
             EndReason::Expired => "its lease ran out",
             EndReason::Held => "its lease ran out during a hold",
             EndReason::Operator => "an operator said so",
-            EndReason::Superseded | EndReason::Deregistered => return, // it lives on, or has said good-bye
+            EndReason::Superseded | EndReason::Deregistered => return true, // it lives on, or has said good-bye
+            EndReason::Untold => return false,
         };
         let (gateway, connections) = (life.gateway.as_str(), life.connections);
         let says = format!("gateway {gateway} is dead: {why}; it had {connections} connections");
         let about = json!({ "gateway_addr": gateway, "epoch": life.epoch.0.to_string(), "why": why, "connections": connections });
         self.events.push(Kind::Death, end.at, says, about);
+        true
     }
 
     fn hold(&mut self) {
@@ -209,17 +208,23 @@ impl Observer {
 
     async fn audit(&mut self) {
         let now = self.lives.clock.now();
-        let since = *self.seen.since.get_or_insert(now.minus(SQL_INTERVAL));
-        let from = since.max(now.minus(LATE_ROWS));
-        let page = AuditPage { who: None, action: None, from, before: None, limit: ROWS };
+        let mut from = now.minus(LATE_ROWS);
+        // Whatever is there at the first look is past, and so it is when the database's clock was set back.
+        let begins = self.seen.audit.is_none() || from.plus(SQL_LIMIT) < self.seen.since;
+        if !begins {
+            from = from.max(self.seen.since);
+        }
+        // Who may do nothing must not push deaths out of the ring.
+        let page = AuditPage { who: None, action: None, with_denied: false, from, before: None, limit: ROWS };
         let Ok(rows) = self.audit.page(page).await else { return };
+        let there = rows.iter().map(|row| row.place.clone()).collect();
+        let before = self.seen.audit.replace(there).unwrap_or_default();
+        self.seen.since = from;
+        let past = now.minus(SQL_INTERVAL);
         for row in rows.iter().rev() {
             let place = &row.place;
-            if !self.seen.audit.insert((place.at.0, place.node_id.clone(), place.seq)) {
+            if before.contains(place) || begins && place.at < past {
                 continue;
-            }
-            if row.outcome == "denied" {
-                continue; // who may do nothing must not push deaths out of the ring
             }
             let on = prefixed(" on ", &row.target);
             let who = match (row.who.as_str(), row.from_addr.as_str()) {
@@ -240,8 +245,6 @@ impl Observer {
             });
             self.events.push(Kind::Audit, place.at, says, about);
         }
-        let old = now.minus(LATE_ROWS + LATE_ROWS).0;
-        self.seen.audit.retain(|(at, ..)| *at >= old);
     }
 }
 
