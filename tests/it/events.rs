@@ -278,9 +278,11 @@ async fn a_stream_of_events_ends_with_its_credential_and_with_the_node() {
 async fn ctl_prints_events_the_audit_and_the_system_at_a_glance() {
     let cluster = Cluster::sqlite(&[("PRESENCE_SERVICE__NODE_ID", "one")]).await;
     let node = cluster.node();
-    let mut listener = Listener::open(node, "?last=0&kinds=audit", "").await;
+    let (mut audits, mut holds) =
+        (Listener::open(node, "?last=0&kinds=audit", "").await, Listener::open(node, "?last=0&kinds=hold", "").await);
     something_happens(node, "we look at the network").await;
-    listener.hears("audit", |data| data["reason"] == "we look at the network").await;
+    audits.hears("audit", |data| data["reason"] == "we look at the network").await;
+    holds.hears("hold", |data| data["state"] == "began").await;
 
     let (exit, events) = node.ctl(&["events", "--kinds", "audit,hold"]);
     let ordered = "HoldGateways, for 60s: ok; reason: we look at the network";
