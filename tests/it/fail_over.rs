@@ -285,19 +285,26 @@ async fn of_what_a_fail_over_has_lost_nothing_is_answered_and_no_number_is_used_
     let [node, other] = &world.cluster.nodes[..] else { panic!("two nodes") };
     let generation = world.cluster.db.number("SELECT generation FROM cluster").await;
     assert!(generation > before.generation, "{generation}, but {} before", before.generation);
+    println!("generation {} before, {generation} after", before.generation);
     everything_agrees_with_sql(&world.cluster, 1..=LOST, AGREES_WITHIN).await;
 
+    let last = before.versions[before.versions.len() - 1];
     for (user, lost) in (1..=LOST).zip(before.versions) {
         let bound = other.bind(a_bind(user, PHONE, "again")).await.version;
         assert!(bound > lost, "user {user}: {bound} after {lost}");
         assert_eq!(node.query_sql(user).await.version, bound);
+        if user == 1 {
+            println!("{LOST} binds lost, up to version {last}; the first after is {bound}");
+        }
     }
     assert_eq!(node.beat("gw-kept:1", kept).await, ResultCode::Ok);
     assert_eq!(node.beat("gw-lost:1", before.epochs[1]).await, ResultCode::Fenced);
     let epochs = [node.register("gw-lost:1").await, other.register("gw-new:1").await];
+    println!("epochs {:?} before, {epochs:?} after", before.epochs);
     assert!(epochs.iter().all(|new| before.epochs.iter().all(|old| new > old)), "{epochs:?} after {:?}", before.epochs);
     let messages = store(node, "after").await;
     assert_eq!(messages.iter().map(|message| message.message.as_str()).collect::<Vec<_>>(), ["kept", "after"]);
+    println!("inbox number {} was lost, the next is {}", before.seq, messages[1].inbox_seq);
     assert!(messages[1].inbox_seq > before.seq, "{messages:?}: {} was used", before.seq);
     eventually("nothing is wrong any more", AGREES_WITHIN, async || {
         node.degraded().await.is_empty() && other.degraded().await.is_empty()

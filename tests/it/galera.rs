@@ -147,6 +147,7 @@ async fn members_that_die_part_and_join_lose_nothing_that_was_acknowledged_and_c
     traffic.goes_on(1_000).await;
 
     let acknowledged = traffic.acknowledged();
+    println!("{} users were bound by {CALLERS} callers", acknowledged.iter().filter(|(_, version)| *version > 0).count());
     let (written, seen) = traffic.stop().await;
     let refused = written.refused.iter().chain(seen.iter().flat_map(|reader| &reader.refused));
     let others: Vec<&String> = refused.filter(|refused| !refused.contains("Unavailable")).collect();

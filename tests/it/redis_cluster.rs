@@ -100,7 +100,9 @@ async fn users_are_shown_in_the_slots_of_their_keys_and_found_there_with_one_que
     let asked = users / 4;
     let redis = RedisCluster::start().await;
     let cluster = nodes_on(&redis, 2, &[COLD]).await;
+    let began = Instant::now();
     bind_all(cluster.node(), 1..=users).await;
+    println!("{users} users bound in {:?}", began.elapsed());
     let gone = UnbindRouteReq { user_id: 7, gateway_addr: GATEWAY.to_owned(), device_id: PHONE.to_owned(), ..Default::default() };
     cluster.node().unbind(gone).await;
     keys_agree(&cluster, &redis, 1..=users, KEYS_AGREE_WITHIN).await;
@@ -124,6 +126,29 @@ async fn users_are_shown_in_the_slots_of_their_keys_and_found_there_with_one_que
     assert!(after.iter().all(|gets| *gets > 0) && after.len() == 3, "{after:?}");
 }
 
+/// As a node has them.
+fn servers_of(redis: &RedisCluster) -> Servers {
+    let nodes = redis.settings("REDIS_CACHE").remove(1).1;
+    let config = Config::from_text("im.toml", &format!("[redis_cache]\nmode = \"cluster\"\nnodes = {nodes}"));
+    Servers::new(&config.expect("settings").redis_cache.expect("a cache").server).expect("addresses")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_of_any_size_is_one_question_to_each_primary() {
+    const KEYS: u64 = 5_000;
+    let redis = RedisCluster::start().await;
+    let servers = servers_of(&redis);
+    let mut batch = Batch::with_script(true, "return 1"); // which each question begins with
+    for key in (0..KEYS).map(|number| format!("key:{number}")) {
+        batch.add(&key, redis::cmd("GET").arg(&key).to_owned());
+    }
+    let (_, values) = servers.run::<Option<String>>(batch, KEYS_AGREE_WITHIN).await.expect("answers");
+    assert!(values.iter().all(Option::is_none) && values.len() as u64 == KEYS, "{values:?}");
+    let (questions, gets) = (calls(&redis, "script|load").await, calls(&redis, "get").await);
+    println!("{KEYS} keys: {questions:?} questions, {gets:?} GETs");
+    assert_eq!((questions, gets.iter().sum::<u64>()), (vec![1; 3], KEYS));
+}
+
 /// How long it takes until users who are bound now have their keys at all primaries.
 async fn shown_anew(cluster: &Cluster, redis: &RedisCluster, within: Duration) -> Duration {
     const NEW: RangeInclusive<i64> = 10_001..=10_100;
@@ -138,10 +163,7 @@ async fn shown_anew(cluster: &Cluster, redis: &RedisCluster, within: Duration) -
 async fn commands_follow_a_slot_that_moves_and_count_again_once_the_servers_were_looked_at() {
     const LIMIT: Duration = Duration::from_secs(5);
     let redis = RedisCluster::start().await;
-    let nodes = redis.settings("REDIS_CACHE").remove(1).1;
-    let config = Config::from_text("im.toml", &format!("[redis_cache]\nmode = \"cluster\"\nnodes = {nodes}"));
-    let config = config.expect("settings");
-    let servers = Servers::new(&config.redis_cache.expect("a cache").server).expect("addresses");
+    let servers = servers_of(&redis);
     let keys: Vec<String> = (0..30).map(|number| format!("key:{number}")).collect();
     let batch = |words: &dyn Fn(&str) -> redis::Cmd| {
         let mut batch = Batch::new(true);
@@ -394,7 +416,9 @@ async fn two_nodes_that_show_one_user_all_the_time_end_with_what_sql_has() {
             }
         });
     }
+    let began = Instant::now();
     callers.join_all().await;
+    println!("2 x {turns} binds, and a third as many unbinds, of one user in {:?}", began.elapsed());
     keys_agree(&cluster, &redis, ALICE..=ALICE, NOTICED_WITHIN).await;
 }
 

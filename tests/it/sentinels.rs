@@ -19,6 +19,7 @@ use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::node::Settings;
 use crate::harness::redis::RedisServer;
+use crate::harness::sentinel::DOWN_AFTER;
 use crate::harness::sentinel::MASTER;
 use crate::harness::sentinel::Sentinel;
 use crate::harness::sentinel::settings_of;
@@ -88,6 +89,7 @@ async fn when_the_primary_is_killed_both_uses_follow_the_sentinels_to_the_new_on
     node.bind(a_bind(BOB, PHONE, "c")).await;
     // How long the sentinels take is theirs: one that stood still for a moment waits before it acts.
     is_promoted(&second, AGREED_WITHIN).await;
+    println!("another is the primary {:?} after the old one was killed, {DOWN_AFTER:?} of it to be sure", killed.elapsed());
     key_is_there(&second, BOB, FOLLOWED_WITHIN).await;
     println!("written to the new primary {:?} after the old one was killed", killed.elapsed());
     messages_arrive_at(&second, node, BOB, FOLLOWED_WITHIN).await;
