@@ -63,9 +63,13 @@ pub async fn primaries(redis: &config::Redis) -> Result<Vec<Told>, LinkError> {
     if told.is_empty() {
         return Err(LinkError::Sentinels { master: redis.sentinel_master.clone(), why: refusals.join("; ") });
     }
+    Ok(likeliest_first(told))
+}
+
+fn likeliest_first(mut told: Vec<Told>) -> Vec<Told> {
     told.sort_by_key(|one| (one.is_down, Reverse(one.epoch)));
     told.dedup_by(|one, other| one.primary == other.primary);
-    Ok(told)
+    told
 }
 
 async fn ask(redis: &config::Redis, sentinel: &str) -> Result<Told, LinkError> {
@@ -88,4 +92,17 @@ async fn connect(redis: &config::Redis, primary: &str) -> Result<MultiplexedConn
     let role: Vec<redis::Value> = redis::cmd("ROLE").query_async(&mut connection).await?;
     let is_primary = matches!(role.first(), Some(redis::Value::BulkString(name)) if name == b"master");
     if is_primary { Ok(connection) } else { Err(LinkError::Replica) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn whoever_has_seen_the_latest_fail_over_is_believed_first_and_who_is_believed_dead_tried_last() {
+        let told = [("a:1", true, 9), ("b:1", false, 3), ("c:1", false, 4), ("c:1", false, 4), ("d:1", false, 2)];
+        let told = told.map(|(primary, is_down, epoch)| Told { primary: primary.to_owned(), is_down, epoch });
+        let order: Vec<String> = likeliest_first(told.to_vec()).into_iter().map(|one| one.primary).collect();
+        assert_eq!(order, ["c:1", "b:1", "d:1", "a:1"]);
+    }
 }

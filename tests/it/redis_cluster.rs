@@ -5,6 +5,10 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::config::Config;
+use im_presence::domain::id::UserId;
+use im_presence::domain::id::Version;
+use im_presence::domain::status::Status;
+use im_presence::domain::user::UserRecord;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchQueryRouteReq;
 use im_presence::pb::Code;
@@ -13,6 +17,8 @@ use im_presence::pb::Source;
 use im_presence::pb::UnbindRouteReq;
 use im_presence::store::batch::Batch;
 use im_presence::store::servers::Servers;
+use im_presence::store::shared::SharedCache;
+use im_presence::store::shared::Shown;
 use im_presence::store::slot_map::slot_of;
 use tokio::task::JoinSet;
 
@@ -126,11 +132,14 @@ async fn users_are_shown_in_the_slots_of_their_keys_and_found_there_with_one_que
     assert!(after.iter().all(|gets| *gets > 0) && after.len() == 3, "{after:?}");
 }
 
-/// As a node has them.
-fn servers_of(redis: &RedisCluster) -> Servers {
+/// Of a node that has it for its cache.
+fn config_of(redis: &RedisCluster) -> Config {
     let nodes = redis.settings("REDIS_CACHE").remove(1).1;
-    let config = Config::from_text("im.toml", &format!("[redis_cache]\nmode = \"cluster\"\nnodes = {nodes}"));
-    Servers::new(&config.expect("settings").redis_cache.expect("a cache").server).expect("addresses")
+    Config::from_text("im.toml", &format!("[redis_cache]\nmode = \"cluster\"\nnodes = {nodes}")).expect("settings")
+}
+
+fn servers_of(redis: &RedisCluster) -> Servers {
+    Servers::new(&config_of(redis).redis_cache.expect("a cache").server).expect("addresses")
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -147,6 +156,33 @@ async fn a_batch_of_any_size_is_one_question_to_each_primary() {
     let (questions, gets) = (calls(&redis, "script|load").await, calls(&redis, "get").await);
     println!("{KEYS} keys: {questions:?} questions, {gets:?} GETs");
     assert_eq!((questions, gets.iter().sum::<u64>()), (vec![1; 3], KEYS));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_state_that_comes_late_undoes_neither_of_the_two_keys() {
+    const GENERATION: u64 = 7;
+    let redis = RedisCluster::start().await;
+    let config = config_of(&redis);
+    let store = uuid::Uuid::new_v4().to_string();
+    let cache = SharedCache::new(&config.redis_cache.expect("a cache"), &config.route, &store).expect("addresses");
+    let user = UserId::parse(ALICE).expect("a user");
+    let keys = [format!("user:route:{ALICE}"), format!("user:status:{ALICE}")];
+    let online = || vec![Some(b"gw-2:1".to_vec()), Some(b"online".to_vec())];
+    for (generation, version, gateway, status, shown) in [
+        (GENERATION, 5, Some("gw-2:1"), Status::Online, online()),
+        (GENERATION, 4, None, Status::Offline, online()),
+        (GENERATION - 1, 6, None, Status::Offline, online()),
+        (GENERATION, 6, None, Status::Offline, vec![None, Some(b"offline".to_vec())]),
+    ] {
+        let record = UserRecord { version: Version(version), ..Default::default() };
+        let keys_of = Shown { gateway: gateway.map(str::to_owned), status: Some(status), unmanaged: false };
+        let written = cache.project(&[(user, record, keys_of)], generation).await.expect("an answer");
+        assert_eq!(redis.get_many(&keys).await, shown, "after version {version} of generation {generation}");
+        assert_eq!(
+            (written.winners.len(), written.outdated),
+            (usize::from(version != 4 && generation == GENERATION), generation != GENERATION)
+        );
+    }
 }
 
 /// How long it takes until users who are bound now have their keys at all primaries.

@@ -4,6 +4,7 @@ use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb::DeliverReq;
+use tonic::Code;
 
 use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
@@ -127,8 +128,9 @@ async fn a_planned_fail_over_is_followed_and_the_former_primary_left() {
 async fn sentinels_that_are_wrong_stand_still_or_are_gone_are_passed_over() {
     let _turn = heavy().await;
     let (first, second, mut sentinels) = two_servers_and_three_sentinels().await;
-    // This one takes the replica for the primary, and nobody tells it otherwise.
-    let wrong = Sentinel::start(&second, 5);
+    // This one takes the replica for the primary, nobody tells it otherwise, and it does not begin to doubt.
+    let patient = format!("sentinel down-after-milliseconds {MASTER} 600000\n");
+    let wrong = Sentinel::start_with(&second, 5, &patient);
     eventually("it answers", NOTICED_WITHIN, async || wrong.says().await.is_ok()).await;
     let all: Vec<&Sentinel> = std::iter::once(&wrong).chain(&sentinels).collect();
     let settings = settings_of(&all);
@@ -147,8 +149,18 @@ async fn sentinels_that_are_wrong_stand_still_or_are_gone_are_passed_over() {
     key_is_there(&first, BOB, NOTICED_WITHIN).await;
     // Whoever is not has to wait for one of them.
     first.client().await.run::<()>(&["CLIENT", "KILL", "TYPE", "normal"]).await;
-    let is_down = async || node.degraded().await.contains(&"redis_cache".to_owned());
-    eventually("nobody knows where the primary is", NOTICED_WITHIN, is_down).await;
+    let both_are_down = async || {
+        let degraded = node.degraded().await;
+        ["redis_cache", "redis_queue"].iter().all(|part| degraded.iter().any(|named| named == part))
+    };
+    eventually("nobody knows where the primary is", NOTICED_WITHIN, async || {
+        // The one that answers names a replica, which would take it, and reach nobody.
+        let message = DeliverReq { user_id: ALICE, message: "hello".to_owned(), ..Default::default() };
+        let refused = node.presence().deliver(message).await.expect_err("there is no primary");
+        assert_eq!(refused.code(), Code::Unavailable, "{refused:?}");
+        both_are_down().await
+    })
+    .await;
     node.bind(a_bind(CAROL, PHONE, "c")).await;
     sentinels[1].cont();
     key_is_there(&first, CAROL, NOTICED_WITHIN).await;
