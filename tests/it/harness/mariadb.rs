@@ -22,6 +22,7 @@ use nix::sys::signal::Signal;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
+use crate::harness::place::Place;
 use crate::harness::process;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -44,6 +45,7 @@ pub struct MariaDb {
     directory: PathBuf,
     /// Beyond what every server is started with.
     options: Vec<String>,
+    place: Place,
     pub port: u16,
 }
 
@@ -63,6 +65,11 @@ impl MariaDb {
 
     /// The same on a copy of the data in `template`.
     pub fn start_on(template: &Path, options: Vec<String>) -> Self {
+        Self::start_at(Place::default(), template, options)
+    }
+
+    /// The same elsewhere.
+    pub fn start_at(place: Place, template: &Path, options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
         let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template).arg(&directory).status();
         assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
@@ -70,16 +77,20 @@ impl MariaDb {
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("open the directory to all");
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
-            let mut child = launch(&directory, port, &options);
-            if answers(&mut child, port) {
-                return Self { child: Mutex::new(child), directory, options, port };
+            let mut child = launch(&place, &directory, port, &options);
+            if answers(&mut child, &place, port) {
+                return Self { child: Mutex::new(child), directory, options, place, port };
             }
         }
         panic!("mariadbd does not start; its last words:\n{}", last_words(&directory));
     }
 
     pub fn url(&self, database: &str) -> String {
-        format!("mysql://root@127.0.0.1:{}/{database}", self.port)
+        format!("mysql://root@{}/{database}", self.address())
+    }
+
+    pub fn address(&self) -> String {
+        format!("{}:{}", self.place.host, self.port)
     }
 
     /// It stands still: connections stay open, nothing is answered.
@@ -107,9 +118,14 @@ impl MariaDb {
 
     /// After [`MariaDb::kill`]: the same data, the same port.
     pub fn restart(&self) {
+        assert!(self.try_restart(&self.options), "mariadbd does not come back:\n{}", last_words(&self.directory));
+    }
+
+    /// The same with other options. False: it has ended.
+    pub fn try_restart(&self, options: &[String]) -> bool {
         let mut child = self.child();
-        *child = launch(&self.directory, self.port, &self.options);
-        assert!(answers(&mut child, self.port), "mariadbd does not come back:\n{}", last_words(&self.directory));
+        *child = launch(&self.place, &self.directory, self.port, options);
+        answers(&mut child, &self.place, self.port)
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -162,15 +178,17 @@ fn make_template() -> PathBuf {
     directory
 }
 
-fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
+fn launch(place: &Place, directory: &Path, port: u16, options: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
-    let mut command = Command::new(find(SERVER));
+    let mut command = place.command(find(SERVER));
     command
-        .args(["--no-defaults", "--user=root", "--bind-address=127.0.0.1", "--max-connections=500"])
+        .args(["--no-defaults", "--user=root", "--max-connections=500"])
+        .arg(format!("--bind-address={}", place.host))
         .arg(format!("--datadir={}", directory.display()))
         .arg(format!("--tmpdir={}", directory.display())) // a server that starts removes what others have in the same one
         .arg(format!("--socket={}", directory.join("s").display()))
         .arg(format!("--port={port}"))
+        .args(place.is_elsewhere().then_some(["--skip-grant-tables", "--skip-name-resolve"]).into_iter().flatten())
         .args(options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -179,13 +197,13 @@ fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
 }
 
 /// Whether the server greets whoever connects. False: it has ended.
-fn answers(child: &mut Child, port: u16) -> bool {
+fn answers(child: &mut Child, place: &Place, port: u16) -> bool {
     let began = Instant::now();
     while began.elapsed() < START_DEADLINE {
         if child.try_wait().expect("look after mariadbd").is_some() {
             return false;
         }
-        if greeted(port) {
+        if greeted(&place.host, port) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(20));
@@ -193,9 +211,9 @@ fn answers(child: &mut Child, port: u16) -> bool {
     panic!("mariadbd did not answer within {START_DEADLINE:?}");
 }
 
-fn greeted(port: u16) -> bool {
+fn greeted(host: &str, port: u16) -> bool {
     use std::io::Read;
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let Ok(mut stream) = std::net::TcpStream::connect((host, port)) else { return false };
     stream.set_read_timeout(Some(Duration::from_secs(5))).is_ok() && stream.read(&mut [0; 64]).is_ok_and(|bytes| bytes > 4)
 }
 

@@ -83,12 +83,8 @@ impl Node {
     }
 
     async fn start_with_faketime(shift: String, settings: Settings) -> Option<Self> {
-        let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
-        let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
-        let library = libraries.find(|library| std::path::Path::new(library).exists())?;
-        let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
-        let program = ["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how);
-        Some(Self::start_as(program.chain([PROGRAM.to_owned()]).collect(), settings).await)
+        let program = faked_time(shift)?.into_iter().chain([PROGRAM.to_owned()]);
+        Some(Self::start_as(program.collect(), settings).await)
     }
 
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
@@ -202,6 +198,20 @@ impl Node {
         self.restart().await;
     }
 
+    /// The same, where something may be missing that it needs. False: it does not listen within this time, and was killed.
+    pub async fn try_restart(&mut self, within: Duration) -> bool {
+        self.process = Process::start_as(&self.program, &self.settings);
+        let began = Instant::now();
+        while self.process.addresses().is_none() {
+            if self.process.log_ended() || began.elapsed() > within {
+                self.process.kill();
+                return false;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        true
+    }
+
     /// After it ended: with the same settings, on the same ports.
     pub async fn restart(&mut self) {
         self.process = Process::start_as(&self.program, &self.settings);
@@ -228,6 +238,20 @@ impl Node {
         let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
         kib * 1024
     }
+}
+
+/// What stands in front of a program whose wall clock is shifted. None: libfaketime is not installed.
+fn faked_time(shift: String) -> Option<Vec<String>> {
+    let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
+    let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
+    let library = libraries.find(|library| std::path::Path::new(library).exists())?;
+    let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
+    Some(["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how).collect())
+}
+
+/// The same by a file, which may say something else later.
+pub fn clock_of(file: &std::path::Path) -> Option<Vec<String>> {
+    faked_time(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()))
 }
 
 /// What an admin port answers. A header `Host` replaces that of the port's address.
