@@ -63,6 +63,7 @@ pub struct Query {
     pub max_staleness_ms: Option<u32>,
     pub version: u64,
     pub age_ms: u32,
+    #[allow(dead_code)] // complaints show it
     pub source: &'static str,
     pub status: i32,
     pub is_online: bool,
@@ -115,6 +116,7 @@ pub struct Received {
 pub struct Life {
     pub gateway: String,
     pub epoch: u64,
+    #[allow(dead_code)] // complaints show it
     pub began: At,
     /// When the last heartbeat left that was answered with OK.
     pub last_beat: At,
@@ -131,6 +133,7 @@ pub struct Told {
     pub version: u64,
     pub status: i32,
     pub is_online: bool,
+    #[allow(dead_code)] // complaints show it
     pub at: At,
 }
 

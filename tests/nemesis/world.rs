@@ -36,6 +36,7 @@ const ASKED_WITHIN: Duration = Duration::from_secs(2);
 /// A member that has not come back by itself after this time is started again.
 const COMES_BACK_WITHIN: Duration = Duration::from_secs(25);
 const WELL_WITHIN: Duration = Duration::from_secs(60);
+const ATTEMPTS: usize = 5;
 
 pub struct World {
     pub wire: Wire,
@@ -80,9 +81,17 @@ impl World {
         ]);
         settings.extend(settings_of(&self.sentinels.iter().collect::<Vec<_>>()));
         let clock_words = clock_of(&clock).expect("libfaketime is installed: run tests/run");
-        let program = self.wire.place(NODES[n]).entered_by.into_iter().chain(clock_words).chain([PROGRAM.to_owned()]);
-        self.nodes.push(Node::start_as(program.collect(), settings).await);
-        self.clocks.push(clock);
+        let entered_by = self.wire.place(NODES[n]).entered_by;
+        let program: Vec<String> = entered_by.into_iter().chain(clock_words).chain([PROGRAM.to_owned()]).collect();
+        // Whoever lays the tables through Galera on a machine that does something else meanwhile may need more than one attempt.
+        for _ in 0..ATTEMPTS {
+            if let Some(node) = Node::try_start_as(program.clone(), settings.clone(), WELL_WITHIN).await {
+                self.nodes.push(node);
+                self.clocks.push(clock);
+                return;
+            }
+        }
+        panic!("node {n} does not start");
     }
 
     /// The clock of a node is `shift` beside the right time from here on.

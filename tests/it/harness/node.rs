@@ -90,7 +90,18 @@ impl Node {
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
     pub async fn start_as(program: Vec<String>, settings: Settings) -> Self {
         let process = Process::start_as(&program, &settings);
-        let (data, admin) = process.listening().await;
+        let addresses = process.listening().await;
+        Self::of(process, addresses, program, settings)
+    }
+
+    /// The same, where something may be missing that it needs. None: it does not listen within this time, and was killed.
+    pub async fn try_start_as(program: Vec<String>, settings: Settings, within: Duration) -> Option<Self> {
+        let process = Process::start_as(&program, &settings);
+        let addresses = process.listens(within).await?;
+        Some(Self::of(process, addresses, program, settings))
+    }
+
+    fn of(process: Process, (data, admin): (SocketAddr, SocketAddr), program: Vec<String>, settings: Settings) -> Self {
         let channel = Endpoint::from_shared(format!("http://{data}")).expect("an address").connect_lazy();
         // A node that is started again is found where it was.
         let ports = [("PRESENCE_SERVICE__PORT", data.port()), ("ADMIN__PORT", admin.port())];
@@ -201,15 +212,11 @@ impl Node {
     /// The same, where something may be missing that it needs. False: it does not listen within this time, and was killed.
     pub async fn try_restart(&mut self, within: Duration) -> bool {
         self.process = Process::start_as(&self.program, &self.settings);
-        let began = Instant::now();
-        while self.process.addresses().is_none() {
-            if self.process.log_ended() || began.elapsed() > within {
-                self.process.kill();
-                return false;
-            }
-            tokio::time::sleep(Duration::from_millis(10)).await;
+        let listens = self.process.listens(within).await.is_some();
+        if !listens {
+            self.kill();
         }
-        true
+        listens
     }
 
     /// After it ended: with the same settings, on the same ports.
@@ -318,6 +325,15 @@ impl Process {
         self.addresses().unwrap_or_else(|| panic!("im-presence did not start:\n{}", self.log().join("\n")))
     }
 
+    /// None: not within this time, or it has ended.
+    async fn listens(&self, within: Duration) -> Option<(SocketAddr, SocketAddr)> {
+        let began = Instant::now();
+        while self.addresses().is_none() && !self.log_ended() && began.elapsed() < within {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.addresses()
+    }
+
     fn log_ended(&self) -> bool {
         self.reader.as_ref().is_none_or(JoinHandle::is_finished)
     }
@@ -325,7 +341,7 @@ impl Process {
     fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
         let lines = self.log();
         let mut parsed = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let line = parsed.find(|line| line["message"].as_str().is_some_and(|text| text.starts_with("listening")))?;
+        let line = parsed.find(|line| line["message"].as_str().is_some_and(|text| text.starts_with("listening on")))?;
         let address = |key: &str| line[key].as_str().and_then(|address| address.parse().ok());
         Some((address("listen.data")?, address("listen.admin")?))
     }
