@@ -11,6 +11,7 @@ pub mod node;
 pub mod orders;
 pub mod pki;
 pub mod place;
+pub mod ports;
 pub mod process;
 pub mod prometheus;
 pub mod proxy;
