@@ -46,6 +46,7 @@ enum Fault {
     RedisFailOver,
     MemberKilled(usize),
     MemberStopped(usize),
+    MemberDiskFull(usize),
     /// From the other members; nodes reach it.
     MemberParted(usize),
     Cut {
@@ -139,7 +140,7 @@ impl<'a> Nemesis<'a> {
     fn any(&mut self) -> Fault {
         let random = &mut self.random;
         let (node, redis, member) = (random.usize(..NODES.len()), random.usize(..REDIS.len()), random.usize(..SQL.len()));
-        match random.u8(..14) {
+        match random.u8(..15) {
             0 | 1 => Fault::NodeKilled(node),
             2 => Fault::NodeStopped(node),
             3 => Fault::ClockSteps(node, SHIFTS[random.usize(..SHIFTS.len())]),
@@ -150,7 +151,8 @@ impl<'a> Nemesis<'a> {
             8 => Fault::MemberKilled(member),
             9 => Fault::MemberStopped(member),
             10 => Fault::MemberParted(member),
-            11 | 12 => {
+            11 => Fault::MemberDiskFull(member),
+            12 | 13 => {
                 let peers = [Peers::Sql, Peers::Redis, Peers::Nodes, Peers::Callers, Peers::All][random.usize(..5)];
                 let (from, to) = [(true, true), (true, false), (false, true)][random.usize(..3)];
                 Fault::Cut { node, from, to, peers }
@@ -181,6 +183,7 @@ impl<'a> Nemesis<'a> {
             }
             Fault::MemberKilled(n) => world.galera.members[n].kill(),
             Fault::MemberStopped(n) => world.galera.members[n].stop(),
+            Fault::MemberDiskFull(n) => world.galera.members[n].disk_is_full(true),
             Fault::Cut { node, from, to, peers } => {
                 let (node, peers) = ([NODES[node]], peers.hosts());
                 if from {
@@ -209,11 +212,14 @@ impl<'a> Nemesis<'a> {
             Fault::RedisKilled(n) => tokio::task::block_in_place(|| world.redis[n].restart()),
             Fault::RedisStopped(n) => world.redis[n].cont(),
             Fault::RedisFailOver => {}
-            Fault::MemberKilled(n) => {
-                let began = tokio::task::block_in_place(|| world.galera.try_rejoin(n));
-                println!("member {n} was started again: {began}");
-            }
+            Fault::MemberKilled(n) => world.start_member_again(n),
             Fault::MemberStopped(n) => world.galera.members[n].cont(),
+            Fault::MemberDiskFull(n) => {
+                world.galera.members[n].disk_is_full(false);
+                if !world.member_is_ready(n).await {
+                    world.start_member_again(n); // it has left the others, as what they wrote was not written here
+                }
+            }
             Fault::RedisSplit(_) | Fault::MemberParted(_) | Fault::Cut { .. } | Fault::Slow { .. } => {
                 let (one, other) = fault.ways();
                 world.wire.set(&one, &other, None);
@@ -230,7 +236,7 @@ impl Fault {
             Self::NodeKilled(_) | Self::NodeStopped(_) => Kind::Node,
             Self::ClockSteps(..) => Kind::Clock,
             Self::RedisKilled(_) | Self::RedisStopped(_) | Self::RedisFailOver => Kind::Redis,
-            Self::MemberKilled(_) | Self::MemberStopped(_) => Kind::Sql,
+            Self::MemberKilled(_) | Self::MemberStopped(_) | Self::MemberDiskFull(_) => Kind::Sql,
             // What lies in the ways is taken out again as a whole.
             Self::RedisSplit(_) | Self::MemberParted(_) | Self::Cut { .. } | Self::Slow { .. } => Kind::Net,
         }

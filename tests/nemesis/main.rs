@@ -57,7 +57,7 @@ fn what_is_promised_holds_while_things_break() {
     assert!(violations.is_empty(), "{SEED}={seed}: {} violations", violations.len());
 }
 
-/// Runs this test again where it may make networks: in namespaces of its own, as root of these if it is not root anyway.
+/// Runs this test again where it may make networks and disks: in namespaces of its own, as root of these if it is not root anyway.
 fn apart() {
     let mut command = Command::new("unshare");
     let is_root = std::fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
@@ -65,7 +65,7 @@ fn apart() {
         command.args(["--user", "--map-root-user"]);
     }
     command
-        .arg("--net")
+        .args(["--net", "--mount"])
         .arg(std::env::current_exe().expect("this program"))
         .args(["--exact", NAME, "--nocapture"])
         .env(ROLE, "1");

@@ -80,7 +80,7 @@ impl Wire {
     /// Where programs of this host run.
     pub fn place(&self, host: Host) -> Place {
         let space = format!("--net=/proc/{}/fd/{}", std::process::id(), self.spaces[&host].as_raw_fd());
-        Place { host: address(host), entered_by: vec!["nsenter".to_owned(), space] }
+        Place { host: address(host), entered_by: vec!["nsenter".to_owned(), space], disk_mib: None }
     }
 
     /// What leaves one of `from` for one of `to`, from now on.

@@ -15,6 +15,7 @@ use crate::harness::node::Node;
 use crate::harness::node::PROGRAM;
 use crate::harness::node::clock_of;
 use crate::harness::node::settings;
+use crate::harness::place::Place;
 use crate::harness::redis::RedisServer;
 use crate::harness::sentinel::MASTER;
 use crate::harness::sentinel::Sentinel;
@@ -37,6 +38,8 @@ const ASKED_WITHIN: Duration = Duration::from_secs(2);
 const COMES_BACK_WITHIN: Duration = Duration::from_secs(25);
 const WELL_WITHIN: Duration = Duration::from_secs(60);
 const ATTEMPTS: usize = 5;
+/// Enough for an empty server, its log, and what a run writes.
+const SQL_DISK_MIB: u32 = 512;
 
 pub struct World {
     pub wire: Wire,
@@ -55,7 +58,8 @@ impl World {
         let beside = |host: &Host| Sentinel::start_at(wire.place(*host), &redis[0], 2);
         let sentinels: Vec<Sentinel> = SENTINELS.iter().map(beside).collect();
         Sentinel::know_each_other(&sentinels, 1).await;
-        let galera = Galera::start_at(SQL.iter().map(|host| wire.place(*host)).collect()).await;
+        let galera =
+            Galera::start_at(SQL.iter().map(|host| Place { disk_mib: Some(SQL_DISK_MIB), ..wire.place(*host) }).collect()).await;
         let db = TestDb::mariadb(&galera.members[0]).await;
         let mut world = Self { wire, nodes: Vec::new(), redis, sentinels, galera, clocks: Vec::new() };
         for n in 0..NODES.len() {
@@ -146,14 +150,17 @@ impl World {
         let since = std::time::Instant::now();
         while !self.member_is_ready(n).await {
             if since.elapsed() > COMES_BACK_WITHIN {
-                println!("member {n} does not come back: it is started again");
-                self.galera.members[n].kill();
-                let started = tokio::task::block_in_place(|| self.galera.try_rejoin(n));
-                println!("member {n} was started again: {started}");
-                return;
+                println!("member {n} does not come back");
+                return self.start_member_again(n);
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
+    }
+
+    pub fn start_member_again(&self, n: usize) {
+        self.galera.members[n].kill();
+        let started = tokio::task::block_in_place(|| self.galera.try_rejoin(n));
+        println!("member {n} was started again: {started}");
     }
 
     async fn redis_is_well(&self) -> bool {

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -71,7 +72,8 @@ impl MariaDb {
     /// The same elsewhere.
     pub fn start_at(place: Place, template: &Path, options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
-        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template).arg(&directory).status();
+        place.make_disk(&directory);
+        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template.join(".")).arg(&directory).status();
         assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
         // Galera's scripts write there as nobody in particular.
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("open the directory to all");
@@ -100,6 +102,17 @@ impl MariaDb {
 
     pub fn cont(&self) {
         process::signal(&self.child(), Signal::SIGCONT);
+    }
+
+    /// Takes what is left of its disk, which is one of its own, or gives it back.
+    pub fn disk_is_full(&self, full: bool) {
+        let filler = self.directory.join("filler");
+        if !full {
+            return fs::remove_file(filler).expect("give the disk back");
+        }
+        let mut file = File::create(filler).expect("make a file on the disk");
+        let zeroes = [0; 65_536];
+        while file.write_all(&zeroes).is_ok() {} // until nothing is left
     }
 
     /// As if the power had failed, but for what the operating system has not written yet.
