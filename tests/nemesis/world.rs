@@ -159,8 +159,12 @@ impl World {
 
     pub fn start_member_again(&self, n: usize) {
         self.galera.members[n].kill();
-        let started = tokio::task::block_in_place(|| self.galera.try_rejoin(n));
-        println!("member {n} was started again: {started}");
+        let came_back = tokio::task::block_in_place(|| self.galera.try_rejoin(n));
+        if !came_back {
+            self.galera.members[n].kill();
+            let replaced = tokio::task::block_in_place(|| self.galera.try_replace(n));
+            println!("member {n} has not come back; replaced by a new one: {replaced}");
+        }
     }
 
     async fn redis_is_well(&self) -> bool {

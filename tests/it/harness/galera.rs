@@ -65,8 +65,19 @@ impl Galera {
         self.places.push(place);
     }
 
-    /// After it was killed: it comes back to the others, with what it had. False: it has ended.
+    /// After it was killed: it comes back to the others, with what it had. False: the others cannot use it, or it not them.
     pub fn try_rejoin(&self, n: usize) -> bool {
+        let mut options = options(&self.places[n], self.ports[n], &self.peers_of(Some(n)));
+        // As Debian's unit does: a server that was killed does not know by itself how far it had come.
+        let said = self.members[n].says(&[&options[..], &["--wsrep-recover".to_owned()]].concat());
+        let position = said.lines().filter_map(|line| line.split_once("WSREP: Recovered position: ")).next_back();
+        options.extend(position.map(|(_, position)| format!("--wsrep-start-position={}", position.trim())));
+        self.members[n].try_restart(&options)
+    }
+
+    /// After it was killed: a new member takes its place, which the others send what was done since they began.
+    pub fn try_replace(&self, n: usize) -> bool {
+        self.members[n].loses_its_data(&TEMPLATE);
         self.members[n].try_restart(&options(&self.places[n], self.ports[n], &self.peers_of(Some(n))))
     }
 
@@ -118,7 +129,7 @@ fn options(place: &Place, port: u16, peers: &str) -> Vec<String> {
         format!("--wsrep-sst-receive-address={host}:{state}"),
         format!(
             "--wsrep-provider-options=base_port={port};gmcast.listen_addr=tcp://{host}:{port};\
-             ist.recv_addr={host}:{changes};gcache.size=64M"
+             ist.recv_addr={host}:{changes};gcache.size=128M"
         ),
     ];
     if peers.is_empty() {

@@ -73,8 +73,7 @@ impl MariaDb {
     pub fn start_at(place: Place, template: &Path, options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
         place.make_disk(&directory);
-        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template.join(".")).arg(&directory).status();
-        assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
+        copy(template, &directory);
         // Galera's scripts write there as nobody in particular.
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("open the directory to all");
         for _ in 0..START_ATTEMPTS {
@@ -104,7 +103,7 @@ impl MariaDb {
         process::signal(&self.child(), Signal::SIGCONT);
     }
 
-    /// Takes what is left of its disk, which is one of its own, or gives it back.
+    /// Takes what is left of its disk, or gives it back. The disk has to be its own ([`Place::disk_mib`]).
     pub fn disk_is_full(&self, full: bool) {
         let filler = self.directory.join("filler");
         if !full {
@@ -134,11 +133,30 @@ impl MariaDb {
         assert!(self.try_restart(&self.options), "mariadbd does not come back:\n{}", last_words(&self.directory));
     }
 
-    /// The same with other options. False: it has ended.
+    /// The same with other options. False: it has ended, or does not answer.
     pub fn try_restart(&self, options: &[String]) -> bool {
         let mut child = self.child();
         *child = launch(&self.place, &self.directory, self.port, options);
         answers(&mut child, &self.place, self.port)
+    }
+
+    /// After [`MariaDb::kill`]: runs it with `options` until it ends, and returns what it has said.
+    pub fn says(&self, options: &[String]) -> String {
+        let log = self.directory.join("stderr.log");
+        let before = fs::metadata(&log).map_or(0, |log| log.len());
+        launch(&self.place, &self.directory, self.port, options).wait().expect("wait for mariadbd");
+        let said = fs::read(log).expect("read the server's log");
+        String::from_utf8_lossy(&said[usize::try_from(before).expect("a log that fits into memory")..]).into_owned()
+    }
+
+    /// After [`MariaDb::kill`]: a copy of the data in `template` instead of its own.
+    pub fn loses_its_data(&self, template: &Path) {
+        for entry in fs::read_dir(&self.directory).expect("read the directory").flatten() {
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            removed.expect("remove the data");
+        }
+        copy(template, &self.directory);
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -209,7 +227,12 @@ fn launch(place: &Place, directory: &Path, port: u16, options: &[String]) -> Chi
     process::spawn(command).expect("start mariadbd")
 }
 
-/// Whether the server greets whoever connects. False: it has ended.
+fn copy(template: &Path, directory: &Path) {
+    let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template.join(".")).arg(directory).status();
+    assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
+}
+
+/// Whether the server greets whoever connects. False: it has ended, or does not within [`START_DEADLINE`].
 fn answers(child: &mut Child, place: &Place, port: u16) -> bool {
     let began = Instant::now();
     while began.elapsed() < START_DEADLINE {
@@ -221,7 +244,7 @@ fn answers(child: &mut Child, place: &Place, port: u16) -> bool {
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("mariadbd did not answer within {START_DEADLINE:?}");
+    false
 }
 
 fn greeted(host: &str, port: u16) -> bool {
