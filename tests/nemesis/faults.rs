@@ -127,8 +127,10 @@ impl<'a> Nemesis<'a> {
         if self.active.iter().any(|active| active.fault.kind() == fault.kind()) {
             return;
         }
-        if fault.kind() == Kind::Sql && !self.world.sql_is_ready().await {
-            return; // two members that are away at once are no cluster
+        // Two members that are away at once are no cluster.
+        let others_away = self.active.iter().any(|active| active.fault.takes_a_member());
+        if fault.takes_a_member() && (others_away || !self.world.sql_is_ready().await) {
+            return;
         }
         let lasts = Duration::from_millis(self.random.u64(LASTS_MS));
         println!("{:>9.3} begins: {fault:?}, for {lasts:?}", self.recorder.now() as f64 / 1e6);
@@ -212,13 +214,12 @@ impl<'a> Nemesis<'a> {
             Fault::RedisKilled(n) => tokio::task::block_in_place(|| world.redis[n].restart()),
             Fault::RedisStopped(n) => world.redis[n].cont(),
             Fault::RedisFailOver => {}
-            Fault::MemberKilled(n) => world.start_member_again(n),
+            Fault::MemberKilled(n) => return world.start_member_again(n),
             Fault::MemberStopped(n) => world.galera.members[n].cont(),
             Fault::MemberDiskFull(n) => {
                 world.galera.members[n].disk_is_full(false);
-                if !world.member_is_ready(n).await {
-                    world.start_member_again(n); // it has left the others, as what they wrote was not written here
-                }
+                // It may have left the others, as what they wrote was not written here.
+                return world.member_is_ready(n).await || world.start_member_again(n);
             }
             Fault::RedisSplit(_) | Fault::MemberParted(_) | Fault::Cut { .. } | Fault::Slow { .. } => {
                 let (one, other) = fault.ways();
@@ -240,6 +241,10 @@ impl Fault {
             // What lies in the ways is taken out again as a whole.
             Self::RedisSplit(_) | Self::MemberParted(_) | Self::Cut { .. } | Self::Slow { .. } => Kind::Net,
         }
+    }
+
+    fn takes_a_member(self) -> bool {
+        self.kind() == Kind::Sql || matches!(self, Self::MemberParted(_))
     }
 
     fn name(self) -> String {

@@ -151,20 +151,26 @@ impl World {
         while !self.member_is_ready(n).await {
             if since.elapsed() > COMES_BACK_WITHIN {
                 println!("member {n} does not come back");
-                return self.start_member_again(n);
+                self.start_member_again(n);
             }
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
 
-    pub fn start_member_again(&self, n: usize) {
+    /// False: not yet, as the others cannot be reached.
+    pub fn start_member_again(&self, n: usize) -> bool {
         self.galera.members[n].kill();
         let came_back = tokio::task::block_in_place(|| self.galera.try_rejoin(n));
         if !came_back {
             self.galera.members[n].kill();
             let replaced = tokio::task::block_in_place(|| self.galera.try_replace(n));
             println!("member {n} has not come back; replaced by a new one: {replaced}");
+            if !replaced {
+                println!("{}", self.galera.members[n].last_words());
+            }
+            return replaced;
         }
+        true
     }
 
     async fn redis_is_well(&self) -> bool {

@@ -83,7 +83,7 @@ impl MariaDb {
                 return Self { child: Mutex::new(child), directory, options, place, port };
             }
         }
-        panic!("mariadbd does not start; its last words:\n{}", last_words(&directory));
+        panic!("mariadbd does not start; its last words:\n{}", last_words_in(&directory));
     }
 
     pub fn url(&self, database: &str) -> String {
@@ -107,7 +107,8 @@ impl MariaDb {
     pub fn disk_is_full(&self, full: bool) {
         let filler = self.directory.join("filler");
         if !full {
-            return fs::remove_file(filler).expect("give the disk back");
+            let _ = fs::remove_file(filler); // it may be gone with the data
+            return;
         }
         let mut file = File::create(filler).expect("make a file on the disk");
         let zeroes = [0; 65_536];
@@ -121,6 +122,10 @@ impl MariaDb {
         child.wait().expect("wait for mariadbd");
     }
 
+    pub fn last_words(&self) -> String {
+        last_words_in(&self.directory)
+    }
+
     /// Ends it in order, and moves its data to `place`.
     pub fn end_and_keep(self, place: &Path) {
         process::signal(&self.child(), Signal::SIGTERM);
@@ -130,7 +135,7 @@ impl MariaDb {
 
     /// After [`MariaDb::kill`]: the same data, the same port.
     pub fn restart(&self) {
-        assert!(self.try_restart(&self.options), "mariadbd does not come back:\n{}", last_words(&self.directory));
+        assert!(self.try_restart(&self.options), "mariadbd does not come back:\n{}", self.last_words());
     }
 
     /// The same with other options. False: it has ended, or does not answer.
@@ -261,7 +266,7 @@ fn find(candidates: &[&str]) -> PathBuf {
     found.next().unwrap_or_else(|| panic!("{} is not installed: run tests/run, or apt-get install mariadb-server", candidates[0]))
 }
 
-fn last_words(directory: &Path) -> String {
+fn last_words_in(directory: &Path) -> String {
     let text = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
