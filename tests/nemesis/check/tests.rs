@@ -234,6 +234,13 @@ fn numbers_in_an_inbox_that_are_used_twice_are_found() {
     expect(&of(vec![received(0, "m", 1, true), received(5, "m", 1, true), received(9, "n", 2, true)]), &[]);
     expect(&of(vec![received(0, "m", 1, true), received(5, "n", 1, true)]), &["a number of the inbox was used twice"]);
     expect(&of(vec![received(0, "m", 1, true), received(5, "m", 2, true)]), &["a message was stored twice"]);
+    // Sent for the last time after the first was acknowledged, and before.
+    let repeated = |ms| History {
+        messages: vec![message(ms, Sent::Unknown)],
+        ..of(vec![received(3, "m", 1, true), received(9, "m", 2, true)])
+    };
+    expect(&repeated(5), &[]);
+    expect(&repeated(1), &["a message was stored twice"]);
 }
 
 #[test]
