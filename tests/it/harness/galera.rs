@@ -22,6 +22,7 @@ use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::mariadb::free_port;
 use crate::harness::mariadb::scratch;
+use crate::harness::place::Place;
 use crate::harness::replicas::run;
 
 const PROVIDERS: [&str; 2] = ["/usr/lib/galera/libgalera_smm.so", "/usr/lib64/galera-4/libgalera_smm.so"];
@@ -29,7 +30,7 @@ const JOINED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The data of a cluster that was begun and ended: members that begin with a copy need only be sent what came later.
 static TEMPLATE: LazyLock<PathBuf> = LazyLock::new(|| {
-    let first = MariaDb::start_with(options(free_port(), ""));
+    let first = MariaDb::start_with(options(&Place::default(), free_port(), ""));
     let place = scratch("galera_template");
     first.end_and_keep(&place);
     for file in ["galera.cache", "gvwstate.dat"] {
@@ -42,31 +43,62 @@ pub struct Galera {
     pub members: Vec<MariaDb>,
     /// Where members find each other.
     ports: Vec<u16>,
+    places: Vec<Place>,
 }
 
 impl Galera {
     pub async fn start(members: usize) -> Self {
-        let mut cluster = Self { members: Vec::new(), ports: Vec::new() };
-        for _ in 0..members {
-            cluster.join().await;
+        Self::start_at(vec![Place::default(); members]).await
+    }
+
+    /// A member at each of these places.
+    pub async fn start_at(places: Vec<Place>) -> Self {
+        let mut cluster = Self { members: Vec::new(), ports: Vec::new(), places: Vec::new() };
+        for place in places {
+            cluster.join_at(place).await;
         }
         cluster
     }
 
     /// One more member. Returns when it is ready.
     pub async fn join(&mut self) {
-        let peers: Vec<String> = self.ports.iter().map(|port| format!("127.0.0.1:{port}")).collect();
+        self.join_at(Place::default()).await;
+    }
+
+    async fn join_at(&mut self, place: Place) {
         let port = free_port();
-        let member = MariaDb::start_on(&TEMPLATE, options(port, &peers.join(",")));
+        let member = MariaDb::start_at(place.clone(), &TEMPLATE, options(&place, port, &self.peers_of(None)));
         eventually("the member is ready", JOINED_WITHIN, async || is_ready(&member).await).await;
         self.members.push(member);
         self.ports.push(port);
+        self.places.push(place);
+    }
+
+    /// After it was killed: it comes back to the others, with what it had. False: the others cannot use it, or it not them.
+    pub fn try_rejoin(&self, n: usize) -> bool {
+        let mut options = options(&self.places[n], self.ports[n], &self.peers_of(Some(n)));
+        // As Debian's unit does: a server that was killed does not know by itself how far it had come.
+        let said = self.members[n].says(&[&options[..], &["--wsrep-recover".to_owned()]].concat());
+        let position = said.lines().filter_map(|line| line.split_once("WSREP: Recovered position: ")).next_back();
+        options.extend(position.map(|(_, position)| format!("--wsrep-start-position={}", position.trim())));
+        self.members[n].try_restart(&options)
+    }
+
+    /// After it was killed: a new member takes its place, which the others send what was done since they began.
+    pub fn try_replace(&self, n: usize) -> bool {
+        self.members[n].loses_its_data(&TEMPLATE);
+        self.members[n].try_restart(&options(&self.places[n], self.ports[n], &self.peers_of(Some(n))))
+    }
+
+    fn peers_of(&self, member: Option<usize>) -> String {
+        let others = (0..self.ports.len()).filter(|n| Some(*n) != member);
+        others.map(|n| format!("{}:{}", self.places[n].host, self.ports[n])).collect::<Vec<_>>().join(",")
     }
 
     /// `database` on all members, beginning with member `first`.
     pub fn url(&self, database: &str, first: usize) -> String {
         let order = (0..self.members.len()).map(|n| (first + n) % self.members.len());
-        let servers: Vec<String> = order.map(|n| format!("127.0.0.1:{}", self.members[n].port)).collect();
+        let servers: Vec<String> = order.map(|n| self.members[n].address()).collect();
         format!("mysql://root@{}/{database}", servers.join(","))
     }
 }
@@ -141,7 +173,8 @@ async fn pass(client: TcpStream, server_port: u16, waits: bool, changed: Arc<Ato
     }
 }
 
-fn options(port: u16, peers: &str) -> Vec<String> {
+fn options(place: &Place, port: u16, peers: &str) -> Vec<String> {
+    let host = &place.host;
     let provider = PROVIDERS.iter().find(|file| Path::new(file).is_file());
     let provider = provider.expect("Galera is not installed: run tests/run, or apt-get install galera-4");
     let (state, changes) = (free_port(), free_port());
@@ -152,13 +185,13 @@ fn options(port: u16, peers: &str) -> Vec<String> {
         format!("--wsrep-provider={provider}"),
         "--wsrep-cluster-name=it".to_owned(),
         format!("--wsrep-cluster-address=gcomm://{peers}"),
-        format!("--wsrep-node-address=127.0.0.1:{port}"),
+        format!("--wsrep-node-address={host}:{port}"),
         format!("--wsrep-node-name=n{port}"),
         "--wsrep-sst-method=rsync".to_owned(),
-        format!("--wsrep-sst-receive-address=127.0.0.1:{state}"),
+        format!("--wsrep-sst-receive-address={host}:{state}"),
         format!(
-            "--wsrep-provider-options=base_port={port};gmcast.listen_addr=tcp://127.0.0.1:{port};\
-             ist.recv_addr=127.0.0.1:{changes};gcache.size=64M"
+            "--wsrep-provider-options=base_port={port};gmcast.listen_addr=tcp://{host}:{port};\
+             ist.recv_addr={host}:{changes};gcache.size=128M"
         ),
     ];
     if peers.is_empty() {

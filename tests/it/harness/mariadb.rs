@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -21,6 +22,7 @@ use nix::sys::signal::Signal;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
+use crate::harness::place::Place;
 pub use crate::harness::ports::free_port;
 use crate::harness::process;
 
@@ -44,6 +46,7 @@ pub struct MariaDb {
     directory: PathBuf,
     /// Beyond what every server is started with.
     options: Vec<String>,
+    place: Place,
     pub port: u16,
 }
 
@@ -63,23 +66,32 @@ impl MariaDb {
 
     /// The same on a copy of the data in `template`.
     pub fn start_on(template: &Path, options: Vec<String>) -> Self {
+        Self::start_at(Place::default(), template, options)
+    }
+
+    /// The same elsewhere.
+    pub fn start_at(place: Place, template: &Path, options: Vec<String>) -> Self {
         let directory = scratch("mariadb");
-        let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template).arg(&directory).status();
-        assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
+        place.make_disk(&directory);
+        copy(template, &directory);
         // Galera's scripts write there as nobody in particular.
         fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).expect("open the directory to all");
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
-            let mut child = launch(&directory, port, &options);
-            if answers(&mut child, port) {
-                return Self { child: Mutex::new(child), directory, options, port };
+            let mut child = launch(&place, &directory, port, &options);
+            if answers(&mut child, &place, port) {
+                return Self { child: Mutex::new(child), directory, options, place, port };
             }
         }
-        panic!("mariadbd does not start; its last words:\n{}", last_words(&directory));
+        panic!("mariadbd does not start; its last words:\n{}", last_words_in(&directory));
     }
 
     pub fn url(&self, database: &str) -> String {
-        format!("mysql://root@127.0.0.1:{}/{database}", self.port)
+        format!("mysql://root@{}/{database}", self.address())
+    }
+
+    pub fn address(&self) -> String {
+        format!("{}:{}", self.place.host, self.port)
     }
 
     /// It stands still: connections stay open, nothing is answered.
@@ -91,11 +103,27 @@ impl MariaDb {
         process::signal(&self.child(), Signal::SIGCONT);
     }
 
+    /// Takes what is left of its disk, or gives it back. The disk has to be its own ([`Place::disk_mib`]).
+    pub fn disk_is_full(&self, full: bool) {
+        let filler = self.directory.join("filler");
+        if !full {
+            let _ = fs::remove_file(filler); // it may be gone with the data
+            return;
+        }
+        let mut file = File::create(filler).expect("make a file on the disk");
+        let zeroes = [0; 65_536];
+        while file.write_all(&zeroes).is_ok() {} // until nothing is left
+    }
+
     /// As if the power had failed, but for what the operating system has not written yet.
     pub fn kill(&self) {
         let mut child = self.child();
         let _ = child.kill(); // it may have ended
         child.wait().expect("wait for mariadbd");
+    }
+
+    pub fn last_words(&self) -> String {
+        last_words_in(&self.directory)
     }
 
     /// Ends it in order, and moves its data to `place`.
@@ -107,9 +135,33 @@ impl MariaDb {
 
     /// After [`MariaDb::kill`]: the same data, the same port.
     pub fn restart(&self) {
+        assert!(self.try_restart(&self.options), "mariadbd does not come back:\n{}", self.last_words());
+    }
+
+    /// The same with other options. False: it has ended, or does not answer.
+    pub fn try_restart(&self, options: &[String]) -> bool {
         let mut child = self.child();
-        *child = launch(&self.directory, self.port, &self.options);
-        assert!(answers(&mut child, self.port), "mariadbd does not come back:\n{}", last_words(&self.directory));
+        *child = launch(&self.place, &self.directory, self.port, options);
+        answers(&mut child, &self.place, self.port)
+    }
+
+    /// After [`MariaDb::kill`]: runs it with `options` until it ends, and returns what it has said.
+    pub fn says(&self, options: &[String]) -> String {
+        let log = self.directory.join("stderr.log");
+        let before = fs::metadata(&log).map_or(0, |log| log.len());
+        launch(&self.place, &self.directory, self.port, options).wait().expect("wait for mariadbd");
+        let said = fs::read(log).expect("read the server's log");
+        String::from_utf8_lossy(&said[usize::try_from(before).expect("a log that fits into memory")..]).into_owned()
+    }
+
+    /// After [`MariaDb::kill`]: a copy of the data in `template` instead of its own.
+    pub fn loses_its_data(&self, template: &Path) {
+        for entry in fs::read_dir(&self.directory).expect("read the directory").flatten() {
+            let path = entry.path();
+            let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            removed.expect("remove the data");
+        }
+        copy(template, &self.directory);
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -162,15 +214,17 @@ fn make_template() -> PathBuf {
     directory
 }
 
-fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
+fn launch(place: &Place, directory: &Path, port: u16, options: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
-    let mut command = Command::new(find(SERVER));
+    let mut command = place.command(find(SERVER));
     command
-        .args(["--no-defaults", "--user=root", "--bind-address=127.0.0.1", "--max-connections=500"])
+        .args(["--no-defaults", "--user=root", "--max-connections=500"])
+        .arg(format!("--bind-address={}", place.host))
         .arg(format!("--datadir={}", directory.display()))
         .arg(format!("--tmpdir={}", directory.display())) // a server that starts removes what others have in the same one
         .arg(format!("--socket={}", directory.join("s").display()))
         .arg(format!("--port={port}"))
+        .args(place.is_elsewhere().then_some(["--skip-grant-tables", "--skip-name-resolve"]).into_iter().flatten())
         .args(options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -178,24 +232,29 @@ fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
     process::spawn(command).expect("start mariadbd")
 }
 
-/// Whether the server greets whoever connects. False: it has ended.
-fn answers(child: &mut Child, port: u16) -> bool {
+fn copy(template: &Path, directory: &Path) {
+    let copied = Command::new("cp").args(["-r", "--sparse=always"]).arg(template.join(".")).arg(directory).status();
+    assert!(copied.is_ok_and(|status| status.success()), "cannot copy {template:?} to {directory:?}");
+}
+
+/// Whether the server greets whoever connects. False: it has ended, or does not within [`START_DEADLINE`].
+fn answers(child: &mut Child, place: &Place, port: u16) -> bool {
     let began = Instant::now();
     while began.elapsed() < START_DEADLINE {
         if child.try_wait().expect("look after mariadbd").is_some() {
             return false;
         }
-        if greeted(port) {
+        if greeted(&place.host, port) {
             return true;
         }
         std::thread::sleep(Duration::from_millis(20));
     }
-    panic!("mariadbd did not answer within {START_DEADLINE:?}");
+    false
 }
 
-fn greeted(port: u16) -> bool {
+fn greeted(host: &str, port: u16) -> bool {
     use std::io::Read;
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else { return false };
+    let Ok(mut stream) = std::net::TcpStream::connect((host, port)) else { return false };
     stream.set_read_timeout(Some(Duration::from_secs(5))).is_ok() && stream.read(&mut [0; 64]).is_ok_and(|bytes| bytes > 4)
 }
 
@@ -207,7 +266,7 @@ fn find(candidates: &[&str]) -> PathBuf {
     found.next().unwrap_or_else(|| panic!("{} is not installed: run tests/run, or apt-get install mariadb-server", candidates[0]))
 }
 
-fn last_words(directory: &Path) -> String {
+fn last_words_in(directory: &Path) -> String {
     let text = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")

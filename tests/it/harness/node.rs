@@ -84,18 +84,25 @@ impl Node {
     }
 
     async fn start_with_faketime(shift: String, settings: Settings) -> Option<Self> {
-        let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
-        let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
-        let library = libraries.find(|library| std::path::Path::new(library).exists())?;
-        let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
-        let program = ["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how);
-        Some(Self::start_as(program.chain([PROGRAM.to_owned()]).collect(), settings).await)
+        let program = faked_time(shift)?.into_iter().chain([PROGRAM.to_owned()]);
+        Some(Self::start_as(program.collect(), settings).await)
     }
 
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
     pub async fn start_as(program: Vec<String>, settings: Settings) -> Self {
         let process = Process::start_as(&program, &settings);
-        let (data, admin) = process.listening().await;
+        let addresses = process.listening().await;
+        Self::of(process, addresses, program, settings)
+    }
+
+    /// The same, where something may be missing that it needs. None: it does not listen within this time, and was killed.
+    pub async fn try_start_as(program: Vec<String>, settings: Settings, within: Duration) -> Option<Self> {
+        let process = Process::start_as(&program, &settings);
+        let addresses = process.listens(within).await?;
+        Some(Self::of(process, addresses, program, settings))
+    }
+
+    fn of(process: Process, (data, admin): (SocketAddr, SocketAddr), program: Vec<String>, settings: Settings) -> Self {
         let channel = Endpoint::from_shared(format!("http://{data}")).expect("an address").connect_lazy();
         // A node that is started again is found where it was.
         let ports = [("PRESENCE_SERVICE__PORT", data.port()), ("ADMIN__PORT", admin.port())];
@@ -203,6 +210,16 @@ impl Node {
         self.restart().await;
     }
 
+    /// The same, where something may be missing that it needs. False: it does not listen within this time, and was killed.
+    pub async fn try_restart(&mut self, within: Duration) -> bool {
+        self.process = Process::start_as(&self.program, &self.settings);
+        let listens = self.process.listens(within).await.is_some();
+        if !listens {
+            self.kill();
+        }
+        listens
+    }
+
     /// After it ended: with the same settings, on the same ports.
     pub async fn restart(&mut self) {
         self.process = Process::start_as(&self.program, &self.settings);
@@ -229,6 +246,20 @@ impl Node {
         let kib: u64 = line.split_whitespace().nth(1).and_then(|kib| kib.parse().ok()).expect("a number");
         kib * 1024
     }
+}
+
+/// What stands in front of a program whose wall clock is shifted. None: libfaketime is not installed.
+fn faked_time(shift: String) -> Option<Vec<String>> {
+    let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
+    let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
+    let library = libraries.find(|library| std::path::Path::new(library).exists())?;
+    let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
+    Some(["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how).collect())
+}
+
+/// The same by a file, which may say something else later.
+pub fn clock_of(file: &std::path::Path) -> Option<Vec<String>> {
+    faked_time(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()))
 }
 
 /// What an admin port answers. A header `Host` replaces that of the port's address.
@@ -297,6 +328,15 @@ impl Process {
         self.addresses().unwrap_or_else(|| panic!("im-presence did not start:\n{}", self.log().join("\n")))
     }
 
+    /// None: not within this time, or it has ended.
+    async fn listens(&self, within: Duration) -> Option<(SocketAddr, SocketAddr)> {
+        let began = Instant::now();
+        while self.addresses().is_none() && !self.log_ended() && began.elapsed() < within {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        self.addresses()
+    }
+
     fn log_ended(&self) -> bool {
         self.reader.as_ref().is_none_or(JoinHandle::is_finished)
     }
@@ -304,7 +344,7 @@ impl Process {
     fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
         let lines = self.log();
         let mut parsed = lines.iter().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let line = parsed.find(|line| line["message"].as_str().is_some_and(|text| text.starts_with("listening")))?;
+        let line = parsed.find(|line| line["message"].as_str().is_some_and(|text| text.starts_with("listening on")))?;
         let address = |key: &str| line[key].as_str().and_then(|address| address.parse().ok());
         Some((address("listen.data")?, address("listen.admin")?))
     }

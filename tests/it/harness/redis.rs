@@ -7,7 +7,6 @@ use std::io::Write;
 use std::path::Path;
 use std::path::PathBuf;
 use std::process::Child;
-use std::process::Command;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -35,6 +34,7 @@ use crate::harness::allowed;
 use crate::harness::eventually;
 use crate::harness::mariadb::free_port;
 use crate::harness::mariadb::scratch;
+use crate::harness::place::Place;
 use crate::harness::process;
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -48,6 +48,7 @@ pub struct RedisServer {
     directory: PathBuf,
     /// Beyond what every server is started with.
     options: Vec<String>,
+    place: Place,
     pub port: u16,
 }
 
@@ -57,13 +58,18 @@ impl RedisServer {
     }
 
     pub fn start_with(options: Vec<String>) -> Self {
+        Self::start_at(Place::default(), options)
+    }
+
+    /// The same elsewhere.
+    pub fn start_at(place: Place, options: Vec<String>) -> Self {
         let directory = scratch("redis");
         fs::create_dir_all(&directory).expect("make a directory");
         for _ in 0..START_ATTEMPTS {
             let port = free_port();
-            let mut child = launch(&directory, port, &options);
-            if answers(&mut child, port) {
-                return Self { child: Mutex::new(child), directory, options, port };
+            let mut child = launch(&place, &directory, port, &options);
+            if answers(&mut child, &place.host, port) {
+                return Self { child: Mutex::new(child), directory, options, place, port };
             }
         }
         panic!("redis-server does not start; its last words:\n{}", last_words(&directory));
@@ -88,8 +94,12 @@ impl RedisServer {
     /// After [`RedisServer::kill`]: on the same port, with what was dumped last.
     pub fn restart(&self) {
         let mut child = self.child();
-        *child = launch(&self.directory, self.port, &self.options);
-        assert!(answers(&mut child, self.port), "redis-server does not come back:\n{}", last_words(&self.directory));
+        *child = launch(&self.place, &self.directory, self.port, &self.options);
+        assert!(
+            answers(&mut child, &self.place.host, self.port),
+            "redis-server does not come back:\n{}",
+            last_words(&self.directory)
+        );
     }
 
     /// Writes everything to disk; done when this returns.
@@ -100,7 +110,7 @@ impl RedisServer {
     /// Copies everything of `master`, and follows it from then on.
     pub async fn replica_of(&self, master: &RedisServer) {
         let client = self.client().await;
-        client.run::<()>(&["REPLICAOF", "127.0.0.1", &master.port.to_string()]).await;
+        client.run::<()>(&["REPLICAOF", &master.place.host, &master.port.to_string()]).await;
         eventually("the replica follows", SYNC_DEADLINE, async || {
             client.run::<String>(&["INFO", "replication"]).await.contains("master_link_status:up")
         })
@@ -135,7 +145,7 @@ impl RedisServer {
 
     /// Hears this channel of the shard that the server is of.
     pub async fn subscribe_to_shard(&self, channel: &str) -> ShardSubscriber {
-        let mut stream = BufReader::new(TcpStream::connect(("127.0.0.1", self.port)).await.expect("connect to Redis"));
+        let mut stream = BufReader::new(TcpStream::connect((&*self.place.host, self.port)).await.expect("connect to Redis"));
         stream.write_all(format!("SSUBSCRIBE {channel}\r\n").as_bytes()).await.expect("subscribe");
         let mut subscriber = ShardSubscriber { stream };
         let confirmed = subscriber.texts().await;
@@ -150,8 +160,12 @@ impl RedisServer {
         Subscriber { pubsub }
     }
 
+    pub fn address(&self) -> (&str, u16) {
+        (&self.place.host, self.port)
+    }
+
     fn open(&self) -> redis::Client {
-        redis::Client::open(("127.0.0.1", self.port)).expect("an address")
+        redis::Client::open((&*self.place.host, self.port)).expect("an address")
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -332,12 +346,13 @@ impl ShardSubscriber {
     }
 }
 
-fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
+fn launch(place: &Place, directory: &Path, port: u16, options: &[String]) -> Child {
     let log = File::options().create(true).append(true).open(directory.join("stderr.log")).expect("open the server's log");
     let output = log.try_clone().expect("share the server's log");
-    let mut command = Command::new("redis-server");
+    let mut command = place.command("redis-server");
     command
-        .args(["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--repl-diskless-sync-delay", "0"])
+        .args(["--save", "", "--appendonly", "no", "--bind", &place.host, "--protected-mode", "no"])
+        .args(["--repl-diskless-sync-delay", "0"])
         .arg("--dir")
         .arg(directory)
         .args(["--port", &port.to_string()])
@@ -349,13 +364,13 @@ fn launch(directory: &Path, port: u16, options: &[String]) -> Child {
 }
 
 /// Whether the server answers a ping. False: it has ended.
-fn answers(child: &mut Child, port: u16) -> bool {
+fn answers(child: &mut Child, host: &str, port: u16) -> bool {
     let began = Instant::now();
     while began.elapsed() < START_DEADLINE {
         if child.try_wait().expect("look after redis-server").is_some() {
             return false;
         }
-        if pong(port) {
+        if pong(host, port) {
             return true;
         }
         std::thread::sleep(LOOK_INTERVAL);
@@ -363,8 +378,8 @@ fn answers(child: &mut Child, port: u16) -> bool {
     panic!("redis-server did not answer within {START_DEADLINE:?}");
 }
 
-fn pong(port: u16) -> bool {
-    let Ok(mut stream) = std::net::TcpStream::connect(("127.0.0.1", port)) else { return false };
+fn pong(host: &str, port: u16) -> bool {
+    let Ok(mut stream) = std::net::TcpStream::connect((host, port)) else { return false };
     let mut answer = [0; 5];
     let asked = stream.set_read_timeout(Some(START_DEADLINE)).and_then(|()| stream.write_all(b"PING\r\n"));
     asked.and_then(|()| stream.read_exact(&mut answer)).is_ok() && &answer == b"+PONG"
