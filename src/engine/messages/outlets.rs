@@ -13,12 +13,15 @@ use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::engine::messages::streams::Streams;
 use crate::store::bus::Bus;
+use crate::store::posts::Posts;
 
 pub struct Outlets {
     pub node_id: String,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     pub bus: Option<Arc<Bus>>,
+    /// On the same way, what is by the thousand.
+    pub posts: Option<Posts>,
 }
 
 /// An order for a gateway that has a stream, and the node that has it.
