@@ -21,6 +21,8 @@ use tonic::Status;
 use tonic::codegen::http::HeaderMap;
 use tonic::metadata::AsciiMetadataValue;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
@@ -225,7 +227,7 @@ struct Callee {
 #[derive(Default)]
 struct Together {
     orders: Vec<(Epoch, Order)>,
-    answers: Vec<(usize, oneshot::Sender<Vec<Handed>>)>,
+    answers: Vec<(usize, Answer<Vec<Handed>>)>,
     acks: Vec<Ack>,
     hello: bool,
     inspections: Vec<(UserId, oneshot::Sender<Inspected>)>,
@@ -357,9 +359,8 @@ impl Caller {
             }
         }
         let mut outcomes = outcomes.into_iter();
-        for (count, answer) in together.answers {
-            let _ = answer.send(outcomes.by_ref().take(count).collect()); // whoever gave up needs no answer
-        }
+        let each = together.answers.into_iter();
+        answers::send_all(each.map(|(count, answer)| (answer, outcomes.by_ref().take(count).collect())));
     }
 
     /// One outcome for each of the first of `orders`. None: the node did not answer.

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
-use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::store::bus::Bus;
 use crate::store::link_error::LinkError;
 
@@ -31,7 +32,7 @@ pub type Received = Vec<Option<u64>>;
 /// Messages of one caller.
 struct Post {
     messages: Vec<(String, Bytes)>,
-    answer: oneshot::Sender<Received>,
+    answer: Answer<Received>,
 }
 
 pub struct Posts {
@@ -55,7 +56,7 @@ impl Posts {
         if messages.iter().map(|(channel, body)| channel.len() + body.len()).sum::<usize>() > SMALL_BYTES {
             return self.bus.send(&messages, limit).await;
         }
-        let (answer, answered) = oneshot::channel();
+        let (answer, answered) = answers::channel();
         self.posts.try_send(Post { messages, answer }).map_err(|_| LinkError::Down)?;
         match timeout(limit, answered).await {
             Ok(received) => received.map_err(|_| LinkError::Down),
@@ -86,7 +87,5 @@ async fn publish(bus: Arc<Bus>, posts: Vec<Post>) {
     }
     let Ok(received) = bus.send(&messages, bus.link.timeout()).await else { return };
     let mut received = received.into_iter();
-    for (count, answer) in callers {
-        let _ = answer.send(received.by_ref().take(count).collect()); // whoever gave up needs no answer
-    }
+    answers::send_all(callers.into_iter().map(|(count, answer)| (answer, received.by_ref().take(count).collect())));
 }
