@@ -15,12 +15,12 @@ use crate::answers::Answer;
 use crate::store::bus::Bus;
 use crate::store::link_error::LinkError;
 
-/// Calls that wait; what does not fit is not published.
+/// Calls that wait, 16 MiB at most; what does not fit is not published.
 const QUEUE: usize = 4_096;
-/// Calls whose messages go together. Together they are no larger than what one call may have.
+/// Calls whose messages go together, 1 MiB at most.
 const TOGETHER: usize = 256;
 /// A call with more goes by itself.
-const SMALL_BYTES: usize = 16 * 1024;
+const SMALL_BYTES: usize = 4 * 1024;
 /// Round trips under way.
 const IN_FLIGHT: usize = 16;
 /// A round trip waits for the one before it, but no longer than this: the server may take its time.
@@ -53,7 +53,8 @@ impl Posts {
     /// # Errors
     /// They were not published, or nobody knows.
     pub async fn send(&self, messages: Vec<(String, Bytes)>, limit: Duration) -> Result<Received, LinkError> {
-        if messages.iter().map(|(channel, body)| channel.len() + body.len()).sum::<usize>() > SMALL_BYTES {
+        let bytes = messages.iter().map(|(channel, body)| channel.len() + body.len()).sum::<usize>();
+        if bytes > SMALL_BYTES || self.bus.is_sharded() {
             return self.bus.send(&messages, limit).await;
         }
         let (answer, answered) = answers::channel();
@@ -67,18 +68,22 @@ impl Posts {
 
 async fn keep_publishing(bus: Arc<Bus>, mut posted: mpsc::Receiver<Post>, stop: CancellationToken) {
     let _stop_node_on_panic = stop.clone().drop_guard();
-    let (mut trips, mut waiting) = (JoinSet::new(), Vec::new());
-    while stop.run_until_cancelled(posted.recv_many(&mut waiting, TOGETHER)).await.is_some_and(|count| count > 0) {
-        while trips.len() >= IN_FLIGHT {
-            trips.join_next().await;
+    let publishing = async {
+        let (mut trips, mut waiting) = (JoinSet::new(), Vec::new());
+        while posted.recv_many(&mut waiting, TOGETHER).await > 0 {
+            while trips.len() >= IN_FLIGHT {
+                trips.join_next().await;
+            }
+            trips.spawn(publish(bus.clone(), waiting.drain(..).filter(|post| !post.answer.is_closed()).collect()));
+            let _ = timeout(TURN_LIMIT, trips.join_next()).await;
+            while trips.try_join_next().is_some() {}
         }
-        trips.spawn(publish(bus.clone(), waiting.drain(..).filter(|post| !post.answer.is_closed()).collect()));
-        let _ = timeout(TURN_LIMIT, trips.join_next()).await;
-        while trips.try_join_next().is_some() {}
-    }
+    };
+    stop.run_until_cancelled(publishing).await; // at which nobody is left who waits
 }
 
-/// With one round trip. Whoever waits for what was not published hears of nobody.
+/// With one round trip. If it fails, so have all of them: the server has no say about one channel of a user that it has not about
+/// each.
 async fn publish(bus: Arc<Bus>, posts: Vec<Post>) {
     let (mut messages, mut callers) = (Vec::new(), Vec::with_capacity(posts.len()));
     for Post { messages: more, answer } in posts {

@@ -65,7 +65,7 @@ impl Outlets {
             let handed = self.streams.hand_all(&orders, until).await;
             (places, handed, Instant::now())
         };
-        let (handed_here, handed_elsewhere) = tokio::join!(handed_here, join_all(calls));
+        let (handed_elsewhere, handed_here) = tokio::join!(join_all(calls), handed_here);
         for (places, handed, at) in handed_elsewhere.into_iter().chain([handed_here]) {
             places.into_iter().zip(handed).for_each(|(i, handed)| outcomes[i] = (handed, at));
         }
