@@ -9,7 +9,7 @@
 //! | [`engine`] | the product, in rooms that import downwards too: `overview`, `gateways`, `messages`, `presence`, `write`, `read` |
 //! | [`store`] | the outside: SQL, Redis as a cache (`shared`) and as a bus (`bus`); every name in Redis stands in `keys` |
 //! | [`domain`] | the rules, pure: a user's record and the one function that changes it, what is shown of it, device policy, lives of gateways and doubt about them, where users should go, the frames of a stream, the inbox |
-//! | [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
+//! | [`answers`], [`backoff`], [`clock`], [`config`], [`error`], [`memory`], [`metrics`], [`security`], [`telemetry`] | leaves that any floor but `domain` may use |
 //!
 //! [`client`] is a library for gateways and message services, a crate of its own as [`pb`] is, [`ctl`] a plain client of the gRPC API, [`health`] one of the admin port, [`new_token`] makes a credential, [`pages`] what packages ship, [`command_line`] chooses among them; [`pb`] the wire types, which `api` turns into domain types at the door.
 //!
@@ -42,6 +42,7 @@
 //! a user until a device has acknowledged them · **hold** a time in which no gateway is declared dead ·
 //! **wish** is how a user wants to be seen · **watch** a stream that is told what a set of users is shown as.
 
+pub mod answers;
 pub mod api;
 pub mod app;
 pub mod backoff;

@@ -27,10 +27,14 @@ use crate::api::credential::revoked;
 use crate::api::digests;
 use crate::api::status::status;
 use crate::api::statuses;
+use crate::api::to_gateway;
+use crate::api::to_gateway::Outgoing;
+use crate::api::to_gateway::ToGateway;
+use crate::api::to_gateway::Written;
+use crate::api::to_gateway::next_for;
 use crate::api::watch;
 use crate::api::watch::WatchContext;
 use crate::domain::caller::GatewayPatterns;
-use crate::domain::digest::asking::Query;
 use crate::domain::event::SetStatus;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
@@ -45,9 +49,6 @@ use crate::engine::messages::acks::Ack;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Attached;
-use crate::engine::messages::streams::HeldBytes;
-use crate::engine::messages::streams::Order;
-use crate::engine::messages::streams::Queued;
 use crate::engine::presence::statuses::Statuses;
 use crate::engine::presence::watches::Told;
 use crate::engine::presence::watches::Watch;
@@ -69,10 +70,6 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 pub const DRAIN_TIME: Duration = Duration::from_secs(1);
 /// The same, as it is told.
 const DRAIN_DEADLINE_MS: u32 = 1_000;
-
-/// What goes to the transport, with the room in the stream's queue that it takes until then.
-pub type Written = (Result<pb::NodeFrame, Status>, Option<HeldBytes>);
-pub type Outgoing = mpsc::Sender<Written>;
 
 /// What streams work with.
 pub struct StreamContext {
@@ -192,17 +189,30 @@ impl Stream {
                     Some(Err(status)) => return (End::Theirs, Some(unreadable(status))),
                     None => return (End::Theirs, None),
                 },
-                order = next_order(&out, self.attached.as_mut(), self.holder.as_mut(), self.watch.as_ref()), if is_attached => match order {
-                    Some((permit, ToGateway::Order((order, place)))) => permit.send((Ok(frame(0, told(order))), Some(place))),
-                    Some((permit, ToGateway::Told(told))) => {
-                        let seq = if let Told::Done(_) = told { self.watching.pop_front().unwrap_or(0) } else { 0 };
-                        permit.send((Ok(frame(seq, Down::Watched(tools.watching.told(told)))), None));
+                next = next_for(&out, self.attached.as_mut(), self.holder.as_mut(), self.watch.as_ref()), if is_attached => {
+                    let Some(next) = next else { return (End::Theirs, None) };
+                    self.pass_on(next);
+                    // What waits already goes with it: a turn of this loop costs more than a frame.
+                    while let Some(Some(next)) =
+                        next_for(&out, self.attached.as_mut(), self.holder.as_mut(), self.watch.as_ref()).now_or_never()
+                    {
+                        self.pass_on(next);
                     }
-                    Some((permit, ToGateway::Query(seq, query))) => permit.send((Ok(frame(seq, digests::query(query))), None)),
-                    None => return (End::Theirs, None),
                 },
             }
         }
+    }
+
+    fn pass_on(&mut self, (place, next): (mpsc::Permit<'_, Written>, ToGateway)) {
+        let (frame, held) = match next {
+            ToGateway::Order((order, held)) => (frame(0, to_gateway::order(order)), Some(held)),
+            ToGateway::Told(told) => {
+                let seq = if let Told::Done(_) = told { self.watching.pop_front().unwrap_or(0) } else { 0 };
+                (frame(seq, Down::Watched(self.tools.watching.told(told))), None)
+            }
+            ToGateway::Query(seq, query) => (frame(seq, digests::query(query)), None),
+        };
+        place.send((Ok(frame), held));
     }
 
     fn note_answer(&mut self, answer: pb::NodeFrame) {
@@ -391,35 +401,6 @@ impl Stream {
     }
 }
 
-/// What comes to a gateway by itself.
-enum ToGateway {
-    Order(Queued),
-    Told(Told),
-    Query(u64, Query),
-}
-
-/// The next of it, once it may be sent: orders and what clients watch in turn. None: the gateway is gone.
-async fn next_order<'a>(
-    out: &'a Outgoing,
-    attached: Option<&mut Attached>,
-    holder: Option<&mut Holder>,
-    watch: Option<&Watch>,
-) -> Option<(mpsc::Permit<'a, Written>, ToGateway)> {
-    let (permit, attached, holder) = (out.reserve().await.ok()?, attached?, holder?);
-    let told = async {
-        match watch {
-            Some(watch) => watch.next().await,
-            None => std::future::pending().await,
-        }
-    };
-    let next = tokio::select! {
-        order = attached.next() => ToGateway::Order(order?),
-        told = told => ToGateway::Told(told),
-        Some((seq, query)) = holder.next() => ToGateway::Query(seq, query),
-    };
-    Some((permit, next))
-}
-
 /// What a gateway is told of a frame that cannot be read. If it is gone, nobody hears it.
 fn unreadable(status: Status) -> Status {
     match status.code() {
@@ -432,13 +413,6 @@ async fn until(instant: Option<Instant>) {
     match instant {
         Some(instant) => sleep_until(instant.into()).await,
         None => std::future::pending().await,
-    }
-}
-
-fn told(order: Order) -> Down {
-    match order {
-        Order::Delivery(envelope) => Down::Delivery(convert::delivery(&envelope)),
-        Order::Kick(kick) => Down::Kick(convert::kick(&kick)),
     }
 }
 

@@ -30,6 +30,7 @@ pub mod rest;
 pub mod room;
 pub mod status;
 pub mod statuses;
+mod to_gateway;
 pub mod traced;
 pub mod transport;
 mod users;

@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::task::JoinSet;
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tonic::Code;
 use tonic::Request;
@@ -20,6 +21,8 @@ use tonic::Status;
 use tonic::codegen::http::HeaderMap;
 use tonic::metadata::AsciiMetadataValue;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::api::body::MAX_MESSAGE_BYTES;
 use crate::api::contents;
 use crate::api::convert;
@@ -59,6 +62,9 @@ const IN_FLIGHT: usize = 16;
 const QUEUE: usize = 1_024;
 /// Calls whose orders go together.
 const TOGETHER: usize = 256;
+/// A call waits for the one before it, so that what comes meanwhile goes together: a call costs more than its orders. It waits
+/// no longer than this for one that takes its time.
+const TURN_LIMIT: Duration = Duration::from_millis(1);
 /// How long a gateway that is handed many orders at once has to read some of them. Well within what its caller waits.
 const ROOM_LIMIT: Duration = Duration::from_millis(500);
 /// Largest request of a node of the last release, which does not name its store and puts everything into one.
@@ -221,7 +227,7 @@ struct Callee {
 #[derive(Default)]
 struct Together {
     orders: Vec<(Epoch, Order)>,
-    answers: Vec<(usize, oneshot::Sender<Vec<Handed>>)>,
+    answers: Vec<(usize, Answer<Vec<Handed>>)>,
     acks: Vec<Ack>,
     hello: bool,
     inspections: Vec<(UserId, oneshot::Sender<Inspected>)>,
@@ -281,6 +287,7 @@ impl Caller {
                 this.call(node, together).await;
                 drop(place);
             });
+            let _ = timeout(TURN_LIMIT, calls.join_next()).await;
             while calls.try_join_next().is_some() {}
         }
         while calls.join_next().await.is_some() {}
@@ -352,9 +359,8 @@ impl Caller {
             }
         }
         let mut outcomes = outcomes.into_iter();
-        for (count, answer) in together.answers {
-            let _ = answer.send(outcomes.by_ref().take(count).collect()); // whoever gave up needs no answer
-        }
+        let each = together.answers.into_iter();
+        answers::send_all(each.map(|(count, answer)| (answer, outcomes.by_ref().take(count).collect())));
     }
 
     /// One outcome for each of the first of `orders`. None: the node did not answer.

@@ -75,6 +75,7 @@ use crate::store::bus::Bus;
 use crate::store::cluster::NodeName;
 use crate::store::connection::Engine;
 use crate::store::database::Database;
+use crate::store::posts::Posts;
 
 /// How long a starting node waits to hear itself on the bus before it serves, deaf.
 const HEAR_PATIENCE: Duration = Duration::from_secs(2);
@@ -233,8 +234,7 @@ impl Daemon {
             stream_tools,
             attached: attached.clone(),
         };
-        let (allocator, peers) = (self.allocator.clone(), self.peers.clone());
-        let allocation = AllocationCalls { allocator, peers, lives: lives.clone() };
+        let allocation = AllocationCalls { allocator: self.allocator.clone(), peers: self.peers.clone(), lives: lives.clone() };
         let (store_id, streams, acks) = (self.database.store_id.as_str().into(), self.streams.clone(), self.acks.clone());
         let (peers, explaining) = (self.peers.clone(), self.explaining.clone());
         let node = Node { store_id, streams, acks, peers, lives, explaining, reporter, spans: None };
@@ -298,7 +298,8 @@ impl<'a> Foundation<'a> {
     fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
         let (peers, calls) = Peers::new(self.own.clone());
         let streams = Streams::new(self.config.gateway.lease, self.memory.clone(), self.metrics.clone());
-        (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone() }), calls)
+        let posts = self.bus.clone().map(|bus| Posts::start(bus, self.tasks, self.stop));
+        (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone(), posts }), calls)
     }
 
     fn kicks(&mut self, outlets: &Arc<Outlets>) -> Arc<Kicks> {

@@ -15,6 +15,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
+use crate::answers::with_desk;
 use crate::api::listen::Admitted;
 use crate::api::listen::ServingThread;
 use crate::api::listen::accept;
@@ -58,7 +59,7 @@ impl Threads {
             let work = move || {
                 let _alive = alive;
                 let stop_node = stop.clone().drop_guard();
-                runtime.block_on(stop.run_until_cancelled(serve_handed(service, handed, draining.clone())));
+                runtime.block_on(stop.run_until_cancelled(with_desk(serve_handed(service, handed, draining.clone()))));
                 if draining.is_cancelled() {
                     stop_node.disarm(); // others may still have calls in progress
                 }

@@ -137,6 +137,11 @@ impl Bus {
         self.link.run::<(i64,)>(&publish, ASIDE_LIMIT).await.map(|_| ())
     }
 
+    /// Whether what is sent to one channel can fail alone, with the server that has its slot.
+    pub fn is_sharded(&self) -> bool {
+        self.shards.is_some()
+    }
+
     /// Publishes each message on the channel of one user or one gateway and says how many received it; None: nobody knows.
     pub async fn send(&self, messages: &[(String, Bytes)], limit: Duration) -> Result<Vec<Option<u64>>, LinkError> {
         let Some(shards) = &self.shards else {

@@ -28,6 +28,7 @@ pub mod lives;
 pub mod online;
 pub mod open_error;
 pub mod outbox;
+pub mod posts;
 pub mod readers;
 mod schema;
 mod sentinels;

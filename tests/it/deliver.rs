@@ -279,6 +279,43 @@ async fn of_a_message_to_10_000_users_who_were_bound_a_moment_ago_each_gets_the_
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_many_callers_at_once_each_hears_of_its_own_receivers_and_each_message_comes_once() {
+    const CALLERS: i64 = 300;
+    let cluster = Cluster::with_redis(1, &[("ROUTE__MAX_RETRIES", "0")]).await;
+    let node = cluster.node();
+    let binds = BatchBindRouteReq { binds: (1..=CALLERS).map(|user| a_bind(user, PHONE, "c")).collect() };
+    node.presence().batch_bind_route(binds).await.expect("binds");
+    let channels =
+        |least: i64| (1..=CALLERS).filter(|user| user % 3 >= least).map(|user| format!("user:{user}")).collect::<Vec<_>>();
+    let mut gateways = Vec::new();
+    for least in [1, 2] {
+        let channels = channels(least);
+        let gateway = cluster.queue().subscribe(&channels.iter().map(String::as_str).collect::<Vec<_>>()).await;
+        gateways.push((gateway, channels));
+    }
+    let text = |user: i64| "x".repeat(if user % 10 == 0 { 5_000 } else { 1 }) + &user.to_string(); // some go by themselves
+    let mut calls = JoinSet::new();
+    for user in 1..=CALLERS {
+        let (mut presence, message) = (node.presence(), a_message(user, &text(user)));
+        calls.spawn(async move { (user, presence.deliver(message).await.expect("an answer").into_inner()) });
+    }
+    for (user, answer) in calls.join_all().await {
+        assert_eq!(i64::from(answer.receivers), user % 3, "of user {user}: {answer:?}");
+    }
+    for (mut gateway, mut expected) in gateways {
+        let mut heard = Vec::new();
+        for _ in 0..expected.len() {
+            let (channel, body) = gateway.next(allowed(HEARD_WITHIN)).await.expect("a message");
+            assert!(channel["user:".len()..].parse().is_ok_and(|user| text(user).as_bytes() == body), "{channel}");
+            heard.push(channel);
+        }
+        heard.sort_unstable();
+        expected.sort_unstable();
+        assert_eq!(heard, expected, "each once");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_cannot_be_delivered_as_asked_is_refused_with_the_fields_name() {
     const MAX: usize = 100;
     let cluster = Cluster::with_redis(1, &[("DELIVERY__MAX_MESSAGE_BYTES", "100"), ("ROUTE__MAX_RETRIES", "0")]).await;

@@ -156,7 +156,7 @@ impl Dispatcher {
             return received;
         }
         let began = Instant::now();
-        let Some(bus) = &self.outlets.bus else {
+        let (Some(bus), Some(posts)) = (&self.outlets.bus, &self.outlets.posts) else {
             let none = || Error::unavailable("its gateway has no stream, and no [redis_queue] is configured");
             places.iter().for_each(|i| received[*i] = Err(none()));
             tell_published(live, &places, &received, began);
@@ -168,7 +168,7 @@ impl Dispatcher {
         for places in places.chunks(together) {
             let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0, span.as_ref())));
             let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
-            let published = bus.send(&bodies.collect::<Vec<_>>(), limit).await;
+            let published = posts.send(bodies.collect(), limit).await;
             for (n, i) in places.iter().enumerate() {
                 let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
                 received[*i] = published.as_ref().map(|published| published[n]).map_err(unreachable);

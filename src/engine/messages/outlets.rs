@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures_util::future::join_all;
+
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::engine::messages::peers::Peers;
@@ -11,12 +13,15 @@ use crate::engine::messages::streams::Handed;
 use crate::engine::messages::streams::Order;
 use crate::engine::messages::streams::Streams;
 use crate::store::bus::Bus;
+use crate::store::posts::Posts;
 
 pub struct Outlets {
     pub node_id: String,
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     pub bus: Option<Arc<Bus>>,
+    /// On the same way, what is by the thousand.
+    pub posts: Option<Posts>,
 }
 
 /// An order for a gateway that has a stream, and the node that has it.
@@ -51,19 +56,18 @@ impl Outlets {
                 orders.push((epoch, order));
             }
         }
-        let mut calls = tokio::task::JoinSet::new();
-        for (node, (places, orders)) in elsewhere {
-            let peers = self.peers.clone();
-            calls.spawn(async move { (places, peers.forward(&node, orders).await, Instant::now()) });
-        }
-        let (places, orders) = here;
-        let handed = self.streams.hand_all(&orders, until).await;
-        let mut note = |(places, handed, at): (Vec<usize>, Vec<Handed>, Instant)| {
-            places.into_iter().zip(handed).for_each(|(i, handed)| outcomes[i] = (handed, at));
+        let calls = elsewhere.into_iter().map(async |(node, (places, orders))| {
+            let handed = self.peers.forward(&node, orders).await;
+            (places, handed, Instant::now())
+        });
+        let handed_here = async {
+            let (places, orders) = here;
+            let handed = self.streams.hand_all(&orders, until).await;
+            (places, handed, Instant::now())
         };
-        note((places, handed, Instant::now()));
-        while let Some(done) = calls.join_next().await {
-            done.into_iter().for_each(&mut note);
+        let (handed_elsewhere, handed_here) = tokio::join!(join_all(calls), handed_here);
+        for (places, handed, at) in handed_elsewhere.into_iter().chain([handed_here]) {
+            places.into_iter().zip(handed).for_each(|(i, handed)| outcomes[i] = (handed, at));
         }
         outcomes
     }

@@ -11,6 +11,8 @@ use tokio::sync::mpsc;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::domain::explanation::Inspected;
 use crate::domain::id::Epoch;
 use crate::domain::id::UserId;
@@ -35,7 +37,7 @@ pub enum Call {
     Forward {
         addr: Arc<str>,
         orders: Vec<(Epoch, Order)>,
-        answer: oneshot::Sender<Vec<Handed>>,
+        answer: Answer<Vec<Handed>>,
     },
     Acks {
         addr: Arc<str>,
@@ -127,7 +129,7 @@ impl Peers {
         let count = orders.len();
         let none = || vec![Handed::NotHere; count];
         let Some(addr) = self.nodes.load().get(node).cloned() else { return none() };
-        let (answer, answered) = oneshot::channel();
+        let (answer, answered) = answers::channel();
         if self.calls.try_send(Call::Forward { addr, orders, answer }).is_err() {
             return none();
         }

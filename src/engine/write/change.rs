@@ -7,6 +7,8 @@ use std::time::Instant;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::oneshot;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::domain::event::Bind;
 use crate::domain::event::ForceOffline;
 use crate::domain::event::Outcome;
@@ -114,7 +116,7 @@ pub(super) struct Pending {
     pub user: UserId,
     pub change: Change,
     pub received: Instant,
-    pub answer: oneshot::Sender<Result<Outcome, Error>>,
+    pub answer: Answer<Result<Outcome, Error>>,
     /// Since the lane took the event: nothing older than what it commits may be answered.
     pub under_way: Option<WriteGuard>,
     /// Where its spans begin. None: it is not traced.
@@ -129,7 +131,7 @@ impl Pending {
         received: Instant,
         share: Option<OwnedSemaphorePermit>,
     ) -> (Self, oneshot::Receiver<Result<Outcome, Error>>) {
-        let (answer, outcome) = oneshot::channel();
+        let (answer, outcome) = answers::channel();
         (Self { user, change, received, answer, under_way: None, trace: None, _share: share }, outcome)
     }
 
@@ -154,6 +156,6 @@ impl Pending {
     }
 
     pub fn answer(self, outcome: Result<Outcome, Error>) {
-        let _ = self.answer.send(outcome); // a caller that has gone needs no answer
+        self.answer.send(outcome);
     }
 }

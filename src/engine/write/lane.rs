@@ -29,6 +29,7 @@ use tracing::error;
 use tracing::info;
 use tracing::warn;
 
+use crate::answers;
 use crate::backoff::Backoff;
 use crate::domain::event::Outcome;
 use crate::engine::write::busiest::Busiest;
@@ -373,11 +374,7 @@ impl Lane {
 }
 
 fn answer(answers: impl Iterator<Item = (Pending, Option<Result<Outcome, Error>>)>) {
-    for (event, outcome) in answers {
-        if let Some(outcome) = outcome {
-            event.answer(outcome);
-        }
-    }
+    answers::send_all(answers.filter_map(|(event, outcome)| Some((event.answer, outcome?))));
 }
 
 #[allow(clippy::large_enum_variant)] // there is one at a time, and it is moved on at once
