@@ -194,9 +194,13 @@ fn an_epoch_given_twice_and_users_of_dead_gateways_are_found() {
     let binds = || vec![bind(0, "a", 10, &[])];
     expect(&History { lives: vec![over()], ..history(binds(), vec![query(3_000, 10, &["a"])]) }, &[]);
     expect(&History { lives: vec![over()], ..history(binds(), vec![query(5_000, 10, &["a"])]) }, GHOST);
-    let mut suspect = query(5_000, 10, &["a"]);
-    suspect.routes[0].is_suspect = true;
-    expect(&History { lives: vec![over()], ..history(binds(), vec![suspect]) }, &[]);
+    let suspect = |ms| {
+        let mut query = query(ms, 10, &["a"]);
+        query.routes[0].is_suspect = true;
+        query
+    };
+    expect(&History { lives: vec![over()], ..history(binds(), vec![suspect(5_000)]) }, &[]);
+    expect(&History { lives: vec![over()], ..history(binds(), vec![suspect(11_000)]) }, GHOST);
     // Whoever dies while things are broken is dead some time after they are mended.
     let silent = || Life { silent: Some(0), last_beat: 0, ..life() };
     let broken = |ms| History { lives: vec![silent()], healed: 60 * S, ..history(binds(), vec![query(ms, 10, &["a"])]) };
