@@ -12,8 +12,7 @@ use crate::harness::galera::Galera;
 use crate::harness::galera::is_ready;
 use crate::harness::mariadb::scratch;
 use crate::harness::node::Node;
-use crate::harness::node::PROGRAM;
-use crate::harness::node::clock_of;
+use crate::harness::node::program_by_clock;
 use crate::harness::node::settings;
 use crate::harness::place::Place;
 use crate::harness::redis::RedisServer;
@@ -84,9 +83,9 @@ impl World {
             ("GATEWAY__DOUBT_FOR", &doubt),
         ]);
         settings.extend(settings_of(&self.sentinels.iter().collect::<Vec<_>>()));
-        let clock_words = clock_of(&clock).expect("libfaketime is installed: run tests/run");
+        let by_clock = program_by_clock(&clock).expect("libfaketime is installed: run tests/run");
         let entered_by = self.wire.place(NODES[n]).entered_by;
-        let program: Vec<String> = entered_by.into_iter().chain(clock_words).chain([PROGRAM.to_owned()]).collect();
+        let program: Vec<String> = entered_by.into_iter().chain(by_clock).collect();
         // Whoever lays the tables through Galera on a machine that does something else meanwhile may need more than one attempt.
         for _ in 0..ATTEMPTS {
             if let Some(node) = Node::try_start_as(program.clone(), settings.clone(), WELL_WITHIN).await {

@@ -75,6 +75,7 @@ impl Galera {
     }
 
     /// After it was killed: it comes back to the others, with what it had. False: the others cannot use it, or it not them.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub fn try_rejoin(&self, n: usize) -> bool {
         let mut options = options(&self.places[n], self.ports[n], &self.peers_of(Some(n)));
         // As Debian's unit does: a server that was killed does not know by itself how far it had come.
@@ -85,6 +86,7 @@ impl Galera {
     }
 
     /// After it was killed: a new member takes its place, which the others send what was done since they began.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub fn try_replace(&self, n: usize) -> bool {
         self.members[n].loses_its_data(&TEMPLATE);
         self.members[n].try_restart(&options(&self.places[n], self.ports[n], &self.peers_of(Some(n))))

@@ -104,6 +104,7 @@ impl MariaDb {
     }
 
     /// Takes what is left of its disk, or gives it back. The disk has to be its own ([`Place::disk_mib`]).
+    #[allow(dead_code)] // tests/nemesis needs it
     pub fn disk_is_full(&self, full: bool) {
         let filler = self.directory.join("filler");
         if !full {
@@ -146,6 +147,7 @@ impl MariaDb {
     }
 
     /// After [`MariaDb::kill`]: runs it with `options` until it ends, and returns what it has said.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub fn says(&self, options: &[String]) -> String {
         let log = self.directory.join("stderr.log");
         let before = fs::metadata(&log).map_or(0, |log| log.len());
@@ -155,6 +157,7 @@ impl MariaDb {
     }
 
     /// After [`MariaDb::kill`]: a copy of the data in `template` instead of its own.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub fn loses_its_data(&self, template: &Path) {
         for entry in fs::read_dir(&self.directory).expect("read the directory").flatten() {
             let path = entry.path();

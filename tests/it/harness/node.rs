@@ -24,7 +24,7 @@ use tokio::net::TcpStream;
 use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
-use crate::harness::eventually;
+use crate::harness::allowed;
 use crate::harness::ports::free_port;
 use crate::harness::process;
 
@@ -75,17 +75,12 @@ impl Node {
 
     /// Starts a node whose wall clock is shifted, as in `+1h`. None: libfaketime is not installed.
     pub async fn start_with_clock(shift: &str, settings: Settings) -> Option<Self> {
-        Self::start_with_faketime(format!("FAKETIME={shift}"), settings).await
+        Some(Self::start_as(faked_time(format!("FAKETIME={shift}"))?, settings).await)
     }
 
     /// Starts a node whose wall clock is shifted by what `file` says, whenever it says something else.
     pub async fn start_with_clock_of(file: &std::path::Path, settings: Settings) -> Option<Self> {
-        Self::start_with_faketime(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()), settings).await
-    }
-
-    async fn start_with_faketime(shift: String, settings: Settings) -> Option<Self> {
-        let program = faked_time(shift)?.into_iter().chain([PROGRAM.to_owned()]);
-        Some(Self::start_as(program.collect(), settings).await)
+        Some(Self::start_as(program_by_clock(file)?, settings).await)
     }
 
     /// The same with another program, or in front of the daemon. It says where it listens, as the daemon does.
@@ -96,6 +91,7 @@ impl Node {
     }
 
     /// The same, where something may be missing that it needs. None: it does not listen within this time, and was killed.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub async fn try_start_as(program: Vec<String>, settings: Settings, within: Duration) -> Option<Self> {
         let process = Process::start_as(&program, &settings);
         let addresses = process.listens(within).await?;
@@ -211,6 +207,7 @@ impl Node {
     }
 
     /// The same, where something may be missing that it needs. False: it does not listen within this time, and was killed.
+    #[allow(dead_code)] // tests/nemesis needs it
     pub async fn try_restart(&mut self, within: Duration) -> bool {
         self.process = Process::start_as(&self.program, &self.settings);
         let listens = self.process.listens(within).await.is_some();
@@ -248,18 +245,19 @@ impl Node {
     }
 }
 
-/// What stands in front of a program whose wall clock is shifted. None: libfaketime is not installed.
+/// The daemon with a wall clock that is shifted by what `file` says, whenever it says something else.
+pub fn program_by_clock(file: &std::path::Path) -> Option<Vec<String>> {
+    faked_time(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()))
+}
+
+/// None: libfaketime is not installed.
 fn faked_time(shift: String) -> Option<Vec<String>> {
     let places = ["/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/lib"];
     let mut libraries = places.iter().map(|place| format!("{place}/faketime/libfaketime.so.1"));
     let library = libraries.find(|library| std::path::Path::new(library).exists())?;
     let how = ["FAKETIME_DONT_FAKE_MONOTONIC=1", "FAKETIME_NO_CACHE=1"].map(str::to_owned);
-    Some(["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how).collect())
-}
-
-/// The same by a file, which may say something else later.
-pub fn clock_of(file: &std::path::Path) -> Option<Vec<String>> {
-    faked_time(format!("FAKETIME_TIMESTAMP_FILE={}", file.display()))
+    let program = ["env".to_owned(), format!("LD_PRELOAD={library}"), shift].into_iter().chain(how);
+    Some(program.chain([PROGRAM.to_owned()]).collect())
 }
 
 /// What an admin port answers. A header `Host` replaces that of the port's address.
@@ -324,8 +322,8 @@ impl Process {
     }
 
     async fn listening(&self) -> (SocketAddr, SocketAddr) {
-        eventually("the node listens", START_DEADLINE, async || self.addresses().is_some() || self.log_ended()).await;
-        self.addresses().unwrap_or_else(|| panic!("im-presence did not start:\n{}", self.log().join("\n")))
+        let addresses = self.listens(allowed(START_DEADLINE)).await;
+        addresses.unwrap_or_else(|| panic!("im-presence did not start:\n{}", self.log().join("\n")))
     }
 
     /// None: not within this time, or it has ended.
