@@ -200,14 +200,7 @@ impl Slots {
         }
         let links: Vec<_> = lock(&self.links).iter().map(|(node, link)| (node.clone(), link.clone())).collect();
         let answers = ask_all(links.iter().map(|(node, link)| ask(node, link, limit)), Result::is_ok).await;
-        let (mut newest, mut why) = (None, LinkError::Down);
-        for answer in answers {
-            match answer {
-                Ok(told) => newest = newest.max(Some(told)),
-                Err(error) => why = error,
-            }
-        }
-        let Some((_, ranges)) = newest else { return Err(why) };
+        let ranges = latest(answers)?;
         if let Some(current) = current.filter(|current| current.ranges == ranges) {
             return Ok(current);
         }
@@ -243,6 +236,21 @@ impl Slots {
             && connections.iter().all(|(server, connection)| view.connections.get(*server) == Some(connection));
         if is_seen { view.number } else { UNKNOWN }
     }
+}
+
+/// What the server says that has seen the latest change.
+///
+/// # Errors
+/// What the last one said, if none knows.
+fn latest(answers: Vec<Result<(u64, Ranges), LinkError>>) -> Result<Ranges, LinkError> {
+    let (mut latest, mut why) = (None, LinkError::Down);
+    for answer in answers {
+        match answer {
+            Ok(told) => latest = latest.max(Some(told)),
+            Err(error) => why = error,
+        }
+    }
+    latest.map(|(_, ranges)| ranges).ok_or(why)
 }
 
 /// The latest change of the cluster that a server has seen, and which slots are whose.
@@ -283,4 +291,18 @@ fn elsewhere(error: &RedisError, node: &str) -> Result<Elsewhere, LinkError> {
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_server_that_has_seen_the_latest_change_is_believed_whoever_answers_first() {
+        let told = |epoch, owner: &str| Ok((epoch, vec![(0, 16_383, owner.to_owned())]));
+        let owner = |answers| latest(answers).map(|ranges| ranges[0].2.clone()).ok();
+        assert_eq!(owner(vec![told(4, "z:1"), told(9, "b:1"), Err(LinkError::ClusterDown)]).as_deref(), Some("b:1"));
+        assert_eq!(owner(vec![told(9, "b:1"), Err(LinkError::Down), told(4, "z:1")]).as_deref(), Some("b:1"));
+        assert!(matches!(latest(vec![Err(LinkError::ClusterDown)]), Err(LinkError::ClusterDown)));
+    }
 }

@@ -581,16 +581,79 @@ async fn after_a_planned_fail_over_that_cuts_no_connection_both_links_reach_the_
 
     node.bind(a_bind(BOB, PHONE, "c-1")).await;
     println!("cache: written to the new primary after {:?}", key_is(&second, BOB, true, "the new primary has it").await);
-    let mut gateway = second.subscribe(&[&format!("user:{BOB}")]).await;
+    let began = Instant::now();
+    messages_arrive_at(&second, node).await;
+    println!("queue: published at the new primary after {:?}", began.elapsed());
+    degraded_becomes(&cluster, &[]).await;
+    assert!(node.log().iter().any(|line| line.contains("Redis (queue) passes nothing on")), "{:#?}", node.log());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queue_that_keeps_to_itself_how_it_is_is_left_too_once_it_is_a_replica() {
+    let (first, second) = (RedisServer::start(), RedisServer::start());
+    for server in [&first, &second] {
+        server.client().await.run::<()>(&["ACL", "SETUSER", "default", "-info"]).await;
+    }
+    let switch = Switch::start(first.port).await;
+    let url = format!("redis://127.0.0.1:{}", switch.port);
+    let cluster = Cluster::with_two_redis(1, &[("REDIS_QUEUE__URL", &url)]).await;
+    cluster.node().bind(a_bind(BOB, PHONE, "c-1")).await;
+    messages_arrive_at(&first, cluster.node()).await;
+    switch.send_new_ones_to(second.port);
+    first.client().await.run::<()>(&["REPLICAOF", "127.0.0.1", &second.port.to_string()]).await;
+    messages_arrive_at(&second, cluster.node()).await;
+    degraded_becomes(&cluster, &[]).await;
+}
+
+/// Whoever listens there for Bob hears a message.
+async fn messages_arrive_at(server: &RedisServer, node: &Node) {
+    let mut gateway = server.subscribe(&[&format!("user:{BOB}")]).await;
     let (began, mut heard) = (Instant::now(), false);
     while !heard {
-        assert!(began.elapsed() < allowed(NOTICED_WITHIN), "the queue's link stays on a replica");
+        assert!(began.elapsed() < allowed(NOTICED_WITHIN), "the queue's link stays elsewhere");
         let message = DeliverReq { user_id: BOB, message: "hello".to_owned(), ..Default::default() };
         let _ = node.presence().deliver(message).await; // nobody hears it on a replica
         heard = gateway.next(Duration::from_millis(100)).await.is_some();
     }
-    println!("queue: published at the new primary after {:?}", began.elapsed());
-    degraded_becomes(&cluster, &[]).await;
+}
+
+/// Whoever has noticed first that the connection has ended was no reader: all readers know is the number of the next one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_said_and_written_over_a_connection_that_was_not_looked_at_counts_for_nothing() {
+    let (first, second) = (RedisServer::start(), RedisServer::start());
+    let switch = Switch::start(first.port).await;
+    let url = format!("redis://127.0.0.1:{}", switch.port);
+    let cluster = Cluster::with_cache(1, &[COLD, ("REDIS_CACHE__URL", &url)], first).await;
+    let (node, first) = (cluster.node(), cluster.cache());
+    bind_all(node, 1..=2, "old").await;
+    redis_answers(node).await;
+    second.replica_of(first).await;
+    second.promote().await;
+    bind_all(node, 1..=2, "new").await;
+    everything_agrees_with_sql(&cluster, 1..=2, KEYS_AGREE_WITHIN).await;
+    redis_answers(node).await;
+
+    switch.to(second.port);
+    node.register("gw-2:1").await; // which is told in Redis, too
+    let answer = node.query(ALICE).await;
+    assert_eq!(answer.routes[0].conn_id, "new", "{answer:?}");
+    node.bind(a_bind(3, PHONE, "c")).await;
+    eventually("it is written there", NOTICED_WITHIN, async || second.try_get("user:route:3").await.is_some()).await;
+    switch.to(first.port);
+    node.register("gw-2:2").await;
+    everything_agrees_with_sql(&cluster, 1..=3, KEYS_AGREE_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn under_another_prefix_everybody_is_shown_anew() {
+    let mut cluster = Cluster::with_two_redis(1, &[]).await;
+    bind_all(cluster.node(), 1..=20, "c").await;
+    everything_agrees_with_sql(&cluster, 1..=20, KEYS_AGREE_WITHIN).await;
+    cluster.nodes.remove(0).kill();
+    cluster.add_node(&[("REDIS_CACHE__KEY_PREFIX", "eu:")]).await;
+    let names: Vec<String> = (1..=20).map(|user| format!("eu:user:route:{user}")).collect();
+    let redis = cluster.cache().client().await;
+    eventually("all are there", KEYS_AGREE_WITHIN, async || redis.get_many(&names).await.iter().all(Option::is_some)).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -167,7 +167,9 @@ impl Dispatcher {
         let together = live.first().map_or(1, |(parcel, _)| parcel.message.as_many_as(PUBLISHED_TOGETHER_BYTES));
         for places in places.chunks(together) {
             let bodies = places.iter().map(|i| (bus.channels.user(live[*i].0.user), self.body(&live[*i].0, span.as_ref())));
-            let limit = deadline.saturating_duration_since(Instant::now()).min(bus.link.timeout());
+            // While it does not answer, the caller is not kept to its last moment: the refusal has to reach it in time.
+            let left = deadline.saturating_duration_since(Instant::now());
+            let limit = if bus.is_up() { left } else { left / 2 }.min(bus.link.timeout());
             let published = posts.send(bodies.collect(), limit).await;
             for (n, i) in places.iter().enumerate() {
                 let unreachable = |_| Error::unavailable("the queue (redis_queue) cannot be reached");
