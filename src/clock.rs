@@ -26,8 +26,10 @@ const STEADY_AFTER: Duration = Duration::from_secs(600);
 #[derive(Debug)]
 pub struct Clock {
     started: Instant,
-    /// Database milliseconds at `started`.
+    /// Database milliseconds at `started`, at most.
     offset_ms: AtomicI64,
+    /// How much less it may have been: the answer was under way so long.
+    doubt_ms: AtomicI64,
     stepped: AtomicInstant,
     /// What the database said when, up to [`ANCHOR_FOR`] ago.
     anchor: Mutex<Option<(Timestamp, Instant)>>,
@@ -45,6 +47,7 @@ impl Default for Clock {
         Self {
             started: Instant::now(),
             offset_ms: AtomicI64::new(0),
+            doubt_ms: AtomicI64::new(0),
             stepped: AtomicInstant::never(),
             anchor: Mutex::default(),
             slack_ms: AtomicI64::new(0),
@@ -60,6 +63,7 @@ impl Clock {
     /// has stepped lately, if it did, or how far it has run away from this node's.
     pub fn learn(&self, now: Timestamp, asked: Instant, answered: Instant) -> Option<i64> {
         self.offset_ms.store(now.0 - self.elapsed_ms(asked), Ordering::Relaxed);
+        self.doubt_ms.store(self.elapsed_ms(answered) - self.elapsed_ms(asked) + 1, Ordering::Relaxed);
         let mut anchor = self.anchor.lock().unwrap_or_else(PoisonError::into_inner);
         let Some((then, at)) = *anchor else {
             *anchor = Some((now, asked));
@@ -133,6 +137,11 @@ impl Clock {
 
     pub fn at(&self, instant: Instant) -> Timestamp {
         Timestamp(self.offset_ms.load(Ordering::Relaxed) + self.elapsed_ms(instant))
+    }
+
+    /// What it had reached for sure by `instant`.
+    pub fn earliest(&self, instant: Instant) -> Timestamp {
+        Timestamp(self.at(instant).0 - self.doubt_ms.load(Ordering::Relaxed))
     }
 
     fn elapsed_ms(&self, instant: Instant) -> i64 {
@@ -218,5 +227,20 @@ impl AtomicInstant {
             Ok(nanos) => now.saturating_duration_since(self.origin + Duration::from_nanos(nanos)),
             Err(_) => Duration::MAX,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn between_what_the_clock_shows_and_what_it_had_reached_for_sure_lies_the_way_of_its_answer() {
+        let clock = Clock::default();
+        let asked = clock.started + Duration::from_millis(50);
+        clock.learn(Timestamp(10_000), asked, asked + Duration::from_millis(300));
+        let later = asked + Duration::from_secs(1);
+        assert_eq!(clock.at(later), Timestamp(11_000));
+        assert_eq!(clock.earliest(later), Timestamp(10_699)); // and a millisecond for what was cut off
     }
 }

@@ -6,6 +6,7 @@ use std::time::Instant;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BatchQueryRouteReq;
 use im_presence::pb::Code;
+use im_presence::pb::QueryRouteReq;
 
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::Cluster;
@@ -39,7 +40,7 @@ async fn race(proxy: &Proxy, node: &Node, between: impl AsyncFnOnce()) {
     assert_eq!(node.query_sql(ALICE).await.version, old.version);
     proxy.hold_answers(Kind::Reader, LOAD);
     let mut client = node.presence();
-    let request = im_presence::pb::QueryRouteReq { user_id: ALICE, max_staleness_ms: Some(0) };
+    let request = QueryRouteReq { user_id: ALICE, max_staleness_ms: Some(0) };
     let load = tokio::spawn(async move { client.query_route(request).await });
     proxy.struck().await;
     let new = node.bind(a_bind(ALICE, PHONE, "new")).await;
@@ -92,6 +93,35 @@ async fn a_batch_load_that_began_before_changes_does_not_bring_old_records_back(
     let any_tier = BatchQueryRouteReq { max_staleness_ms: None, ..query };
     let answer = client.batch_query_route(any_tier).await.expect("a batch of queries").into_inner();
     assert!(answer.users.iter().all(|user| user.routes[0].conn_id == "new"), "{answer:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_joins_a_load_that_is_under_way_is_told_how_long_it_has_been() {
+    let (proxy, node, db) = node_behind(&[("ROUTE__L1_CAPACITY", "0")]).await;
+    let other = Node::start(db.settings(&[])).await;
+    other.bind(a_bind(ALICE, PHONE, "old")).await;
+    let ask = |max_staleness_ms| {
+        let mut client = node.presence();
+        tokio::spawn(async move { client.query_route(QueryRouteReq { user_id: ALICE, max_staleness_ms }).await })
+    };
+    proxy.hold_answers(Kind::Reader, LOAD);
+    let first = ask(None);
+    proxy.struck().await;
+    let new = other.bind(a_bind(ALICE, PHONE, "new")).await;
+    let acknowledged = Instant::now();
+    tokio::time::sleep(Duration::from_millis(100)).await; // the age of what is joined
+    let behind = acknowledged.elapsed();
+    let (second, bounded) = (ask(None), ask(Some(60_000)));
+    eventually("all wait", SHOWS_WITHIN, async || node.metric("im_presence_l1_misses_total").await >= 3.0).await;
+    proxy.release();
+    for (query, at_least) in [(first, Duration::ZERO), (second, behind)] {
+        let answer = query.await.expect("the task").expect("a query").into_inner();
+        let age = Duration::from_millis(u64::from(answer.age_ms));
+        assert!(answer.version < new.version, "the load had read the old record: {answer:?}");
+        assert!(age + Duration::from_millis(1) >= at_least, "{answer:?} is {at_least:?} behind at least");
+    }
+    let answer = bounded.await.expect("the task").expect("a query").into_inner();
+    assert_eq!(answer.version, new.version, "whoever names a bound waits for a load that begins later");
 }
 
 #[tokio::test]

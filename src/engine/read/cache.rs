@@ -68,6 +68,11 @@ impl Entry {
     pub fn as_of(&self) -> Instant {
         self.as_of.into()
     }
+
+    /// When it was asked for, or later.
+    pub fn began(&self) -> Instant {
+        self.as_of() + if self.from_l2 { L2_AGE } else { Duration::ZERO }
+    }
 }
 
 #[derive(Debug, Default, PartialEq)]

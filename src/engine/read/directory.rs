@@ -260,13 +260,16 @@ impl Directory {
     async fn load(&self, users: &[UserId], bound: Option<Duration>) -> Vec<Result<Answer, Error>> {
         self.metrics.l1_misses.inc_by(count(users.len()));
         let asked = Instant::now();
-        let loads = match self.loader.request(users, is_close(bound)) {
+        let loads = match self.loader.request(users, bound.is_some(), is_close(bound)) {
             Ok(loads) => self.wait(loads, users, bound, asked).await,
             Err(overloaded) => vec![Some(Err(overloaded)); users.len()],
         };
         let moment = Arc::new(self.moment(Instant::now()));
         let answer = |(user, load): (&UserId, Option<Load>)| match load.unwrap_or_else(|| Err(no_answer())) {
-            Ok(entry) => Ok(self.loaded(entry, &moment)),
+            Ok(entry) => {
+                let joined = bound.map_or_else(|| asked.saturating_duration_since(entry.began()), |_| Duration::ZERO);
+                Ok(self.loaded(entry, joined, &moment))
+            }
             Err(error) => self.outdated(*user, bound, &moment).ok_or(error),
         };
         users.iter().zip(loads).map(answer).collect()
@@ -293,7 +296,7 @@ impl Directory {
     pub fn judge(&self, records: impl IntoIterator<Item = (UserId, UserRecord)>) -> Vec<(UserId, Answer)> {
         let now = Instant::now();
         let moment = Arc::new(self.moment(now));
-        let answer = |(user, record)| (user, self.loaded(Arc::new(Entry::passing(record, now)), &moment));
+        let answer = |(user, record)| (user, self.loaded(Arc::new(Entry::passing(record, now)), Duration::ZERO, &moment));
         records.into_iter().map(answer).collect()
     }
 
@@ -378,9 +381,10 @@ impl Directory {
         if entry.from_l2 { since.min(complete + L2_AGE) } else { since.min(complete) }
     }
 
-    fn loaded(&self, entry: Arc<Entry>, moment: &Arc<Moment>) -> Answer {
+    /// What a load brought that had begun so long before its caller asked.
+    fn loaded(&self, entry: Arc<Entry>, before: Duration, moment: &Arc<Moment>) -> Answer {
         let (source, age) = if entry.from_l2 { (Source::Shared, L2_AGE) } else { (Source::Durable, Duration::ZERO) };
-        self.answer(entry, source, age, moment)
+        self.answer(entry, source, age + before, moment)
     }
 
     /// What was known once, for when the database cannot be read: marked, and only if the caller's bound allows it.
@@ -405,7 +409,7 @@ fn is_zero(bound: Option<Duration>) -> bool {
     bound == Some(Duration::ZERO)
 }
 
-/// Closer than what L2 can promise: SQL itself has to be read, by a load that begins now.
+/// Closer than what L2 can promise: SQL itself has to be read.
 fn is_close(bound: Option<Duration>) -> bool {
     bound.is_some_and(|bound| bound < L2_AGE)
 }

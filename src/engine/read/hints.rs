@@ -30,6 +30,7 @@ use crate::engine::read::cache::Cache;
 use crate::engine::read::feed::Feed;
 use crate::engine::read::lives::Lives;
 use crate::engine::read::lives::SUSPECT_AFTER;
+use crate::engine::read::outgoing::Message;
 use crate::engine::read::outgoing::Outgoing;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
@@ -135,15 +136,20 @@ impl Hints {
         self.generation.store(generation, Ordering::Relaxed);
     }
 
-    /// Tells the other nodes who has changed. If it is lost, they see the gap.
-    pub async fn tell(&self, users: Vec<ChangedUser>) {
-        let send = async |number, users| {
+    /// The other nodes are told of them by the next message, whichever that is.
+    pub fn note(&self, users: Vec<ChangedUser>) {
+        self.outgoing.note(users);
+    }
+
+    /// Tells the other nodes who was noted. If it is lost, they see the gap.
+    pub async fn tell(&self) {
+        let send = async |message| {
             self.metrics.hint("sent");
-            if self.bus.hint(&self.message(number, users)).await.is_err() {
+            if self.bus.hint(&self.hint(message)).await.is_err() {
                 self.metrics.redis_error("queue");
             }
         };
-        self.outgoing.tell(users, || self.bus.is_up(), send).await;
+        self.outgoing.tell(|| self.bus.is_up(), send).await;
     }
 
     /// Beats until `stop`.
@@ -170,7 +176,7 @@ impl Hints {
     }
 
     async fn beat(&self) -> bool {
-        self.outgoing.beat(async |number| self.bus.hint(&self.message(number, Vec::new())).await.is_ok()).await
+        self.outgoing.beat(async |message| self.bus.hint(&self.hint(message)).await.is_ok()).await
     }
 
     /// Listens until `stop`, and subscribes again whenever the subscription ends.
@@ -274,16 +280,16 @@ impl Hints {
         }
     }
 
-    fn message(&self, seq: u64, users: Vec<ChangedUser>) -> Hint {
+    fn hint(&self, Message { number, made, users }: Message) -> Hint {
         Hint {
             store_id: self.store_id.clone(),
             generation: self.generation.load(Ordering::Relaxed),
             node_id: self.own.node_id.clone(),
             incarnation: self.own.incarnation.clone(),
-            seq,
-            sent_ms: u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX),
+            seq: number,
+            sent_ms: u64::try_from(made.duration_since(self.started).as_millis()).unwrap_or(u64::MAX),
             users,
-            sent_at_ms: self.lives.clock.now().0,
+            sent_at_ms: self.lives.clock.earliest(made).0,
             reads_database: self.lives.age(Instant::now()) <= SUSPECT_AFTER,
         }
     }

@@ -112,17 +112,18 @@ impl Loader {
     }
 
     /// Asks for `users`. `fresh`: only a load that begins after this call will do; otherwise one in progress is joined.
+    /// `past_l2`: SQL itself has to be read.
     ///
     /// # Errors
     /// [`Error::Overloaded`] if too many users wait already; then none of these does.
-    pub fn request(&self, users: &[UserId], fresh: bool) -> Result<Loads, Error> {
+    pub fn request(&self, users: &[UserId], fresh: bool, past_l2: bool) -> Result<Loads, Error> {
         let mut queue = self.queue();
         if queue.order.len() + queue.for_sql.len() + users.len() > MAX_WAITING {
             self.metrics.shed("loads");
             return Err(Error::overloaded("too many users wait to be read from the database"));
         }
         let (now, (loads, waiters)) = (Instant::now(), Loads::of(users.len()));
-        users.iter().zip(waiters).for_each(|(user, waiter)| queue.join(*user, fresh, waiter, now));
+        users.iter().zip(waiters).for_each(|(user, waiter)| queue.join(*user, (fresh, past_l2), waiter, now));
         drop(queue);
         self.wake_first();
         Ok(loads)
@@ -326,7 +327,7 @@ impl Reader {
 }
 
 impl Queue {
-    fn join(&mut self, user: UserId, fresh: bool, waiter: Waiter, now: Instant) {
+    fn join(&mut self, user: UserId, (fresh, past_l2): (bool, bool), waiter: Waiter, now: Instant) {
         let flight = self.flights.entry(user).or_default();
         match &mut flight.running {
             Some(running) if !fresh => running.push(waiter),
@@ -335,7 +336,7 @@ impl Queue {
                     self.order.push_back((user, now));
                 }
                 flight.waiting.push(waiter);
-                flight.past_l2 |= fresh;
+                flight.past_l2 |= past_l2;
             }
         }
     }

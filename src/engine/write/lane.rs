@@ -295,14 +295,18 @@ impl Lane {
         let changed: Vec<_> = committed.records.iter().map(|(user, record)| ChangedUser::of(*user, record)).collect();
         let Committed { records, kicks, stored, seen, .. } = committed;
         self.projector.hand_over(Batch { records, kicks, stored, seen, outbox, generation, committed: committed_at, in_l2 });
-        let Some(l2) = publisher.l2.clone() else { return answer(answers) };
+        let Some(l2) = publisher.l2.clone() else {
+            publisher.note(changed); // before anybody may take it for known
+            return answer(answers);
+        };
         let answers: Vec<_> = answers.collect();
         let spans: Vec<Span> = answers.iter().filter_map(|(event, _)| event.begin("show in Redis")).collect();
         self.answering.spawn(async move {
             let is_in_l2 = l2.is_usable() && timeout(L2_PATIENCE, confirmed).await.is_ok_and(|told| told.is_ok());
             // The change is durable either way. Other nodes hear of it now: who could say when L2 answers?
             if let Some(hints) = publisher.hints.as_ref().filter(|_| !is_in_l2) {
-                let _ = timeout(HINT_PATIENCE, hints.tell(changed)).await; // lost, it leaves a gap, and others see that
+                hints.note(changed);
+                let _ = timeout(HINT_PATIENCE, hints.tell()).await; // lost, it leaves a gap, and others see that
             }
             drop(spans);
             answer(answers.into_iter());

@@ -126,12 +126,13 @@ impl Projector {
         let users = batch.records.iter().map(|(user, _)| *user).collect();
         let records: Vec<_> = batch.records.into_iter().map(|(user, record)| publisher.shown(user, record)).collect();
         let winners = publisher.write_l2(&records, batch.generation).await;
+        if publisher.l2.is_some() {
+            publisher.note(changed); // before the callers hear of it; without L2 the lane has noted them
+        }
         if winners.is_some() {
             let _ = batch.in_l2.send(()); // the callers may have been answered already
         }
-        if let Some(hints) = &publisher.hints {
-            hints.tell(changed).await;
-        }
+        publisher.tell().await;
         let kicked = publisher.kick(&batch.kicks).await; // gateways that attach hear it whatever is missing
         let winners = winners?;
         publisher.announce(&records, &winners).await;

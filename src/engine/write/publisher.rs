@@ -132,6 +132,20 @@ impl Publisher {
         }
     }
 
+    /// The other nodes hear of these changes with the next message.
+    pub fn note(&self, changed: Vec<ChangedUser>) {
+        if let Some(hints) = &self.hints {
+            hints.note(changed);
+        }
+    }
+
+    /// Tells the other nodes who was noted.
+    pub async fn tell(&self) {
+        if let Some(hints) = &self.hints {
+            hints.tell().await;
+        }
+    }
+
     /// Tells nodes and other services that lives are over. None: it could not be told to all.
     pub async fn tell_ended(&self, epochs: &[Epoch]) -> Option<()> {
         let (table, mut told) = (self.lives.table(), true);
@@ -178,9 +192,8 @@ impl Publisher {
             if self.write_l2(&records, generation).await.is_none() {
                 return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
             }
-            if let Some(hints) = &self.hints {
-                hints.tell(records.iter().map(|(user, record, _)| ChangedUser::of(*user, record)).collect()).await;
-            }
+            self.note(records.iter().map(|(user, record, _)| ChangedUser::of(*user, record)).collect());
+            self.tell().await;
             let everybody = users.iter().copied().collect();
             self.announce(&records, &everybody).await;
             self.announce_statuses(&records, &everybody, seen).await;
