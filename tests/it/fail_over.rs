@@ -1,13 +1,16 @@
 //! The database is another server from one moment to the next: its replica, which may lack what was acknowledged last.
 
+use std::net::TcpListener;
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence::config::Config;
 use im_presence::pb;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::Code as ResultCode;
 use im_presence::pb::DeliverReq;
 use im_presence::pb::Delivery;
+use im_presence::store::database::Database;
 use tonic::Code;
 
 use crate::deliver::a_message;
@@ -174,6 +177,19 @@ async fn hosts_of_which_none_takes_writes_each_say_why() {
     for word in [&*replica, "is read-only; ", &format!("127.0.0.1:{nobody}: "), "refused"] {
         assert!(log.contains(word), "{word} is not in\n{log}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hosts_that_are_silent_share_the_time_that_a_statement_may_take() {
+    const TIMEOUT: Duration = Duration::from_secs(4);
+    let silent = [(); 2].map(|()| TcpListener::bind("127.0.0.1:0").expect("listen")); // and never take up a connection
+    let [one, other] = [0, 1].map(|n: usize| silent[n].local_addr().expect("an address"));
+    let text = format!("[store]\nurl = \"mysql://root@{one},{other}/none\"\ntimeout = {}", TIMEOUT.as_millis());
+    let store = Config::from_text("im.toml", &text).expect("settings").store;
+    let began = Instant::now();
+    let error = Database::open(&store).await.err().expect("there is no server").to_string();
+    assert!(began.elapsed() < TIMEOUT + TIMEOUT / 2, "{:?}", began.elapsed());
+    assert!([one, other].iter().all(|host| error.contains(&host.to_string())), "{error}");
 }
 
 /// Generation and version of a user's record in Redis.

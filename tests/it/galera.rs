@@ -82,10 +82,15 @@ async fn what_one_member_has_acknowledged_the_next_read_on_another_finds() {
     }
     let cluster = one_node_each(&galera).await;
     let [one, other] = &cluster.nodes[..] else { panic!("two nodes") };
+    let of_cluster = async |what: &str| cluster.db.number(&format!("SELECT {what} FROM cluster")).await;
+    let (generation, began) = (of_cluster("generation").await, of_cluster("last_beat").await);
     for n in 0..200 {
         let bound = one.bind(a_bind(ALICE, PHONE, &format!("c-{n}"))).await;
         assert_eq!(other.query_sql(ALICE).await.version, bound.version, "after {n} binds");
     }
+    let beats = async || of_cluster("last_beat").await > began + 3_000;
+    eventually("both have beaten", BACK_AGAIN, beats).await;
+    assert_eq!(of_cluster("generation").await, generation, "another member is no other database");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
