@@ -195,38 +195,45 @@ impl From<CompactInstant> for Instant {
 /// An instant that threads share without a lock. Freshness is a time compared when reading, never a flag that a task sets: a
 /// process that stood still must not answer from before its tasks ran again.
 #[derive(Debug)]
-pub struct AtomicInstant {
-    origin: Instant,
-    nanos: AtomicI64,
-}
+pub struct AtomicInstant(AtomicI64);
+
+/// As a [`CompactInstant`].
+const NEVER: i64 = i64::MIN;
 
 impl AtomicInstant {
     /// Long ago.
     pub fn never() -> Self {
-        Self { origin: Instant::now(), nanos: AtomicI64::new(i64::MIN) }
+        Self(AtomicI64::new(NEVER))
     }
 
     pub fn now() -> Self {
-        Self { origin: Instant::now(), nanos: AtomicI64::new(0) }
+        let now = Self::never();
+        now.set(Instant::now());
+        now
     }
 
+    /// An earlier instant than the one it has changes nothing.
     pub fn set(&self, instant: Instant) {
-        let nanos = instant.saturating_duration_since(self.origin).as_nanos();
-        self.nanos.fetch_max(i64::try_from(nanos).unwrap_or(i64::MAX), Ordering::Relaxed);
+        self.0.fetch_max(CompactInstant::from(instant).0, Ordering::Relaxed);
     }
 
     /// As if it had never been.
     pub fn clear(&self) {
-        self.nanos.store(i64::MIN, Ordering::Relaxed);
+        self.0.store(NEVER, Ordering::Relaxed);
     }
 
     /// How long ago it was, at `now`.
     pub fn age(&self, now: Instant) -> Duration {
-        let nanos = self.nanos.load(Ordering::Relaxed);
-        match u64::try_from(nanos) {
-            Ok(nanos) => now.saturating_duration_since(self.origin + Duration::from_nanos(nanos)),
-            Err(_) => Duration::MAX,
+        match self.0.load(Ordering::Relaxed) {
+            NEVER => Duration::MAX,
+            nanos => now.saturating_duration_since(CompactInstant(nanos).into()),
         }
+    }
+}
+
+impl Clone for AtomicInstant {
+    fn clone(&self) -> Self {
+        Self(AtomicI64::new(self.0.load(Ordering::Relaxed)))
     }
 }
 
@@ -242,5 +249,18 @@ mod tests {
         let later = asked + Duration::from_secs(1);
         assert_eq!(clock.at(later), Timestamp(11_000));
         assert_eq!(clock.earliest(later), Timestamp(10_699)); // and a millisecond for what was cut off
+    }
+
+    #[test]
+    fn an_instant_of_before_it_was_first_spoken_of_is_not_taken_for_a_later_one() {
+        let (now, instant) = (Instant::now(), AtomicInstant::never());
+        assert_eq!(instant.age(now), Duration::MAX);
+        let minute = Duration::from_secs(60);
+        instant.set(now.checked_sub(minute).expect("a machine that has been up for a minute"));
+        assert_eq!(instant.age(now), minute);
+        instant.set(now.checked_sub(2 * minute).expect("two minutes"));
+        assert_eq!(instant.clone().age(now), minute);
+        instant.clear();
+        assert_eq!(instant.age(now), Duration::MAX);
     }
 }

@@ -130,3 +130,26 @@ async fn a_node_whose_subscription_is_silently_dead_says_so_trusts_its_memory_fo
     }
     everything_agrees_with_sql(&cluster, 1..=BUSY, AGREES_WITHIN).await;
 }
+
+/// Such a one may have acknowledged what nobody has heard of: its messages got lost, or it stood still.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_node_that_was_not_heard_nothing_counts_as_known_however_new_it_is_to_the_list() {
+    const LISTED_FOR: Duration = Duration::from_secs(2);
+    const NOT_LISTED_FOR: Duration = Duration::from_secs(4);
+    let cluster = Cluster::with_redis(1, &[]).await;
+    let node = cluster.node();
+    for _ in 0..10 {
+        tokio::time::sleep(NOT_LISTED_FOR).await; // it has been listening, and hears nobody but itself
+        assert_eq!(node.degraded().await, [""; 0]);
+        let seen_at = "CAST(UNIX_TIMESTAMP(NOW(3)) * 1000 AS SIGNED) - 1000"; // nodes are listed for three seconds
+        cluster.db.run(&format!("REPLACE INTO nodes (node_id, addr, seen_at) VALUES ('silent', 'x:1', {seen_at})")).await;
+        let since = Instant::now();
+        while since.elapsed() < LISTED_FOR {
+            if node.degraded().await == ["hints"] {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+    panic!("a node that nobody has heard is taken for one that had nothing to tell");
+}

@@ -52,7 +52,12 @@ const RESUBSCRIBE_PAUSES: (Duration, Duration) = (Duration::from_millis(100), Du
 /// What a former process of this name has sent is heard within this time after the start of this one.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
-/// Send time of the last message from each other node that SQL says is alive.
+/// Between members of one database, which each tell their own.
+const CLOCKS_DIFFER_MS: i64 = 1_000;
+/// A node that SQL has not named for so long is forgotten.
+const REMEMBERED_FOR: Duration = Duration::from_secs(60);
+
+/// Until when is known what each other node had to tell that SQL says is alive.
 type Others = HashMap<String, Arc<AtomicInstant>>;
 
 pub struct Hints {
@@ -67,12 +72,22 @@ pub struct Hints {
     others: ArcSwap<Others>,
     /// When another node had said last that it reads the database.
     others_read: AtomicInstant,
-    /// Of each other node: which process of it was heard last, and the number of its last message.
-    heard: Mutex<HashMap<String, (String, u64)>>,
+    /// Since when it hears.
+    listening: AtomicInstant,
+    /// Of each other node, also while SQL does not name it: who has stood still comes back with what nobody has heard of.
+    heard: Mutex<HashMap<String, Known>>,
     cache: Arc<Cache>,
     lives: Arc<Lives>,
     feed: Arc<Feed>,
     metrics: Arc<Metrics>,
+}
+
+/// What was heard of a node.
+struct Known {
+    /// Which process of it was heard last, and the number of its last message.
+    last: Option<(String, u64)>,
+    /// Until when all is known that it had to tell.
+    until: Arc<AtomicInstant>,
 }
 
 impl Hints {
@@ -94,6 +109,7 @@ impl Hints {
             echo: AtomicInstant::never(),
             others: ArcSwap::default(),
             others_read: AtomicInstant::never(),
+            listening: AtomicInstant::never(),
             heard: Mutex::default(),
             cache,
             lives,
@@ -124,12 +140,18 @@ impl Hints {
         }
     }
 
-    /// Takes over which other nodes SQL says are alive. One that is new has a moment to be heard.
+    /// Takes over which other nodes SQL says are alive. Of one that was never heard nothing is known since this node listens.
     pub fn nodes_alive(&self, nodes: impl Iterator<Item = String>) {
-        let known = self.others.load();
-        let heard = |node: &String| known.get(node).cloned().unwrap_or_else(|| Arc::new(AtomicInstant::now()));
-        let alive: Others = nodes.filter(|node| *node != self.own.node_id).map(|node| (node.clone(), heard(&node))).collect();
+        let (now, mut heard) = (Instant::now(), self.heard());
+        let mut until = |node: &str| heard.entry(node.to_owned()).or_insert_with(|| self.unheard()).until.clone();
+        let others = nodes.filter(|node| *node != self.own.node_id);
+        let alive: Others = others.map(|node| (node.clone(), until(&node))).collect();
+        heard.retain(|node, known| alive.contains_key(node) || known.until.age(now) < REMEMBERED_FOR);
         self.others.store(Arc::new(alive));
+    }
+
+    fn unheard(&self) -> Known {
+        Known { last: None, until: Arc::new(self.listening.clone()) }
     }
 
     pub fn set_generation(&self, generation: u64) {
@@ -189,7 +211,8 @@ impl Hints {
                 Some(Ok(mut subscription)) => {
                     // Only what is loaded from here on is covered by what will be heard.
                     self.cache.distrust();
-                    self.heard().clear();
+                    self.heard().values_mut().for_each(|known| known.last = None);
+                    self.listening.set(Instant::now());
                     if !std::mem::replace(&mut hearing, true) {
                         info!("hears hints of the other nodes again");
                     }
@@ -241,7 +264,10 @@ impl Hints {
         }
         // What was sent between this subscription and the first message that is heard here may not have arrived at all.
         let expected = hint.seq.saturating_sub(u64::from(!hint.users.is_empty()));
-        let before = self.heard().insert(hint.node_id.clone(), (hint.incarnation.clone(), hint.seq));
+        let (mut heard, last) = (self.heard(), (hint.incarnation.clone(), hint.seq));
+        let known = heard.entry(hint.node_id.clone()).or_insert_with(|| self.unheard());
+        let (before, until) = (known.last.replace(last), known.until.clone());
+        drop(heard);
         let before = before.filter(|(incarnation, _)| *incarnation == hint.incarnation).map(|(_, seq)| seq);
         if before.unwrap_or(0) != expected {
             if before.is_some() {
@@ -252,7 +278,7 @@ impl Hints {
         let changed = || hint.users.iter().filter_map(|changed| Some((changed.user()?, changed)));
         changed().for_each(|(user, changed)| self.cache.hint(user, Version(changed.version)));
         self.feed.push(changed().map(|(user, changed)| (user, changed.shown()))); // memory has let go of what is older
-        self.note_heard(hint);
+        self.note_heard(hint, &until);
     }
 
     fn take_ended(&self, hint: &LivesHint) {
@@ -271,12 +297,14 @@ impl Hints {
 
     /// Everything its sender had told when it sent this has been taken in. That may be long ago; the database's clock, which
     /// both nodes know, tells.
-    fn note_heard(&self, hint: &Hint) {
-        let Some(heard) = self.others.load().get(&hint.node_id).cloned() else { return };
+    fn note_heard(&self, hint: &Hint, until: &AtomicInstant) {
         let now = Instant::now();
-        let under_way = u64::try_from(self.lives.clock.at(now).0 - hint.sent_at_ms).unwrap_or(0);
-        if let Some(sent) = now.checked_sub(Duration::from_millis(under_way)) {
-            heard.set(sent);
+        let under_way = self.lives.clock.at(now).0 - hint.sent_at_ms;
+        if under_way < -CLOCKS_DIFFER_MS {
+            return; // one of the two has yet to learn it
+        }
+        if let Some(sent) = now.checked_sub(Duration::from_millis(u64::try_from(under_way).unwrap_or(0))) {
+            until.set(sent);
         }
     }
 
@@ -294,7 +322,7 @@ impl Hints {
         }
     }
 
-    fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, (String, u64)>> {
+    fn heard(&self) -> std::sync::MutexGuard<'_, HashMap<String, Known>> {
         self.heard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
