@@ -132,7 +132,8 @@ impl Connection {
     }
 
     /// The users after `after` up to `last`, with those of their routes whose time is not over at `now`. Those with one route,
-    /// who are most, are counted where they are: to fetch each of them would cost far more.
+    /// who are most, are counted where they are: to fetch each of them costs far more. Who gets another just then may be
+    /// counted twice.
     pub async fn alike(&mut self, after: i64, last: i64, now: Timestamp) -> Result<Vec<Alike>, SqlError> {
         const ALONE: &str = "SELECT /*! STRAIGHT_JOIN */ r.epoch, r.platform, r.idle, u.status, COUNT(*) FROM \
             (SELECT user_id, MIN(epoch) AS epoch, MIN(platform) AS platform, MIN(idle) AS idle \
