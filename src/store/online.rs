@@ -29,17 +29,20 @@ const WALKED_AT_ONCE: usize = 64;
 /// Rows that one statement counts.
 pub(super) const COUNTED_AT_ONCE: i64 = 100_000;
 
-/// What of a route, and of its user, has to be known to count it.
+/// Users who are alike to whoever counts them: what has to be known of their routes, and of themselves.
+#[derive(Debug)]
+pub struct Alike {
+    pub users: u64,
+    pub routes: Vec<RouteSketch>,
+    /// As they want to be seen.
+    pub wanted: Status,
+}
+
 #[derive(Debug)]
 pub struct RouteSketch {
-    pub user: UserId,
     pub epoch: Epoch,
     pub platform: Platform,
     pub idle: bool,
-    /// Only on unmanaged lives.
-    pub expires_at: Option<Timestamp>,
-    /// As the user wants to be seen.
-    pub wanted: Status,
 }
 
 impl Connection {
@@ -128,22 +131,45 @@ impl Connection {
         Ok(rows.first().map_or(Ok(None), |row| row.try_get(0))?)
     }
 
-    /// The routes of the users after `after` up to `last`, by user.
-    pub async fn sketches(&mut self, after: i64, last: i64) -> Result<Vec<RouteSketch>, SqlError> {
-        const SQL: &str = "SELECT /*! STRAIGHT_JOIN */ r.user_id, r.epoch, r.platform, r.idle, r.expires_at_ms, u.status \
-            FROM routes r /*! FORCE INDEX (PRIMARY) */ CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id \
-            WHERE r.user_id > ? AND r.user_id <= ? ORDER BY r.user_id";
-        let rows = self.fetch(statement(SQL).bind(after).bind(last)).await?;
-        let sketch = |row: &AnyRow| {
-            Ok(RouteSketch {
-                user: user_id(row.try_get(0)?)?,
-                epoch: Epoch(unsigned(row.try_get(1)?)),
-                platform: codec::platform_from_i32(row.try_get(2)?).unwrap_or_default(),
-                idle: row.try_get::<i32, _>(3)? != 0,
-                expires_at: row.try_get::<Option<i64>, _>(4)?.map(Timestamp),
-                wanted: codec::status_from_i32(row.try_get(5)?).unwrap_or_default(),
-            })
-        };
-        rows.iter().map(sketch).collect()
+    /// The users after `after` up to `last`, with those of their routes whose time is not over at `now`. Those with one route,
+    /// who are most, are counted where they are: to fetch each of them costs far more. Who gets another just then may be
+    /// counted twice.
+    pub async fn alike(&mut self, after: i64, last: i64, now: Timestamp) -> Result<Vec<Alike>, SqlError> {
+        const ALONE: &str = "SELECT /*! STRAIGHT_JOIN */ r.epoch, r.platform, r.idle, u.status, COUNT(*) FROM \
+            (SELECT user_id, MIN(epoch) AS epoch, MIN(platform) AS platform, MIN(idle) AS idle \
+            FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ? AND user_id <= ? \
+            AND (expires_at_ms IS NULL OR expires_at_ms > ?) GROUP BY user_id HAVING COUNT(*) = 1) AS r \
+            CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id \
+            GROUP BY r.epoch, r.platform, r.idle, u.status";
+        const SEVERAL: &str = "SELECT /*! STRAIGHT_JOIN */ r.epoch, r.platform, r.idle, u.status, r.user_id FROM \
+            (SELECT user_id FROM routes /*! FORCE INDEX (PRIMARY) */ WHERE user_id > ? AND user_id <= ? \
+            AND (expires_at_ms IS NULL OR expires_at_ms > ?) GROUP BY user_id HAVING COUNT(*) > 1) AS several \
+            CROSS JOIN routes r /*! FORCE INDEX (PRIMARY) */ ON r.user_id = several.user_id \
+            CROSS JOIN users u /*! FORCE INDEX (PRIMARY) */ ON u.user_id = r.user_id \
+            WHERE r.expires_at_ms IS NULL OR r.expires_at_ms > ? ORDER BY r.user_id";
+        let mut all = Vec::new();
+        for row in self.fetch(statement(ALONE).bind(after).bind(last).bind(now.0)).await? {
+            let (route, wanted) = sketch(&row)?;
+            all.push(Alike { users: unsigned(row.try_get(4)?), routes: vec![route], wanted });
+        }
+        let mut user_before = None;
+        for row in self.fetch(statement(SEVERAL).bind(after).bind(last).bind(now.0).bind(now.0)).await? {
+            let ((route, wanted), user) = (sketch(&row)?, row.try_get::<i64, _>(4)?);
+            let is_anew = user_before.replace(user) != Some(user);
+            match all.last_mut().filter(|_| !is_anew) {
+                Some(alike) => alike.routes.push(route),
+                None => all.push(Alike { users: 1, routes: vec![route], wanted }),
+            }
+        }
+        Ok(all)
     }
+}
+
+fn sketch(row: &AnyRow) -> Result<(RouteSketch, Status), SqlError> {
+    let route = RouteSketch {
+        epoch: Epoch(unsigned(row.try_get(0)?)),
+        platform: codec::platform_from_i32(row.try_get(1)?).unwrap_or_default(),
+        idle: row.try_get::<i32, _>(2)? != 0,
+    };
+    Ok((route, codec::status_from_i32(row.try_get(3)?).unwrap_or_default()))
 }

@@ -9,15 +9,17 @@ use std::time::Duration;
 use std::time::Instant;
 
 use tokio::sync::mpsc;
-use tokio::sync::oneshot;
 use tokio::time::sleep_until;
 use tokio::time::timeout_at;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+use crate::answers;
+use crate::answers::Answer;
 use crate::domain::gateway::Beat;
 use crate::domain::gateway::Fence;
 use crate::domain::gateway::Life;
+use crate::domain::gateway::LifeTable;
 use crate::domain::id::Epoch;
 use crate::domain::id::GatewayAddr;
 use crate::engine::gateways::registry::Registry;
@@ -38,7 +40,7 @@ struct Waiting {
     gateway: GatewayAddr,
     beat: Beat,
     received: Instant,
-    answer: oneshot::Sender<Result<Arc<Life>, Fence>>,
+    answer: Answer<Result<Arc<Life>, Fence>>,
 }
 
 /// Where heartbeats are handed in.
@@ -66,7 +68,7 @@ impl Heartbeats {
     pub async fn beat(&self, gateway: GatewayAddr, beat: Beat) -> Result<Result<Arc<Life>, Fence>, Error> {
         let not_recorded = || Error::unavailable("the heartbeat was not recorded");
         let received = Instant::now();
-        let (answer, answered) = oneshot::channel();
+        let (answer, answered) = answers::channel();
         self.queue.try_send(Waiting { gateway, beat, received, answer }).map_err(|_| not_recorded())?;
         match timeout_at((received + PATIENCE).into(), answered).await {
             Ok(Ok(answer)) => Ok(answer),
@@ -107,12 +109,9 @@ impl Recorder {
     }
 
     async fn extend(&mut self, connection: &mut Connection, waiting: Vec<Waiting>) -> Result<Vec<Arc<Life>>, SqlError> {
-        // An epoch's address never changes: what is read of it first is true later.
-        let epochs: Vec<Epoch> = waiting.iter().map(|waiting| waiting.beat.epoch).collect();
-        let before = by_epoch(connection.lives_by_epoch(&epochs).await?);
-        let (known, strangers): (Vec<_>, Vec<_>) = waiting
-            .into_iter()
-            .partition(|waiting| before.get(&waiting.beat.epoch).is_some_and(|life| life.gateway == waiting.gateway));
+        let addresses = addresses(connection, &self.gateways.lives.table(), &waiting).await?;
+        let (known, strangers): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|waiting| addresses.get(&waiting.beat.epoch) == Some(&waiting.gateway));
         // The newest of one gateway counts.
         let beats: HashMap<Epoch, Beat> = known.iter().map(|waiting| (waiting.beat.epoch, waiting.beat.clone())).collect();
         let mut beats: Vec<Beat> = beats.into_values().collect();
@@ -120,23 +119,21 @@ impl Recorder {
         self.write(connection, &mut beats).await?;
         // Over is for good: whoever lives after the statement was alive when it was carried out.
         let after = by_epoch(connection.lives_by_epoch(&beats.iter().map(|beat| beat.epoch).collect::<Vec<_>>()).await?);
-        let mut living = Vec::new();
-        let mut over = strangers;
+        let (mut living, mut over) = (Vec::new(), strangers);
         let written: HashSet<Epoch> = beats.iter().map(|beat| beat.epoch).collect();
         for waiting in known.into_iter().filter(|waiting| written.contains(&waiting.beat.epoch)) {
             match after.get(&waiting.beat.epoch).filter(|life| life.is_alive()) {
-                Some(life) => {
-                    living.push(life.clone());
-                    let _ = waiting.answer.send(Ok(life.clone())); // a caller that has gone needs no answer
-                }
+                Some(life) => living.push((waiting.answer, life.clone())),
                 None => over.push(waiting),
             }
         }
+        let extended = living.iter().map(|(_, life)| life.clone()).collect();
+        answers::send_all(living.into_iter().map(|(answer, life)| (answer, Ok(life))));
         for waiting in over {
             let fence = self.gateways.fence(connection, &waiting.gateway, "heartbeat").await?;
-            let _ = waiting.answer.send(Err(fence)); // as above
+            waiting.answer.send(Err(fence));
         }
-        Ok(living)
+        Ok(extended)
     }
 
     /// Leaves the beats that were written. A row that somebody holds, perhaps a node that stands still, is not waited for: it
@@ -149,6 +146,19 @@ impl Recorder {
         connection.beat_lives(beats, self.gateways.terms.lease).await?;
         connection.commit().await
     }
+}
+
+/// Whose the lives are. An epoch's address never changes: what is known of it is true, however old.
+async fn addresses(
+    connection: &mut Connection,
+    table: &LifeTable,
+    waiting: &[Waiting],
+) -> Result<HashMap<Epoch, GatewayAddr>, SqlError> {
+    let epochs: HashSet<Epoch> = waiting.iter().map(|waiting| waiting.beat.epoch).collect();
+    let (known, unknown): (Vec<_>, Vec<_>) = epochs.into_iter().partition(|epoch| table.get(*epoch).is_some());
+    let read = connection.lives_by_epoch(&unknown).await?;
+    let known = known.iter().filter_map(|epoch| table.get(*epoch));
+    Ok(known.chain(&read).map(|life| (life.epoch, life.gateway.clone())).collect())
 }
 
 fn by_epoch(lives: Vec<Arc<Life>>) -> HashMap<Epoch, Arc<Life>> {

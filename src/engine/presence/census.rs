@@ -31,6 +31,7 @@ use crate::store::connection::Connection;
 use crate::store::connection::SqlError;
 use crate::store::database::ConnectionSlot;
 use crate::store::database::Database;
+use crate::store::online::Alike;
 use crate::store::online::RouteSketch;
 
 /// How old a count may be before it is made again.
@@ -87,8 +88,8 @@ async fn count(connection: &mut Connection, lives: &Lives, claimant: &str) -> Re
     loop {
         let page_began = Instant::now();
         let Some(last) = connection.last_of_page(after, PAGE).await? else { break };
-        let routes = connection.sketches(after, last).await?;
-        add(&mut counts, &routes, lives);
+        let users = connection.alike(after, last, lives.clock.over_by()).await?;
+        add(&mut counts, &users, lives);
         if !claim(connection, claimant).await? {
             return Ok(false);
         }
@@ -99,25 +100,24 @@ async fn count(connection: &mut Connection, lives: &Lives, claimant: &str) -> Re
     Ok(true)
 }
 
-/// Adds users with all their routes.
-fn add(counts: &mut Counts, routes: &[RouteSketch], lives: &Lives) {
-    let (table, over_by) = (lives.glance(), lives.clock.over_by());
-    let is_live = |route: &&RouteSketch| {
-        route.expires_at.is_none_or(|end| end > over_by) && table.get(route.epoch).is_some_and(|life| life.is_alive())
-    };
-    let mut one = |kind: Kind, name: &str| match counts.get_mut(&(kind, name.to_owned())) {
-        Some(users) => *users += 1,
-        None => _ = counts.insert((kind, name.to_owned()), 1),
-    };
-    for routes in routes.chunk_by(|one, next| one.user == next.user) {
+fn add(counts: &mut Counts, users: &[Alike], lives: &Lives) {
+    let table = lives.glance();
+    let is_live = |route: &&RouteSketch| table.get(route.epoch).is_some_and(|life| life.is_alive());
+    for Alike { users, routes, wanted } in users {
+        let mut some = |kind: Kind, name: &str| match counts.get_mut(&(kind, name.to_owned())) {
+            Some(counted) => *counted += users,
+            None => _ = counts.insert((kind, name.to_owned()), *users),
+        };
         let live = || routes.iter().filter(is_live);
-        let Some(first) = live().next() else { continue };
-        one(Kind::All, "");
-        one(Kind::Status, shown_word(first.wanted.shown(Activity::of(live().map(|route| route.idle)))));
+        if live().next().is_none() {
+            continue;
+        }
+        some(Kind::All, "");
+        some(Kind::Status, shown_word(wanted.shown(Activity::of(live().map(|route| route.idle)))));
         let region = |route: &RouteSketch| table.get(route.epoch).map_or("", |life| life.profile.region.as_str());
-        live().map(region).collect::<BTreeSet<_>>().into_iter().for_each(|region| one(Kind::Region, region));
+        live().map(region).collect::<BTreeSet<_>>().into_iter().for_each(|region| some(Kind::Region, region));
         let platforms: BTreeSet<_> = live().map(|route| platform_word(route.platform)).collect();
-        platforms.into_iter().for_each(|platform| one(Kind::Platform, platform));
+        platforms.into_iter().for_each(|platform| some(Kind::Platform, platform));
     }
 }
 
