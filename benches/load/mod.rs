@@ -357,7 +357,7 @@ fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
             RST_STREAM => panic!("the daemon refused a call"),
-            GOAWAY => panic!("the daemon said goodbye"),
+            GOAWAY => panic!("the daemon said goodbye: {payload:?}"),
             DATA => data(payload),
             _ => {}
         }
