@@ -3,11 +3,13 @@
 
 mod allocation;
 pub mod bench;
+mod configuration;
 mod credentials;
 mod explain;
 mod forget;
 mod gateway;
 mod gateways;
+mod length;
 mod listen;
 mod moment;
 mod moves;
@@ -21,6 +23,7 @@ mod top;
 mod views;
 mod watch;
 
+use std::error::Error;
 use std::io;
 use std::io::Write;
 use std::path::PathBuf;
@@ -93,10 +96,10 @@ Examples:
   im-presence ctl allocate 42 --region eu                where the user should connect
   im-presence ctl nodes                                  which nodes there are
   im-presence ctl forget-user 42 --dry-run               on the admin port
-  im-presence ctl offline 42 --ban 3600                  also kick, online, count, preview-policy, top
+  im-presence ctl offline 42 --ban 1h                    also kick, online, count, preview-policy, top
   im-presence ctl explain 42                             why the user is online or not; on the admin port
   im-presence ctl gateways                               who lives; see its own --help
-  im-presence ctl doctor                                 what is wrong, and what to do; also top, events, audit
+  im-presence ctl doctor                                 what is wrong, and what to do; also top, events, audit, config
   im-presence ctl drain gw-1:7000 --dry-run              where its users would go
   im-presence ctl bench --seconds 2                      how fast this system is, on users of its own
 
@@ -272,6 +275,7 @@ impl Ctl {
     }
 
     fn rest<'a>(&self, addr: &'a str) -> Result<Rest<'a>, Outcome> {
+        is_address(addr, "--admin")?;
         Ok(Rest { addr, security: self.security()?, patience: self.patience() })
     }
 
@@ -330,13 +334,18 @@ impl Ctl {
         let (text, exit) = match (status.code(), retry) {
             (tonic::Code::InvalidArgument, _) => (message.to_owned(), BAD_USAGE),
             (tonic::Code::Cancelled | tonic::Code::DeadlineExceeded, _) => {
-                (format!("no answer from {addr} within {timeout} ms: it may be done or not; see --timeout"), FAILED)
+                let unnamed = self.credentials.shows_nothing();
+                let see = if unnamed { "--timeout, and --cert, without which some nodes let nobody in" } else { "--timeout" };
+                (format!("no answer from {addr} within {timeout} ms: it may be done or not; see {see}"), FAILED)
             }
             (tonic::Code::Unauthenticated, _) => {
                 (format!("{addr} answers: {message}; see --token-file, --ca and --cert"), FAILED)
             }
             (tonic::Code::Unimplemented, _) => {
                 (format!("{addr} does not offer this call; is it the right port? see --addr and --admin"), FAILED)
+            }
+            (tonic::Code::Unknown, _) if status.source().is_some() => {
+                (format!("{addr} broke off: {}; does this port speak TLS? see --ca", root_cause(status)), FAILED)
             }
             (code, Some(delay)) => (format!("{addr} answers {code:?}: {message}; try again in {} ms", delay.as_millis()), FAILED),
             (code, None) => (format!("{addr} answers {code:?}: {message}"), FAILED),
@@ -347,13 +356,31 @@ impl Ctl {
 
 /// Connects to the node at `addr`, which `option` names.
 async fn link(addr: &str, timeout: Duration, option: &str, security: &Security) -> Result<Link, Outcome> {
+    is_address(addr, option)?;
     if let Err(error) = security.link(addr, timeout) {
         return Err(Outcome { text: format!("{option}: {error}"), exit: BAD_USAGE });
     }
     security.connect(addr, timeout).await.map_err(|error| {
         let why = root_cause(&*error);
-        Outcome { text: format!("cannot reach {addr}: {why}; is the daemon running? see {option}"), exit: FAILED }
+        Outcome { text: format!("cannot reach {addr}: {why}; {}", hint(security, option)), exit: FAILED }
     })
+}
+
+/// What to look at when nothing that is expected answers.
+fn hint(security: &Security, option: &str) -> String {
+    match security.ca_file {
+        Some(_) => format!("is the daemon running, and does this port speak TLS? see {option} and --ca"),
+        None => format!("is the daemon running? see {option}, and --ca if it speaks TLS"),
+    }
+}
+
+/// A host alone, or a URL, would be looked for where nothing listens.
+fn is_address(addr: &str, option: &str) -> Result<(), Outcome> {
+    let port = addr.rsplit_once(':').and_then(|(host, port)| (!host.contains('/')).then_some(port));
+    match port.is_some_and(|port| port.parse::<u16>().is_ok()) {
+        true => Ok(()),
+        false => Err(Outcome { text: format!("{option}: must be HOST:PORT, is {addr:?}"), exit: BAD_USAGE }),
+    }
 }
 
 /// The code of an answer; one that this program does not know is no success.

@@ -126,3 +126,30 @@ async fn the_exit_code_tells_yes_from_no_and_from_failure() {
     assert!(node.await.is_err(), "the node is gone");
     check("query 1", FAILED, "connection refused; is the daemon running? see --addr").await;
 }
+
+#[tokio::test]
+async fn an_argument_that_was_mistyped_is_named_with_what_it_should_be() {
+    let check = async |addr: &str, words: &str, part: &str| {
+        let (got, text) = exit_and_text(addr, words).await;
+        assert!(got == BAD_USAGE && text.contains(part), "{addr} {words}: {got}, {text}");
+    };
+    for addr in ["127.0.0.1", "http://127.0.0.1:6000", "node-1:http", "node-1:70000"] {
+        check(addr, "query 1", &format!("--addr: must be HOST:PORT, is {addr:?}")).await;
+        check("127.0.0.1:1", &format!("doctor --admin {addr}"), &format!("--admin: must be HOST:PORT, is {addr:?}")).await;
+        check("127.0.0.1:1", &format!("gateways --admin {addr}"), "--admin: must be HOST:PORT").await;
+    }
+    check("127.0.0.1:1", "query 1 --token-file /nowhere", "--token-file: /nowhere: No such file").await;
+    check("127.0.0.1:1", "top --once --token-file /nowhere", "--token-file: /nowhere: No such file").await;
+
+    let wrong = |words: &str, part: &str| {
+        let refused = Cli::try_parse_from(["ctl"].into_iter().chain(words.split(' '))).err().map(|error| error.to_string());
+        assert!(refused.as_ref().is_some_and(|text| text.contains(part)), "{words}: {refused:?}");
+    };
+    wrong("gateways hold ten", "as in 90s, 10m, 2h, 7d, is \"ten\"");
+    wrong("gateways purge gw-1:7000", "see the column EPOCH of ctl gateways");
+    wrong("offline 42 --ban forever", "must be seconds, or with a unit");
+    wrong("drain gw-1:7000 --deadline 1.5h", "must be seconds, or with a unit");
+    wrong("top changes --count 500", "1..=100");
+    wrong("events --last 5000", "..=1000");
+    wrong("config --diff --node node-1", "cannot be used with");
+}

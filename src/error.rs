@@ -13,6 +13,9 @@ pub enum Error {
     /// Wait, then repeat: more work than this node takes at once.
     #[error("overloaded: {what}; repeat after {} ms", retry_after.as_millis())]
     Overloaded { what: &'static str, retry_after: Duration },
+    /// The same, and what is too much is what this caller asks, not what all do: another one is served.
+    #[error("{what}; repeat after {} ms", retry_after.as_millis())]
+    Limited { what: &'static str, retry_after: Duration },
     /// Repeat, here or on another node. A bind may or may not have taken effect; repeating it is harmless.
     #[error("{what}; repeat it, here or on another node")]
     Unavailable { what: &'static str, retry_after: Duration },
@@ -33,6 +36,10 @@ impl Error {
 
     pub fn unavailable(what: &'static str) -> Self {
         Self::Unavailable { what, retry_after: RETRY_AFTER }
+    }
+
+    pub fn limited(what: &'static str) -> Self {
+        Self::Limited { what, retry_after: RETRY_AFTER }
     }
 
     pub fn overloaded(what: &'static str) -> Self {

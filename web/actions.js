@@ -3,7 +3,7 @@
 import { get, send } from './api.js';
 import { REASON, ask } from './dialog.js';
 import { h, notice, table } from './dom.js';
-import { count, plural, rate, span } from './format.js';
+import { count, plural, rate, span, when } from './format.js';
 
 const DRY = { dry_run: true };
 const whole = (text) => (String(text).trim() === '' ? undefined : Number(text));
@@ -14,7 +14,7 @@ export function endHold(done) {
     title: 'End the hold', verb: 'End the hold', danger: true, fields: [REASON], done,
     preview: async () => {
       const { silent_gateways: silent, will_die: routes } = await get(['hold']);
-      return { says: silent ? `${plural(silent, 'gateway is', 'gateways are')} silent, with ${plural(routes, 'device')}: whoever stays so is declared dead when its lease is over, many at once.` : 'No gateway is silent now: nobody would go offline.', ok: true };
+      return { says: silent ? `${plural(silent, 'gateway is', 'gateways are')} silent, with ${plural(routes, 'device')}: those whose leases are over are declared dead at once, the others when theirs are.` : 'No gateway is silent now: nobody would go offline.', ok: true };
     },
     run: async (values) => { await send('DELETE', ['hold'], { reason: values.reason }); return 'The hold is over: each gateway lives by its own lease again.'; },
   });
@@ -31,13 +31,14 @@ export function confirmHold(done) {
   });
 }
 
-export function beginHold(done) {
+/** `isOn`: it is prolonged. */
+export function beginHold(done, isOn) {
   ask({
-    title: 'Hold: declare no gateway dead', verb: 'Hold', done,
+    title: isOn ? 'Prolong the hold' : 'Hold: declare no gateway dead', verb: isOn ? 'Prolong it' : 'Hold', done,
     fields: [{ name: 'minutes', label: 'For how many minutes', type: 'number', min: 1, max: 1440, value: 10, required: true }, REASON],
     preview: async (values) => {
       const { silent_gateways: silent } = await get(['hold']);
-      return { says: `No gateway is declared dead for ${span(values.minutes * 60_000)}, whatever falls silent; ${plural(silent, 'is', 'are')} silent now. Users of gateways that are really gone are shown online as long.`, ok: true };
+      return { says: `No gateway is declared dead for ${span(values.minutes * 60_000)} from now, whatever falls silent; ${plural(silent, 'is', 'are')} silent now. Users of gateways that are really gone are shown online as long.`, ok: true };
     },
     run: async (values) => { await send('PUT', ['hold'], {}, { for_ms: Math.round(values.minutes * 60_000), reason: values.reason }); return 'The hold is on.'; },
   });
@@ -70,10 +71,12 @@ export function drain(addr, now, done) {
 
 export function cancelDrain(addr, done) {
   ask({
-    title: `Cancel the drain of ${addr}`, verb: 'Cancel the drain', done,
+    title: `Cancel the drain of ${addr}`, verb: 'Cancel the drain', away: 'Let it run', done,
     preview: async () => {
       const { gateway } = await get(['gateways', addr]);
-      return { says: `${plural(gateway.drain?.left ?? 0, 'user')} would stay where they are; the gateway takes users again.`, ok: true };
+      const { left = 0, asked = 0, moved = 0 } = gateway.drain ?? {};
+      const underWay = Math.min(left, Math.max(0, asked - moved));
+      return { says: `Nobody else is asked to go, and the gateway takes users again. ${plural(left, 'user')} left; ${count(underWay)} of them were asked before and may still go.`, ok: true };
     },
     run: async () => { await send('DELETE', ['gateways', addr, 'drain']); return 'Cancelled. Whoever has moved stays moved.'; },
   });
@@ -114,10 +117,10 @@ export function kick(user, device, done) {
   ask({
     title: `Kick ${device} of user ${user}`, verb: 'Kick', danger: true, fields: [REASON], done,
     preview: async () => {
-      const dry = await send('DELETE', ['users', user, 'devices', device], { ...DRY, reason: 'dry run' });
+      const dry = await send('DELETE', ['users', user, 'devices'], { ...DRY, device_id: device, reason: 'dry run' });
       return { says: `Takes off ${plural(dry.kicked.length, 'device')}. It may come back at once.`, ok: true };
     },
-    run: async (values) => { await send('DELETE', ['users', user, 'devices', device], { reason: values.reason }); return 'Kicked.'; },
+    run: async (values) => { await send('DELETE', ['users', user, 'devices'], { device_id: device, reason: values.reason }); return 'Kicked.'; },
   });
 }
 
@@ -130,7 +133,7 @@ export function forceOffline(user, done) {
       const dry = await send('DELETE', ['users', user, 'routes'], { ...DRY, ...query(values) });
       return { says: `Takes off ${plural(dry.kicked.length, 'device')}${values.ban ? `, and lets none back for ${span(values.ban * 60_000)}` : ''}.`, ok: true };
     },
-    run: async (values) => { const did = await send('DELETE', ['users', user, 'routes'], query(values)); return `Took off ${plural(did.kicked.length, 'device')}.`; },
+    run: async (values) => { const did = await send('DELETE', ['users', user, 'routes'], query(values)); return [notice('good', `Took off ${plural(did.kicked.length, 'device')}.`), did.banned_until_ms ? notice('good', 'Banned until ', when(did.banned_until_ms), '.') : '']; },
   });
 }
 
@@ -170,7 +173,7 @@ export function testMessage(user, done) {
 function trace(answer) {
   const { delivered, stored, code, msg, receivers, attempts, acked_devices: acked, steps = [] } = answer;
   const word = acked.length ? `A device has it: ${acked.join(', ')}` : delivered ? 'A gateway took it' : stored ? 'It is stored' : `Not delivered (${code})`;
-  return h('div', null, notice(delivered ? 'good' : 'warn', `${word}.`, msg && ` ${msg}`), h('p', { class: 'soft' }, `${plural(receivers, 'receiver')}, ${plural(attempts, 'attempt')}.`),
+  return h('div', null, notice(delivered ? 'good' : 'warn', word, msg ? `: ${msg}.` : '.'), h('p', { class: 'soft' }, `${plural(receivers, 'receiver')}, ${plural(attempts, 'attempt')}.`),
     steps.length > 0 && h('ol', { class: 'trace' }, steps.map(step)));
 }
 

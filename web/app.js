@@ -6,7 +6,7 @@ import { fill, h, link, notice } from './dom.js';
 import { clock, count, countdown, plural, span, when } from './format.js';
 import { endCharts, redrawCharts } from './chart.js';
 import { begin, isSilent, leave, live, mayAct, role } from './live.js';
-import { confirmHold, endHold } from './actions.js';
+import { beginHold, confirmHold, endHold } from './actions.js';
 
 const PAGES = {
   '': () => import('./pages/overview.js'),
@@ -156,6 +156,7 @@ function hold(silent) {
       on.reason ? ` (${on.reason})` : '', on.silent ? '. Their users stay online for ' : '. It lasts for ', h('strong', { role: 'timer' }, countdown(left)), ', until ', when(on.until_ms),
       on.silent ? '; then, if nobody does anything, these gateways are declared dead and their users go offline.' : '; nobody is declared dead until then.'),
     mayAct() && h('p', { class: 'buttons' },
+      h('button', { type: 'button', class: 'act', onclick: () => beginHold(page && (() => refresh(page)), true) }, 'Prolong …'),
       h('button', { type: 'button', class: 'act', onclick: () => endHold(page && (() => refresh(page))) }, 'End the hold …'),
       h('button', { type: 'button', class: 'act danger', onclick: () => confirmHold(page && (() => refresh(page))) }, 'They are dead: confirm …'))));
 }

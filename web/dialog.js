@@ -2,7 +2,18 @@
 
 import { fill, h, notice } from './dom.js';
 
+/** Of somebody who types, before the dry run is asked for. */
+const PAUSE_MS = 250;
+
 export const REASON = { name: 'reason', label: 'Reason', required: true, maxlength: 200, hint: 'Whoever looks later sees it, in the audit too.' };
+
+/** What is wrong with a number; nothing, if it may be so. */
+function outside({ label, type, min, max }, value) {
+  if (type !== 'number' || String(value).trim() === '') return undefined;
+  const number = Number(value);
+  if (min !== undefined && number < min) return `${label}: at least ${min}.`;
+  return max !== undefined && number > max ? `${label}: at most ${max}.` : undefined;
+}
 
 /**
  * @param {object} what
@@ -10,6 +21,7 @@ export const REASON = { name: 'reason', label: 'Reason', required: true, maxleng
  *   danger: it cannot be taken back
  *   fields: [{ name, label, type, value, required, min, max, options, hint }]
  *   typed: what has to be typed to show that it is meant
+ *   away: the word on the button that does nothing, where Cancel could be taken for the order
  *   preview: async (values) => ({ says, ok, more }): the dry run. None: it changes nothing that a number could tell.
  *   run: async (values) => what came of it, a text or a node
  */
@@ -18,9 +30,11 @@ export function ask(what) {
   const state = { values: {}, preview: undefined, problem: undefined, busy: false, done: undefined };
   const opener = document.activeElement;
   let latest = 0;
+  let soon;
   for (const field of what.fields ?? []) state.values[field.name] = field.value ?? '';
 
-  const complete = () => (what.fields ?? []).every((field) => !field.required || String(state.values[field.name]).trim() !== '')
+  const beyond = () => (what.fields ?? []).map((field) => outside(field, state.values[field.name])).find(Boolean);
+  const complete = () => !beyond() && (what.fields ?? []).every((field) => !field.required || String(state.values[field.name]).trim() !== '')
     && (!what.typed || state.values.typed === what.typed);
   const ready = () => complete() && !state.busy && (!what.preview || state.preview?.ok !== false && state.preview);
 
@@ -36,6 +50,14 @@ export function ask(what) {
       if (mine === latest) state.problem = problem;
     }
     draw();
+  }
+
+  /** While somebody types; not when the field is left, which may be by a click on the order, and that would be lost. */
+  function lookSoon() {
+    clearTimeout(soon);
+    latest += 1;
+    state.preview = state.problem = undefined;
+    soon = setTimeout(() => beyond() || look(), PAUSE_MS);
   }
 
   async function run(event) {
@@ -59,8 +81,11 @@ export function ask(what) {
     const props = {
       id, name: field.name, required: field.required, min: field.min, max: field.max, maxlength: field.maxlength, autocomplete: 'off',
       'aria-describedby': field.hint && `${id}-hint`,
-      oninput: (event) => { state.values[field.name] = event.target.value; draw(); },
-      onchange: () => field.looks !== false && field.name !== 'reason' && field.name !== 'typed' && look(),
+      oninput: (event) => {
+        state.values[field.name] = event.target.value;
+        if (field.looks !== false && field.name !== 'reason') lookSoon();
+        draw();
+      },
     };
     const value = field.value ?? '';
     const control = field.options
@@ -71,7 +96,7 @@ export function ask(what) {
   };
 
   function draw() {
-    const says = state.preview ? [notice(state.preview.ok === false ? 'bad' : 'warn', state.preview.says), state.preview.more] : 'Asking what it would do …';
+    const says = beyond() ? undefined : state.preview ? [notice(state.preview.ok === false ? 'bad' : 'warn', state.preview.says), state.preview.more] : 'Asking what it would do …';
     const typed = what.typed && input({ name: 'typed', label: `Type ${what.typed} to confirm`, required: true, looks: false });
     fill(dialog, h('form', { onsubmit: run, novalidate: true },
       h('h2', { id: 'dialog-title' }, what.title),
@@ -80,15 +105,16 @@ export function ask(what) {
         what.preview && h('div', { key: 'preview', role: 'status', class: 'preview' }, state.problem ? undefined : says),
         typed,
       ],
-      h('div', { key: 'problem', role: 'alert' }, state.problem && notice('bad', state.problem.field ? `${state.problem.field}: ` : '', state.problem.message)),
+      h('div', { key: 'problem', role: 'alert' }, beyond() ? notice('bad', beyond()) : state.problem && notice('bad', state.problem.field ? `${state.problem.field}: ` : '', state.problem.message)),
       h('p', { key: 'buttons', class: 'buttons' },
-        h('button', { key: 'close', type: 'button', class: 'close', onclick: () => dialog.close() }, state.done ? 'Close' : 'Cancel'),
+        h('button', { key: 'close', type: 'button', class: 'close', onclick: () => dialog.close() }, state.done ? 'Close' : what.away ?? 'Cancel'),
         state.problem && what.preview && !state.preview && h('button', { key: 'look', type: 'button', onclick: look }, 'Ask again'),
         !state.done && h('button', { key: 'run', type: 'submit', class: what.danger ? 'primary danger' : 'primary', disabled: !ready() },
           state.busy ? 'Working …' : what.verb))));
   }
 
   dialog.addEventListener('close', () => {
+    clearTimeout(soon);
     dialog.remove();
     if (opener?.isConnected) opener.focus();
     if (state.done) what.done?.();

@@ -89,7 +89,9 @@ export const to = (...path) => '#/' + path.map(encodeURIComponent).join('/');
 /** A table; at the width of a phone each row becomes a card. Cells are nodes or texts; a column is its title, or { title, number }. */
 export function table(caption, columns, rows, foot) {
   const named = columns.map((column) => (typeof column === 'string' ? { title: column } : column));
-  const cells = (row, tag) => row.map((cell, i) => h(tag, { 'data-label': named[i].title, class: named[i].number && 'number' }, cell));
+  // What has several parts stays together where rows are cards: there each part would be a column.
+  const whole = (cell) => (Array.isArray(cell) ? h('div', null, cell) : cell);
+  const cells = (row, tag) => row.map((cell, i) => h(tag, { 'data-label': named[i].title, class: named[i].number && 'number' }, whole(cell)));
   return h('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': caption },
     h('table', null,
       h('caption', null, caption),

@@ -22,6 +22,9 @@ export function span(ms) {
   return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
 }
 
+/** What is left of a time, or since when it is over. */
+export const left = (ms) => (known(ms) && ms < 0 ? `over for ${span(ms)}` : span(ms));
+
 /** As a clock that runs backwards: 4:07. */
 export const countdown = (ms) => `${Math.floor(ms / 60_000)}:${String(Math.floor(ms / 1000) % 60).padStart(2, '0')}`;
 

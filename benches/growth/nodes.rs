@@ -1,5 +1,5 @@
 //! Nodes on one MariaDB and one Redis: what one of them costs and does while there are others. What a change costs all of them is
-//! measured by `hints`.
+//! measured by the bench `nodes`.
 
 use std::time::Instant;
 

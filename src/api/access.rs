@@ -6,6 +6,7 @@ use std::time::Duration;
 use tonic::Status;
 use tonic::codegen::http::Extensions;
 use tonic::codegen::http::HeaderMap;
+use tonic::codegen::http::Method;
 use tonic::codegen::http::header::CONTENT_TYPE;
 
 use crate::api::status::status;
@@ -250,7 +251,7 @@ impl Admission {
     fn limited(&self, taken: Result<(), Duration>, what: &'static str) -> Result<(), Error> {
         taken.map_err(|retry_after| {
             self.access.metrics.shed("caller");
-            Error::Overloaded { what, retry_after }
+            Error::Limited { what, retry_after }
         })
     }
 
@@ -300,6 +301,17 @@ pub fn note_operator<T>(
 /// nobody here does: so no page gives orders in the name of the operator who looks at it.
 pub fn says_grpc(headers: &HeaderMap) -> bool {
     headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
+}
+
+/// How [`RULES`] have a request by HTTP: whatever else is asked is asked as GET, and has no effect.
+pub fn asked(method: &Method, path: &str) -> String {
+    let rights = if [Method::POST, Method::PUT, Method::DELETE].contains(method) { method } else { &Method::GET };
+    format!("{rights} {path}")
+}
+
+/// Whether a request changes something: who only looks may not make it.
+pub fn is_order(method: &Method, path: &str) -> bool {
+    Rule::find(&asked(method, path)).is_some_and(|rule| !rule.is_open() && !rule.allows(Role::Viewer))
 }
 
 /// Who makes a call, for the audit. Without [auth] that is only an address.

@@ -93,7 +93,8 @@ impl AdminService for Admin {
             return Err(status(&Error::Invalid { field: "epochs", reason }));
         }
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
-        let args = format!("epochs {:?}, held {}", request.epochs, request.held);
+        let epochs = request.epochs.iter().map(|epoch| format!("epoch {epoch}"));
+        let args = epochs.chain(request.held.then(|| "held".to_owned())).collect::<Vec<_>>().join(", ");
         let reason = request.reason.clone();
         let entry = Entry { action: "PurgeGateways".to_owned(), args, reason, ..Entry::default() };
         audited(&self.audit, &extensions, entry, never, purge(self.gateways.clone(), request)).await.map(Response::new)
@@ -102,9 +103,9 @@ impl AdminService for Admin {
     async fn hold_gateways(&self, request: Request<pb::HoldGatewaysReq>) -> Result<Response<pb::HoldGatewaysResp>, Status> {
         let (_, extensions, request) = request.into_parts();
         convert::at_most("reason", request.reason.len(), MAX_REASON_BYTES, "bytes").map_err(|error| status(&error))?;
-        let reason = format!("operator: {}", request.reason);
+        let reason = if request.reason.is_empty() { "operator".to_owned() } else { format!("operator: {}", request.reason) };
         let length = Duration::from_millis(request.for_ms.into());
-        let args = format!("for {} ms", request.for_ms);
+        let args = if length.is_zero() { "called off".to_owned() } else { format!("for {length:?}") };
         let entry = Entry { action: "HoldGateways".to_owned(), args, reason: request.reason, ..Entry::default() };
         let gateways = self.gateways.clone();
         audited(&self.audit, &extensions, entry, never, async move { gateways.hold(length, reason).await }).await?;

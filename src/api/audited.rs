@@ -32,7 +32,10 @@ pub async fn audited<T: Send + 'static>(
         };
         audit.note(match failure {
             None => Entry { outcome: "ok", ..entry },
-            Some(why) => Entry { outcome: "failed", reason: format!("{} {why}", entry.reason).trim().to_owned(), ..entry },
+            Some(why) => {
+                let reason = if entry.reason.is_empty() { why } else { format!("{}: {why}", entry.reason) };
+                Entry { outcome: "failed", reason, ..entry }
+            }
         });
         done
     });

@@ -130,7 +130,7 @@ impl Binder {
             Ok(Outcome::Refused(_)) => "refused",
             Ok(Outcome::Fenced(_)) => "fenced",
             Ok(_) => "error",
-            Err(Error::Overloaded { .. }) => "overloaded",
+            Err(Error::Overloaded { .. } | Error::Limited { .. }) => "overloaded",
             Err(Error::Unavailable { .. }) => "unavailable",
             Err(Error::Invalid { .. } | Error::Internal { .. }) => "error",
         };

@@ -22,7 +22,7 @@ impl Credential {
     /// The caller has as many streams as it may.
     pub fn new(admission: &Admission) -> Result<Self, Error> {
         let slot = admission.identity.allowance.open_stream();
-        let slot = slot.ok_or_else(|| Error::overloaded("this caller has as many streams as it may (limits.streams)"))?;
+        let slot = slot.ok_or_else(|| Error::limited("this caller has as many streams as it may (limits.streams)"))?;
         Ok(Self { admission: admission.clone(), _slot: slot })
     }
 

@@ -16,7 +16,6 @@ use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::http::HeaderName;
 use axum::http::HeaderValue;
-use axum::http::Method;
 use axum::http::StatusCode;
 use axum::http::header::ACCEPT;
 use axum::http::header::CONTENT_TYPE;
@@ -30,6 +29,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 use crate::api::access::Access;
+use crate::api::access::asked;
 use crate::api::access::says_grpc;
 use crate::api::rest::problem::Problem;
 use crate::engine::messages::streams::Streams;
@@ -69,7 +69,7 @@ pub async fn guard(State(access): State<Option<Arc<Access>>>, mut request: Reque
         return StatusCode::UNSUPPORTED_MEDIA_TYPE.into_response();
     }
     let Some(access) = access else { return next.run(request).await };
-    let call = if is_grpc { path.to_owned() } else { format!("{} {path}", rights(request.method())) };
+    let call = if is_grpc { path.to_owned() } else { asked(request.method(), path) };
     match access.admit(&call, request.extensions().get(), request.headers()) {
         Ok(None) => {}
         Ok(Some(admission)) => _ = request.extensions_mut().insert(admission),
@@ -79,11 +79,6 @@ pub async fn guard(State(access): State<Option<Arc<Access>>>, mut request: Reque
         }
     }
     next.run(request).await
-}
-
-/// What one has to be allowed: whatever else is asked is asked as GET, and has no effect.
-fn rights(method: &Method) -> &Method {
-    if [Method::POST, Method::PUT, Method::DELETE].contains(method) { method } else { &Method::GET }
 }
 
 pub fn router(operator: Operator) -> Router {

@@ -61,7 +61,7 @@ impl Moves {
             self.drains.order(order, true).await.map_err(|error| status(&error))?
         } else {
             access::check_operator(request.extensions())?;
-            let (target, reason, args) = (from.clone(), order.reason.clone(), format!("{order:?}"));
+            let (target, reason, args) = (from.clone(), order.reason.clone(), how_to_drain(&order));
             let entry = Entry { action: "DrainGateway".to_owned(), target, args, reason, ..Entry::default() };
             let drains = self.drains.clone();
             let doing = async move { drains.order(order, false).await };
@@ -134,7 +134,7 @@ impl Moves {
             self.drains.rebalance(&order, true).await.map_err(|error| status(&error))?
         } else {
             access::check_operator(request.extensions())?;
-            let (args, reason) = (format!("{order:?}"), order.reason.clone());
+            let (args, reason) = (how_to_level(&order), order.reason.clone());
             let entry = Entry { action: "RebalanceGateways".to_owned(), args, reason, ..Entry::default() };
             let drains = self.drains.clone();
             let doing = async move { drains.rebalance(&order, false).await };
@@ -160,7 +160,7 @@ impl Moves {
             self.drains.migrate(user, to.as_ref(), device.as_ref(), true).await.map_err(|error| status(&error))?
         } else {
             access::check_operator(request.extensions())?;
-            let (target, args) = (format!("user {}", asked.user_id), format!("to {:?}, device {:?}", asked.to, asked.device_id));
+            let (target, args) = (format!("user {}", asked.user_id), how_to_migrate(asked));
             let reason = asked.reason.clone();
             let entry = Entry { action: "MigrateUser".to_owned(), target, args, reason, ..Entry::default() };
             let drains = self.drains.clone();
@@ -237,6 +237,36 @@ fn rebalance_order(request: &pb::RebalanceGatewaysReq) -> Result<RebalanceOrder,
 fn rate(raw: u32) -> Result<Option<u32>, Error> {
     at_most("rate", raw as usize, MAX_RATE, "users per second")?;
     Ok((raw != 0).then_some(raw))
+}
+
+/// What was said of how, for the audit.
+fn how_to_drain(order: &DrainOrder) -> String {
+    let to: Vec<String> = order.to.iter().map(|to| format!("to {to}")).collect();
+    let parts = [
+        order.rate.map(|rate| format!("rate {rate}")),
+        order.deadline.map(|deadline| format!("deadline {} s", deadline.as_secs())),
+        (order.share < 1.0).then(|| format!("share {}", order.share)),
+        (!order.wait.is_zero()).then(|| format!("wait {} s", order.wait.as_secs())),
+        order.settle.map(|settle| format!("settle {} s", settle.as_secs())),
+        order.force.then(|| "force".to_owned()),
+    ];
+    parts.into_iter().flatten().chain(to).collect::<Vec<_>>().join(", ")
+}
+
+fn how_to_level(order: &RebalanceOrder) -> String {
+    let labels = order.labels.iter().map(|(name, value)| format!("label {name}={value}"));
+    let parts = [
+        Some(format!("tolerance {}", order.tolerance)),
+        (!order.region.is_empty()).then(|| format!("region {}", order.region)),
+        order.rate.map(|rate| format!("rate {rate}")),
+    ];
+    parts.into_iter().flatten().chain(labels).collect::<Vec<_>>().join(", ")
+}
+
+fn how_to_migrate(asked: &pb::MigrateUserReq) -> String {
+    let parts = [("to", &asked.to), ("device", &asked.device_id)];
+    let said = parts.into_iter().filter(|(_, value)| !value.is_empty());
+    said.map(|(name, value)| format!("{name} {value}")).collect::<Vec<_>>().join(", ")
 }
 
 /// As it was written: 0.3 is not what a float makes of it.

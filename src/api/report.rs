@@ -19,6 +19,7 @@ use futures_util::FutureExt;
 use serde::Serialize;
 
 use crate::api::http::Operator;
+use crate::api::report::configuration::Differences;
 use crate::api::report::facts::Facts;
 use crate::api::report::others::Colleagues;
 use crate::api::report::sampler::Sampler;
@@ -44,6 +45,7 @@ pub struct Reporter {
     pub heartbeat_interval: Duration,
     colleagues: Kept<Colleagues>,
     doctor: Kept<Vec<Check>>,
+    differences: Kept<Differences>,
 }
 
 impl Reporter {
@@ -65,7 +67,12 @@ impl Reporter {
             let (peers, survey) = asked.clone();
             async move { Ok(Colleagues::ask(&peers, &survey).await) }.boxed()
         });
-        Arc::new(Self { operator, peers, survey, sampler, facts, heartbeat_interval, colleagues, doctor })
+        let asked = (peers.clone(), facts.configuration.clone(), operator.lives.clone());
+        let differences = Kept::new(move || {
+            let (peers, own, lives) = asked.clone();
+            async move { Ok(Differences::ask(&peers, &own, &lives).await) }.boxed()
+        });
+        Arc::new(Self { operator, peers, survey, sampler, facts, heartbeat_interval, colleagues, doctor, differences })
     }
 
     /// Answers another node, as JSON. `about` is another node's id, for `reach`.

@@ -18,6 +18,7 @@ pub mod messages;
 pub mod nodes;
 pub mod orders;
 pub mod past;
+pub mod places;
 pub mod problem;
 pub mod routes;
 pub mod trials;
@@ -31,7 +32,6 @@ use axum::Json;
 use axum::Router;
 use axum::middleware::from_fn;
 use axum::middleware::from_fn_with_state;
-use tokio::sync::Semaphore;
 use tonic::Status;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -39,8 +39,9 @@ use crate::api::admin::Admin;
 use crate::api::presence::Presence;
 use crate::api::report::Reporter;
 use crate::api::rest::events::Listening;
-use crate::api::rest::gate::MAX_REQUESTS;
 use crate::api::rest::index::Document;
+use crate::api::rest::places::Places;
+use crate::api::rest::places::in_places;
 use crate::api::rest::problem::Problem;
 use crate::engine::messages::inbox::Inboxes;
 use crate::engine::read::audit_log::AuditLog;
@@ -78,7 +79,6 @@ fn list_problem(status: Status, gateway: &str) -> Problem {
 
 /// All of it, with its description.
 pub fn router(rest: Rest) -> Router {
-    let places = Arc::new(Semaphore::new(MAX_REQUESTS));
     let routes = Routes::new()
         .merge(index::routes())
         .merge(counts::routes())
@@ -97,7 +97,7 @@ pub fn router(rest: Rest) -> Router {
         .merge(doctor::routes())
         .layer(from_fn(gate::in_time))
         .merge(trials::slow_routes())
-        .layer(from_fn_with_state(places, gate::in_places));
+        .layer(from_fn_with_state(Arc::new(Places::default()), in_places));
     let (router, api) = routes.split_for_parts();
     router.layer(Extension(Document(document::text(api)))).with_state(Arc::new(rest))
 }

@@ -21,6 +21,10 @@ pub fn status(error: &Error) -> tonic::Status {
             details.set_retry_info(Some(*retry_after));
             Code::ResourceExhausted
         }
+        Error::Limited { what, retry_after } => {
+            details.set_retry_info(Some(*retry_after)).add_quota_failure_violation("caller", *what);
+            Code::ResourceExhausted
+        }
         Error::Unavailable { retry_after, .. } => {
             details.set_retry_info(Some(*retry_after));
             Code::Unavailable
@@ -33,7 +37,9 @@ pub fn status(error: &Error) -> tonic::Status {
 /// The code of one item of a batch that failed, and after which time to repeat it.
 pub fn item_code(error: &Error) -> (pb::Code, Duration) {
     match error {
-        Error::Overloaded { retry_after, .. } | Error::Unavailable { retry_after, .. } => (pb::Code::Unavailable, *retry_after),
+        Error::Overloaded { retry_after, .. } | Error::Limited { retry_after, .. } | Error::Unavailable { retry_after, .. } => {
+            (pb::Code::Unavailable, *retry_after)
+        }
         Error::Invalid { .. } | Error::Internal { .. } => (pb::Code::Internal, Duration::ZERO),
     }
 }
@@ -44,7 +50,7 @@ mod tests {
 
     #[test]
     fn whoever_is_turned_away_is_told_when_to_come_again() {
-        for error in [Error::overloaded("x"), Error::unavailable("x")] {
+        for error in [Error::overloaded("x"), Error::limited("x"), Error::unavailable("x")] {
             let retry = status(&error).get_error_details().retry_info().and_then(|info| info.retry_delay);
             assert!(retry.is_some_and(|delay| delay > Duration::ZERO), "{error}");
         }

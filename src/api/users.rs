@@ -35,7 +35,7 @@ use crate::security::audit::Entry;
 const MAX_BAN_S: u32 = 10 * 365 * 86_400;
 const MAX_REASON_BYTES: usize = 255;
 
-const NO_ROUTE: &str = "device_id has no live route";
+const NO_ROUTE: &str = "the user has no such device";
 
 /// What was done, or would be.
 struct Forced {

@@ -130,7 +130,7 @@ async fn when(ended: Option<&mut BoxFuture<'static, ()>>) {
 /// How long a caller who has named so many users has to wait before it may name more (`limits.users_per_s`).
 fn pause(caller: Option<&Admission>, users: usize) -> Duration {
     match caller.filter(|_| users > 0).map(|admission| admission.take_users(users)) {
-        Some(Err(Error::Overloaded { retry_after, .. })) => retry_after,
+        Some(Err(Error::Limited { retry_after, .. })) => retry_after,
         _ => Duration::ZERO,
     }
 }

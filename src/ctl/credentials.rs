@@ -1,5 +1,6 @@
 //! How `ctl` and `health` prove who they are, and which nodes they believe.
 
+use std::fs;
 use std::path::PathBuf;
 
 use clap::Args;
@@ -23,12 +24,20 @@ pub struct Credentials {
 }
 
 impl Credentials {
+    /// TLS is spoken, and no certificate is shown.
+    pub fn shows_nothing(&self) -> bool {
+        self.ca.is_some() && self.cert.is_none()
+    }
+
     /// # Errors
     /// What is missing.
     pub fn security(&self, token_file: Option<PathBuf>) -> Result<Security, String> {
         let Self { ca, cert, key, server_name } = self.clone();
         if cert.is_some() != key.is_some() || (cert.is_some() && ca.is_none()) {
             return Err("--cert needs --key and --ca".to_owned());
+        }
+        if let Some(file) = &token_file {
+            fs::read_to_string(file).map_err(|error| format!("--token-file: {}: {error}", file.display()))?;
         }
         Ok(Security { ca_file: ca, cert_file: cert, key_file: key, server_name, token_file })
     }

@@ -1,5 +1,7 @@
 //! `ctl gateways`: what an operator sees and does when gateways fall silent.
 
+use std::time::Duration;
+
 use clap::Args;
 use clap::Subcommand;
 
@@ -7,8 +9,10 @@ use super::DONE;
 use super::NO;
 use super::Outcome;
 use super::code;
+use super::length;
 use super::print;
 use crate::client::security::Link;
+use crate::domain::time::span;
 use crate::pb;
 use crate::pb::admin_service_client::AdminServiceClient;
 
@@ -16,7 +20,7 @@ const HELP: &str = "\
 Examples:
   im-presence ctl gateways                         who lives, since when, with how many users
   im-presence ctl gateways list --dead             also the lives that ended
-  im-presence ctl gateways hold 600000 --reason 'switch maintenance'
+  im-presence ctl gateways hold 10m --reason 'switch maintenance'
   im-presence ctl gateways hold 0                  call the hold off
   im-presence ctl gateways purge --held            they are really dead: end the hold now
   im-presence ctl gateways purge 1795337805655461  declare one life dead, by its epoch
@@ -54,7 +58,7 @@ struct List {
 #[derive(Args)]
 struct Purge {
     /// Lives, by epoch, whatever their leases say
-    #[arg(value_name = "EPOCH", required_unless_present = "held")]
+    #[arg(value_name = "EPOCH", required_unless_present = "held", value_parser = epoch)]
     epochs: Vec<u64>,
     /// Confirm the hold: whoever's lease is over is dead
     #[arg(long)]
@@ -63,7 +67,8 @@ struct Purge {
 
 #[derive(Args)]
 struct Hold {
-    /// Milliseconds from now; 0 calls the hold off
+    /// How long from now, as in 90s, 10m or 1h; a bare number is milliseconds. 0 calls the hold off
+    #[arg(value_name = "LENGTH", value_parser = length::millis)]
     for_ms: u32,
     /// Why, for whoever looks next
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
@@ -113,7 +118,11 @@ async fn hold(client: &mut AdminServiceClient<Link>, hold: &Hold, json: bool) ->
     let answer = client.hold_gateways(request).await?.into_inner();
     let human = match hold.for_ms {
         0 => "the hold is called off: gateways whose lease is over are declared dead".to_owned(),
-        ms => format!("no gateway is declared dead for {ms} ms"),
+        ms => format!("no gateway is declared dead for {}", span(Duration::from_millis(ms.into()))),
     };
     Ok(Outcome { text: if json { print::json("HoldGatewaysResp", &answer) } else { human }, exit: DONE })
+}
+
+fn epoch(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| "an epoch is a number; see the column EPOCH of ctl gateways".to_owned())
 }

@@ -12,6 +12,7 @@ use super::DONE;
 use super::Outcome;
 use super::code;
 use super::exit;
+use super::length;
 use super::moment;
 use super::print;
 use super::print::harmless;
@@ -28,7 +29,7 @@ Examples:
   im-presence ctl drain gw-1:7000 --dry-run                  who would go where, and how long it would take
   im-presence ctl drain gw-1:7000 gw-2:7000 --rate 2000 --watch
   im-presence ctl drain gw-1:7000 --share 0.05 --to gw-9:7000     5 % of its users to a canary
-  im-presence ctl drain gw-1:7000 --deadline 600             after ten minutes the rest is removed
+  im-presence ctl drain gw-1:7000 --deadline 10m             then the rest is removed
 Again for a gateway that is being drained, it changes --rate, --deadline, --to and --force.
 
 Exit codes: as of ctl; 3 if a gateway does not live, or the others lack capacity.";
@@ -64,8 +65,8 @@ pub struct Drain {
     /// Users per second and gateway; 0: as configured (drain.rate)
     #[arg(long, default_value_t = 0, hide_default_value = true)]
     rate: u32,
-    /// Seconds after which the rest is removed
-    #[arg(long, value_name = "S", default_value_t = 0, hide_default_value = true)]
+    /// After so long the rest is removed, as in 10m; a bare number is seconds
+    #[arg(long, value_name = "LENGTH", default_value = "0", hide_default_value = true, value_parser = length::seconds)]
     deadline: u32,
     /// Only this gateway takes them; may be repeated
     #[arg(long, value_name = "GATEWAY")]
@@ -267,7 +268,14 @@ impl CancelDrain {
         let human = || match &answer.drain {
             Some(drain) => {
                 let (gateway, moved, left) = (harmless(&drain.gateway_addr), drain.moved, drain.left);
-                format!("the drain of {gateway} is cancelled: {moved} users have gone, {left} stay")
+                // Whoever was told to go cannot be called back.
+                let under_way = drain.asked.saturating_sub(moved).min(left);
+                let may_go = if under_way > 0 {
+                    format!("; {under_way} of them were asked before and may still go")
+                } else {
+                    String::new()
+                };
+                format!("the drain of {gateway} is cancelled: {moved} users have gone, {left} are left{may_go}")
             }
             None => format!("nothing was cancelled{}", refusal(&answer.result)),
         };
@@ -361,14 +369,15 @@ fn drained(gateway: &str, answer: &pb::DrainGatewayResp) -> String {
     let Some(drain) = answer.drain.as_ref().filter(|_| code(&answer.result) == Code::Ok) else {
         return format!("{gateway} is not drained{}", refusal(&answer.result));
     };
-    let users = drain.users;
+    let are = if drain.users == 1 { "is" } else { "are" };
+    let users = print::counted(drain.users.try_into().unwrap_or(u32::MAX), "user");
     if drain.state != "planned" {
-        return format!("{users} users of {gateway} are asked to go, {} per second: drain {}", drain.rate, harmless(&drain.id));
+        return format!("{users} of {gateway} {are} asked to go, {} per second: drain {}", drain.rate, harmless(&drain.id));
     }
     let against = answer.result.iter().filter(|result| !result.msg.is_empty());
     let against: String = against.map(|result| format!("; {}", harmless(&result.msg))).collect();
     let unheard = if drain.unheard == 0 { String::new() } else { format!(", {} of them hear nothing", drain.unheard) };
-    with_plan(format!("{users} users of {gateway} would go in {} s{unheard}{against}", drain.eta_s), &answer.plan)
+    with_plan(format!("{users} of {gateway} would go in {} s{unheard}{against}", drain.eta_s), &answer.plan)
 }
 
 fn with_plan(sentence: String, plan: &[pb::MovePlan]) -> String {

@@ -12,6 +12,7 @@ use super::DONE;
 use super::Outcome;
 use super::code;
 use super::exit;
+use super::length;
 use super::moment;
 use super::presence::PLATFORMS;
 use super::presence::platform;
@@ -57,7 +58,7 @@ pub enum Operators {
 const OFFLINE_HELP: &str = "\
 Examples:
   im-presence ctl offline 42 --dry-run                 which devices there are
-  im-presence ctl offline 42 --ban 86400 --reason spam
+  im-presence ctl offline 42 --ban 24h --reason spam
   im-presence ctl offline 42 --lift                    end the ban";
 
 const ONLINE_HELP: &str = "\
@@ -71,8 +72,8 @@ pub struct Offline {
     /// The user's id, above 0
     #[arg(value_parser = clap::value_parser!(i64).range(1..))]
     user: i64,
-    /// Refuse binds for so many seconds; at most 10 years
-    #[arg(long, value_name = "SECONDS", default_value_t = 0, hide_default_value = true)]
+    /// Refuse binds for so long, as in 30m, 24h or 7d; a bare number is seconds. At most 10 years
+    #[arg(long, value_name = "LENGTH", default_value = "0", hide_default_value = true, value_parser = length::seconds)]
     ban: u32,
     /// End the ban, and take nothing off
     #[arg(long, conflicts_with = "ban")]
@@ -88,6 +89,7 @@ pub struct Kick {
     /// The user's id, above 0
     #[arg(value_parser = clap::value_parser!(i64).range(1..))]
     user: i64,
+    /// Its name, as ctl explain shows it; '' is the unnamed one
     device: String,
     #[command(flatten)]
     how: How,
@@ -172,7 +174,7 @@ pub struct Top {
     #[arg(long, conflicts_with = "by")]
     once: bool,
     /// How many, at most 100
-    #[arg(long, value_name = "N", default_value_t = 20)]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     count: u32,
     #[command(flatten)]
     admin: Admin,
@@ -243,6 +245,7 @@ impl Offline {
             (until, true) => format!("would be banned until {}", moment::shown(until)),
         };
         let human = || match code(&answer.result) {
+            Code::Ok if self.lift => format!("user {}: {ban}", self.user),
             Code::Ok => format!("{}\n{ban}", taken_off(self.user, &answer.kicked, self.how.dry_run)),
             _ => format!("user {} was not taken off{}", self.user, print::refusal(&answer.result)),
         };
@@ -398,7 +401,7 @@ impl Top {
         };
         let answer = client.list_top(pb::ListTopReq { by: by.into(), count: self.count }).await?.into_inner();
         let human = || {
-            let window = if answer.window_s > 0 { format!(" of about {} s", answer.window_s) } else { String::new() };
+            let window = if answer.window_s > 0 { format!(", in the last {} s or so", answer.window_s) } else { String::new() };
             if answer.items.is_empty() {
                 return format!("nothing on node {}", answer.node_id);
             }

@@ -1,5 +1,7 @@
 //! How answers look: a sentence and an aligned table for people, proto3 JSON for programs.
 
+use std::time::Duration;
+
 use prost::Message;
 use prost_reflect::DescriptorPool;
 use prost_reflect::DynamicMessage;
@@ -7,6 +9,7 @@ use prost_reflect::SerializeOptions;
 
 use super::code;
 use super::moment::shown as time;
+use crate::domain::time::span;
 use crate::pb;
 use crate::pb::Code;
 use crate::pb::Platform;
@@ -129,7 +132,8 @@ pub fn gateways(answer: &pb::ListGatewaysResp) -> String {
     let alive = answer.lives.iter().filter(|life| life.alive).count();
     let hold = match answer.hold {
         true => {
-            format!("\nHOLD for {} ms more: no gateway is declared dead. {}", answer.hold_left_ms, harmless(&answer.hold_reason))
+            let left = span(Duration::from_millis(answer.hold_left_ms.try_into().unwrap_or(0)));
+            format!("\nHOLD for {left} more: no gateway is declared dead. {}", harmless(&answer.hold_reason))
         }
         false => String::new(),
     };

@@ -23,6 +23,7 @@ use tokio::time::timeout;
 use super::BAD_USAGE;
 use super::FAILED;
 use super::Outcome;
+use super::hint;
 use crate::client::security::Security;
 use crate::client::security::root_cause;
 
@@ -88,7 +89,7 @@ impl Rest<'_> {
         };
         let answer = sent.map_err(|error| {
             let (addr, why) = (self.addr, root_cause(&error));
-            self.failed(format!("cannot reach {addr}: {why}; is the daemon running? see --admin"))
+            self.failed(format!("cannot reach {addr}: {why}; {}", hint(&self.security, "--admin")))
         })?;
         let (head, mut body) = answer.into_parts();
         if head.status.is_success() {

@@ -108,7 +108,7 @@ fn figures(summary: &Value) -> Vec<String> {
     let of = |key: &str| format!("{} {key}", whole(&gateways[key]));
     let states = ["alive", "late", "held", "draining", "unmanaged"].map(of).join(", ");
     let (deaths, drains) = (whole(&summary["deaths_last_hour"]), whole(&summary["drains"]));
-    lines.push(format!("gateways  {states}; {deaths} deaths in the last hour, {drains} drains"));
+    lines.push(format!("gateways  {states}; died in the last hour: {deaths}; drains: {drains}"));
     lines.push(format!(
         "per s     {} queries, {} binds, {} deliveries ({} delivered), {} errors",
         number(&rates["queries"]),

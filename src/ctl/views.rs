@@ -14,6 +14,7 @@ use tokio::time::sleep;
 use super::DONE;
 use super::FAILED;
 use super::Outcome;
+use super::configuration::Configuration;
 use super::moment;
 use super::operators::Admin;
 use super::print::harmless;
@@ -24,6 +25,8 @@ use super::rest::Rest;
 
 /// Before a node that went away is asked again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Whoever mistypes a name should not take it for a quiet night.
+const NOTHING_FITS: &str = "nothing of that is written down; --who and --action want the whole name, as in DrainGateway";
 /// Rows of one answer.
 const MAX_PAGE: u32 = 1_000;
 
@@ -38,6 +41,7 @@ pub enum Views {
     /// Print who did what as an operator, and who was denied what, the newest first
     #[command(after_help = "Example:\n  im-presence ctl audit --action DrainGateway --from 2026-11-01")]
     Audit(Audit),
+    Config(Configuration),
 }
 
 #[derive(Args)]
@@ -55,7 +59,7 @@ pub struct Events {
     #[arg(long, value_name = "KINDS")]
     kinds: Option<String>,
     /// How many past ones, at most 1000
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=1_000))]
     last: u32,
     #[command(flatten)]
     admin: Admin,
@@ -85,6 +89,7 @@ impl Views {
             Self::Doctor(of) => &of.admin.addr,
             Self::Events(of) => &of.admin.addr,
             Self::Audit(of) => &of.admin.addr,
+            Self::Config(of) => &of.admin.addr,
         }
     }
 
@@ -96,6 +101,7 @@ impl Views {
                 events.print(rest, json, &mut io::stdout().lock(), stop).await
             }
             Self::Audit(audit) => audit.print(rest, json).await,
+            Self::Config(configuration) => configuration.print(rest, json).await,
         }
     }
 }
@@ -208,19 +214,23 @@ impl Audit {
         let answer = rest.get(&path).await?;
         let row = |entry: &Value| {
             let at = entry["at_ms"].as_i64().map_or("-".to_owned(), moment::shown);
-            let fields = ["who", "role", "action", "target", "outcome", "reason"];
-            [vec![at], fields.map(|key| or_dash(&harmless(text(entry, key)))).to_vec()].concat()
+            // What nobody has asked for, a node did by itself.
+            let who = if text(entry, "from_addr").is_empty() { text(entry, "node_id") } else { text(entry, "who") };
+            let fields = ["role", "action", "target", "args", "outcome", "reason"];
+            let fields = fields.map(|key| or_dash(&harmless(text(entry, key))));
+            [vec![at, or_dash(&harmless(who))], fields.to_vec()].concat()
         };
         let rows: Vec<Vec<String>> = items(&answer).map(row).collect();
         let shown = match rows.is_empty() {
+            true if self.who.is_some() || self.action.is_some() => NOTHING_FITS.to_owned(),
             true => "nothing was done that is written down".to_owned(),
-            false => table(&["AT", "WHO", "ROLE", "ACTION", "ON", "OUTCOME", "REASON"], &rows),
+            false => table(&["AT", "WHO", "ROLE", "ACTION", "ON", "HOW", "OUTCOME", "REASON"], &rows),
         };
         Ok(Outcome { text: if json { answer.to_string() } else { shown }, exit: DONE })
     }
 }
 
-fn encoded(text: &str) -> String {
+pub(super) fn encoded(text: &str) -> String {
     utf8_percent_encode(text, NON_ALPHANUMERIC).to_string()
 }
 

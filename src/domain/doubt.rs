@@ -34,7 +34,9 @@ impl Silence {
                     silence.late += usize::from(life.liveness(now, heartbeat_interval) == Liveness::Late);
                 }
                 Some(end) => {
-                    silence.recent += usize::from(end.reason == EndReason::Expired && end.at > now.minus(lease));
+                    // Of whom only others have heard so far may have died, too.
+                    let may_have_died = matches!(end.reason, EndReason::Expired | EndReason::Untold);
+                    silence.recent += usize::from(may_have_died && end.at > now.minus(lease));
                 }
             }
         }

@@ -13,6 +13,7 @@ use crate::domain::route::Route;
 use crate::domain::route::activity;
 use crate::domain::status::Status;
 use crate::domain::time::Timestamp;
+use crate::domain::time::span;
 use crate::domain::user::UserRecord;
 
 /// Where a record may stand.
@@ -225,6 +226,7 @@ fn ended(reason: EndReason) -> &'static str {
         EndReason::Deregistered => "it deregistered",
         EndReason::Operator => "an operator declared it dead",
         EndReason::Held => "it was silent until a hold ended, and was declared dead",
+        EndReason::Untold => "its life ended (SQL has not said yet why)",
     }
 }
 
@@ -362,12 +364,6 @@ fn differs(view: &TierView, it: &Situation<'_>) -> Option<String> {
         true => format!("; {tier} has {older} record, and queries of this node may be answered from it"),
         false => format!("; {tier} has {older} record, which is not used: {}", view.why),
     })
-}
-
-/// `250 ms`, `12 s`
-fn span(of: Duration) -> String {
-    const IN_MS_BELOW: Duration = Duration::from_secs(10);
-    if of < IN_MS_BELOW { format!("{} ms", of.as_millis()) } else { format!("{} s", of.as_secs()) }
 }
 
 #[cfg(test)]

@@ -149,8 +149,7 @@ fn a_user_is_suspect_if_no_route_is_sure() {
         Status::Online,
         "online: phone is on gw-1:7000, which lives",
     );
-    let stale =
-        "online, but suspect: phone is on gw-1:7000; this node knew 4000 ms ago who lives, and may have missed a death since";
+    let stale = "online, but suspect: phone is on gw-1:7000; this node knew 4 s ago who lives, and may have missed a death since";
     check(told(record(), vec![on_time(1)]).by(STALE), &[Verdict::Unsure], Status::Online, stale);
     let without_sql = format!("{stale}; SQL does not answer: so says this node's memory");
     let from_memory = told(record(), vec![late(1)]).by(STALE).from(Some(Tier::Memory));

@@ -112,10 +112,12 @@ pub enum EndReason {
     Operator,
     /// Its lease ran out during a hold, or right after one: no sign of another mass expiry.
     Held,
+    /// Another node has said that it is over; why, SQL will say. Never stored.
+    Untold,
 }
 
 impl EndReason {
-    /// As operators are told.
+    /// As operators are told; empty: not known yet.
     pub fn name(self) -> &'static str {
         match self {
             Self::Expired => "expired",
@@ -123,6 +125,7 @@ impl EndReason {
             Self::Deregistered => "deregistered",
             Self::Operator => "operator",
             Self::Held => "held",
+            Self::Untold => "",
         }
     }
 }

@@ -13,7 +13,7 @@ pub const CLOCK_SLACK: Duration = Duration::from_secs(1);
 pub const DAY_MS: i64 = 86_400_000;
 
 /// Milliseconds since 1970 on the database's clock.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Timestamp(pub i64);
 
 impl Timestamp {
@@ -86,9 +86,36 @@ pub fn written_time(at: Timestamp) -> String {
     format!("{}T{hour:02}:{minute:02}:{second:02}.{milli:03}Z", written_day(at.day()))
 }
 
+/// `250 ms`, `90 s`, `10 min`, `2 h 5 min`, `3 d 4 h`: as exact as people want to know it.
+pub fn span(of: Duration) -> String {
+    let s = of.as_secs();
+    match s {
+        0 => format!("{} ms", of.as_millis()),
+        1..120 => format!("{s} s"),
+        120..7_200 => format!("{} min", s / 60),
+        7_200..172_800 => format!("{} h {} min", s / 3_600, s / 60 % 60),
+        _ => format!("{} d {} h", s / 86_400, s / 3_600 % 24),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_span_is_as_exact_as_people_want_it() {
+        let cases = [
+            (250, "250 ms"),
+            (4_999, "4 s"),
+            (119_000, "119 s"),
+            (3_599_000, "59 min"),
+            (7_500_000, "2 h 5 min"),
+            (273_600_000, "3 d 4 h"),
+        ];
+        for (ms, want) in cases {
+            assert_eq!(span(Duration::from_millis(ms)), want);
+        }
+    }
 
     #[test]
     fn days_are_written_as_dates_and_read_again() {

@@ -23,6 +23,8 @@ const PRUNED_AT_ONCE: u64 = 1_000;
 pub struct AuditPage {
     pub who: Option<String>,
     pub action: Option<String>,
+    /// Also what was denied.
+    pub with_denied: bool,
     pub from: Timestamp,
     /// The row after which the page begins: the newest come first.
     pub before: Option<AuditPlace>,
@@ -30,7 +32,7 @@ pub struct AuditPage {
 }
 
 /// Names a row.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct AuditPlace {
     pub at: Timestamp,
     pub node_id: String,
@@ -58,9 +60,10 @@ impl Connection {
         let (who, action) = (given(" AND who = ?", page.who.is_some()), given(" AND action = ?", page.action.is_some()));
         let before = " AND at_ms <= ? AND (at_ms < ? OR node_id < ? OR (node_id = ? AND seq < ?))";
         let before = given(before, page.before.is_some());
+        let denied = given(" AND outcome <> 'denied'", !page.with_denied);
         let mut select = statement(format!(
             "SELECT at_ms, node_id, seq, who, role, from_addr, action, target, args, outcome, reason FROM audit \
-             WHERE at_ms >= ?{before}{who}{action} ORDER BY at_ms DESC, node_id DESC, seq DESC LIMIT ?"
+             WHERE at_ms >= ?{before}{who}{action}{denied} ORDER BY at_ms DESC, node_id DESC, seq DESC LIMIT ?"
         ));
         select = select.bind(page.from.0);
         if let Some(AuditPlace { at, node_id, seq }) = &page.before {

@@ -360,7 +360,7 @@ numbered!(
     Tablet = 7,
     Other = 8
 );
-numbered!(end_to_i32, end_from_i32, EndReason, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
+numbered!(end_to_i32, end_from_i32, EndReason, Untold = 0, Expired = 1, Superseded = 2, Deregistered = 3, Operator = 4, Held = 5);
 numbered!(kind_to_i32, kind_from_i32, LifeKind, Managed = 1, Unmanaged = 2);
 numbered!(
     reason_to_i32,

@@ -10,6 +10,10 @@ await play(async (open) => {
   await dialog.getByText(/Moves \d+,?\d* users/).waitFor();
   const users = Number((await dialog.getByText(/Moves \d+,?\d* users/).innerText()).match(/Moves ([\d,]+) users/)[1].replace(',', ''));
   assert(users >= 200, `${users} users`);
+  await dialog.getByLabel('Users per second').fill('0');
+  await dialog.getByText('Users per second: at least 1.').waitFor();
+  await dialog.getByLabel('Reason').fill('a new version');
+  assert(await dialog.getByRole('button', { name: 'Drain', exact: true }).isDisabled(), 'nothing is ordered that the fields do not allow');
   await dialog.getByLabel('Users per second').fill(users > 500 ? '50' : '10'); // it has to be looked at before it is over
   await dialog.getByLabel('If the others lack room').selectOption('yes');
   await dialog.getByLabel('Reason').fill('a new version');

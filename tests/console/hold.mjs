@@ -21,6 +21,17 @@ await play(async (open) => {
   await go(page, ['users/1', 'User 1', 'online']);
   await page.locator('.because', { hasText: /suspect|online/ }).waitFor();
 
+  await page.getByRole('cell', { name: /^over for / }).waitFor();
+
+  await banner.getByRole('button', { name: 'Prolong …' }).click();
+  const longer = page.getByRole('dialog');
+  await longer.getByLabel('Reason').fill('we look at the switch');
+  await longer.getByLabel('For how many minutes').fill('20');
+  await longer.getByRole('button', { name: 'Prolong it' }).click(); // as soon as it may be, and once
+  await longer.getByText('The hold is on.').waitFor();
+  await longer.getByRole('button', { name: 'Close' }).click();
+  await until('it lasts longer', async () => (await left()) > 600);
+
   await banner.getByRole('button', { name: 'They are dead: confirm …' }).click();
   const dialog = page.getByRole('dialog');
   await dialog.getByText('Ends 2 lives of gateways; 2 devices would go offline now.').waitFor();

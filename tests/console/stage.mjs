@@ -108,6 +108,9 @@ export async function fits(page, what) {
       .slice(0, 5).map((element) => `${element.tagName}.${element.className}: ${element.getBoundingClientRect().right} of ${clientWidth}`);
   });
   assert.deepEqual(wide, [], what);
+  // Where rows are cards, each part of a cell would be a column of its own.
+  const split = await page.evaluate(() => [...document.querySelectorAll('td')].filter((cell) => cell.childNodes.length > 1).map((cell) => cell.innerText).slice(0, 5));
+  assert.deepEqual(split, [], what);
 }
 
 /** What axe-core calls serious or critical. */

@@ -388,7 +388,7 @@ async fn what_operators_do_and_what_others_are_denied_is_taken_down() {
     assert_eq!(ctl("viewer", &["gateways"]).0, 0);
     let count = |what: &str| format!("SELECT COUNT(*) FROM audit WHERE {what}");
     let held = "who = 'operator' AND role = 'operator' AND action = 'HoldGateways' AND outcome = 'ok' \
-        AND args = 'for 1000 ms' AND reason = 'switchmaintenance' AND from_addr LIKE '127.0.0.1:%'";
+        AND args = 'for 1s' AND reason = 'switchmaintenance' AND from_addr LIKE '127.0.0.1:%'";
     let denied = "who = 'viewer' AND action LIKE '%HoldGateways' AND outcome = 'denied'";
     let db = &guarded.cluster.db;
     eventually("rows", Duration::from_secs(3), async || {

@@ -2,6 +2,7 @@
 //! waits of the rules are 30 times shorter.
 
 use std::collections::BTreeSet;
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -10,6 +11,7 @@ use im_presence::api::transport::PREFACE;
 use im_presence::pb::BatchBindRouteReq;
 use im_presence::pb::BindRouteReq;
 use im_presence::pb::DeliverReq;
+use tokio::io::AsyncReadExt;
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
@@ -96,6 +98,24 @@ impl Watch {
 
 async fn nothing_more() {}
 
+/// Asks for nothing, and answers pings: whoever does not is closed, on a slow machine before the alert has fired.
+async fn stays(mut stream: TcpStream) -> io::Result<()> {
+    const PING: u8 = 6;
+    const ACK: u8 = 1;
+    stream.write_all(&[&PREFACE[..], &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat()).await?;
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await?;
+        let [high, middle, low, kind, flags, ..] = head;
+        let mut payload = vec![0; u32::from_be_bytes([0, high, middle, low]) as usize];
+        stream.read_exact(&mut payload).await?;
+        if kind == PING && flags & ACK == 0 {
+            head[4] = ACK;
+            stream.write_all(&[&head[..], &payload].concat()).await?;
+        }
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_node_that_is_gone_and_one_that_runs_out_of_files_are_noticed() {
     const FILES: usize = 2_048;
@@ -114,14 +134,13 @@ async fn a_node_that_is_gone_and_one_that_runs_out_of_files_are_noticed() {
     let program = ["prlimit", &format!("--nofile={FILES}:{FILES}"), PROGRAM].map(str::to_owned).to_vec();
     let node = Node::start_as(program, cluster.db.settings(&[("PRESENCE_SERVICE__MAX_CONNECTIONS", "2000")])).await;
     let watch = Watch::over(&[&node]).await;
-    let mut open = Vec::new();
+    let mut open = JoinSet::new();
     for _ in 0..FILES {
-        let mut stream = TcpStream::connect(node.data).await.expect("connect");
-        let _ = stream.write_all(&[&PREFACE[..], &[0, 0, 0, 4, 0, 0, 0, 0, 0]].concat()).await; // one too many is closed
-        open.push(stream);
+        let stream = TcpStream::connect(node.data).await.expect("connect");
+        open.spawn(stays(stream)); // one too many is closed
     }
     watch.fires("ImPresenceOpenFilesHigh", nothing_more).await;
-    open.clear();
+    open.shutdown().await;
     watch.ends("ImPresenceOpenFilesHigh").await;
 }
 

@@ -41,6 +41,8 @@ const GATEWAYS: [&str; 3] = ["gw-1:7000", "gw-2:7000", "gw-3:7000"];
 const BOUND_WITHIN: Duration = Duration::from_secs(20);
 /// A script that waits for what never comes says so itself, long before.
 const SCRIPT_LIMIT: Duration = Duration::from_secs(400);
+/// A registry that does not answer is asked once more.
+const NPM_LIMIT: &str = "180s";
 /// Gateways are late soon; one that is only slow on a busy machine is not.
 const PACE: &[(&str, &str)] = &[
     ("GATEWAY__HEARTBEAT_INTERVAL", "1000"),
@@ -62,8 +64,12 @@ static MODULES: LazyLock<PathBuf> = LazyLock::new(|| {
         for file in ["package.json", "package-lock.json"] {
             fs::copy(package().join("tests/console").join(file), directory.join(file)).expect("copy a file");
         }
-        let npm = Command::new("npm").args(["ci", "--no-audit", "--no-fund"]).current_dir(&directory).status();
-        assert!(npm.expect("npm: tests/run installs it").success(), "npm ci in {directory:?}");
+        let install = || {
+            let words = [NPM_LIMIT, "npm", "ci", "--no-audit", "--no-fund"];
+            let npm = Command::new("timeout").args(words).current_dir(&directory).status();
+            npm.expect("timeout, of coreutils").success()
+        };
+        assert!(install() || install(), "npm (tests/run installs it) ci in {directory:?}, twice, each within {NPM_LIMIT}");
         fs::copy(&lock, &installed).expect("copy a file"); // when all of it is there
     }
     directory

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
+use std::time::Instant;
 
 use serde_json::Value;
 use tokio::io::AsyncReadExt;
@@ -34,17 +35,24 @@ const REFUSES_WITHIN: Duration = Duration::from_secs(10);
 const GOOD_LEVEL: &[u8] = b"READ-COMMITTED";
 const OTHER_LEVEL: &[u8] = b"READ-UNCOMMITT";
 
-/// The checks that failed, as `ctl doctor` says it; each has a hint.
+/// The checks that failed, as `ctl doctor` says it.
 fn failed(node: &Node) -> Vec<String> {
+    let (checked, ill) = doctor(node);
+    let is_told_by_sql = !ill.iter().any(|check| check == "database"); // much of it is
+    assert!(checked.len() >= if is_told_by_sql { 12 } else { 11 }, "{checked:?}");
+    ill
+}
+
+/// What `ctl doctor` has looked at, and what of it failed; each of these has a hint.
+fn doctor(node: &Node) -> (Vec<String>, Vec<String>) {
     let (exit, said) = node.ctl(&["doctor", "--json", "--timeout", "30000"]);
     let said: Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}: {said}"));
     let checks = said["items"].as_array().expect("a list");
     let ill: Vec<&Value> = checks.iter().filter(|check| check["ok"] != true).collect();
-    let is_told_by_sql = !ill.iter().any(|check| check["check"] == "database"); // much of it is
-    assert!(checks.len() >= if is_told_by_sql { 12 } else { 11 }, "{said}");
     assert_eq!(exit, i32::from(!ill.is_empty()), "{said}");
     assert!(ill.iter().all(|check| check["hint"].as_str().is_some_and(|hint| !hint.is_empty())), "{said}");
-    ill.iter().filter_map(|check| check["check"].as_str().map(str::to_owned)).collect()
+    let name = |check: &Value| check["check"].as_str().expect("a name").to_owned();
+    (checks.iter().map(name).collect(), ill.into_iter().map(name).collect())
 }
 
 /// Waits until the doctor names this and nothing else.
@@ -169,6 +177,63 @@ async fn a_configuration_that_differs_between_nodes_is_named_and_shown() {
     let share = &two["sections"]["gateway"]["doubt_share"];
     let want = serde_json::json!({ "value": 0.4, "default": false, "source": "env:IM_PRESENCE__GATEWAY__DOUBT_SHARE" });
     assert_eq!(*share, want, "{two}");
+    let (exit, shown) = cluster.node().ctl(&["config", "--diff"]);
+    let line = "gateway.doubt_share  two   0.4    env:IM_PRESENCE__GATEWAY__DOUBT_SHARE";
+    assert!(exit == 0 && shown.lines().any(|shown| shown.trim_end() == line), "{shown}");
+    let (exit, shown) = cluster.node().ctl(&["config", "--node", "two"]);
+    assert!(exit == 0 && shown.contains("gateway.doubt_share") && !shown.contains("built-in"), "{shown}");
+    assert!(cluster.node().ctl(&["config", "--all"]).1.contains("built-in"));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn however_many_ask_where_nodes_differ_each_node_is_asked_once_in_two_seconds() {
+    const ASKED_AGAIN_AFTER_S: f64 = 2.0;
+    let cluster = Cluster::mariadb(2, &[]).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    eventually("both nodes know each other", SETTLED, async || failed(one).is_empty() && failed(two).is_empty()).await;
+    let asked = async || {
+        let calls = two.series("im_presence_calls_total").await;
+        let others = calls.iter().filter(|(labels, _)| labels.contains("\"other\""));
+        others.map(|(_, count)| count).sum::<f64>()
+    };
+    let (before, began) = (asked().await, Instant::now());
+    for _ in 0..20 {
+        for path in ["config/diff", "doctor"] {
+            get(one, path).await;
+        }
+    }
+    let times = 1.0 + began.elapsed().as_secs_f64() / ASKED_AGAIN_AFTER_S;
+    // For its configuration, and whether it reaches this one; and a node that looks for others asks who is there.
+    let questions = asked().await - before;
+    assert!(questions <= 3.0 * times, "{questions} questions, {times}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_stands_still_is_named_before_whoever_asks_has_lost_patience() {
+    // The others are of what only the database tells.
+    const LEFT: [&str; 10] = [
+        "database",
+        "node_id",
+        "hint_echo",
+        "peers",
+        "advertise",
+        "redis_cache",
+        "redis_queue",
+        "file_limit",
+        "certificates",
+        "configuration",
+    ];
+    let server = MariaDb::start();
+    // The doctor's own patience counts, not that of the node.
+    let cluster = Cluster::on(&server, 2, &[("STORE__TIMEOUT", "60000")]).await;
+    eventually("all is well", SETTLED, async || failed(cluster.node()).is_empty()).await;
+    server.stop();
+    let is_named = async || {
+        let (checked, ill) = doctor(cluster.node());
+        checked == LEFT && ["database", "node_id"].iter().all(|check| ill.iter().any(|name| name == check))
+    };
+    eventually("the doctor says so, however long the node itself would wait", SETTLED, is_named).await;
+    server.cont();
 }
 
 /// Stands before MariaDB, and once it lies, says of another isolation level.

@@ -262,7 +262,7 @@ async fn an_operator_holds_deaths_and_calls_it_off_and_declares_a_single_life_de
     let lives_on = Gateway::start(OTHER_GATEWAY, &[other], BEAT).await;
     node.bind_all([1], GATEWAY, silent.epoch).await;
     other.bind_all([2], OTHER_GATEWAY, lives_on.epoch).await;
-    let (exit, text) = node.ctl(&["gateways", "hold", "600000", "--reason", "switch maintenance"]);
+    let (exit, text) = node.ctl(&["gateways", "hold", "10m", "--reason", "switch maintenance"]);
     assert_eq!(exit, 0, "{text}");
     silent.falls_silent();
     let since = Instant::now();

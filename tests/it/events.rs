@@ -13,15 +13,22 @@ use tokio::time::timeout;
 use im_presence::pb;
 
 use crate::harness::allowed;
+use crate::harness::cluster::ALICE;
 use crate::harness::cluster::Cluster;
+use crate::harness::eventually;
+use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::pki::Pki;
 use crate::harness::pki::token;
+use crate::harness::proxy::Kind;
+use crate::harness::proxy::Proxy;
 
 /// Within this time everything is told that a test waits for.
 const SOON: Duration = Duration::from_secs(20);
 /// Credentials are read again within five seconds.
 const REVOKED_WITHIN: Duration = Duration::from_secs(20);
+/// Gateways of these tests do not beat.
+const UNHURRIED: &[(&str, &str)] = &[("GATEWAY__LEASE", "3600000")];
 
 struct Listener {
     lines: tokio::io::Lines<BufReader<TcpStream>>,
@@ -118,6 +125,88 @@ async fn a_gateway_that_says_good_bye_is_no_death() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn why_a_gateway_is_dead_is_left_open_until_the_database_says_so() {
+    const LIVES: &str = "FROM lives";
+    let proxy = Proxy::start(MariaDb::shared().port).await;
+    let mut cluster = Cluster::with_two_redis(1, UNHURRIED).await;
+    cluster.add_node_through(&proxy, UNHURRIED).await;
+    let [one, two] = &cluster.nodes[..] else { panic!("two nodes") };
+    let epoch = one.register("gw-dies:7000").await;
+    one.bind_all([ALICE], "gw-dies:7000", epoch).await;
+    let sees = async |state: &str| explained(two, ALICE).await.contains(state);
+    // A query makes it learn the life; an explanation only looks at what SQL has.
+    let answer = two.query_sql(ALICE).await;
+    assert!(answer.is_online, "{answer:?}");
+    let mut deaths = Listener::open(two, "?last=0&kinds=death", "").await;
+    let mut degraded = Listener::open(two, "?last=0&kinds=degraded", "").await;
+    cluster.db.another_sweeps().await;
+    // The watch is held too, or it would read why at once: that the life is over comes by Redis alone.
+    proxy.hold_answers(Kind::Anybody, LIVES);
+    proxy.struck().await;
+    let purge = pb::PurgeGatewaysReq { epochs: vec![epoch], ..Default::default() };
+    one.operator().purge_gateways(purge).await.expect("a purge");
+    let open = "gw-dies:7000; its life ended (SQL has not said yet why)";
+    eventually("the other node has heard of it", SOON, async || sees(open).await).await;
+    // It looks for what has happened, twice.
+    let mut cache =
+        async |state: &str| degraded.hears("degraded", |data| data["part"] == "redis_cache" && data["state"] == state).await;
+    cluster.cache().kill();
+    cache("began").await;
+    cluster.cache().restart();
+    cache("ended").await;
+    proxy.release();
+    let death = deaths.next().await.expect("a death");
+    assert_eq!(
+        (&death.data["epoch"], &death.data["why"]),
+        (&Value::from(epoch.to_string()), &Value::from("an operator said so"))
+    );
+}
+
+/// The sentence about where a user is.
+async fn explained(node: &Node, user: i64) -> String {
+    let ask = pb::ExplainRouteReq { user_id: user, this_node_only: true };
+    node.operator().explain_route(ask).await.expect("an explanation").into_inner().because
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_taken_down_late_is_told_once_and_what_was_denied_is_not() {
+    let pki = Pki::new();
+    let (viewer, entry) = token("viewer", "viewer", "");
+    let (operator, other_entry) = token("operator", "operator", "");
+    let file = pki.write("tokens.toml", &format!("{entry}{other_entry}"));
+    let settings = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", file.to_str().expect("a path"))];
+    let cluster = Cluster::sqlite(&settings).await;
+    let node = cluster.node();
+    let bearer = |token: &str| format!("Bearer {token}");
+    let (viewer, operator) = (bearer(&viewer), bearer(&operator));
+    let mut listener = Listener::open(node, "?last=0&kinds=audit", &format!("Authorization: {viewer}\r\n")).await;
+    let bans = async |who: &str, reason: &str| {
+        let path = format!("/api/v1/users/1/ban?reason={reason}");
+        node.ask("DELETE", &path, &[("Authorization", who)], "").await.status
+    };
+    assert_eq!(bans(&operator, "first").await, 200);
+    listener.hears("audit", |data| data["reason"] == "first").await;
+
+    assert_eq!(bans(&viewer, "denied").await, 403);
+    let denied = "SELECT COUNT(*) FROM audit WHERE outcome = 'denied'";
+    eventually("it is taken down", SOON, async || cluster.db.number(denied).await == 1).await;
+    // As another node writes it whose commit has taken a while.
+    let late = "INSERT INTO audit (at_ms, node_id, seq, who, role, from_addr, action, target, args, outcome, reason) \
+        SELECT MAX(at_ms) - 60000, 'another', 1, 'somebody', 'operator', '', 'KickDevice', '', '', 'ok', 'late' FROM audit";
+    cluster.db.run(late).await;
+    let mut told = Vec::new();
+    for reason in ["second", "third"] {
+        assert_eq!(bans(&operator, reason).await, 200);
+        while told.last().is_none_or(|last| last != reason) {
+            let event = listener.next().await.expect("an event");
+            told.push(event.data["reason"].as_str().expect("a reason").to_owned());
+        }
+    }
+    told.sort_unstable();
+    assert_eq!(told, ["late", "second", "third"]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nodes_that_come_and_go_and_what_is_degraded_are_told() {
     let mut cluster = Cluster::with_two_redis(1, &[]).await;
     let mut listener = Listener::open(cluster.node(), "?last=0&kinds=node,degraded", "").await;
@@ -192,14 +281,19 @@ async fn ctl_prints_events_the_audit_and_the_system_at_a_glance() {
     listener.hears("audit", |data| data["reason"] == "we look at the network").await;
 
     let (exit, events) = node.ctl(&["events", "--kinds", "audit,hold"]);
-    assert!(exit == 0 && events.contains("HoldGateways") && events.contains(" hold "), "{events}");
+    let ordered = "HoldGateways, for 60s: ok; reason: we look at the network";
+    assert!(exit == 0 && events.contains(ordered) && events.contains("no gateway is declared dead until 20"), "{events}");
     let (exit, line) = node.ctl(&["events", "--kinds", "audit", "--last", "1", "--json"]);
     let event: Value = serde_json::from_str(line.trim()).expect("JSON on one line");
     assert_eq!((exit, &event["event"]), (0, &Value::from("audit")), "{line}");
     assert_eq!(node.ctl(&["events", "--kinds", "weather"]).0, 2);
 
     let (exit, audit) = node.ctl(&["audit", "--action", "HoldGateways"]);
-    assert!(exit == 0 && audit.contains("we look at the network"), "{audit}");
+    assert!(exit == 0 && audit.contains("for 60s  ok       we look at the network"), "{audit}");
+    let (exit, audit) = node.ctl(&["audit", "--action", "start"]);
+    assert!(exit == 0 && audit.contains("Z  one  -     start "), "what a node did by itself is told with its name: {audit}");
+    let (exit, audit) = node.ctl(&["audit", "--action", "Hold"]);
+    assert!(exit == 0 && audit.contains("the whole name, as in DrainGateway"), "{audit}");
     let (exit, audit) = node.ctl(&["audit", "--action", "Nothing", "--json"]);
     assert!(exit == 0 && serde_json::from_str::<Value>(&audit).expect("JSON")["items"] == Value::Array(Vec::new()), "{audit}");
 

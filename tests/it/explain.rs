@@ -114,7 +114,7 @@ async fn who_is_there_hides_left_was_erased_or_banned_or_was_never_seen_is_expla
     every_node_explains(nodes, DAVE, &[], "offline: erased by an operator, and not back since").await;
     unbind(here, ERIN, GATEWAY).await;
     cluster.db.run(&format!("UPDATE users SET banned_until_ms = {NOW_MS} + 3600000 WHERE user_id = {ERIN}")).await;
-    every_node_explains(nodes, ERIN, &[], "offline: banned for 3").await;
+    every_node_explains(nodes, ERIN, &[], "offline: banned for 59 min more").await;
 
     let it = explain(there, ALICE).await;
     assert_eq!((it.wanted(), it.shown(), it.status_text.as_str()), (Shown::Away, Shown::Away, "lunch"), "{it:?}");

@@ -24,6 +24,8 @@ use crate::harness::gateway::on;
 use crate::harness::heavy;
 use crate::harness::node::Node;
 use crate::harness::node::settings;
+use crate::harness::proxy::Kind;
+use crate::harness::proxy::Proxy;
 use crate::harness::replicas::Replicas;
 use crate::harness::replicas::run;
 use crate::harness::stream::gateways;
@@ -117,6 +119,32 @@ async fn of_several_hosts_the_one_that_takes_writes_is_found_and_followed() {
     is_followed(world, &url).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_former_primary_that_comes_back_and_takes_writes_is_not_gone_back_to() {
+    let mut world = World::start().await;
+    let url = format!(
+        "mysql://root@127.0.0.1:{},127.0.0.1:{}/{}",
+        world.pair.primary.port,
+        world.pair.replica.port,
+        world.cluster.db.name()
+    );
+    world.add_node(&url).await;
+    world.cluster.node().bind(a_bind(ALICE, PHONE, "before")).await;
+    run(&world.pair.primary, "SET GLOBAL read_only = 1").await;
+    world.pair.catch_up().await;
+    world.promote().await;
+    let node = world.cluster.node();
+    eventually("binds work", AGREES_WITHIN, async || node.try_bind(a_bind(ALICE, PHONE, "after")).await.is_ok()).await;
+    run(&world.pair.primary, "SET GLOBAL read_only = 0").await;
+    let last_beat = async || world.cluster.db.number("SELECT last_beat FROM cluster").await;
+    run(&world.pair.replica, "KILL USER app").await; // every connection is made anew
+    let killed = last_beat().await;
+    eventually("beats go on there", AGREES_WITHIN, async || last_beat().await > killed).await;
+    eventually("binds work", AGREES_WITHIN, async || node.try_bind(a_bind(ALICE, PHONE, "again")).await.is_ok()).await;
+    let other = Node::start(settings(&[("STORE__URL", &world.new_primary())])).await;
+    assert_eq!(other.query_sql(ALICE).await.routes[0].conn_id, "again");
+}
+
 /// Whatever its user may do.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_is_read_only_is_not_written_to_by_a_user_who_may() {
@@ -146,6 +174,53 @@ async fn hosts_of_which_none_takes_writes_each_say_why() {
     for word in [&*replica, "is read-only; ", &format!("127.0.0.1:{nobody}: "), "refused"] {
         assert!(log.contains(word), "{word} is not in\n{log}");
     }
+}
+
+/// Generation and version of a user's record in Redis.
+async fn in_redis(cluster: &Cluster, user: i64) -> Option<(u64, u64)> {
+    let record = cluster.cache().client().await.get_many(&[format!("user:record:{user}")]).await.pop().flatten()?;
+    let number = |at: usize| std::str::from_utf8(record.get(at..at + 20)?).ok()?.parse().ok();
+    Some((number(0)?, number(20)?))
+}
+
+/// Somebody who reads users to show them stands still, at this statement, on the server that was. It has what the new one lacks.
+async fn is_not_shown_if_read_at(statement: &'static str) {
+    let mut world = World::start().await;
+    let proxy = Proxy::start(world.pair.primary.port).await;
+    let (old, new) = (proxy.port, world.pair.replica.port);
+    let url = format!("mysql://app@127.0.0.1:{old},127.0.0.1:{new}/{}", world.cluster.db.name());
+    world.cluster.add_node_at(&url, &[("STORE__TIMEOUT", "30000")]).await;
+    let kept = world.cluster.node().bind(a_bind(ALICE, PHONE, "kept")).await.version;
+    world.pair.part().await;
+    let lost = world.cluster.node().bind(a_bind(ALICE, PHONE, "lost")).await.version;
+    let shown = async |version| in_redis(&world.cluster, ALICE).await.is_some_and(|(_, shown)| shown == version);
+    eventually("it is shown", AGREES_WITHIN, async || shown(lost).await).await;
+
+    proxy.hold_answers(Kind::Reader, statement);
+    world.cluster.cache().client().await.run::<()>(&["FLUSHALL"]).await; // everybody is shown anew
+    proxy.struck().await;
+    run(&world.pair.primary, "SET GLOBAL read_only = 1").await;
+    world.promote().await;
+    let (node, generation) = (world.cluster.node(), async || world.cluster.db.number("SELECT generation FROM cluster").await);
+    eventually("what the new primary has is in Redis", AGREES_WITHIN, async || {
+        let _ = node.try_query(ALICE, None).await; // leaves a copy there
+        in_redis(&world.cluster, ALICE).await == Some((generation().await as u64, kept))
+    })
+    .await;
+    proxy.release();
+    let done = format!("SELECT COUNT(*) FROM jobs WHERE name = 'show generation {}' AND node_id = 'done'", generation().await);
+    eventually("everybody is shown", AGREES_WITHIN, async || world.cluster.db.number(&done).await == 1).await;
+    everything_agrees_with_sql(&world.cluster, ALICE..=ALICE, AGREES_WITHIN).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_read_before_a_fail_over_is_not_shown_after_it() {
+    is_not_shown_if_read_at("LEFT JOIN routes r").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_shows_many_users_does_not_go_on_with_the_server_that_was() {
+    is_not_shown_if_read_at("SELECT DISTINCT user_id FROM routes WHERE user_id").await;
 }
 
 /// What was acknowledged before the fail-over, and is lost by it.

@@ -8,9 +8,11 @@ use im_presence::pb::HeartbeatReq;
 use im_presence::pb::RegisterGatewayReq;
 use im_presence::pb::RouteState;
 use im_presence::pb::UnbindRouteReq;
+use tokio::time::timeout;
 use tonic::Code as Grpc;
 
 use crate::bad_input::check;
+use crate::harness::allowed;
 use crate::harness::cluster::ALICE;
 use crate::harness::cluster::BOB;
 use crate::harness::cluster::Cluster;
@@ -381,4 +383,22 @@ async fn nonsense_about_gateways_is_refused_and_names_what_is_wrong() {
     let foreign = node.try_bind(on("gw-9:7000", epoch, a_bind(ALICE, PHONE, "c"))).await.expect("an answer");
     assert_eq!(code(&foreign.result), Code::Fenced, "another gateway's epoch: {foreign:?}");
     assert_eq!(node.beat(GATEWAY, epoch).await, Code::Ok);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_gateway_registers_while_somebody_waits_for_a_list() {
+    const LIST: &str = "ORDER BY gateway_addr, epoch DESC LIMIT";
+    const AT_ONCE: Duration = Duration::from_secs(10);
+    let proxy = Proxy::start(MariaDb::shared().port).await;
+    let mut cluster = Cluster::mariadb(0, &[]).await;
+    cluster.add_node_through(&proxy, &[("STORE__TIMEOUT", "60000")]).await;
+    let node = cluster.node();
+    proxy.hold_answers(Kind::Reader, LIST);
+    let registers = async {
+        timeout(allowed(AT_ONCE), proxy.struck()).await.expect("the list is read by one who only reads");
+        timeout(allowed(AT_ONCE), node.register(GATEWAY)).await.expect("it does not wait for the list");
+        proxy.release();
+    };
+    let (listed, ()) = tokio::join!(node.list_gateways(false), registers);
+    assert!(listed.lives.len() <= 1, "{listed:?}");
 }

@@ -63,3 +63,4 @@ mod two_nodes;
 mod watch;
 mod well;
 mod ws_gateways;
+mod zones;

@@ -836,7 +836,7 @@ async fn operators_move_users_from_a_shell() {
     let gateways = says(&["gateways"], 0, &["gw-0:7000"]);
     assert!(gateways.lines().any(|line| line.starts_with("gw-0:7000") && line.contains(" draining ")), "{gateways}");
     says(&["drains", "--json"], 0, &["\"state\":\"done\"", "\"reason\":\"new version\""]);
-    says(&["cancel-drain", "gw-0:7000"], 0, &["the drain of gw-0:7000 is cancelled: 20 users have gone, 0 stay"]);
+    says(&["cancel-drain", "gw-0:7000"], 0, &["the drain of gw-0:7000 is cancelled: 20 users have gone, 0 are left"]);
     says(&["cancel-drain", "gw-0:7000"], 3, &["nothing was cancelled (NOT_FOUND)"]);
     says(&["cancel-drain"], 2, &[]);
 }

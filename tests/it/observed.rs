@@ -308,6 +308,9 @@ async fn of_two_nodes_one_tells_how_many_connections_each_gateway_has() {
         }
         telling
     };
+    cluster.db.another_sweeps().await;
+    eventually("whoever does not sweep tells nothing", SOON, async || tell(&cluster.nodes).await.is_empty()).await;
+    cluster.db.anybody_sweeps().await;
     eventually("one tells", SOON, async || tell(&cluster.nodes).await.len() == 1).await;
     let first = tell(&cluster.nodes).await[0];
     cluster.nodes[first].kill();

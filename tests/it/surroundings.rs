@@ -60,7 +60,7 @@ impl Bare {
     fn get(&self, path: &str) -> Option<String> {
         let mut stream = std::net::TcpStream::connect(("127.0.0.1", self.admin)).ok()?;
         stream.set_read_timeout(Some(SOON)).ok()?;
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").ok()?;
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").ok()?;
         let mut answer = String::new();
         stream.read_to_string(&mut answer).ok()?;
         Some(answer)
@@ -176,7 +176,7 @@ async fn metrics_are_what_prometheus_reads_in_both_formats() {
     node.query(ALICE).await;
     let get = async |accept: &str| {
         let mut stream = TcpStream::connect(node.admin).await.unwrap();
-        let request = format!("GET /metrics HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
+        let request = format!("GET /metrics HTTP/1.1\r\nHost: localhost\r\nAccept: {accept}\r\nConnection: close\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut answer).await.unwrap();
@@ -246,7 +246,7 @@ async fn who_does_not_read_what_the_admin_port_says_keeps_nobody_else_out() {
         let socket = TcpSocket::new_v4().unwrap();
         socket.set_recv_buffer_size(4_096).unwrap(); // little is sent before it has to wait
         let stream = socket.connect(node.admin).await.unwrap();
-        let many = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n".repeat(60);
+        let many = "GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n".repeat(60);
         let _ = stream.try_write(many.as_bytes());
         let answered = timeout(Duration::from_secs(4), stream.peek(&mut [0])).await; // the silent ones are given up after 10 s
         answered.expect("a new one is let in at once").expect("its first answer waits to be read");

@@ -55,6 +55,7 @@ def steps(epoch):
     yield "DELETE", GATEWAY + "/drain", gw2, {}, None
     yield "POST", USER + "/migrate", user(42), {"dry_run": "true"}, {}
     yield "DELETE", USER + "/devices/{device_id}", user(43, device_id="phone"), WHY, None
+    yield "DELETE", USER + "/devices", user(44), {"device_id": "laptop", **WHY}, None
     yield "PUT", USER + "/ban", user(44), {}, {"ban_for_s": 3600, **WHY}
     yield "DELETE", USER + "/ban", user(44), WHY, None
     yield "DELETE", USER + "/routes", user(42), {"dry_run": "true", **WHY}, None

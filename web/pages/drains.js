@@ -34,7 +34,7 @@ export function progress(each, reload) {
   const share = each.users ? each.moved / each.users : 1;
   return h('div', { class: 'drain', key: `drain ${each.id ?? ''}` },
     h('p', null, badge(each.state, HOW[each.state] ?? 'idle'), ' ', h('strong', null, `${plural(each.left, 'user')} left`), ` of ${count(each.users)}`,
-      each.unheard ? `; ${count(each.unheard)} did not hear it` : ''),
+      `; ${count(each.asked)} asked so far`, each.unheard ? `, ${count(each.unheard)} did not hear it` : ''),
     h('progress', { max: 1, value: share, 'aria-label': `${percent(share)} moved` }),
     h('p', { class: 'soft' }, `${rate(each.rate)} a second; `, each.eta_s ? `about ${span(each.eta_s * 1000)} to go` : 'no estimate yet', '; began ', when(each.began_ms),
       each.deadline_ms ? [', the rest is removed at ', when(each.deadline_ms)] : ', no deadline', each.node_id ? `; carried out by ${each.node_id}` : '', each.who ? `; ordered by ${each.who}` : '',

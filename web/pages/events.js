@@ -37,7 +37,7 @@ export function open({ query, redraw, reload, search }) {
       const events = live.events.filter(fits).slice(0, SHOWN);
       return [
         section('Live', filters([['kind', 'Kind', ['', ...KINDS]], ['text', 'Text in it']], query, search),
-          events.length ? h('div', { role: 'log', 'aria-label': 'Events, the newest first' }, h('ul', { class: 'events' }, events.map(eventRow)))
+          events.length ? h('div', { role: 'log', class: 'log', tabindex: '0', 'aria-label': 'Events, the newest first' }, h('ul', { class: 'events' }, events.map(eventRow)))
             : empty(kind || text ? 'Nothing of that has happened lately.' : 'Nothing has happened lately.')),
         section('Who did what', filters([['who', 'Who, exactly'], ['action', 'Action, exactly']], query, search), auditTable(audit, query), pages(audit, cursors, turn)),
       ];
@@ -57,10 +57,10 @@ function filters(fields, query, search) {
 }
 
 function auditTable(audit, query) {
-  if (!audit.items.length) return empty(query.who || query.action ? 'Nothing in the audit fits.' : 'No operator has changed anything yet.');
-  return table('Audit, the newest first', ['When', 'Who', 'Role', 'From', 'Action', 'Target', 'Outcome', 'Reason'],
-    audit.items.map((entry) => ({ key: `${entry.at_ms} ${entry.node_id} ${entry.seq}`, cells: [when(entry.at_ms), entry.who || (entry.from_addr ? 'nobody signed in' : entry.node_id), entry.role || '–', entry.from_addr || '–',
-      entry.action, entry.target || '–', badge(entry.outcome, entry.outcome === 'ok' ? 'good' : 'bad'), entry.reason || '–'] })));
+  if (!audit.items.length) return empty(query.who || query.action ? 'Nothing in the audit fits: a name has to be whole, as in DrainGateway.' : 'No operator has changed anything yet.');
+  return table('Audit, the newest first', ['When', 'Who', 'From', 'Action', 'Target', 'How', 'Outcome', 'Reason'],
+    audit.items.map((entry) => ({ key: `${entry.at_ms} ${entry.node_id} ${entry.seq}`, cells: [when(entry.at_ms), `${entry.who || (entry.from_addr ? 'nobody signed in' : entry.node_id)}${entry.role ? `, ${entry.role}` : ''}`, entry.from_addr || '–',
+      entry.action, entry.target || '–', entry.args || '–', badge(entry.outcome, entry.outcome === 'ok' ? 'good' : 'bad'), entry.reason || '–'] })));
 }
 
 function pages(audit, cursors, turn) {

@@ -3,7 +3,7 @@
 import { get } from '../api.js';
 import { beginHold, drain, purge, rebalance } from '../actions.js';
 import { badge, empty, h, link, table } from '../dom.js';
-import { count, percent, plural, span } from '../format.js';
+import { count, left, percent, plural, span } from '../format.js';
 import { live, mayAct } from '../live.js';
 
 /** The worst first. */
@@ -12,21 +12,23 @@ const HOW = { held: 'bad', late: 'warn', draining: 'warn', alive: 'good' };
 const PAGE = 1000;
 
 export const stateBadge = (state) => badge(state, HOW[state] ?? 'idle');
+/** Only who is silent is sorted by the lease: the others would change places at each beat, under somebody's hand. */
+const silence = (gateway) => (['held', 'late'].includes(gateway.state) ? gateway.lease_left_ms ?? 0 : 0);
 const trouble = (gateway) => (TROUBLE.indexOf(gateway.state) + TROUBLE.length) % TROUBLE.length;
 
 /** The lease as a bar; for who does not see it, as a text. */
 export function lease(gateway, longest) {
-  const left = gateway.lease_left_ms;
-  if (left === undefined || left === null) return '–';
-  const label = left >= 0 ? span(left) : `over for ${span(left)}`;
-  return h('span', { class: 'lease' }, h('progress', { max: Math.max(1, longest), value: Math.max(0, left), 'aria-label': `lease left: ${label}` }), ' ', label);
+  const ms = gateway.lease_left_ms;
+  if (ms === undefined || ms === null) return '–';
+  const label = left(ms);
+  return h('span', { class: 'lease' }, h('progress', { max: Math.max(1, longest), value: Math.max(0, ms), 'aria-label': `lease left: ${label}` }), ' ', label);
 }
 
 export function open({ query, redraw, reload, search }) {
   let answer;
   let cursors = [undefined];
   const { state, region, prefix } = query;
-  const shown = () => [...answer.items].sort((a, b) => trouble(a) - trouble(b) || (a.lease_left_ms ?? 0) - (b.lease_left_ms ?? 0) || (a.gateway_addr < b.gateway_addr ? -1 : 1));
+  const shown = () => [...answer.items].sort((a, b) => trouble(a) - trouble(b) || silence(a) - silence(b) || (a.gateway_addr < b.gateway_addr ? -1 : 1));
   const turn = (back) => { if (back) cursors.pop(); else cursors.push(answer.next_cursor); reload(); redraw(); };
   return {
     title: 'Gateways',

@@ -3,7 +3,7 @@
 import { get } from '../api.js';
 import { forceOffline, kick, liftBan, migrate, testMessage } from '../actions.js';
 import { badge, empty, facts, h, link, notice, section, table } from '../dom.js';
-import { bytes, count, plural, span, when } from '../format.js';
+import { bytes, count, left, plural, span, when } from '../format.js';
 import { mayAct } from '../live.js';
 import { platform, shownBadge } from './users.js';
 
@@ -64,7 +64,7 @@ function devices(id, user, again) {
   const cells = ({ route, life, verdict: worth, why }) => [
     route.device_id || 'the unnamed one', [platform(route.platform), route.idle ? ', idle' : ''], link(route.gateway_addr, 'gateways', route.gateway_addr),
     [badge(worth, LIFE[worth] ?? 'idle'), life?.state === 'draining' ? ' draining' : '', why ? ` ${why}` : ''],
-    life?.lease_left_ms === null || !life ? '–' : span(life.lease_left_ms), when(route.bound_at_ms), route.client_ip ?? '–',
+    left(life?.lease_left_ms), when(route.bound_at_ms), route.client_ip ?? '–',
     // A device without a name cannot be named in an order.
     mayAct() && route.device_id ? h('button', { type: 'button', class: 'act danger', 'aria-label': `Kick ${route.device_id}`, onclick: () => kick(id, route.device_id, again) }, 'Kick …') : ''];
   return section('Devices', table('Where each is, and what that is worth', ['Device', 'Platform', 'Gateway', 'Worth', 'Lease left', 'Bound', 'From', mayAct() ? 'Actions' : ''],

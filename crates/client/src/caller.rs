@@ -23,6 +23,7 @@ use crate::jittered;
 use crate::rendezvous;
 use crate::security::Link;
 use crate::security::Security;
+use crate::tour::Tour;
 use crate::watch::Watch;
 use crate::watch::WatchError;
 
@@ -51,7 +52,9 @@ pub async fn traced<T>(traceparent: &str, work: impl Future<Output = T>) -> T {
 /// Calls about one user go to that user's node ([`Caller::home_of`]), others to each node in turn. A call that a node could not
 /// serve is made again, on the next one, as long as there is time.
 pub struct Caller {
+    /// First those of the own zone.
     nodes: Vec<Node>,
+    near: usize,
     next: AtomicUsize,
     timeout: Duration,
 }
@@ -78,15 +81,25 @@ impl Caller {
     /// # Errors
     /// An address makes no sense, or there is none.
     pub fn with_security(nodes: &[&str], timeout: Duration, security: &Security) -> Result<Self, InvalidAddress> {
+        Self::in_zone(nodes, &[], timeout, security)
+    }
+
+    /// The same where nodes stand in several zones: `nodes` are those of the caller's own, and the homes of all users; those of
+    /// other zones are called when none of them can be. Which are which says [`Caller::nodes`], or whoever runs them.
+    ///
+    /// # Errors
+    /// An address makes no sense, or there is none in the own zone.
+    pub fn in_zone(nodes: &[&str], other_zones: &[&str], timeout: Duration, security: &Security) -> Result<Self, InvalidAddress> {
         if nodes.is_empty() {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
-        let nodes = nodes.iter().map(|node| {
+        let near = nodes.len();
+        let nodes = nodes.iter().chain(other_zones).map(|node| {
             let link = security.link(node, timeout)?;
             let client = PresenceServiceClient::new(link.clone()).max_decoding_message_size(MAX_ANSWER_BYTES);
             Ok(Node { addr: (*node).to_owned(), link, client, avoided_until: Mutex::new(Instant::now()) })
         });
-        Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, next: AtomicUsize::new(0), timeout })
+        Ok(Self { nodes: nodes.collect::<Result<_, _>>()?, near, next: AtomicUsize::new(0), timeout })
     }
 
     /// Where a user is.
@@ -186,7 +199,7 @@ impl Caller {
     /// There are too many, or one is no user.
     pub fn watch(&self, users: impl IntoIterator<Item = i64>) -> Result<Watch, WatchError> {
         let (nodes, users) = (self.nodes.iter().map(|node| node.link.clone()).collect(), users.into_iter().collect::<Vec<_>>());
-        Watch::start(nodes, self.turn(), &users)
+        Watch::start(nodes, self.tour(), &users)
     }
 
     /// Where a user's client should connect, and when. Each answer counts as a log-in that is on its way.
@@ -213,16 +226,17 @@ impl Caller {
     }
 
     fn order_for(&self, user_id: i64) -> Vec<usize> {
-        rendezvous::order(user_id, self.nodes.iter().map(|node| node.addr.as_str()))
+        let (near, others) = self.nodes.split_at(self.near);
+        let order = |nodes: &[Node]| rendezvous::order(user_id, nodes.iter().map(|node| node.addr.as_str()));
+        order(near).into_iter().chain(order(others).into_iter().map(|place| place + self.near)).collect()
     }
 
     fn in_turn(&self) -> Vec<usize> {
-        let (turn, count) = (self.turn(), self.nodes.len());
-        (0..count).map(|n| turn.wrapping_add(n) % count).collect()
+        self.tour().places()
     }
 
-    fn turn(&self) -> usize {
-        self.next.fetch_add(1, Ordering::Relaxed)
+    fn tour(&self) -> Tour {
+        Tour::new(self.near, self.nodes.len(), self.next.fetch_add(1, Ordering::Relaxed))
     }
 
     fn deadline(&self) -> Instant {

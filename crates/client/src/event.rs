@@ -32,8 +32,10 @@ pub(crate) enum Call {
 /// What a gateway says of itself.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// `host:port` of each node.
+    /// `host:port` of each node; if `other_zones` has some, those of the gateway's own zone.
     pub nodes: Vec<String>,
+    /// Nodes of other zones. It attaches there only while none of `nodes` takes it, and stays until that stream ends.
+    pub other_zones: Vec<String>,
     /// Where this gateway is found; its name.
     pub gateway_addr: String,
     pub region: String,
@@ -59,6 +61,7 @@ impl Default for Options {
     fn default() -> Self {
         Self {
             nodes: Vec::new(),
+            other_zones: Vec::new(),
             gateway_addr: String::new(),
             region: String::new(),
             capacity: 0,

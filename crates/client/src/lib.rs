@@ -14,6 +14,7 @@ mod life;
 mod pauses;
 mod rendezvous;
 pub mod security;
+mod tour;
 pub mod watch;
 mod watched;
 

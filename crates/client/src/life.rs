@@ -30,6 +30,7 @@ use crate::event::QUEUE;
 use crate::jittered;
 use crate::pauses::Pauses;
 use crate::security::Link;
+use crate::tour::Tour;
 
 /// For connecting and for the welcome.
 const ATTACH_LIMIT: Duration = Duration::from_secs(3);
@@ -38,8 +39,9 @@ const BEAT_LIMIT: Duration = Duration::from_secs(3);
 
 pub struct Life {
     options: Options,
+    /// First those of the own zone.
     nodes: Vec<Link>,
-    node: usize,
+    tour: Tour,
     /// 0: none, or it is over.
     epoch: u64,
     /// Another process has begun a life under this address.
@@ -63,12 +65,14 @@ struct Stream {
 
 impl Life {
     pub fn new(options: Options, dialogue: Dialogue, usage: Usage) -> Result<Self, InvalidAddress> {
-        let nodes = options.nodes.iter().map(|node| options.security.link(node, ATTACH_LIMIT)).collect::<Result<Vec<_>, _>>()?;
-        if nodes.is_empty() {
+        if options.nodes.is_empty() {
             return Err(InvalidAddress { of: "a node", address: String::new() });
         }
-        let node = usize::try_from(uuid::Uuid::new_v4().as_u128() % 64).unwrap_or(0);
-        Ok(Self { options, nodes, node, epoch: 0, superseded: false, lease: Duration::ZERO, is_drained: false, dialogue, usage })
+        let nodes = options.nodes.iter().chain(&options.other_zones);
+        let nodes = nodes.map(|node| options.security.link(node, ATTACH_LIMIT)).collect::<Result<Vec<_>, _>>()?;
+        let turn = usize::try_from(uuid::Uuid::new_v4().as_u128() % 64).unwrap_or(0);
+        let tour = Tour::new(options.nodes.len(), nodes.len(), turn);
+        Ok(Self { options, nodes, tour, epoch: 0, superseded: false, lease: Duration::ZERO, is_drained: false, dialogue, usage })
     }
 
     /// Goes on until it is dropped.
@@ -82,13 +86,14 @@ impl Life {
             }
             let (began, claimed) = (Instant::now(), self.epoch);
             let hello = pb::GatewayFrame { seq: self.dialogue.next_seq(), body: Some(Up::Hello(self.hello())) };
-            let attaching = timeout(ATTACH_LIMIT, attach(self.nodes[self.node % self.nodes.len()].clone(), hello));
+            let attaching = timeout(ATTACH_LIMIT, attach(self.nodes[self.tour.now()].clone(), hello));
             let attached = self.meanwhile(calls, attaching).await;
             let attached = attached.unwrap_or_else(|_| Err(Status::deadline_exceeded("no welcome came in time")));
             let status = match attached.and_then(|(stream, welcome)| self.welcome(welcome).map(|()| stream)) {
                 Ok(mut stream) => {
                     self.dialogue.tell(Event::Attached { epoch: self.epoch });
                     pauses.reset();
+                    self.tour.settle();
                     self.dialogue.resume(claimed != self.epoch);
                     self.serve(&mut stream, calls).await
                 }
@@ -101,7 +106,7 @@ impl Life {
                 self.dialogue.refuse_statuses(status.message());
             }
             self.dialogue.tell(Event::Detached(status));
-            self.node += 1;
+            self.tour.go_on();
             self.meanwhile(calls, pauses.after(began)).await;
         }
     }
@@ -178,7 +183,7 @@ impl Life {
                     self.dialogue.push_heartbeat(beat);
                 }
                 Some(Ok(Some(node))) = stream.elsewhere.join_next() => {
-                    self.node = node + self.nodes.len() - 1; // the next one
+                    self.tour.next_is(node);
                     return Status::unavailable("the node cannot record heartbeats, another one can");
                 }
                 () = at(silent_until) => return Status::unavailable("the node does not answer heartbeats"),
@@ -213,7 +218,7 @@ impl Life {
     fn beat_elsewhere(&self, stream: &mut Stream) {
         stream.beaten = None;
         stream.elsewhere.abort_all();
-        let this = self.node % self.nodes.len();
+        let this = self.tour.now();
         for (n, node) in self.nodes.iter().enumerate().filter(|(n, _)| *n != this) {
             let (mut client, beat) = (GatewayServiceClient::new(node.clone()), self.beat());
             stream.elsewhere.spawn(async move {
@@ -234,7 +239,7 @@ impl Life {
     pub async fn deregister(&mut self) -> Result<(), Status> {
         let request = pb::DeregisterGatewayReq { gateway_addr: self.options.gateway_addr.clone(), gateway_epoch: self.epoch };
         let mut told = Ok(());
-        let this = self.node % self.nodes.len();
+        let this = self.tour.now();
         for node in self.nodes[this..].iter().chain(&self.nodes[..this]).filter(|_| self.epoch != 0) {
             let mut client = GatewayServiceClient::new(node.clone());
             match timeout(BEAT_LIMIT, client.deregister_gateway(request.clone())).await {

@@ -22,6 +22,7 @@ use tonic::Streaming;
 
 use crate::pauses::Pauses;
 use crate::security::Link;
+use crate::tour::Tour;
 pub use crate::watched::MAX_USERS;
 pub use crate::watched::WatchError;
 use crate::watched::Watched;
@@ -63,18 +64,18 @@ struct Set {
 
 struct Task {
     nodes: Vec<Link>,
-    node: usize,
+    tour: Tour,
     set: Arc<Set>,
     seq: u64,
     told: mpsc::Sender<Result<pb::UserPresence, Trouble>>,
 }
 
 impl Watch {
-    /// Begins at the node with this number.
-    pub(crate) fn start(nodes: Vec<Link>, node: usize, users: &[i64]) -> Result<Self, WatchError> {
+    /// Goes through the nodes in this order.
+    pub(crate) fn start(nodes: Vec<Link>, tour: Tour, users: &[i64]) -> Result<Self, WatchError> {
         let (set, (tell, told)) = (Arc::<Set>::default(), mpsc::channel(QUEUE));
         set.add(users)?;
-        let (running, mut task) = (CancellationToken::new(), Task { nodes, node, set: set.clone(), seq: 0, told: tell });
+        let (running, mut task) = (CancellationToken::new(), Task { nodes, tour, set: set.clone(), seq: 0, told: tell });
         let ended = running.clone();
         tokio::spawn(async move { ended.run_until_cancelled(task.keep_watching()).await });
         Ok(Self { set, told, _running: running.drop_guard() })
@@ -136,7 +137,7 @@ impl Task {
     async fn keep_watching(&mut self) {
         let mut pauses = Pauses::new();
         loop {
-            let (began, link) = (Instant::now(), self.nodes[self.node % self.nodes.len()].clone());
+            let (began, link) = (Instant::now(), self.nodes[self.tour.now()].clone());
             let (frames, queue) = mpsc::channel(OUTGOING);
             self.set.lock().resume();
             if let Some(message) = self.message() {
@@ -146,6 +147,7 @@ impl Task {
             let status = match timeout(ATTACH_LIMIT, client.watch(ReceiverStream::new(queue))).await {
                 Ok(Ok(answer)) => {
                     pauses.reset();
+                    self.tour.settle();
                     self.serve(frames, answer.into_inner()).await
                 }
                 Ok(Err(status)) => status,
@@ -155,7 +157,7 @@ impl Task {
             if is_refused && needs_somebody(&status) {
                 let _ = self.told.send(Err(Trouble::Refused(status))).await; // nobody listens: this ends
             }
-            self.node += 1;
+            self.tour.go_on();
             pauses.after(began).await;
         }
     }

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
 
 use futures_util::future::join_all;
 use serde::Deserialize;
@@ -10,7 +12,11 @@ use serde_json::Value;
 use utoipa::ToSchema;
 
 use crate::api::report::Reporter;
+use crate::api::report::others;
 use crate::config::Config;
+use crate::engine::messages::peers::Peers;
+use crate::engine::read::lives::Lives;
+use crate::error::Error;
 
 /// By section and key.
 pub type Configuration = BTreeMap<String, BTreeMap<String, Setting>>;
@@ -26,6 +32,9 @@ pub struct Setting {
     /// built-in, FILE:LINE, env:NAME, or secret file FILE.
     pub source: String,
 }
+
+/// How old may be what the nodes have said that is told again.
+const MAX_AGE: Duration = Duration::from_secs(2);
 
 /// Where nodes differ.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, ToSchema)]
@@ -130,6 +139,23 @@ fn differing(nodes: &[(String, Configuration)]) -> Vec<Difference> {
     differences
 }
 
+impl Differences {
+    /// Asks all nodes that are there, at the same time.
+    pub(super) async fn ask(peers: &Peers, own: &Configuration, lives: &Lives) -> Self {
+        let listed = peers.listed();
+        let named = listed.iter().map(|node| &node.name).filter(|name| name.node_id != peers.own.node_id);
+        let asked = named.map(async |name| (name.node_id.clone(), others::ask(peers, &name.addr, "configuration").await));
+        let (mut nodes, mut silent) = (vec![(peers.own.node_id.clone(), own.clone())], Vec::new());
+        for (id, said) in join_all(asked).await {
+            match said {
+                Ok(configuration) => nodes.push((id, configuration)),
+                Err(_) => silent.push(id),
+            }
+        }
+        Self { items: differing(&nodes), silent, next_cursor: None, as_of_ms: lives.clock.now().0 }
+    }
+}
+
 impl Reporter {
     /// What is in force on a node. None: there is no such node.
     ///
@@ -142,21 +168,12 @@ impl Reporter {
         }
     }
 
-    /// Where the nodes that are there differ.
-    pub async fn differences(&self) -> Differences {
-        let listed = self.peers.listed();
-        let others = listed.iter().map(|node| &node.name.node_id).filter(|id| **id != self.peers.own.node_id);
-        let asked = others.map(async |id| (id.clone(), self.ask::<Configuration>(id, "configuration").await));
-        let mut nodes = vec![(self.peers.own.node_id.clone(), self.facts.configuration.clone())];
-        let mut silent = Vec::new();
-        for (id, said) in join_all(asked).await {
-            match said {
-                Some(Ok(configuration)) => nodes.push((id, configuration)),
-                Some(Err(_)) | None => silent.push(id),
-            }
-        }
-        let as_of_ms = self.operator.lives.clock.now().0;
-        Differences { items: differing(&nodes), silent, next_cursor: None, as_of_ms }
+    /// Where the nodes that are there differ, as it was known a moment ago.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`]: this node stops.
+    pub async fn differences(&self) -> Result<Arc<Differences>, Error> {
+        self.differences.newest(MAX_AGE).await
     }
 }
 

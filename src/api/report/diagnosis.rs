@@ -1,6 +1,5 @@
 //! What the doctor finds, with what the other nodes say.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -42,14 +41,13 @@ impl Reporter {
     /// # Errors
     /// [`Error::Unavailable`]: this node stops.
     pub async fn examine(&self) -> Result<Vec<CheckReport>, Error> {
-        let (found, differences): (Result<Arc<Vec<Check>>, Error>, _) =
-            tokio::join!(self.doctor.newest(MAX_AGE), self.differences());
+        let (found, differences) = tokio::join!(self.doctor.newest(MAX_AGE), self.differences());
+        let (found, differences) = (found?, differences?);
         let ends = self.own_certificates().into_iter().map(|one| (one.r#use, one.not_after_ms / 1_000));
         let certificates = check::certificates(&ends.collect::<Vec<_>>(), unix_ms() / 1_000);
         let must_be_alike: Vec<String> =
             differences.items.iter().filter(|one| one.matters()).map(|one| one.key.clone()).collect();
         let configuration = check::configuration(&must_be_alike, differences.silent.len());
-        let found = found?;
         let mut checks: Vec<CheckReport> = found.iter().chain([&certificates, &configuration]).map(CheckReport::from).collect();
         checks.sort_by_key(|check| check.ok);
         Ok(checks)

@@ -60,8 +60,7 @@ impl Colleagues {
         };
         let others = listed.into_iter().filter(|node| node.name.node_id != peers.own.node_id).take(MAX_NODES);
         let asked = others.map(async |node| {
-            let question = Question { what: "overview", about: String::new() };
-            let said = peers.ask(&node.name.addr, question, FORWARD_LIMIT).await.and_then(|json| read(&json));
+            let said = ask(peers, &node.name.addr, "overview").await;
             let said = said.and_then(|said: Overview| match said.report.node_id == node.name.node_id {
                 true => Ok(said),
                 false => Err(format!("at its address node {} answers", said.report.node_id)),
@@ -158,8 +157,7 @@ impl Reporter {
                 survey.nodes.iter().find(|node| node.name.node_id == node_id)?.name.addr.clone()
             }
         };
-        let question = Question { what, about: String::new() };
-        Some(self.peers.ask(&addr, question, FORWARD_LIMIT).await.and_then(|json| read(&json)))
+        Some(ask(&self.peers, &addr, what).await)
     }
 
     /// What SQL says of the whole, as it was known a moment ago; longer ago, if SQL does not answer. None: it never has.
@@ -171,6 +169,8 @@ impl Reporter {
     }
 }
 
-fn read<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
-    serde_json::from_slice(json).map_err(|_| "its answer makes no sense to this release".to_owned())
+/// Asks the node at this address.
+pub(super) async fn ask<T: DeserializeOwned>(peers: &Peers, addr: &str, what: &'static str) -> Result<T, String> {
+    let json = peers.ask(addr, Question { what, about: String::new() }, FORWARD_LIMIT).await?;
+    serde_json::from_slice(&json).map_err(|_| "its answer makes no sense to this release".to_owned())
 }

@@ -153,6 +153,18 @@ fn time_of_day(at_ms: i64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::api::report::shapes::NumberReport;
+
+    #[test]
+    fn what_found_nobody_or_was_stored_is_not_counted_among_what_should_have_been_delivered() {
+        let paced = |name: &str, per_s| NumberReport { name: name.into(), value: 0.0, per_s: Some(per_s) };
+        let share = |numbers: &[(&str, f64)]| {
+            let items = numbers.iter().map(|(name, per_s)| paced(name, *per_s)).collect();
+            rates(&[NodeMetrics { items, ..NodeMetrics::default() }]).delivered_share
+        };
+        assert_eq!(share(&[("deliveries", 10.0), ("delivered", 3.0), ("offline", 4.0), ("stored", 2.0)]), Some(0.75));
+        assert_eq!(share(&[("deliveries", 6.0), ("offline", 4.0), ("stored", 2.0)]), None, "nobody was there");
+    }
 
     #[test]
     fn a_healthy_system_needs_no_words_and_each_trouble_has_some() {

@@ -101,7 +101,7 @@ async fn list_audit(State(rest): State<Arc<Rest>>, Query(which): Query<Which>) -
     }
     let before = place(&cursor.read(which.cursor.as_deref())?)?;
     let from = Timestamp(which.from.unwrap_or_default());
-    let page = AuditPage { who: which.who, action: which.action, from, before, limit };
+    let page = AuditPage { who: which.who, action: which.action, with_denied: true, from, before, limit };
     let rows = rest.audit_log.page(page).await.map_err(|error| status(&error))?;
     let last = rows.last().filter(|_| rows.len() == limit as usize);
     let last = last.map(|AuditRow { place, .. }| format!("{} {} {}", place.at.0, place.seq, place.node_id)).unwrap_or_default();

@@ -60,6 +60,7 @@ async fn configuration(State(rest): State<Arc<Rest>>, Query(of): Query<OfNode>) 
 
 /// Keys that differ between nodes, but for names, addresses and ports.
 #[utoipa::path(get, path = "/api/v1/config/diff", tag = "nodes", responses((status = 200, body = Differences)))]
-async fn differences(State(rest): State<Arc<Rest>>) -> Json<Differences> {
-    Json(rest.reporter.differences().await)
+async fn differences(State(rest): State<Arc<Rest>>) -> Answer<Differences> {
+    let differences = rest.reporter.differences().await.map_err(|error| status(&error))?;
+    Ok(Json(Differences::clone(&differences)))
 }

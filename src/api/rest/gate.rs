@@ -1,4 +1,4 @@
-//! What stands before the handlers: by which name the port may be called, how many requests it serves at once, and for how long.
+//! What stands before the handlers: by which name the port may be called, and how long a request may take.
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -13,19 +13,16 @@ use axum::http::header::HOST;
 use axum::middleware::Next;
 use axum::response::IntoResponse;
 use axum::response::Response;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 
 use crate::api::rest::problem::Problem;
 
-/// Requests at once: the port has to answer probes while lists run.
-pub const MAX_REQUESTS: usize = 32;
 /// How long a request may take.
 pub const MAX_TIME: Duration = Duration::from_secs(10);
-/// When to come again who found no place.
+/// When to come again whom it took too long.
 const RETRY: Duration = Duration::from_secs(1);
-/// Asked by those who may know the node by any name.
-const FOR_ALL: [&str; 4] = ["/livez", "/readyz", "/healthz", "/metrics"];
+/// Probes, which may know the node by any name. They tell strangers little.
+const FOR_ALL: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 
 /// Names under which the port may be called: a browser that was led here under another name obeys a stranger's page.
 pub struct Hosts(HashSet<String>);
@@ -61,14 +58,6 @@ pub async fn check_host(State(hosts): State<Arc<Hosts>>, request: Request, next:
         return next.run(request).await;
     }
     Problem::denied("the header Host names none of this node's names: admin.allowed_hosts").into_response()
-}
-
-/// Serves so many at once.
-pub async fn in_places(State(places): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
-    let Ok(_place) = places.try_acquire() else {
-        return Problem::unavailable(format!("{MAX_REQUESTS} requests are served already"), RETRY).into_response();
-    };
-    next.run(request).await
 }
 
 /// Gives up what takes too long. An order that was begun goes on to its end.

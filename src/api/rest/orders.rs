@@ -65,6 +65,20 @@ struct Why {
     dry_run: Option<bool>,
 }
 
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+struct Device {
+    /// Empty: the user's one unnamed device.
+    #[param(pattern = "^[!-~]{0,128}$", example = "phone")]
+    device_id: String,
+    /// For the audit. At most 255 bytes.
+    #[param(max_length = 255)]
+    reason: Option<String>,
+    /// Only say what would happen.
+    dry_run: Option<bool>,
+}
+
 /// What was removed, or would be.
 #[derive(Serialize, ToSchema)]
 struct Kicked {
@@ -105,6 +119,7 @@ pub fn routes() -> Routes {
     Routes::new()
         .routes(routes!(force_offline))
         .routes(routes!(kick_device))
+        .routes(routes!(kick_any_device))
         .routes(routes!(ban_user, lift_ban))
         .routes(routes!(migrate_user))
 }
@@ -147,8 +162,28 @@ async fn kick_device(
     Path((user_id, device_id)): Path<(String, String)>,
     Query(why): Query<Why>,
 ) -> Answer<Kicked> {
+    kick(&rest, &caller, &user_id, device_id, why).await
+}
+
+/// The same, also for a device whose name fits no path, because it is empty or of dots only.
+#[utoipa::path(
+    delete, path = "/api/v1/users/{user_id}/devices", tag = "users",
+    params(("user_id" = String, Path, pattern = "^[1-9][0-9]{0,17}$", example = "42"), Device),
+    responses((status = 200, body = Kicked))
+)]
+async fn kick_any_device(
+    State(rest): State<Arc<Rest>>,
+    caller: Caller,
+    Path(user_id): Path<String>,
+    Query(named): Query<Device>,
+) -> Answer<Kicked> {
+    let Device { device_id, reason, dry_run } = named;
+    kick(&rest, &caller, &user_id, device_id, Why { reason, dry_run }).await
+}
+
+async fn kick(rest: &Rest, caller: &Caller, user_id: &str, device_id: String, why: Why) -> Answer<Kicked> {
     let (dry_run, reason) = (why.dry_run.unwrap_or_default(), why.reason.unwrap_or_default());
-    let request = pb::KickDeviceReq { user_id: number("user_id", &user_id)?, device_id, reason, dry_run };
+    let request = pb::KickDeviceReq { user_id: number("user_id", user_id)?, device_id, reason, dry_run };
     let done_to = rest.admin.kick_device(caller.asks(request)).await?.into_inner();
     let note = done(done_to.result)?;
     let (kicked, version) = (routes::all(done_to.kicked), done_to.version.to_string());

@@ -73,7 +73,7 @@ const UNDELIVERED: Kind = ("CODE_UNDELIVERED", "Nobody took it", StatusCode::CON
 const SUPERSEDED: Kind = ("CODE_SUPERSEDED", "Another process has taken its place", StatusCode::CONFLICT);
 const TOO_LARGE: Kind = ("TOO_LARGE", "Too large", StatusCode::PAYLOAD_TOO_LARGE);
 const MEDIA: Kind = ("UNSUPPORTED_MEDIA_TYPE", "Not in this form", StatusCode::UNSUPPORTED_MEDIA_TYPE);
-const LIMITED: Kind = ("RESOURCE_EXHAUSTED", "Too much at once", StatusCode::TOO_MANY_REQUESTS);
+const LIMITED: Kind = ("RESOURCE_EXHAUSTED", "More than this caller may", StatusCode::TOO_MANY_REQUESTS);
 const UNAVAILABLE: Kind = ("UNAVAILABLE", "Not now", StatusCode::SERVICE_UNAVAILABLE);
 const INTERNAL: Kind = ("INTERNAL", "A fault of the server", StatusCode::INTERNAL_SERVER_ERROR);
 /// What a status alone can say.
@@ -109,6 +109,11 @@ impl Problem {
 
     pub fn media_type(detail: impl Into<String>) -> Self {
         Self::new(&MEDIA, detail)
+    }
+
+    /// The caller asks for more than it may.
+    pub fn limited(detail: impl Into<String>, retry_after: Duration) -> Self {
+        Self { retry_after: Some(retry_after), ..Self::new(&LIMITED, detail) }
     }
 
     pub fn unavailable(detail: impl Into<String>, retry_after: Duration) -> Self {
@@ -148,17 +153,18 @@ impl Problem {
 
 impl From<Status> for Problem {
     fn from(status: Status) -> Self {
+        let details = status.get_error_details();
         let kind = match status.code() {
             Code::InvalidArgument | Code::OutOfRange => &INVALID,
             Code::Unauthenticated => &UNAUTHENTICATED,
             Code::PermissionDenied => &DENIED,
             Code::NotFound | Code::Unimplemented => &NOT_FOUND,
-            Code::ResourceExhausted => &LIMITED,
-            Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => &UNAVAILABLE,
+            // More than this node takes at once is no fault of who happens to ask now.
+            Code::ResourceExhausted if details.quota_failure().is_some() => &LIMITED,
+            Code::ResourceExhausted | Code::Unavailable | Code::DeadlineExceeded | Code::Cancelled => &UNAVAILABLE,
             Code::FailedPrecondition | Code::Aborted | Code::AlreadyExists => &REFUSED,
             Code::Ok | Code::Unknown | Code::Internal | Code::DataLoss => &INTERNAL,
         };
-        let details = status.get_error_details();
         let wrong = details.bad_request().and_then(|request| request.field_violations.first());
         Self {
             field: wrong.map(|violation| violation.field.clone()),

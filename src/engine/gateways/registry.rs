@@ -126,7 +126,7 @@ impl Registry {
     /// Begins a life of a gateway; whatever life its address had is over.
     ///
     /// # Errors
-    /// [`Error::Overloaded`] if the address has begun too many lives lately, or too many gateways wait.
+    /// [`Error::Limited`] if the address has begun too many lives lately, [`Error::Overloaded`] if too many gateways wait.
     async fn register(self: &Arc<Self>, registration: Registration) -> Result<Arc<Life>, Error> {
         let this = self.clone();
         self.change(move |connection, caller| {
@@ -145,7 +145,7 @@ impl Registry {
             })
         })
         .await?
-        .ok_or_else(|| Error::Overloaded {
+        .ok_or_else(|| Error::Limited {
             what: "this address has registered too often within a lease; is another process using it?",
             retry_after: self.terms.lease,
         })

@@ -94,7 +94,7 @@ pub fn configuration(differing: &[String], silent: usize) -> Check {
         keys => Check::ill(
             "configuration",
             format!("the nodes differ in {}{unknown}", keys.join(", ")),
-            "GET /api/v1/config/diff has the values: give all nodes the same and restart those that differ",
+            "see `ctl config --diff`, or the page of a node: give all nodes the same and restart those that differ",
         ),
     }
 }

@@ -112,7 +112,7 @@ impl Doctor {
     /// Processes that did not start because this one has their name.
     async fn twins(&self) -> Check {
         let from = self.lives.clock.now().minus(TWINS_WITHIN);
-        let page = AuditPage { who: None, action: Some(START.to_owned()), from, before: None, limit: STARTS };
+        let page = AuditPage { who: None, action: Some(START.to_owned()), with_denied: false, from, before: None, limit: STARTS };
         let Ok(Ok(rows)) = timeout(SQL_LIMIT, self.audit.page(page)).await else {
             return Check::ill("node_id", "the audit cannot be read", "see the check database");
         };

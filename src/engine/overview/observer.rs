@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::collections::BTreeSet;
 use std::collections::HashMap;
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +17,16 @@ use crate::domain::gateway::EndReason;
 use crate::domain::gateway::Life;
 use crate::domain::id::Epoch;
 use crate::domain::time::Timestamp;
+use crate::domain::time::written_time;
 use crate::engine::messages::peers::Peers;
 use crate::engine::overview::events::Events;
 use crate::engine::overview::events::Kind;
+use crate::engine::overview::events::RING;
 use crate::engine::overview::kept::Kept;
 use crate::engine::overview::survey::Survey;
 use crate::engine::read::audit_log::AuditLog;
 use crate::engine::read::audit_log::AuditPage;
+use crate::engine::read::audit_log::AuditPlace;
 use crate::engine::read::lives::Lives;
 use crate::store::cluster::Hold;
 
@@ -32,10 +36,10 @@ pub const LOOK_INTERVAL: Duration = Duration::from_secs(1);
 const SQL_INTERVAL: Duration = Duration::from_secs(2);
 /// How long such a look may keep the others waiting.
 const SQL_LIMIT: Duration = Duration::from_secs(3);
-/// Rows of the audit are there so long after their time at the latest, as a rule: another node writes them a little later.
-const LATE_ROWS: Duration = Duration::from_secs(10);
-/// Of these at most.
-const ROWS: u32 = 500;
+/// A row of the audit that can be read so long after its time is still told: who wrote it may have waited for its commit.
+const LATE_ROWS: Duration = Duration::from_secs(300);
+/// Rows of one look. Of more, only the newest are told: the others would not be kept either.
+const ROWS: u32 = RING as u32;
 /// What may be wrong with a node.
 type Degraded = dyn Fn() -> Vec<&'static str> + Send + Sync;
 
@@ -59,10 +63,10 @@ struct Seen {
     nodes: Option<BTreeMap<String, (String, bool)>>,
     degraded: BTreeSet<&'static str>,
     drains: Option<HashMap<String, DrainState>>,
-    /// Rows of the audit that were told, of the last [`LATE_ROWS`].
-    audit: BTreeSet<(i64, String, i64)>,
-    /// Nothing before is told.
-    since: Option<Timestamp>,
+    /// Rows of the audit that were there at the last look.
+    audit: Option<HashSet<AuditPlace>>,
+    /// From when on it looked. That does not go back while the clock does not, or rows would be told twice.
+    since: Timestamp,
 }
 
 impl Observer {
@@ -97,7 +101,7 @@ impl Observer {
         self.audit().await;
     }
 
-    /// A death that was heard of from another node is told once SQL has said why.
+    /// A death that another node has told of is told once SQL has said why: it may be none.
     fn deaths(&mut self) {
         let table = self.lives.table();
         let over = table.iter().filter(|life| life.is_managed() && !life.is_alive());
@@ -107,31 +111,27 @@ impl Observer {
         };
         let mut now = HashMap::new();
         for life in over {
-            let told = match known.get(&life.epoch) {
-                None => false,
-                Some(true) => true,
-                Some(false) => {
-                    self.death(life);
-                    true
-                }
-            };
-            now.insert(life.epoch, told);
+            let was_told = known.get(&life.epoch).copied().unwrap_or_default();
+            now.insert(life.epoch, was_told || self.death(life));
         }
         self.seen.ended = Some(now);
     }
 
-    fn death(&self, life: &Life) {
-        let Some(end) = life.end else { return };
+    /// False: why is not known yet.
+    fn death(&self, life: &Life) -> bool {
+        let Some(end) = life.end else { return false };
         let why = match end.reason {
             EndReason::Expired => "its lease ran out",
             EndReason::Held => "its lease ran out during a hold",
             EndReason::Operator => "an operator said so",
-            EndReason::Superseded | EndReason::Deregistered => return, // it lives on, or has said good-bye
+            EndReason::Superseded | EndReason::Deregistered => return true, // it lives on, or has said good-bye
+            EndReason::Untold => return false,
         };
         let (gateway, connections) = (life.gateway.as_str(), life.connections);
         let says = format!("gateway {gateway} is dead: {why}; it had {connections} connections");
         let about = json!({ "gateway_addr": gateway, "epoch": life.epoch.0.to_string(), "why": why, "connections": connections });
         self.events.push(Kind::Death, end.at, says, about);
+        true
     }
 
     fn hold(&mut self) {
@@ -142,9 +142,11 @@ impl Observer {
         let Some(before) = before.or_else(|| (hold != Hold::default()).then(Hold::default)) else { return };
         let was_on = before != Hold::default();
         let (state, says) = match (was_on, hold != Hold::default()) {
-            (false, true) => ("began", format!("no gateway is declared dead: {}", hold.reason)),
+            (false, true) => {
+                ("began", format!("no gateway is declared dead until {}: {}", written_time(hold.until), hold.reason))
+            }
             (true, true) if hold.until != before.until || hold.reason != before.reason => {
-                ("changed", format!("the hold was changed: {}", hold.reason))
+                ("changed", format!("no gateway is declared dead until {} now: {}", written_time(hold.until), hold.reason))
             }
             (true, false) => ("ended", "the hold is over: gateways whose lease is over are declared dead".to_owned()),
             _ => return,
@@ -182,7 +184,7 @@ impl Observer {
         let (now, node_id) = (self.lives.clock.now(), &self.peers.own.node_id);
         let tell = |part: &str, state: &str, words: &str| {
             let about = json!({ "node_id": node_id, "part": part, "state": state });
-            self.events.push(Kind::Degraded, now, format!("node {node_id}: {part} {words}"), about);
+            self.events.push(Kind::Degraded, now, format!("node {node_id} {words}: {part}"), about);
         };
         parts.difference(&self.seen.degraded).for_each(|part| tell(part, "began", "is degraded"));
         self.seen.degraded.difference(&parts).for_each(|part| tell(part, "ended", "is well again"));
@@ -206,32 +208,47 @@ impl Observer {
 
     async fn audit(&mut self) {
         let now = self.lives.clock.now();
-        let since = *self.seen.since.get_or_insert(now.minus(SQL_INTERVAL));
-        let from = since.max(now.minus(LATE_ROWS));
-        let page = AuditPage { who: None, action: None, from, before: None, limit: ROWS };
+        let mut from = now.minus(LATE_ROWS);
+        // Whatever is there at the first look is past, and so it is when the database's clock was set back.
+        let begins = self.seen.audit.is_none() || from.plus(SQL_LIMIT) < self.seen.since;
+        if !begins {
+            from = from.max(self.seen.since);
+        }
+        // Who may do nothing must not push deaths out of the ring.
+        let page = AuditPage { who: None, action: None, with_denied: false, from, before: None, limit: ROWS };
         let Ok(rows) = self.audit.page(page).await else { return };
+        let there = rows.iter().map(|row| row.place.clone()).collect();
+        let before = self.seen.audit.replace(there).unwrap_or_default();
+        self.seen.since = from;
+        let past = now.minus(SQL_INTERVAL);
         for row in rows.iter().rev() {
             let place = &row.place;
-            if !self.seen.audit.insert((place.at.0, place.node_id.clone(), place.seq)) {
+            if before.contains(place) || begins && place.at < past {
                 continue;
             }
-            if row.outcome == "denied" {
-                continue; // who may do nothing must not push deaths out of the ring
-            }
-            let on = if row.target.is_empty() { String::new() } else { format!(" on {}", row.target) };
+            let on = prefixed(" on ", &row.target);
             let who = match (row.who.as_str(), row.from_addr.as_str()) {
                 ("", "") => place.node_id.as_str(), // what nobody has asked for
                 ("", _) => "somebody",
                 (who, _) => who,
             };
-            let says = format!("{who}: {}{on}: {}", row.action, row.outcome);
+            let says = format!(
+                "{who}: {}{on}{}: {}{}",
+                row.action,
+                prefixed(", ", &row.args),
+                row.outcome,
+                prefixed("; reason: ", &row.reason)
+            );
             let about = json!({
                 "node_id": place.node_id, "who": row.who, "role": row.role, "from_addr": row.from_addr, "action": row.action,
                 "target": row.target, "args": row.args, "outcome": row.outcome, "reason": row.reason,
             });
             self.events.push(Kind::Audit, place.at, says, about);
         }
-        let old = now.minus(LATE_ROWS + LATE_ROWS).0;
-        self.seen.audit.retain(|(at, ..)| *at >= old);
     }
+}
+
+/// Nothing, if there is no text.
+fn prefixed(prefix: &str, text: &str) -> String {
+    if text.is_empty() { String::new() } else { format!("{prefix}{text}") }
 }

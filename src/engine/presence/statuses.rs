@@ -39,11 +39,11 @@ impl Statuses {
     /// Takes the change's place in the user's lane.
     ///
     /// # Errors
-    /// The user has changed their status too often lately, or too many changes wait: [`Error::Overloaded`].
+    /// The user has changed their status too often lately, [`Error::Limited`]; or too many changes wait, [`Error::Overloaded`].
     pub fn begin(&self, user: UserId, set: SetStatus) -> Result<Begun, Error> {
         self.pace.take(user, Instant::now()).map_err(|retry_after| {
             self.metrics.presence.status_refused.inc();
-            Error::Overloaded { what: "the user changes their status more often than they may (status.rate)", retry_after }
+            Error::Limited { what: "the user changes their status more often than they may (status.rate)", retry_after }
         })?;
         self.lanes.begin(user, Change::SetStatus(set))
     }

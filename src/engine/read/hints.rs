@@ -30,6 +30,7 @@ use crate::engine::read::cache::Cache;
 use crate::engine::read::feed::Feed;
 use crate::engine::read::lives::Lives;
 use crate::engine::read::lives::SUSPECT_AFTER;
+use crate::engine::read::outgoing::Outgoing;
 use crate::metrics::Metrics;
 use crate::store::bus::Bus;
 use crate::store::bus::Heard;
@@ -59,10 +60,7 @@ pub struct Hints {
     store_id: String,
     started: Instant,
     generation: AtomicU64,
-    /// The number of the last message with users. Held while sending: numbers have to go out in order.
-    sent: tokio::sync::Mutex<u64>,
-    /// Messages that were not even tried because the queue is down; they count, so that others see the gap.
-    skipped: AtomicU64,
+    outgoing: Outgoing,
     /// When this node's newest beat that was heard again had been sent.
     echo: AtomicInstant,
     others: ArcSwap<Others>,
@@ -91,8 +89,7 @@ impl Hints {
             store_id: store_id.to_owned(),
             started: Instant::now(),
             generation: AtomicU64::new(0),
-            sent: tokio::sync::Mutex::new(0),
-            skipped: AtomicU64::new(0),
+            outgoing: Outgoing::default(),
             echo: AtomicInstant::never(),
             others: ArcSwap::default(),
             others_read: AtomicInstant::never(),
@@ -140,16 +137,13 @@ impl Hints {
 
     /// Tells the other nodes who has changed. If it is lost, they see the gap.
     pub async fn tell(&self, users: Vec<ChangedUser>) {
-        self.metrics.hint("sent");
-        let mut sent = self.sent.lock().await;
-        if !self.bus.is_up() {
-            self.skipped.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        *sent += 1 + self.skipped.swap(0, Ordering::Relaxed);
-        if self.bus.hint(&self.message(*sent, users)).await.is_err() {
-            self.metrics.redis_error("queue");
-        }
+        let send = async |number, users| {
+            self.metrics.hint("sent");
+            if self.bus.hint(&self.message(number, users)).await.is_err() {
+                self.metrics.redis_error("queue");
+            }
+        };
+        self.outgoing.tell(users, || self.bus.is_up(), send).await;
     }
 
     /// Beats until `stop`.
@@ -176,9 +170,7 @@ impl Hints {
     }
 
     async fn beat(&self) -> bool {
-        let mut sent = self.sent.lock().await;
-        *sent += self.skipped.swap(0, Ordering::Relaxed);
-        self.bus.hint(&self.message(*sent, Vec::new())).await.is_ok()
+        self.outgoing.beat(async |number| self.bus.hint(&self.message(number, Vec::new())).await.is_ok()).await
     }
 
     /// Listens until `stop`, and subscribes again whenever the subscription ends.

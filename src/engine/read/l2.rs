@@ -162,13 +162,13 @@ impl L2 {
         }
     }
 
-    /// Shows committed records. Returns who was written; the others have a newer record there. None: it cannot be reached, or
-    /// another server than the checked one has them now, or another generation began: they may count for nothing.
-    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)]) -> Option<Vec<UserId>> {
-        if !self.is_usable() {
+    /// Shows committed records, in the generation in which SQL was asked: another may have begun because SQL is a server now that
+    /// has never heard of them. Returns who was written; the others have a newer record there. None: it cannot be reached, or
+    /// another server than the checked one has them now, or another generation has begun: they may count for nothing.
+    pub async fn project(&self, records: &[(UserId, UserRecord, Shown)], generation: u64) -> Option<Vec<UserId>> {
+        if !self.is_usable() || generation != self.generation() {
             return None;
         }
-        let generation = self.generation();
         match self.shared.project(records, generation).await {
             Ok(done) if !done.outdated => {
                 let counts = done.connection == self.checked.load(Ordering::Acquire) && generation == self.generation();

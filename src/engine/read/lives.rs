@@ -101,9 +101,9 @@ impl Lives {
         self.table.store(Arc::new(table));
     }
 
-    /// Lives that are said to be over. Believed from anybody: it never changes back.
+    /// Lives that are said to be over. Believed from anybody: it never changes back. Why, the next look into SQL tells.
     pub fn learn_ended(&self, epochs: &[Epoch]) {
-        let (table, end) = (self.table(), End { at: self.clock.now(), reason: EndReason::Expired });
+        let (table, end) = (self.table(), End { at: self.clock.now(), reason: EndReason::Untold });
         let ended = epochs.iter().filter_map(|epoch| table.get(*epoch)).map(|life| Arc::new(life.ended(end)));
         self.learn(&ended.collect::<Vec<_>>());
     }

@@ -11,4 +11,5 @@ pub mod l2;
 pub mod lives;
 pub mod loader;
 pub mod loads;
+mod outgoing;
 pub mod warm_up;

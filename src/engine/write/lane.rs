@@ -202,8 +202,9 @@ impl Lane {
             if part.events.is_empty() {
                 continue;
             }
+            let generation = self.tools.publisher.generation();
             match self.attempt(&part.events).await {
-                Ok(committed) => self.acknowledge(part.events, committed),
+                Ok(committed) => self.acknowledge(part.events, committed, generation),
                 Err(failure) => self.recover(part, failure, &mut parts).await,
             }
         }
@@ -261,7 +262,7 @@ impl Lane {
 
     /// Shows the change to this node's readers, hands it to the projector, and sees to it that the callers are told: when L2
     /// has it, or after a moment. The lane does not wait for that.
-    fn acknowledge(&mut self, events: Vec<Pending>, committed: Committed) {
+    fn acknowledge(&mut self, events: Vec<Pending>, committed: Committed, generation: u64) {
         let publisher = self.tools.publisher.clone();
         for (user, record) in &committed.records {
             self.tools.cache.committed(*user, record.clone(), committed.complete_at, publisher.l2.is_some());
@@ -292,7 +293,7 @@ impl Lane {
         let committed_at = Instant::now();
         let changed: Vec<_> = committed.records.iter().map(|(user, record)| ChangedUser::of(*user, record)).collect();
         let Committed { records, kicks, stored, seen, .. } = committed;
-        self.projector.hand_over(Batch { records, kicks, stored, seen, outbox, committed: committed_at, in_l2 });
+        self.projector.hand_over(Batch { records, kicks, stored, seen, outbox, generation, committed: committed_at, in_l2 });
         let Some(l2) = publisher.l2.clone() else { return answer(answers) };
         let answers: Vec<_> = answers.collect();
         let spans: Vec<Span> = answers.iter().filter_map(|(event, _)| event.begin("show in Redis")).collect();

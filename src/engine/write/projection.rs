@@ -39,6 +39,8 @@ pub struct Batch {
     /// Of whom others are shown something new.
     pub seen: BTreeSet<UserId>,
     pub outbox: OutboxId,
+    /// Of L2, before the transaction began.
+    pub generation: u64,
     pub committed: Instant,
     /// Told when L2 has it.
     pub in_l2: oneshot::Sender<()>,
@@ -123,7 +125,7 @@ impl Projector {
         let changed: Vec<ChangedUser> = batch.records.iter().map(|(user, record)| ChangedUser::of(*user, record)).collect();
         let users = batch.records.iter().map(|(user, _)| *user).collect();
         let records: Vec<_> = batch.records.into_iter().map(|(user, record)| publisher.shown(user, record)).collect();
-        let winners = publisher.write_l2(&records).await;
+        let winners = publisher.write_l2(&records, batch.generation).await;
         if winners.is_some() {
             let _ = batch.in_l2.send(()); // the callers may have been answered already
         }

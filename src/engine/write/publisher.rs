@@ -77,10 +77,15 @@ impl Publisher {
         self.l2.is_none() && self.bus.is_none()
     }
 
-    /// Writes records into L2. Returns who won, everybody if there is no L2; None: it is not there.
-    pub async fn write_l2(&self, records: &[ShownRecord]) -> Option<BTreeSet<UserId>> {
+    /// The generation of which L2 is; to be asked for before what is to be written there is read from SQL.
+    pub fn generation(&self) -> u64 {
+        self.l2.as_ref().map_or(0, |l2| l2.generation())
+    }
+
+    /// Writes records of `generation` into L2. Returns who won, everybody if there is no L2; None: it is not there.
+    pub async fn write_l2(&self, records: &[ShownRecord], generation: u64) -> Option<BTreeSet<UserId>> {
         let Some(l2) = &self.l2 else { return Some(records.iter().map(|(user, ..)| *user).collect()) };
-        let winners = l2.project(records).await?;
+        let winners = l2.project(records, generation).await?;
         for (user, record, _) in records {
             self.cache.confirmed(*user, record.version);
         }
@@ -159,6 +164,10 @@ impl Publisher {
             if users.is_empty() {
                 break;
             }
+            let generation = self.generation();
+            if !self.database.is_current(connection) {
+                return Err(SqlError::Lost("another database server is written to now".to_owned()));
+            }
             let records = self.read(connection, &users).await?;
             // Whoever has left this behind has not told this node, either.
             records.iter().for_each(|(user, record, _)| self.cache.hint(*user, record.version));
@@ -166,7 +175,7 @@ impl Publisher {
             if self.is_empty() {
                 break;
             }
-            if self.write_l2(&records).await.is_none() {
+            if self.write_l2(&records, generation).await.is_none() {
                 return Err(SqlError::Lost("Redis (cache) cannot be reached".to_owned()));
             }
             if let Some(hints) = &self.hints {

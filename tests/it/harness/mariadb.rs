@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::fs::File;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::path::PathBuf;
@@ -22,6 +21,7 @@ use nix::sys::signal::Signal;
 use nix::sys::signal::kill;
 use nix::unistd::Pid;
 
+pub use crate::harness::ports::free_port;
 use crate::harness::process;
 
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -211,9 +211,4 @@ fn last_words(directory: &Path) -> String {
     let text = fs::read_to_string(directory.join("stderr.log")).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
-}
-
-pub fn free_port() -> u16 {
-    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("listen");
-    listener.local_addr().expect("an address").port()
 }

@@ -10,6 +10,7 @@ pub mod mysql_front;
 pub mod node;
 pub mod orders;
 pub mod pki;
+pub mod ports;
 pub mod process;
 pub mod prometheus;
 pub mod proxy;

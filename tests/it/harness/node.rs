@@ -25,6 +25,7 @@ use tonic::transport::Channel;
 use tonic::transport::Endpoint;
 
 use crate::harness::eventually;
+use crate::harness::ports::free_port;
 use crate::harness::process;
 
 const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -257,7 +258,9 @@ impl Process {
         let mut command = Command::new(&program[0]);
         command.args(&program[1..]);
         command.current_dir(std::env::temp_dir()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", "0").env("IM_PRESENCE__ADMIN__PORT", "0");
+        // Not those that kernels give to others: a node that is started again has to find them free.
+        let ports = [free_port(), free_port()].map(|port| port.to_string());
+        command.env("IM_PRESENCE__PRESENCE_SERVICE__PORT", &ports[0]).env("IM_PRESENCE__ADMIN__PORT", &ports[1]);
         command.env("IM_PRESENCE__LOG__FORMAT", "json").env("RUST_BACKTRACE", "1");
         if program.iter().any(|word| word == PROGRAM) {
             command.env("IM_PRESENCE__PRESENCE_SERVICE__DRAIN_MS", "0"); // nobody here takes time to notice; other builds may not know the key

@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use crate::harness::orders::Order;
 use crate::harness::orders::Orders;
 
-/// What only the session of a lane says.
+/// What only the session of a lane says, and that of the watch.
 const LANE_MARK: &str = "innodb_lock_wait_timeout = 1";
 const COMMIT: &str = "COMMIT";
 /// When a lane says this, it has locked and written all users of its batch.
@@ -32,8 +32,10 @@ const COM_STMT_EXECUTE: u8 = 0x17;
 /// Who speaks on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// And the watch, whose session is the same.
     Lane,
     Reader,
+    Anybody,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -246,8 +248,9 @@ impl Session {
 
     /// Only answers that bring rows or changes are held, not those to PREPARE: what is held has been carried out.
     fn is_held_by(&self, mode: Mode) -> bool {
-        let kind = if self.is_lane { Kind::Lane } else { Kind::Reader };
+        let own = if self.is_lane { Kind::Lane } else { Kind::Reader };
+        let is_meant = |kind| kind == own || kind == Kind::Anybody;
         matches!(mode, Mode::CutOff)
-            || matches!(mode, Mode::HoldAnswers(held, text) if held == kind && !self.preparing && self.current.contains(text))
+            || matches!(mode, Mode::HoldAnswers(kind, text) if is_meant(kind) && !self.preparing && self.current.contains(text))
     }
 }
