@@ -1,6 +1,6 @@
 //! What grows with users, gateways, streams, connections and nodes, and what does not; what a daemon costs that nobody asks.
 //!
-//! `cargo bench --bench growth` measures (about half an hour, and 20 GB of disk); `GROWTH_PARTS=users,idle` only these parts,
+//! `cargo bench --bench growth` measures (about three quarters of an hour, and 20 GB of disk); `GROWTH_PARTS=users,idle` only these parts,
 //! `GROWTH_USERS=3000000` the most users; `cargo test` runs all of them small, so that they do not rot. Everything shares this
 //! machine: lines of one table may be compared with each other.
 
@@ -28,13 +28,11 @@ mod users;
 use std::time::Duration;
 
 use im_presence::pb;
-use nix::sys::resource::Resource;
-use nix::sys::resource::getrlimit;
-use nix::sys::resource::setrlimit;
 use serde_json::json;
 
 use crate::harness::node::Node;
 use crate::load::on_core;
+use crate::load::parts;
 use crate::load::scatter;
 
 #[global_allocator]
@@ -72,7 +70,7 @@ impl Plan {
             streams: &[10, 100, 1_000, 10_000],
             connections: &[1, 10, 100, 1_000, 10_000],
             nodes: &[1, 2, 4, 8],
-            idle_time: Duration::from_secs(20),
+            idle_time: Duration::from_secs(60), // what comes once a minute is in it
             idle_users: 1_000_000,
             idle_gateways: 2_000,
         }
@@ -97,13 +95,8 @@ impl Plan {
 fn main() {
     let measuring = std::env::args().any(|arg| arg == "--bench");
     let plan = if measuring { Plan::measuring() } else { Plan::tiny() };
-    let wanted = std::env::var("GROWTH_PARTS").unwrap_or_else(|_| PARTS.join(","));
-    let parts: Vec<&str> = wanted.split(',').map(str::trim).collect();
-    for part in &parts {
-        assert!(PARTS.contains(part), "GROWTH_PARTS: {part:?} is none of {PARTS:?}");
-    }
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("raise it as far as it may go");
+    let parts = parts::wanted("GROWTH_PARTS", &PARTS);
+    parts::raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     for part in &parts {
         runtime.block_on(async {

@@ -7,6 +7,7 @@ pub mod contender;
 pub mod delivering;
 pub mod gateway;
 pub mod paced;
+pub mod parts;
 pub mod queries;
 pub mod report;
 pub mod seed;
