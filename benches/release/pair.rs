@@ -7,7 +7,6 @@ use crate::harness::cluster::TestDb;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::redis::RedisServer;
-use crate::load::Stream;
 use crate::load::binds;
 use crate::load::book::Book;
 use crate::load::delivering;
@@ -23,7 +22,10 @@ const SETTINGS: [(&str, &str); 4] = [
     ("ROUTE__MAX_RETRIES", "0"),
     ("STATUS__RATE", "0"),
 ];
-const BINDER: &str = "gw-binds:7000";
+/// Each round attaches another one: a stream that is not read is not left open, since nobody answers its pings.
+const BINDERS: &str = "gw-binds";
+/// Who binds by calls.
+const BINDER: &str = "gw-calls:7000";
 const BIND_CALLS: (u64, u64) = (8, 64);
 const BIND_FRAMES: u64 = 64;
 /// Who is bound while it is measured; each round others, and none who gets messages.
@@ -39,7 +41,6 @@ pub struct Pair {
     here: Node,
     elsewhere: Node,
     receipts: Arc<Receipts>,
-    stream: Option<Stream>,
     watchers: Watchers,
     book: Arc<Book>,
     next_bound: u64,
@@ -70,21 +71,19 @@ impl Pair {
             delivering::attach(node, addr, first, &receipts).await;
         }
         delivering::subscribe(&here, &redis, 2 * USERS + 1, &receipts).await;
-        let stream = Some(binds::attach(&here, BINDER).await);
         let watchers = Watchers::open(elsewhere.data, FANS, |_, _, _| ()).await;
         watchers.watch(|_| FANS.users_of(0)).await;
         let book = Book::new((CHANGES_A_SECOND * time.as_secs_f64()) as u64 + 1, 1..FANS.users + 1);
         let next_bound = FIRST_BOUND;
-        Self { here, elsewhere, receipts, stream, watchers, book, next_bound, _db: db, _redis: redis }
+        Self { here, elsewhere, receipts, watchers, book, next_bound, _db: db, _redis: redis }
     }
 
     pub async fn speeds(&mut self, time: Duration) -> Speeds {
         let first = self.next_bound;
         self.next_bound += 20_000_000;
         let calls = binds::by_calls(&self.here, BINDER, BIND_CALLS, first, time).await;
-        let stream = self.stream.take().expect("it is given back");
-        let (frames, stream) = binds::by_frames(stream, BIND_FRAMES, first + 10_000_000, time).await;
-        self.stream = Some(stream);
+        let stream = binds::attach(&self.here, &format!("{BINDERS}-{first}:7000")).await;
+        let (frames, _) = binds::by_frames(stream, BIND_FRAMES, first + 10_000_000, time).await;
         Speeds {
             binds: calls.per_second(),
             frames: frames.per_second(),
