@@ -15,33 +15,25 @@ use std::io::Write;
 use std::net::TcpStream;
 use std::process::Command;
 use std::sync::Arc;
-use std::sync::Mutex;
-use std::sync::PoisonError;
 use std::time::Duration;
 use std::time::Instant;
 
 use im_presence::pb;
-use im_presence::pb::gateway_frame::Body as Up;
-use im_presence::pb::node_frame::Body as Down;
 use serde_json::json;
 
 use crate::harness::cluster::Cluster;
-use crate::harness::cluster::PHONE;
-use crate::harness::eventually;
 use crate::harness::node::Node;
 use crate::harness::percentile;
-use crate::harness::redis::Subscriber;
-use crate::harness::stream::RawStream;
-use crate::harness::stream::bind_frame;
-use crate::harness::stream::hello;
+use crate::load::binds;
+use crate::load::delivering::CLIENTS;
+use crate::load::delivering::Receipts;
+use crate::load::delivering::USERS;
+use crate::load::delivering::attach;
+use crate::load::delivering::deliver;
+use crate::load::delivering::delivered;
+use crate::load::delivering::subscribe;
 
-/// Of each gateway.
-const USERS: i64 = 1_000;
-/// Calls at a time, as redis-benchmark makes them by default; the daemon's share a few connections.
-const CLIENTS: u64 = 50;
-const CONNECTIONS: u64 = 5;
 const BINDS_IN_FLIGHT: u64 = 64;
-const RECEIVED_WITHIN: Duration = Duration::from_secs(20);
 /// Nobody beats here.
 const NO_END: [(&str, &str); 3] =
     [("GATEWAY__LEASE", "3600000"), ("GATEWAY__HEARTBEAT_INTERVAL", "1000000"), ("ROUTE__MAX_RETRIES", "0")];
@@ -61,36 +53,10 @@ fn main() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     runtime.block_on(async {
         let deliveries = deliveries(&plan).await;
-        let binds = binds(&plan).await;
+        let binds = bind_both_ways(&plan).await;
         println!("{}", json!({ "bench": "deliver", "deliveries": deliveries, "binds": binds }));
     });
     println!("test result: ok. {} rounds", plan.rounds);
-}
-
-/// What arrived, and how long it was under way: every message says when it was sent.
-struct Receipts {
-    began: Instant,
-    took: Mutex<Vec<Duration>>,
-}
-
-impl Receipts {
-    fn stamp(&self) -> String {
-        self.began.elapsed().as_nanos().to_string()
-    }
-
-    fn note(&self, body: &[u8]) {
-        let sent = std::str::from_utf8(body).ok().and_then(|text| text.parse().ok()).map(Duration::from_nanos);
-        let took = sent.map(|sent| self.began.elapsed().saturating_sub(sent));
-        self.took.lock().unwrap_or_else(PoisonError::into_inner).extend(took);
-    }
-
-    fn len(&self) -> usize {
-        self.took.lock().unwrap_or_else(PoisonError::into_inner).len()
-    }
-
-    fn take(&self) -> Vec<Duration> {
-        std::mem::take(&mut self.took.lock().unwrap_or_else(PoisonError::into_inner))
-    }
 }
 
 /// The rounds of one way to deliver.
@@ -102,10 +68,10 @@ struct Way {
 }
 
 impl Way {
-    fn add(&mut self, per_second: f64, took: &mut [Duration]) {
+    fn add(&mut self, (per_second, mut took): (f64, Vec<Duration>)) {
         self.per_second.push(per_second);
-        self.p50.push(percentile(took, 0.5).as_secs_f64() * 1_000.0);
-        self.p99.push(percentile(took, 0.99).as_secs_f64() * 1_000.0);
+        self.p50.push(percentile(&mut took, 0.5).as_secs_f64() * 1_000.0);
+        self.p99.push(percentile(&mut took, 0.99).as_secs_f64() * 1_000.0);
     }
 }
 
@@ -117,22 +83,22 @@ fn median(figures: &[f64]) -> f64 {
 
 async fn deliveries(plan: &Plan) -> serde_json::Value {
     let cluster = Cluster::with_redis(2, &NO_END).await;
-    let receipts = Arc::new(Receipts { began: Instant::now(), took: Mutex::default() });
+    let receipts = Receipts::new();
     for (n, node) in (0..).zip(&cluster.nodes) {
         attach(node, &format!("gw-{n}:7000"), n * USERS + 1, &receipts).await;
     }
-    subscribe(&cluster, 2 * USERS + 1, &receipts).await;
+    subscribe(cluster.node(), cluster.queue(), 2 * USERS + 1, &receipts).await;
     let mut ways: [Way; 6] = Default::default();
     for round in 0..=plan.rounds {
         let port = cluster.queue().port;
         let [mut here, mut elsewhere, mut subscribed, mut raw, mut batch, mut redis_benchmark]: [Way; 6] = Default::default();
-        deliver(cluster.node(), 1, plan, &receipts, &mut here).await;
-        deliver(cluster.node(), USERS + 1, plan, &receipts, &mut elsewhere).await;
-        deliver(cluster.node(), 2 * USERS + 1, plan, &receipts, &mut subscribed).await;
+        here.add(deliver(cluster.node(), 1, plan.time, &receipts).await);
+        elsewhere.add(deliver(cluster.node(), USERS + 1, plan.time, &receipts).await);
+        subscribed.add(deliver(cluster.node(), 2 * USERS + 1, plan.time, &receipts).await);
         publish(port, plan, &receipts, &mut raw).await;
         let published = plan.published;
         let tool = tokio::task::spawn_blocking(move || run_redis_benchmark(port, published)).await.expect("the task");
-        redis_benchmark.add(tool, &mut []);
+        redis_benchmark.add((tool, Vec::new()));
         deliver_to_many(cluster.node(), plan, &receipts, &mut batch).await;
         if round > 0 || plan.rounds == 1 {
             // the first round warms up
@@ -166,74 +132,6 @@ fn report(ways: &[Way; 6]) -> serde_json::Value {
     figures.into()
 }
 
-/// A gateway with all its users, that reads.
-async fn attach(node: &Node, addr: &str, first: i64, receipts: &Arc<Receipts>) {
-    let (mut stream, _) = RawStream::attach(node, addr, 0).await;
-    for user in first..first + USERS {
-        assert!(stream.send(2, bind_frame(user, PHONE, "c")).await, "the stream is there");
-    }
-    for _ in 0..USERS {
-        assert!(matches!(stream.next().await.expect("an answer").body, Some(Down::Bound(_))));
-    }
-    let receipts = receipts.clone();
-    tokio::spawn(async move {
-        while let Some(frame) = stream.wait().await {
-            if let Some(Down::Delivery(delivery)) = frame.body {
-                receipts.note(delivery.message.as_bytes());
-            }
-        }
-    });
-}
-
-/// A gateway that subscribes instead.
-async fn subscribe(cluster: &Cluster, first: i64, receipts: &Arc<Receipts>) {
-    let channels: Vec<String> = (first..first + USERS).map(|user| format!("user:{user}")).collect();
-    let subscriber = cluster.queue().subscribe(&channels.iter().map(String::as_str).collect::<Vec<_>>()).await;
-    let bind = |user_id| pb::BindRouteReq {
-        user_id,
-        gateway_addr: "gw-redis:7000".to_owned(),
-        conn_id: "c".to_owned(),
-        ..Default::default()
-    };
-    let binds = pb::BatchBindRouteReq { binds: (first..first + USERS).map(bind).collect() };
-    cluster.node().presence().batch_bind_route(binds).await.expect("binds");
-    tokio::spawn(hear(subscriber, receipts.clone()));
-}
-
-async fn hear(mut subscriber: Subscriber, receipts: Arc<Receipts>) {
-    while let Some((_, body)) = subscriber.next(Duration::MAX).await {
-        receipts.note(&body);
-    }
-}
-
-/// What is said to be delivered has to arrive.
-async fn all_received(delivered: u64, receipts: &Receipts) -> Vec<Duration> {
-    eventually("all are received", RECEIVED_WITHIN, async || receipts.len() as u64 >= delivered).await;
-    assert_eq!(receipts.len() as u64, delivered, "each once");
-    receipts.take()
-}
-
-/// Messages to users that the node has delivered so far. What a stream's queue had no room for is not among them.
-async fn delivered(node: &Node) -> u64 {
-    let series = node.series("im_presence_deliveries_total").await;
-    series.iter().filter(|(labels, _)| labels.contains("\"delivered\"")).map(|(_, n)| *n as u64).sum()
-}
-
-async fn deliver(node: &Node, first: i64, plan: &Plan, receipts: &Arc<Receipts>, way: &mut Way) {
-    let (server, time, stamps) = (node.data, plan.time, receipts.clone());
-    let request = move |c, n| pb::DeliverReq {
-        user_id: first + ((c * 7_919 + n) % USERS as u64) as i64,
-        message: stamps.stamp(),
-        ..Default::default()
-    };
-    let (path, before) = ("/mpim.PresenceService/Deliver", delivered(node).await);
-    let run = move || load::run(server, path, CONNECTIONS, CLIENTS / CONNECTIONS, time, request);
-    let done = tokio::task::spawn_blocking(run).await.expect("the loader");
-    assert_eq!(done.failed, 0, "failed calls");
-    let delivered = delivered(node).await - before;
-    way.add(delivered as f64 / done.elapsed.as_secs_f64(), &mut all_received(delivered, receipts).await);
-}
-
 async fn deliver_to_many(node: &Node, plan: &Plan, receipts: &Arc<Receipts>, way: &mut Way) {
     const MANY: i64 = 1_000;
     let (server, time, stamps) = (node.data, plan.time, receipts.clone());
@@ -246,7 +144,7 @@ async fn deliver_to_many(node: &Node, plan: &Plan, receipts: &Arc<Receipts>, way
     let done = tokio::task::spawn_blocking(run).await.expect("the loader");
     assert_eq!(done.failed, 0, "failed calls");
     let delivered = delivered(node).await - before;
-    way.add(delivered as f64 / done.elapsed.as_secs_f64(), &mut all_received(delivered, receipts).await);
+    way.add((delivered as f64 / done.elapsed.as_secs_f64(), receipts.all_received(delivered).await));
 }
 
 /// The same without the daemon: as many clients, one command at a time each.
@@ -280,7 +178,7 @@ async fn publish(port: u16, plan: &Plan, receipts: &Arc<Receipts>, way: &mut Way
         (published, published as f64 / began.elapsed().as_secs_f64())
     };
     let (published, per_second) = tokio::task::spawn_blocking(run).await.expect("the clients");
-    way.add(per_second, &mut all_received(published, receipts).await);
+    way.add((per_second, receipts.all_received(published).await));
 }
 
 /// Its PUBLISH a second, to a channel that the subscriber hears.
@@ -297,43 +195,20 @@ fn run_redis_benchmark(port: u16, published: u32) -> f64 {
     figure.unwrap_or_else(|| panic!("redis-benchmark says {text}"))
 }
 
-/// A bind of a user whom nobody has bound before: it kicks nobody, and is never a no-op.
-fn bind(n: u64, gateway_addr: &str) -> pb::BindRouteReq {
-    pb::BindRouteReq {
-        user_id: 1 + n as i64,
-        gateway_addr: gateway_addr.to_owned(),
-        client_ip: "192.0.2.17".to_owned(),
-        client_port: 40_000,
-        device_id: PHONE.to_owned(),
-        platform: pb::Platform::Ios.into(),
-        conn_id: n.to_string(),
-        ..Default::default()
-    }
-}
-
 /// One stream against unary calls on one connection, as many under way.
-async fn binds(plan: &Plan) -> serde_json::Value {
+async fn bind_both_ways(plan: &Plan) -> serde_json::Value {
     const ADDR: &str = "gw-0:7000";
     let cluster = Cluster::mariadb(1, &NO_END).await;
     let (node, time) = (cluster.node(), plan.time);
-    let server = node.data;
-    let first = pb::GatewayFrame { seq: 1, body: Some(hello(ADDR, 0)) };
-    let open = move || load::Stream::open(server, "/mpim.GatewayService/Attach", &first);
-    let mut stream = tokio::task::spawn_blocking(open).await.expect("the loader");
+    let mut stream = binds::attach(node, ADDR).await;
     let (mut calls, mut frames) = ((vec![], vec![]), (vec![], vec![]));
     for round in 0..=plan.rounds {
         let before = node.cpu_time();
         let offset = round as u64 * 10_000_000;
-        let run =
-            move || load::run(server, "/mpim.PresenceService/BindRoute", 1, BINDS_IN_FLIGHT, time, |_, n| bind(offset + n, ADDR));
-        let unary = tokio::task::spawn_blocking(run).await.expect("the loader");
+        let unary = binds::by_calls(node, ADDR, (1, BINDS_IN_FLIGHT), offset, time).await;
         let between = node.cpu_time();
-        let run = move || {
-            let frame = |n| pb::GatewayFrame { seq: n, body: Some(Up::Bind(bind(offset + 5_000_000 + n, ""))) };
-            (stream.run(BINDS_IN_FLIGHT, time, frame), stream)
-        };
-        let (streamed, kept) = tokio::task::spawn_blocking(run).await.expect("the loader");
-        stream = kept;
+        let streamed;
+        (streamed, stream) = binds::by_frames(stream, BINDS_IN_FLIGHT, offset + 5_000_000, time).await;
         let after = node.cpu_time();
         if round > 0 || plan.rounds == 1 {
             let micros = |cpu: Duration, done: &load::Done| cpu.as_secs_f64() * 1e6 / done.answered as f64;

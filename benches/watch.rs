@@ -28,10 +28,7 @@ mod tellings;
 
 use std::time::Duration;
 
-use nix::sys::resource::Resource;
-use nix::sys::resource::getrlimit;
-use nix::sys::resource::setrlimit;
-
+use crate::load::parts;
 use crate::load::watching::Shape;
 
 const PARTS: [&str; 6] = ["latency", "tellings", "pairs", "resync", "storm", "death"];
@@ -104,13 +101,8 @@ fn main() {
     if let Ok(rounds) = std::env::var("WATCH_ROUNDS") {
         plan.rounds = rounds.parse().ok().filter(|rounds| *rounds > 0).expect("WATCH_ROUNDS: a number above 0");
     }
-    let wanted = std::env::var("WATCH_PARTS").unwrap_or_else(|_| PARTS.join(","));
-    let parts: Vec<&str> = wanted.split(',').map(str::trim).collect();
-    for part in &parts {
-        assert!(PARTS.contains(part), "WATCH_PARTS: {part:?} is none of {PARTS:?}");
-    }
-    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
-    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("raise it as far as it may go");
+    let parts = parts::wanted("WATCH_PARTS", &PARTS);
+    parts::raise_open_files();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().expect("a runtime");
     for part in &parts {
         runtime.block_on(async {

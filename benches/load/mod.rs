@@ -1,13 +1,17 @@
 //! A loader for gRPC, unary calls and one stream, that costs next to nothing: it shares the machine with what it measures. HTTP/2 by hand,
 //! just enough of it: one request header block for all calls, no flow control to speak of, answers counted by their frames.
 
+pub mod binds;
 pub mod book;
 pub mod contender;
+pub mod delivering;
 pub mod gateway;
 pub mod paced;
+pub mod parts;
 pub mod queries;
 pub mod report;
 pub mod seed;
+pub mod server;
 pub mod stores;
 pub mod watching;
 
@@ -41,6 +45,8 @@ const DATA: u8 = 0;
 const MAX_FRAME: usize = 16_384;
 /// As large as the protocol allows, so that nothing has to be granted later.
 const LARGEST_WINDOW: u32 = (1 << 31) - 1;
+/// A number of calls takes as long as it takes, but no server that hangs is waited for.
+const ALL_WITHIN: Duration = Duration::from_secs(600);
 
 /// What a run of calls came to.
 #[derive(Debug, Default)]
@@ -68,6 +74,20 @@ pub fn run<M: Message>(
     request: impl Fn(u64, u64) -> M + Sync,
 ) -> Done {
     run_on(&Target { server, tls: None, token: None }, path, (connections, in_flight), time, request)
+}
+
+/// Makes exactly so many calls over one connection.
+pub fn run_all<M: Message>(
+    server: SocketAddr,
+    path: &'static str,
+    in_flight: u64,
+    calls: u64,
+    request: impl Fn(u64, u64) -> M,
+) -> Done {
+    let began = Instant::now();
+    let mut done = Connection::open(server, path).run_to(in_flight.min(calls), (calls, began + ALL_WITHIN), |n| request(0, n));
+    done.elapsed = began.elapsed();
+    done
 }
 
 /// How a server is reached, and what is shown to it.
@@ -251,7 +271,12 @@ impl<S: Read + Write> Connection<S> {
         self
     }
 
-    fn run<M: Message>(mut self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
+    fn run<M: Message>(self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
+        self.run_to(in_flight, (u64::MAX, until), request)
+    }
+
+    /// Until so many calls were made, or that time has come.
+    fn run_to<M: Message>(mut self, in_flight: u64, (most, until): (u64, Instant), request: impl Fn(u64) -> M) -> Done {
         let (mut sent, mut ended_in_all, mut done) = (0, 0, Done::default());
         let mut buffer = Vec::with_capacity(1 << 16);
         let mut chunk = vec![0; 1 << 16];
@@ -273,7 +298,7 @@ impl<S: Read + Write> Connection<S> {
             done.answered += take_frames(&mut buffer, &mut self.out, |_| ended += 1);
             ended_in_all += ended;
             if Instant::now() < until {
-                for _ in 0..ended {
+                for _ in 0..ended.min(most - sent) {
                     self.call(&request(sent));
                     sent += 1;
                 }
@@ -291,7 +316,7 @@ impl<S: Read + Write> Connection<S> {
 }
 
 /// What a client says first.
-fn preface() -> Vec<u8> {
+pub fn preface() -> Vec<u8> {
     let mut out = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
     let mut settings = 4u16.to_be_bytes().to_vec(); // SETTINGS_INITIAL_WINDOW_SIZE
     settings.extend(LARGEST_WINDOW.to_be_bytes());
@@ -333,7 +358,7 @@ fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
             RST_STREAM => panic!("the daemon refused a call"),
-            GOAWAY => panic!("the daemon said goodbye"),
+            GOAWAY => panic!("the daemon said goodbye: {payload:?}"),
             DATA => data(payload),
             _ => {}
         }

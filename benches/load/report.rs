@@ -66,6 +66,16 @@ impl Row {
         Figures::of(self.ours.iter().zip(&self.theirs).map(|(ours, theirs)| ours / theirs).collect())
     }
 
+    /// Below 0.9 of the other, and no round of ours as good as the worst of theirs: more than noise.
+    pub fn has_fallen(&self) -> bool {
+        const KEPT: f64 = 0.9;
+        let (ours, theirs, ratio) = (Figures::of(self.ours.clone()), Figures::of(self.theirs.clone()), self.ratio().median);
+        match self.less_is_better {
+            true => ratio > 1.0 / KEPT && ours.lowest > theirs.highest,
+            false => ratio < KEPT && ours.highest < theirs.lowest,
+        }
+    }
+
     fn verdict(&self) -> &'static str {
         let reaches = |bound: f64| if self.less_is_better { self.ratio().median <= bound } else { self.ratio().median >= bound };
         match () {

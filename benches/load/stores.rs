@@ -59,10 +59,15 @@ impl PlainRedis {
         ask.args(["-h", "127.0.0.1", "--csv", "-p", &self.server.port.to_string(), "-r", &self.users.to_string()]);
         ask.args(["-c", &connections.to_string(), "-P", &pipelined.to_string(), "-n", &calls.to_string()]).args(words);
         let output = tokio::task::spawn_blocking(move || ask.output()).await.expect("a thread").expect("run redis-benchmark");
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        let rate = text.lines().last().and_then(|line| line.split("\",\"").nth(1)?.parse().ok());
-        rate.unwrap_or_else(|| panic!("redis-benchmark says {text:?}"))
+        rate_of(&output.stdout)
     }
+}
+
+/// What redis-benchmark says with `--csv`.
+pub fn rate_of(output: &[u8]) -> f64 {
+    let text = String::from_utf8_lossy(output);
+    let rate = text.lines().last().and_then(|line| line.split("\",\"").nth(1)?.parse().ok());
+    rate.unwrap_or_else(|| panic!("redis-benchmark says {text:?}"))
 }
 
 /// `SELECT ... IN` a second of `batch` users with their routes: one statement of plain text, no prepared one, nothing decoded.
