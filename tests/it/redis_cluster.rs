@@ -438,10 +438,8 @@ async fn a_primary_and_its_replica_change_places_and_nobody_notices() {
     let _turn = heavy().await;
     let redis = RedisCluster::start().await;
     let exchange = async |redis: &RedisCluster| {
-        let (replica, began) = (redis.servers[4].client().await, Instant::now());
-        replica.run::<()>(&["CLUSTER", "FAILOVER"]).await;
-        let promoted = async || replica.run::<String>(&["INFO", "replication"]).await.contains("role:master");
-        eventually("it is promoted", SWITCHED_WITHIN, promoted).await;
+        let began = Instant::now();
+        redis.promote(4).await;
         began.elapsed()
     };
     let generations = under_load(&redis, exchange, SWITCHED_WITHIN).await;
@@ -551,7 +549,7 @@ async fn sharded_messages_go_to_the_servers_of_their_slot_and_are_counted() {
     let place = redis.servers.iter().position(|server| server.port == former).expect("a server");
     let replica = &redis.servers[place + 3];
     let _gateway = replica.subscribe_to_shard(&channel).await;
-    replica.client().await.run::<()>(&["CLUSTER", "FAILOVER"]).await;
+    redis.promote(place + 3).await;
     eventually("it is counted where it is heard", NOTICED_WITHIN, async || {
         let message = DeliverReq { user_id: ALICE, message: "hello".to_owned(), ..Default::default() };
         node.presence().deliver(message).await.is_ok_and(|answer| answer.into_inner().receivers == 1)
@@ -587,10 +585,7 @@ async fn a_cluster_is_reached_over_tls_with_a_certificate_of_our_own() {
     eventually("both work", NOTICED_WITHIN, async || node.degraded().await.is_empty()).await;
     // Replicas are reached in the same way.
     for place in 0..3 {
-        let replica = redis.servers[place + 3].client().await;
-        replica.run::<()>(&["CLUSTER", "FAILOVER"]).await;
-        let promoted = async || replica.run::<String>(&["INFO", "replication"]).await.contains("role:master");
-        eventually("it is promoted", SWITCHED_WITHIN, promoted).await;
+        redis.promote(place + 3).await;
     }
     let began = Instant::now();
     for user in 21..=40 {

@@ -3,6 +3,7 @@
 use std::process::Command;
 use std::sync::Mutex;
 use std::time::Duration;
+use std::time::Instant;
 
 use im_presence::store::slot_map;
 use im_presence::store::slot_map::Ranges;
@@ -108,6 +109,25 @@ impl RedisCluster {
     pub fn settings(&self, section: &str) -> Settings {
         let nodes = format!("[\"127.0.0.1:{}\", \"127.0.0.1:{}\"]", self.ports[1], self.ports[5]);
         vec![(format!("{section}__MODE"), "cluster".to_owned()), (format!("{section}__NODES"), nodes)]
+    }
+
+    /// Has the replica at `place` change places with its primary. Redis gives that up after five seconds in which the two have not
+    /// agreed, and says nothing; then it is asked again.
+    pub async fn promote(&self, place: usize) {
+        const GIVEN_UP_AFTER: Duration = Duration::from_secs(6);
+        const ATTEMPTS: usize = 5;
+        let replica = self.servers[place].client().await;
+        for _ in 0..ATTEMPTS {
+            replica.run::<()>(&["CLUSTER", "FAILOVER"]).await;
+            let asked = Instant::now();
+            while asked.elapsed() < GIVEN_UP_AFTER {
+                if replica.run::<String>(&["INFO", "replication"]).await.contains("role:master") {
+                    return;
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+        panic!("the replica does not become the primary");
     }
 
     pub fn kill(&self, place: usize) {
