@@ -1,7 +1,7 @@
 //! How fast users are resolved: the daemon against an empty handler on its own server, against itself on one multi-threaded
-//! runtime, and against what people use instead: plain Redis and plain SQL.
+//! runtime, against nginx with an answer from memory, and against what people use instead: plain Redis and plain SQL.
 //!
-//! `cargo bench --bench resolve` measures (about eight minutes); `cargo test` runs every contender for a moment, so that it
+//! `cargo bench --bench resolve` measures (about ten minutes); `cargo test` runs every contender for a moment, so that it
 //! does not rot. Loader, servers and stores share this machine: each ratio is of two things measured one after the other in
 //! the same round. `benches/README.md` says how to read the table.
 
@@ -20,8 +20,12 @@ use crate::harness::cluster::TestDb;
 use crate::harness::node::Node;
 use crate::harness::node::PROGRAM;
 use crate::harness::percentile;
+use crate::harness::pki;
+use crate::harness::pki::Pki;
 use crate::harness::redis::RedisServer;
+use crate::load::Target;
 use crate::load::contender;
+use crate::load::nginx::Nginx;
 use crate::load::on_core;
 use crate::load::paced;
 use crate::load::queries::BATCH;
@@ -29,6 +33,7 @@ use crate::load::queries::QUERY;
 use crate::load::queries::batch_query;
 use crate::load::queries::is_warm;
 use crate::load::queries::query;
+use crate::load::queries::query_at;
 use crate::load::queries::query_of;
 use crate::load::report::Row;
 use crate::load::seed;
@@ -84,8 +89,12 @@ struct Field {
     db: TestDb,
     /// The daemon, with one serving thread on a core of its own.
     alone: Node,
+    /// The same, which wants a token.
+    guarded: Node,
+    token: String,
     empty_alone: Node,
     ready_alone: Node,
+    nginx: Nginx,
     /// The daemon as it comes.
     node: Node,
     one_runtime: Node,
@@ -94,6 +103,7 @@ struct Field {
     past_l2: Node,
     redis: stores::PlainRedis,
     _cluster_redis: RedisServer,
+    _pki: Pki,
 }
 
 impl Field {
@@ -104,23 +114,30 @@ impl Field {
         let one_thread = ("PRESENCE_SERVICE__THREAD_COUNT", "1");
         let with = |more: &[(&'static str, &'static str)]| [&of_cluster[..], more].concat();
         let db = seed::users(plan.users, GATEWAYS).await;
-        let pinned = contender::on_core(Some(SERVER), PROGRAM);
+        let pinned = || contender::on_core(Some(SERVER), PROGRAM);
+        let (pki, (token, entry)) = (Pki::new(), pki::token("service", "service", ""));
+        let tokens = pki.write("tokens.toml", &entry);
+        let guard = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", pki::text(&tokens)), one_thread];
         // The first node that meets a Redis raises the generation, which empties the memory of all that run.
         let past_l1 = Node::start(db.settings(&with(&[NO_L1]))).await;
         let field = Self {
             past_l1,
-            alone: Node::start_as(pinned, db.settings(&with(&[one_thread]))).await,
+            alone: Node::start_as(pinned(), db.settings(&with(&[one_thread]))).await,
+            guarded: Node::start_as(pinned(), db.settings(&with(&guard))).await,
+            token,
             empty_alone: contender::empty(Some(SERVER), &[one_thread]).await,
             ready_alone: contender::ready(Some(SERVER), &[one_thread]).await,
+            nginx: Nginx::start(SERVER).await,
             node: Node::start(db.settings(&with(&[]))).await,
             one_runtime: contender::one_runtime(&db, &with(&[])).await,
             // It says hints: while a node is silent, the others keep nothing for longer than a second.
             past_l2: Node::start(db.settings(&[NO_L1, ("REDIS_QUEUE__PORT", &*port), L1_TTL])).await,
             redis: plain_redis,
             _cluster_redis: redis,
+            _pki: pki,
             db,
         };
-        for node in [&field.alone, &field.node, &field.one_runtime] {
+        for node in [&field.alone, &field.guarded, &field.node, &field.one_runtime] {
             is_warm(node).await;
         }
         stores::fill_l2(&field.db, &with(&[]), plan.shared).await;
@@ -130,28 +147,32 @@ impl Field {
 
 fn rows() -> Vec<Row> {
     let empty = "an empty handler on the same server";
+    let nginx = "nginx, one worker on that core, a constant answer of as many bytes";
     let one_by_one = "plain Redis, four GETs one after the other, 50 connections";
     let mget = "pipelined MGET of 1,000";
     vec![
-        Row::new("hot", ("QueryRoute, L1 hit, 10,000 users, one thread on its own core", empty), (0.90, 0.95)),
-        Row::new("all", ("the same, all users uniformly", empty), (0.80, 0.88)),
+        Row::new("hot", ("QueryRoute, L1 hit, 10,000 users, one thread on its own core", empty), (0.0, 0.0)),
+        Row::new("all", ("the same, all users uniformly", empty), (0.0, 0.0)),
+        Row::new("nginx", ("QueryRoute with a token, L1 hit, 10,000 users, one thread on its own core", nginx), (1.4, 2.0)),
+        Row::new("nginx_all", ("the same, all users uniformly", nginx), (1.2, 1.7)),
         Row::new("ready", ("the same, 10,000 users", "a handler with the same answer made beforehand"), (0.0, 0.0)),
         Row::new("threads", ("QueryRoute, default threads", "the same service on one multi-thread runtime"), (1.3, 1.5)),
         Row::new("callers", ("QueryRoute, 50 callers", one_by_one), (4.0, 5.0)),
-        Row::new("callers_apart", ("the same, each caller with a connection of its own", one_by_one), (0.0, 0.0)),
+        Row::new("callers_apart", ("the same, each caller with a connection of its own", one_by_one), (5.0, 8.0)),
+        Row::new("callers_900", ("the same, 900 callers", "the same, 900 connections"), (5.0, 8.0)),
         Row::new("get", ("QueryRoute, 50 callers", "plain Redis, one GET per query, 50 connections"), (0.0, 0.0)),
         Row::new("mget", ("the same", "plain Redis, one MGET of four, 50 connections, 16 at a time"), (0.0, 0.0)),
-        Row::new("batch_l1", ("BatchQueryRoute of 1,000, L1 hit, all users", mget), (1.0, 1.4)),
-        Row::new("batch_l2", ("BatchQueryRoute of 1,000, nothing in L1", mget), (0.3, 0.6)),
+        Row::new("batch_l1", ("BatchQueryRoute of 1,000, L1 hit, all users", mget), (1.3, 2.0)),
+        Row::new("batch_l2", ("BatchQueryRoute of 1,000, nothing in L1", mget), (0.6, 0.9)),
         Row::new(
             "batch_sql",
             ("BatchQueryRoute of 1,000, nothing in L1 or L2", "SELECT ... IN of 1,000, plain client"),
-            (0.3, 0.6),
+            (1.0, 1.3),
         ),
         Row::new(
             "p99",
             ("QueryRoute p99 at half of the peak, one thread on its own core", "the empty handler's at that rate"),
-            (1.5, 1.2),
+            (1.5, 1.1),
         )
         .less_is_better("us"),
     ]
@@ -182,11 +203,14 @@ async fn one_round(plan: &Plan, field: &Field) -> Vec<(f64, f64)> {
     let alone = async |node: &Node, users: u64| query(node, Some(LOADER), (4, 32), users, plan.time).await;
     let (hot, empty) = (alone(&field.alone, HOT_USERS).await, alone(&field.empty_alone, HOT_USERS).await);
     let (all, ready) = (alone(&field.alone, plan.users).await, alone(&field.ready_alone, HOT_USERS).await);
+    let (guarded, guarded_all, nginx) = beside_nginx(plan, field).await;
     let shared = async |node: &Node| query(node, None, (8, 16), HOT_USERS, plan.time).await;
     let (threads, one_runtime) = (shared(&field.node).await, shared(&field.one_runtime).await);
     let callers = query(&field.node, None, (5, 10), plan.users, plan.time).await;
-    let get = field.redis.get(plan.redis_calls).await;
+    let get = field.redis.get(50, plan.redis_calls).await;
     let callers_apart = query(&field.node, None, (50, 1), plan.users, plan.time).await;
+    let callers_900 = query(&field.node, None, (900, 1), plan.users, plan.time).await;
+    let get_900 = field.redis.get(900, plan.redis_calls).await;
     let mget_of_four = field.redis.mget(4, (50, 16), plan.redis_calls).await;
     let batch_l1 = batch_query(&field.node, plan.users, plan.time).await;
     let mget = field.redis.mget(BATCH, (4, 4), plan.redis_calls / 40).await;
@@ -198,10 +222,13 @@ async fn one_round(plan: &Plan, field: &Field) -> Vec<(f64, f64)> {
     vec![
         (hot, empty),
         (all, empty),
+        (guarded, nginx),
+        (guarded_all, nginx),
         (hot, ready),
         (threads, one_runtime),
         (callers, get / 4.0),
         (callers_apart, get / 4.0),
+        (callers_900, get_900 / 4.0),
         (callers, get),
         (callers, mget_of_four),
         (batch_l1, mget),
@@ -209,6 +236,14 @@ async fn one_round(plan: &Plan, field: &Field) -> Vec<(f64, f64)> {
         (batch_sql, select),
         (p99, empty_p99),
     ]
+}
+
+/// Queries with a token of hot users, of all, and what nginx answers.
+async fn beside_nginx(plan: &Plan, field: &Field) -> (f64, f64, f64) {
+    let ours = Target { server: field.guarded.data, tls: None, token: Some(field.token.clone()) };
+    let ask = async |target: &Target, users| query_at(target, Some(LOADER), (4, 32), users, plan.time).await;
+    let theirs = Target { server: field.nginx.addr, tls: None, token: None };
+    (ask(&ours, HOT_USERS).await, ask(&ours, plan.users).await, ask(&theirs, HOT_USERS).await)
 }
 
 /// In microseconds. By one connection, and not on the core of the server: a loader that keeps to a rate takes as much of a core

@@ -44,6 +44,7 @@ use crate::load::contender;
 use crate::load::on_core;
 use crate::load::paced;
 use crate::load::queries::QUERY;
+use crate::load::queries::query_at;
 use crate::load::queries::query_of;
 use crate::load::report::Row;
 
@@ -122,10 +123,7 @@ impl Nodes {
 }
 
 async fn queries(target: Target, time: Duration) -> f64 {
-    let work = move || load::run_on(&target, QUERY, (4, 32), time, |c, n| query_of(c, n, USERS));
-    let done = on_core(Some(LOADER), work).await;
-    assert_eq!(done.failed, 0, "failed calls");
-    done.per_second()
+    query_at(&target, Some(LOADER), (4, 32), USERS, time).await
 }
 
 /// Handshakes a second of one core: clients have the other one.

@@ -19,6 +19,8 @@ mod field;
 mod latency;
 #[path = "watch/pairs.rs"]
 mod pairs;
+#[path = "watch/publish.rs"]
+mod publish;
 #[path = "watch/resync.rs"]
 mod resync;
 #[path = "watch/storm.rs"]
@@ -44,6 +46,8 @@ pub struct Plan {
     fans: Shape,
     fan_rates: &'static [f64],
     fan_time: Duration,
+    /// To as many subscribers as there are streams.
+    published: u64,
     /// Of `pairs`; the last one also of `resync`.
     many: [Shape; 2],
     query_time: Duration,
@@ -69,6 +73,7 @@ const MEASURING: Plan = Plan {
     fans: shape(10, 10, 2_000),
     fan_rates: &[250.0, 500.0, 1_000.0, 2_000.0, 4_000.0],
     fan_time: Duration::from_secs(5),
+    published: 20_000,
     many: [shape(100, 100, 100), shape(10, 1, 100_000)],
     query_time: Duration::from_secs(30),
     storm: shape(500, 100, 1),
@@ -86,6 +91,7 @@ const TINY: Plan = Plan {
     fans: shape(2, 2, 50),
     fan_rates: &[100.0, 200.0],
     fan_time: Duration::from_millis(300),
+    published: 200,
     many: [shape(2, 5, 100), shape(2, 1, 6_000)],
     query_time: Duration::from_millis(500),
     storm: shape(3, 10, 1),

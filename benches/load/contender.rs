@@ -16,6 +16,7 @@ use im_presence::pb;
 use im_presence::pb::presence_service_server::PresenceService;
 use im_presence::store::database::Database;
 use im_presence::telemetry;
+use prost::Message;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -111,6 +112,12 @@ impl PresenceService for Fixed {
     async fn query_route(&self, _: Request<pb::QueryRouteReq>) -> Result<Response<pb::QueryRouteResp>, Status> {
         Ok(Response::new(self.0.clone()))
     }
+}
+
+/// Of the daemon's answer as a message of gRPC.
+pub fn answer_bytes() -> usize {
+    const PREFIX: usize = 5; // whether it is compressed, and its length
+    PREFIX + answer().encoded_len()
 }
 
 /// As the daemon answers for the users that the benches make.

@@ -3,9 +3,11 @@
 
 pub mod binds;
 pub mod book;
+pub mod calls;
 pub mod contender;
 pub mod delivering;
 pub mod gateway;
+pub mod nginx;
 pub mod paced;
 pub mod parts;
 pub mod queries;
@@ -17,8 +19,10 @@ pub mod watching;
 
 use std::io::Read;
 use std::io::Write;
+use std::iter::Sum;
 use std::net::SocketAddr;
 use std::net::TcpStream;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
@@ -31,6 +35,8 @@ use rustls::ClientConfig;
 use rustls::ClientConnection;
 use rustls::StreamOwned;
 use rustls::pki_types::ServerName;
+
+use crate::load::calls::Calls;
 
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
@@ -45,6 +51,8 @@ const DATA: u8 = 0;
 const MAX_FRAME: usize = 16_384;
 /// As large as the protocol allows, so that nothing has to be granted later.
 const LARGEST_WINDOW: u32 = (1 << 31) - 1;
+/// More connections share one thread and its event loop, as those of redis-benchmark do: threads would measure the scheduler.
+const MOST_THREADS: u64 = 8;
 /// A number of calls takes as long as it takes, but no server that hangs is waited for.
 const ALL_WITHIN: Duration = Duration::from_secs(600);
 
@@ -85,9 +93,9 @@ pub fn run_all<M: Message>(
     request: impl Fn(u64, u64) -> M,
 ) -> Done {
     let began = Instant::now();
-    let mut done = Connection::open(server, path).run_to(in_flight.min(calls), (calls, began + ALL_WITHIN), |n| request(0, n));
-    done.elapsed = began.elapsed();
-    done
+    let connection = Connection::open(server, path);
+    let calls = Calls::begin(connection, in_flight.min(calls), (calls, began + ALL_WITHIN), |n| request(0, n));
+    Done { elapsed: began.elapsed(), ..calls.until_all_end() }
 }
 
 /// How a server is reached, and what is shown to it.
@@ -107,27 +115,37 @@ pub fn run_on<M: Message>(
     time: Duration,
     request: impl Fn(u64, u64) -> M + Sync,
 ) -> Done {
-    let Target { server, tls, token } = target;
+    let (Target { server, tls, token }, request) = (target, &request);
     let headers = header_block(path, &server.to_string());
     let began = Instant::now();
-    let one = |c: u64| {
-        let (request, headers, token) = (|n| request(c, n), headers.clone(), token.as_deref());
-        match tls {
-            None => Connection::with(plain(*server), headers).showing(token).run(in_flight, began + time, request),
-            Some(config) => {
-                Connection::with(encrypted(*server, config), headers).showing(token).run(in_flight, began + time, request)
-            }
+    let limit = (u64::MAX, began + time);
+    let run = |connections: Range<u64>| match tls {
+        None => calls::together(connections.map(|c| {
+            let connection = Connection::with(plain(*server), headers.clone()).showing(token.as_deref());
+            Calls::begin(connection, in_flight, limit, move |n| request(c, n))
+        })),
+        Some(config) => {
+            let c = connections.start;
+            let connection = Connection::with(encrypted(*server, config), headers.clone()).showing(token.as_deref());
+            Calls::begin(connection, in_flight, limit, |n| request(c, n)).until_all_end()
         }
     };
+    // Encrypted connections hide from the system what they have read, so no event loop can wait for them.
+    let of_a_thread = if connections <= MOST_THREADS || tls.is_some() { 1 } else { connections };
     let results: Vec<Done> = std::thread::scope(|scope| {
-        let one = &one;
-        let threads: Vec<_> = (0..connections).map(|c| scope.spawn(move || one(c))).collect();
+        let run = &run;
+        let shares = (0..connections).step_by(of_a_thread as usize);
+        let threads: Vec<_> = shares.map(|c| scope.spawn(move || run(c..c + of_a_thread))).collect();
         threads.into_iter().map(|thread| thread.join().expect("a loader thread panicked")).collect()
     });
-    Done {
-        answered: results.iter().map(|done| done.answered).sum(),
-        failed: results.iter().map(|done| done.failed).sum(),
-        elapsed: began.elapsed(),
+    Done { elapsed: began.elapsed(), ..results.into_iter().sum() }
+}
+
+impl Sum for Done {
+    /// Of the calls, not of the time.
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        let add = |sum: Self, one: Self| Self { answered: sum.answered + one.answered, failed: sum.failed + one.failed, ..sum };
+        all.fold(Self::default(), add)
     }
 }
 
@@ -271,41 +289,6 @@ impl<S: Read + Write> Connection<S> {
         self
     }
 
-    fn run<M: Message>(self, in_flight: u64, until: Instant, request: impl Fn(u64) -> M) -> Done {
-        self.run_to(in_flight, (u64::MAX, until), request)
-    }
-
-    /// Until so many calls were made, or that time has come.
-    fn run_to<M: Message>(mut self, in_flight: u64, (most, until): (u64, Instant), request: impl Fn(u64) -> M) -> Done {
-        let (mut sent, mut ended_in_all, mut done) = (0, 0, Done::default());
-        let mut buffer = Vec::with_capacity(1 << 16);
-        let mut chunk = vec![0; 1 << 16];
-        while sent < in_flight {
-            self.call(&request(sent));
-            sent += 1;
-        }
-        loop {
-            self.stream.write_all(&self.out).and_then(|()| self.stream.flush()).expect("the daemon reads");
-            self.out.clear();
-            if ended_in_all == sent {
-                done.failed = ended_in_all - done.answered;
-                return done;
-            }
-            let n = self.stream.read(&mut chunk).expect("the daemon answers");
-            assert!(n > 0, "the daemon closed the connection");
-            buffer.extend_from_slice(&chunk[..n]);
-            let mut ended = 0;
-            done.answered += take_frames(&mut buffer, &mut self.out, |_| ended += 1);
-            ended_in_all += ended;
-            if Instant::now() < until {
-                for _ in 0..ended.min(most - sent) {
-                    self.call(&request(sent));
-                    sent += 1;
-                }
-            }
-        }
-    }
-
     fn call(&mut self, message: &impl Message) {
         let id = self.next_stream;
         self.next_stream += 2;
@@ -359,7 +342,12 @@ fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
             RST_STREAM => panic!("the daemon refused a call"),
             GOAWAY => panic!("the daemon said goodbye: {payload:?}"),
-            DATA => data(payload),
+            DATA => {
+                data(payload);
+                if flags & END_STREAM != 0 {
+                    ended(stream); // nginx has no trailers
+                }
+            }
             _ => {}
         }
         at += 9 + len;

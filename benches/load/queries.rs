@@ -7,6 +7,7 @@ use im_presence::pb;
 use crate::harness;
 use crate::harness::node::Node;
 use crate::load;
+use crate::load::Target;
 use crate::load::on_core;
 use crate::load::scatter;
 
@@ -22,10 +23,14 @@ pub async fn is_warm(node: &Node) {
 }
 
 /// Queries of one of the first `users` a second, by a loader on `core`.
-pub async fn query(node: &Node, core: Option<usize>, (connections, in_flight): (u64, u64), users: u64, time: Duration) -> f64 {
-    let server = node.data;
-    let request = move |c, n| query_of(c, n, users);
-    let done = on_core(core, move || load::run(server, QUERY, connections, in_flight, time, request)).await;
+pub async fn query(node: &Node, core: Option<usize>, shape: (u64, u64), users: u64, time: Duration) -> f64 {
+    query_at(&Target { server: node.data, tls: None, token: None }, core, shape, users, time).await
+}
+
+/// The same of a server that wants more than a connection, or is no node.
+pub async fn query_at(target: &Target, core: Option<usize>, shape: (u64, u64), users: u64, time: Duration) -> f64 {
+    let (target, request) = (target.clone(), move |c, n| query_of(c, n, users));
+    let done = on_core(core, move || load::run_on(&target, QUERY, shape, time, request)).await;
     assert_eq!(done.failed, 0, "failed calls");
     done.per_second()
 }

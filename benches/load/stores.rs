@@ -43,9 +43,9 @@ impl PlainRedis {
         Self { server, users }
     }
 
-    /// GETs a second over 50 connections.
-    pub async fn get(&self, calls: u64) -> f64 {
-        self.ask((50, 1), calls, &["GET".to_owned(), "user:route:__rand_int__".to_owned()]).await
+    /// GETs a second.
+    pub async fn get(&self, connections: u64, calls: u64) -> f64 {
+        self.ask((connections, 1), calls, &["GET".to_owned(), "user:route:__rand_int__".to_owned()]).await
     }
 
     /// MGETs a second of so many keys.
