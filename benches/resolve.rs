@@ -118,12 +118,13 @@ impl Field {
         let (pki, (token, entry)) = (Pki::new(), pki::token("service", "service", ""));
         let tokens = pki.write("tokens.toml", &entry);
         let guard = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", pki::text(&tokens)), one_thread];
+        let guarded = db.settings(&[&of_cluster[..], &guard].concat());
         // The first node that meets a Redis raises the generation, which empties the memory of all that run.
         let past_l1 = Node::start(db.settings(&with(&[NO_L1]))).await;
         let field = Self {
             past_l1,
             alone: Node::start_as(pinned(), db.settings(&with(&[one_thread]))).await,
-            guarded: Node::start_as(pinned(), db.settings(&with(&guard))).await,
+            guarded: Node::start_as(pinned(), guarded).await,
             token,
             empty_alone: contender::empty(Some(SERVER), &[one_thread]).await,
             ready_alone: contender::ready(Some(SERVER), &[one_thread]).await,

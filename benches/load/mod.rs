@@ -254,7 +254,7 @@ impl Stream {
     }
 }
 
-struct Connection<S = TcpStream> {
+pub struct Connection<S = TcpStream> {
     stream: S,
     /// Of the first call, if it says more than the others.
     first_headers: Option<Vec<u8>>,
