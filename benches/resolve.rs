@@ -115,9 +115,11 @@ impl Field {
         let with = |more: &[(&'static str, &'static str)]| [&of_cluster[..], more].concat();
         let db = seed::users(plan.users, GATEWAYS).await;
         let pinned = || contender::on_core(Some(SERVER), PROGRAM);
-        let (pki, (token, entry)) = (Pki::new(), pki::token("service", "service", ""));
-        let tokens = pki.write("tokens.toml", &entry);
-        let guard = [("AUTH__MODE", "token"), ("AUTH__TOKENS_FILE", pki::text(&tokens)), one_thread];
+        let (pki, (token, service), (of_nodes, nodes)) =
+            (Pki::new(), pki::token("service", "service", ""), pki::token("nodes", "node", ""));
+        let (tokens, of_nodes) = (pki.write("tokens.toml", &format!("{service}{nodes}")), pki.write("node.token", &of_nodes));
+        let tokens = [("AUTH__TOKENS_FILE", pki::text(&tokens)), ("PEER__TOKEN_FILE", pki::text(&of_nodes))];
+        let guard = [&tokens[..], &[("AUTH__MODE", "token"), one_thread]].concat();
         let guarded = db.settings(&[&of_cluster[..], &guard].concat());
         // The first node that meets a Redis raises the generation, which empties the memory of all that run.
         let past_l1 = Node::start(db.settings(&with(&[NO_L1]))).await;

@@ -35,6 +35,8 @@ const GRANT: &str = "/etcdserverpb.Lease/LeaseGrant";
 const KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 const REVOKED_WITHIN: Duration = Duration::from_secs(120);
+/// Times as long as that of the others is etcd's lease: while keys are put, it answers beats late, or refuses them.
+const FILL_LEASES: u32 = 6;
 /// As many times a lease's time is a beat due.
 const BEATS_A_LEASE: u32 = 5;
 
@@ -161,15 +163,16 @@ impl Etcd {
         assert_eq!((done.answered, done.failed), (users, 0), "puts");
     }
 
-    /// Holds the lease for another time of it.
-    async fn beat(client: &mut Grpc<Channel>, id: i64) {
+    /// Holds the lease for another time of it, unless etcd is too busy.
+    async fn beat(client: &mut Grpc<Channel>, id: i64) -> Result<(), Status> {
         let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
         let beats = tokio_stream::once(LeaseKeepAliveRequest { id });
         client.ready().await.expect("etcd listens");
         let request = Request::new(beats);
-        let answers = client.streaming(request, PathAndQuery::from_static(KEEP_ALIVE), codec).await;
-        let answer = answers.expect("a stream").into_inner().message().await.expect("an answer of etcd");
+        let answers = client.streaming(request, PathAndQuery::from_static(KEEP_ALIVE), codec).await?;
+        let answer = answers.into_inner().message().await?;
         assert!(answer.is_some_and(|answer| answer.ttl > 0), "the lease is there");
+        Ok(())
     }
 }
 
@@ -196,13 +199,14 @@ impl Rival for Etcd {
     }
 
     async fn death(&mut self, users: u64, lease: Duration) -> Figures {
+        let lease = lease * FILL_LEASES;
         let ttl = i64::try_from(lease.as_secs()).expect("a short time");
         let id = self.ask::<_, LeaseGrantResponse>(GRANT, LeaseGrantRequest { ttl }).await.id;
         let (filled, mut client) = (Arc::new(AtomicBool::new(false)), self.client().await);
         let is_filled = filled.clone();
         let beating = tokio::spawn(async move {
             while !is_filled.load(Ordering::Relaxed) {
-                Self::beat(&mut client, id).await;
+                let _ = Self::beat(&mut client, id).await; // the next one is as good
                 tokio::time::sleep(lease / BEATS_A_LEASE).await;
             }
             client
@@ -211,7 +215,7 @@ impl Rival for Etcd {
         filled.store(true, Ordering::Relaxed);
         let mut client = beating.await.expect("beats");
         let cpu = cpu_time(self.server.pid());
-        Self::beat(&mut client, id).await;
+        Self::beat(&mut client, id).await.expect("the last beat");
         let end = Instant::now() + lease;
         let cpu_of_a_beat = cpu_time(self.server.pid()) - cpu;
         while self.count("lease/").await > 0 {
