@@ -47,6 +47,7 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 const ACK: u8 = 1;
 const DATA: u8 = 0;
+const NO_ERROR: [u8; 4] = [0; 4];
 /// The largest frame a peer has to take.
 const MAX_FRAME: usize = 16_384;
 /// As large as the protocol allows, so that nothing has to be granted later.
@@ -340,7 +341,8 @@ fn read_frames(buffer: &mut Vec<u8>, out: &mut Vec<u8>, mut ended: impl FnMut(u3
             HEADERS => answered += 1, // an answer that failed has trailers only
             SETTINGS if flags & ACK == 0 => frame(out, SETTINGS, ACK, 0, &[]),
             PING if flags & ACK == 0 => frame(out, PING, ACK, 0, payload),
-            RST_STREAM => panic!("the daemon refused a call"),
+            RST_STREAM if payload == NO_ERROR => {} // nginx has answered before it reads what it was sent
+            RST_STREAM => panic!("the daemon refused a call: {payload:?}"),
             GOAWAY => panic!("the daemon said goodbye: {payload:?}"),
             DATA => {
                 data(payload);
