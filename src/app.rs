@@ -18,12 +18,15 @@ mod spans;
 pub mod threads;
 mod upkeep;
 
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
 use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
+use tokio::net::lookup_host;
 use tokio::signal::unix::Signal;
 use tokio::signal::unix::SignalKind;
 use tokio::signal::unix::signal;
@@ -68,6 +71,9 @@ const START_RETRY: Duration = Duration::from_millis(250);
 const SAY_DEADLINE: Duration = Duration::from_millis(500);
 const CALLS_DEADLINE: Duration = Duration::from_secs(5);
 const LANES_DEADLINE: Duration = Duration::from_secs(3);
+/// Connections that the system keeps until they are accepted, so that all clients may come back at once. It keeps no more than
+/// `net.core.somaxconn` says, and drops what comes then: such a client tries again after a second.
+const BACKLOG: u32 = 4_096;
 
 /// Why the daemon did not start, or ended: one line for an operator.
 #[derive(Debug, thiserror::Error)]
@@ -98,11 +104,11 @@ pub enum StartError {
     #[error("{UNNAMED}")]
     Unnamed,
     #[error("cannot listen on {addr}: {cause}")]
-    Listen { addr: String, cause: std::io::Error },
+    Listen { addr: String, cause: io::Error },
     #[error("cannot start the serving threads: {0}")]
-    Threads(std::io::Error),
+    Threads(io::Error),
     #[error("cannot watch for signals: {0}")]
-    Signals(std::io::Error),
+    Signals(io::Error),
     #[error("a task of the daemon ended unexpectedly; the log says which")]
     TaskEnded,
 }
@@ -164,7 +170,7 @@ pub async fn run(config: Config) -> Result<(), StartError> {
 struct Signals([Signal; 3]);
 
 impl Signals {
-    fn watch() -> std::io::Result<Self> {
+    fn watch() -> io::Result<Self> {
         Ok(Self([signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?, signal(SignalKind::hangup())?]))
     }
 
@@ -338,10 +344,25 @@ async fn open(config: &Config) -> Result<Database, StartError> {
 }
 
 async fn bind(host: &str, port: u16) -> Result<(TcpListener, SocketAddr), StartError> {
-    let failed = |cause| StartError::Listen { addr: format!("{host}:{port}"), cause };
-    let listener = TcpListener::bind((host, port)).await.map_err(failed)?;
-    let addr = listener.local_addr().map_err(failed)?;
+    let bound = async {
+        let mut refused = io::ErrorKind::AddrNotAvailable.into();
+        for addr in lookup_host((host, port)).await? {
+            match listen_at(addr) {
+                Ok(listener) => return Ok((listener.local_addr()?, listener)),
+                Err(error) => refused = error,
+            }
+        }
+        Err(refused)
+    };
+    let (addr, listener) = bound.await.map_err(|cause| StartError::Listen { addr: format!("{host}:{port}"), cause })?;
     Ok((listener, addr))
+}
+
+fn listen_at(addr: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?; // connections of a former process may still be closing
+    socket.bind(addr)?;
+    socket.listen(BACKLOG)
 }
 
 /// Says what the daemon rests on, and warns of what is weaker than it may look.

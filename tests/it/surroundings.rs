@@ -237,6 +237,26 @@ async fn half_requests_hold_up_neither_port() {
     assert_eq!(node.degraded().await, [""; 0]);
 }
 
+/// What the system drops comes again after a second.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_who_all_come_at_once_are_let_in_though_the_node_is_slow_to_accept_them() {
+    const AT_ONCE: usize = 500;
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    let kept: usize = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap().trim().parse().unwrap();
+    node.stop();
+    let mut clients = Vec::new();
+    for addr in [node.data, node.admin] {
+        for n in 1..=AT_ONCE.min(kept) {
+            let connected = timeout(Duration::from_millis(900), TcpStream::connect(addr)).await;
+            clients.push(connected.unwrap_or_else(|_| panic!("connection {n} to {addr} waits for another attempt")).unwrap());
+        }
+    }
+    node.cont();
+    drop(clients);
+    eventually("the node serves", SOON, async || node.try_bind(a_bind(ALICE, PHONE, "c")).await.is_ok()).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_does_not_read_what_the_admin_port_says_keeps_nobody_else_out() {
     let cluster = Cluster::sqlite(&[]).await;
