@@ -22,6 +22,7 @@ mod plain_redis;
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use nix::unistd::sync;
 use prost::Message;
 use serde_json::Value;
 use serde_json::json;
@@ -148,6 +149,7 @@ async fn measure(plan: &Plan) {
 /// The first step fills, rounds follow, then come death and SIGKILL.
 async fn take_step<R: Rival>(step: usize, plan: &Plan, rivals: &mut [R], lines: &mut Vec<Line>) {
     for (n, rival) in rivals.iter_mut().enumerate() {
+        sync(); // what the one before has left to be written is not waited for by this one
         if step == 0 {
             let before = rival.rss_bytes();
             rival.fill(plan.users).await;
