@@ -35,8 +35,8 @@ const GRANT: &str = "/etcdserverpb.Lease/LeaseGrant";
 const KEEP_ALIVE: &str = "/etcdserverpb.Lease/LeaseKeepAlive";
 const ANSWERS_WITHIN: Duration = Duration::from_secs(20);
 const REVOKED_WITHIN: Duration = Duration::from_secs(120);
-/// Times as long as that of the others is etcd's lease: while keys are put, it answers beats late, or refuses them.
-const FILL_LEASES: u32 = 6;
+/// Keys of one lease: a put looks at all keys of its lease.
+const LEASE_KEYS: u64 = 1_000;
 /// As many times a lease's time is a beat due.
 const BEATS_A_LEASE: u32 = 5;
 
@@ -154,25 +154,28 @@ impl Etcd {
         self.ask::<_, RangeResponse>(RANGE, RangeRequest { key, range_end, count_only: true }).await.count
     }
 
-    /// Puts keys, and returns when all are acknowledged.
-    async fn put(&self, prefix: &'static str, first: u64, users: u64, lease: i64) {
+    /// Puts keys, and returns when all are acknowledged. Those that belong to no lease stay.
+    async fn put(&self, prefix: &'static str, first: u64, users: u64, leases: Arc<[i64]>) {
         let server = self.addr();
-        let request = move |_, n| put(prefix, first + n, lease);
+        let lease = move |n| leases.get((n / LEASE_KEYS) as usize).copied().unwrap_or_default();
+        let request = move |_, n| put(prefix, first + n, lease(n));
         let run = move || load::run_all(server, PUT, crate::FILL_IN_FLIGHT, users, request);
         let done = on_core(None, run).await;
         assert_eq!((done.answered, done.failed), (users, 0), "puts");
     }
 
-    /// Holds the lease for another time of it, unless etcd is too busy.
-    async fn beat(client: &mut Grpc<Channel>, id: i64) -> Result<(), Status> {
+    /// Holds the leases for another time of theirs.
+    async fn beat(client: &mut Grpc<Channel>, leases: Arc<[i64]>) {
         let codec = ProstCodec::<LeaseKeepAliveRequest, LeaseKeepAliveResponse>::default();
-        let beats = tokio_stream::once(LeaseKeepAliveRequest { id });
+        let count = leases.len();
+        let beats = tokio_stream::iter((0..count).map(move |n| LeaseKeepAliveRequest { id: leases[n] }));
         client.ready().await.expect("etcd listens");
-        let request = Request::new(beats);
-        let answers = client.streaming(request, PathAndQuery::from_static(KEEP_ALIVE), codec).await?;
-        let answer = answers.into_inner().message().await?;
-        assert!(answer.is_some_and(|answer| answer.ttl > 0), "the lease is there");
-        Ok(())
+        let answers = client.streaming(Request::new(beats), PathAndQuery::from_static(KEEP_ALIVE), codec).await;
+        let mut answers = answers.expect("a stream").into_inner();
+        for _ in 0..count {
+            let answer = answers.message().await.expect("an answer of etcd");
+            assert!(answer.is_some_and(|answer| answer.ttl > 0), "the lease is there");
+        }
     }
 }
 
@@ -182,7 +185,7 @@ impl Rival for Etcd {
     }
 
     async fn fill(&mut self, users: u64) {
-        self.put("route/", 1, users, 0).await;
+        self.put("route/", 1, users, Arc::default()).await;
     }
 
     async fn lookups(&mut self, shape: Shape, users: u64, time: Duration) -> f64 {
@@ -199,23 +202,26 @@ impl Rival for Etcd {
     }
 
     async fn death(&mut self, users: u64, lease: Duration) -> Figures {
-        let lease = lease * FILL_LEASES;
         let ttl = i64::try_from(lease.as_secs()).expect("a short time");
-        let id = self.ask::<_, LeaseGrantResponse>(GRANT, LeaseGrantRequest { ttl }).await.id;
+        let mut leases = Vec::new();
+        for _ in 0..users.div_ceil(LEASE_KEYS) {
+            leases.push(self.ask::<_, LeaseGrantResponse>(GRANT, LeaseGrantRequest { ttl }).await.id);
+        }
+        let leases: Arc<[i64]> = leases.into();
         let (filled, mut client) = (Arc::new(AtomicBool::new(false)), self.client().await);
-        let is_filled = filled.clone();
+        let (is_filled, held) = (filled.clone(), leases.clone());
         let beating = tokio::spawn(async move {
             while !is_filled.load(Ordering::Relaxed) {
-                let _ = Self::beat(&mut client, id).await; // the next one is as good
+                Self::beat(&mut client, held.clone()).await;
                 tokio::time::sleep(lease / BEATS_A_LEASE).await;
             }
             client
         });
-        self.put("lease/", 1, users, id).await;
+        self.put("lease/", 1, users, leases.clone()).await;
         filled.store(true, Ordering::Relaxed);
         let mut client = beating.await.expect("beats");
         let cpu = cpu_time(self.server.pid());
-        Self::beat(&mut client, id).await.expect("the last beat");
+        Self::beat(&mut client, leases).await;
         let end = Instant::now() + lease;
         let cpu_of_a_beat = cpu_time(self.server.pid()) - cpu;
         while self.count("lease/").await > 0 {
@@ -230,7 +236,7 @@ impl Rival for Etcd {
     }
 
     async fn lost(&mut self, users: u64) -> u64 {
-        self.put("lost/", 1, users, 0).await;
+        self.put("lost/", 1, users, Arc::default()).await;
         self.server.is_killed_and_comes_back().await;
         users - u64::try_from(self.count("lost/").await).expect("a count")
     }
