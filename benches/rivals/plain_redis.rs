@@ -54,9 +54,7 @@ impl PlainRedis {
             Log::Always => &["--appendonly", "yes", "--appendfsync", "always"],
         };
         let server = RedisServer::start_with(options.iter().map(|option| (*option).to_owned()).collect());
-        let info: String = server.client().await.run(&["INFO", "server"]).await;
-        let pid: Option<u32> = info.lines().find_map(|line| line.strip_prefix("process_id:")?.parse().ok());
-        let pid = pid.expect("a process id");
+        let pid = server.pid().await;
         let mut pin = Command::new("taskset");
         let pinned = pin.args(["-a", "-p", "-c", &crate::SERVER.to_string(), &pid.to_string()]).output();
         assert!(pinned.is_ok_and(|output| output.status.success()), "taskset");

@@ -160,6 +160,13 @@ impl RedisServer {
         Subscriber { pubsub }
     }
 
+    /// Of the server itself, whatever started it.
+    #[allow(dead_code)] // benches need it
+    pub async fn pid(&self) -> u32 {
+        let info: String = self.client().await.run(&["INFO", "server"]).await;
+        info.lines().find_map(|line| line.strip_prefix("process_id:")?.parse().ok()).expect("a process id")
+    }
+
     pub fn address(&self) -> (&str, u16) {
         (&self.place.host, self.port)
     }
