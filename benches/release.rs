@@ -170,7 +170,7 @@ async fn measure(rounds: usize, time: Duration, users: u64) -> [Row; 10] {
         }
     }
     if rounds > 1 {
-        for node in [&ours.node, &theirs.node] {
+        for node in [&ours.alone, &theirs.alone] {
             let local = stores::share_of(node, "im_presence_queries_total", "local").await;
             assert!(local > 0.99, "hits were measured: {local}");
         }
