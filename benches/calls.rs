@@ -1,7 +1,6 @@
 //! What a call costs the daemon in allocations: its whole process, with an allocator that counts.
 //!
-//! `cargo bench --bench calls` measures (a minute); `cargo test` runs it for a moment. System calls are counted from outside:
-//! `benches/README.md` says how.
+//! `cargo bench --bench calls` measures (a minute); `cargo test` runs it for a moment.
 
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
@@ -118,7 +117,7 @@ async fn measure(time: Duration) {
     let (node, receipts) = (Node::start_as(program, settings).await, Receipts::new());
     attach(&node, GATEWAYS[0], 1, &receipts).await;
     subscribe(&node, &redis, USERS + 1, &receipts).await;
-    let mut stream = binds::attach(&node, GATEWAYS[1]).await;
+    let stream = binds::attach(&node, GATEWAYS[1]).await;
     let users = 2 * USERS as u64;
     query(&node, None, (4, 16), users, time).await; // all are in memory
 
@@ -129,11 +128,9 @@ async fn measure(time: Duration) {
     table
         .line("BindRoute on SQLite", async || binds::by_calls(&node, "gw-2:7000", (1, IN_FLIGHT), 1 << 30, time).await.answered)
         .await;
-    let done;
     let before = counts(&file).await;
-    (done, stream) = binds::by_frames(stream, IN_FLIGHT, 1 << 31, time).await;
+    let (done, _attached) = binds::by_frames(stream, IN_FLIGHT, 1 << 31, time).await;
     table.add("the same on a stream", before, done.answered).await;
-    drop(stream);
     for (what, first) in [("Deliver to a gateway attached to this node", 1), ("Deliver to a Redis subscriber", USERS + 1)] {
         let deliver = async || {
             let before = delivered(&node).await;

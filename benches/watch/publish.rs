@@ -17,7 +17,7 @@ use crate::harness::redis::RedisServer;
 use crate::load::server::cpu_time;
 
 const CHANNEL: &str = "presence";
-/// As long as a telling of Watch with a status text, its frame included.
+/// A user, a status, a short text and times would fit.
 const MESSAGE_BYTES: usize = 60;
 const HEARD_WITHIN: Duration = Duration::from_secs(120);
 
