@@ -95,7 +95,8 @@ async fn is_followed(mut world: World, url: &str) {
     run(&world.pair.primary, "SET GLOBAL read_only = 1").await;
     world.pair.catch_up().await;
     world.promote().await;
-    let other = Node::start(settings(&[("STORE__URL", &world.new_primary())])).await;
+    // Without Redis it tells nobody: its neighbour has to find out by itself.
+    let mut other = Node::start(settings(&[("STORE__URL", &world.new_primary())])).await;
     other.bind(a_bind(ALICE, PHONE, "after")).await;
     let since = Instant::now();
     eventually("what the new primary has is answered", FOLLOWED_WITHIN, async || {
@@ -105,6 +106,8 @@ async fn is_followed(mut world: World, url: &str) {
     println!("the new primary answers after {:?}", since.elapsed());
     eventually("binds work", FOLLOWED_WITHIN, async || node.try_bind(a_bind(ALICE, PHONE, "again")).await.is_ok()).await;
     assert_eq!(other.query_sql(ALICE).await.routes[0].conn_id, "again");
+    eventually("it is missed on the bus, and nothing else", AGREES_WITHIN, async || node.degraded().await == ["hints"]).await;
+    other.kill();
     eventually("nothing is wrong any more", AGREES_WITHIN, async || node.degraded().await.is_empty()).await;
 }
 
