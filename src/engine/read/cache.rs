@@ -36,6 +36,7 @@ use crate::domain::id::NumberMap;
 use crate::domain::id::UserId;
 use crate::domain::id::Version;
 use crate::domain::user::UserRecord;
+use crate::engine::read::doorkeeper::Doorkeeper;
 
 /// How far the shared cache can be behind: what a node left undone there is repaired within this time.
 pub const L2_AGE: Duration = Duration::from_secs(3);
@@ -134,11 +135,14 @@ impl Drop for LoadTicket {
 /// use and evictions follow later, so L1 holds a little more than its capacity for a moment (moka's documentation,
 /// "Concurrent behaviors" of `moka::sync::Cache`: <https://docs.rs/moka/latest/moka/sync/struct.Cache.html>). When it is full,
 /// the least recently used entry goes, unless the new one was asked for less often lately (TinyLFU): then the new one does. By
-/// measurement that finds more users than LRU alone, also beside batches that ask for everybody once.
+/// measurement that finds more users than LRU alone, also beside batches that ask for everybody once. Each `get` counts as asking,
+/// `contains_key` does not.
 type L1 = moka::sync::Cache<UserId, Arc<Entry>, BuildHasherDefault<NumberHasher>>;
 
 pub struct Cache {
     l1: L1,
+    capacity: u64,
+    doorkeeper: Doorkeeper,
     shards: Vec<Mutex<NumberMap<UserId, UnderWay>>>,
     /// Entries whose load began under a smaller number are not used.
     trust: AtomicU32,
@@ -156,7 +160,8 @@ impl Cache {
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
         let counter = || AtomicU64::new(0);
         let (trust, offers_rejected, went_back, forgotten) = (AtomicU32::new(0), counter(), counter(), counter());
-        Arc::new(Self { l1, shards, trust, offers_rejected, went_back, forgotten })
+        let doorkeeper = Doorkeeper::new(capacity);
+        Arc::new(Self { l1, capacity, doorkeeper, shards, trust, offers_rejected, went_back, forgotten })
     }
 
     /// The user's entry in L1, if it is trusted. The caller decides whether it is fresh enough.
@@ -285,7 +290,7 @@ impl Cache {
         let mut shard = self.shard(user);
         let under_way = shard.entry(user).or_default();
         under_way.loads += 1;
-        if let Some(entry) = self.l1.get(&user).filter(|entry| entry.trust == trust) {
+        if let Some(entry) = self.known(user).filter(|entry| entry.trust == trust) {
             under_way.floor = under_way.floor.max(entry.record.version);
         }
         LoadTicket { cache: self.clone(), is_open: true, user, floor_before: under_way.floor, trust, began }
@@ -326,21 +331,27 @@ impl Cache {
         Loaded::Answer(entry)
     }
 
-    /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge.
+    /// Puts `offered` into L1, unless L1 holds a newer version, or the same with fresher knowledge, or is full and the user is new.
     fn keep_newest(&self, user: UserId, offered: Entry) -> Arc<Entry> {
         let rank = |entry: &Entry| (entry.trust, entry.record.version, entry.as_of);
-        match self.l1.get(&user) {
-            Some(known) if rank(&known) > rank(&offered) => known,
-            _ => {
-                let offered = Arc::new(offered);
-                self.l1.insert(user, offered.clone());
-                offered
-            }
+        let known = self.known(user);
+        if let Some(newer) = known.as_ref().filter(|known| rank(known) > rank(&offered)) {
+            return newer.clone();
         }
+        let offered = Arc::new(offered);
+        if known.is_some() || self.l1.entry_count() < self.capacity || self.doorkeeper.knows(user) {
+            self.l1.insert(user, offered.clone());
+        }
+        offered
+    }
+
+    /// What L1 holds of a user who most often is not there, and has been asked for once already.
+    fn known(&self, user: UserId) -> Option<Arc<Entry>> {
+        if self.l1.contains_key(&user) { self.l1.get(&user) } else { None }
     }
 
     fn drop_older(&self, user: UserId, version: Version) {
-        if self.l1.get(&user).is_some_and(|entry| entry.record.version < version) {
+        if self.known(user).is_some_and(|entry| entry.record.version < version) {
             self.offers_rejected.fetch_add(1, Ordering::Relaxed);
             self.l1.invalidate(&user);
         }

@@ -295,6 +295,28 @@ fn a_shared_cache_that_lags_is_watched_until_it_has_caught_up() {
     assert_eq!(cache.under_way(), 0);
 }
 
+#[test]
+fn whoever_is_asked_for_once_gets_nobody_out_of_a_full_memory() {
+    let cache = Cache::new(10);
+    let user = |id| UserId::parse(id).unwrap();
+    let is_there = |id| cache.peek(user(id)).is_some();
+    (1..=10).for_each(|id| cache.committed(user(id), record(1), Instant::now(), false));
+    assert_eq!(cache.len(), 10);
+    let ask = |id, version| match cache.get(user(id)) {
+        Some(entry) => entry.record.version.0,
+        None => answer(cache.end_load(cache.begin_load(user(id)), record(version), true)),
+    };
+    assert!((11..=1_000).all(|id| ask(id, 1) == 1));
+    assert_eq!(cache.len(), 10);
+    assert!((1..=10).all(is_there), "nobody has asked for them, and they stay");
+
+    assert_eq!((ask(11, 2), ask(11, 3), ask(11, 4)), (2, 3, 3), "asked for again, a user gets in");
+    assert_eq!(cache.len(), 10);
+    assert!(is_there(11));
+    cache.distrust();
+    assert!((1..=11).filter(|id| is_there(*id)).all(|id| ask(id, 5) == 5 && ask(id, 6) == 5), "who is there is kept up to date");
+}
+
 /// How much may happen in one world.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Bounds {

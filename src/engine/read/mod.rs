@@ -4,6 +4,7 @@
 pub mod audit_log;
 pub mod cache;
 pub mod directory;
+mod doorkeeper;
 pub mod feed;
 pub mod hints;
 pub mod inspection;
