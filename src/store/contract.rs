@@ -804,3 +804,14 @@ async fn sqlite_is_as_durable_as_it_says() {
     let journal = connection.fetch(statement("PRAGMA journal_mode")).await.unwrap();
     assert_eq!((sqlx::Row::get::<i64, _>(&synchronous[0], 0), sqlx::Row::get::<&str, _>(&journal[0], 0)), (2, "wal"));
 }
+
+#[tokio::test]
+async fn sqlite_has_room_for_the_pages_of_a_large_transaction() {
+    let directory = tempfile::tempdir().unwrap();
+    let database = open(&sqlite(&directory)).await.unwrap();
+    let connection = &mut lane(&database).await;
+    for (pragma, value) in [("cache_size", -8192), ("wal_autocheckpoint", 8192)] {
+        let said = connection.fetch(statement(format!("PRAGMA {pragma}"))).await.unwrap();
+        assert_eq!(sqlx::Row::get::<i64, _>(&said[0], 0), value, "{pragma}");
+    }
+}
