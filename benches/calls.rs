@@ -1,6 +1,7 @@
-//! What a call costs the daemon in allocations: its whole process, with an allocator that counts.
+//! What a call costs the daemon in allocations and system calls: its whole process, with an allocator that counts.
 //!
-//! `cargo bench --bench calls` measures (a minute); `cargo test` runs it for a moment.
+//! `cargo bench --bench calls` measures (a minute); `cargo test` runs it for a moment. System calls are counted by `perf` (Debian's
+//! linux-perf), where it is there and may.
 
 #[allow(dead_code, unused_imports)] // tests use more of it
 #[path = "../tests/it/harness/mod.rs"]
@@ -11,16 +12,21 @@ mod load;
 use std::alloc::GlobalAlloc;
 use std::alloc::Layout;
 use std::path::Path;
+use std::process::Child;
+use std::process::Command;
 use std::process::ExitCode;
+use std::process::Stdio;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use mimalloc::MiMalloc;
+use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::harness::cluster::TestDb;
 use crate::harness::node::Node;
+use crate::harness::process;
 use crate::harness::redis::RedisServer;
 use crate::load::binds;
 use crate::load::delivering;
@@ -38,8 +44,8 @@ static ALLOCATOR: Counting = Counting { allocations: AtomicU64::new(0), bytes: A
 /// Names the file that the daemon writes its counts to.
 const COUNTS: &str = "BENCH_COUNTS";
 const WRITTEN_EVERY: Duration = Duration::from_millis(20);
-/// So that the file says what was before it is read.
-const SETTLED: Duration = Duration::from_millis(100);
+/// So that the file says what was before it is read, and perf counts.
+const SETTLED: Duration = Duration::from_millis(200);
 const GATEWAYS: [&str; 2] = ["gw-0:7000", "gw-1:7000"];
 const IN_FLIGHT: u64 = 64;
 
@@ -121,14 +127,17 @@ async fn measure(time: Duration) {
     let users = 2 * USERS as u64;
     query(&node, None, (4, 16), users, time).await; // all are in memory
 
-    let mut table = Table { file: &file, lines: Vec::new() };
-    println!("| a call | allocations | bytes |\n|---|---|---|");
+    let mut table = Table { file: &file, node: &node, lines: Vec::new() };
+    println!("| a call | allocations | bytes | system calls |\n|---|---|---|---|");
     table.line("QueryRoute, from memory", async || calls(query(&node, None, (4, 16), users, time).await, time)).await;
+    table
+        .line("the same, 50 callers with a connection each", async || calls(query(&node, None, (50, 1), users, time).await, time))
+        .await;
     table.line("BatchQueryRoute of 1,000, from memory", async || calls(batch_query(&node, users, time).await, time)).await;
     table
         .line("BindRoute on SQLite", async || binds::by_calls(&node, "gw-2:7000", (1, IN_FLIGHT), 1 << 30, time).await.answered)
         .await;
-    let before = counts(&file).await;
+    let before = table.begin().await;
     let (done, _attached) = binds::by_frames(stream, IN_FLIGHT, 1 << 31, time).await;
     table.add("the same on a stream", before, done.answered).await;
     for (what, first) in [("Deliver to a gateway attached to this node", 1), ("Deliver to a Redis subscriber", USERS + 1)] {
@@ -148,23 +157,43 @@ fn calls(per_second: f64, time: Duration) -> u64 {
 
 struct Table<'a> {
     file: &'a Path,
-    lines: Vec<(&'static str, f64, f64)>,
+    node: &'a Node,
+    lines: Vec<(&'static str, Vec<f64>)>,
 }
 
 impl Table<'_> {
     /// `work` says how many calls it made.
     async fn line(&mut self, what: &'static str, work: impl AsyncFnOnce() -> u64) {
-        let before = counts(self.file).await;
+        let before = self.begin().await;
         let calls = work().await;
         self.add(what, before, calls).await;
     }
 
-    async fn add(&mut self, what: &'static str, before: [u64; 2], calls: u64) {
-        let after = counts(self.file).await;
-        let [allocations, bytes] = [0, 1].map(|i| (after[i] - before[i]) as f64 / calls as f64);
-        println!("| {what} | {allocations:.1} | {bytes:.0} |");
-        self.lines.push((what, allocations, bytes));
+    async fn begin(&self) -> (Option<Child>, [u64; 2]) {
+        (system_calls(self.node.pid()), counts(self.file).await)
     }
+
+    async fn add(&mut self, what: &'static str, (perf, before): (Option<Child>, [u64; 2]), calls: u64) {
+        let after = counts(self.file).await;
+        let counted = [Some(after[0] - before[0]), Some(after[1] - before[1]), perf.and_then(counted)];
+        let each: Vec<f64> = counted.into_iter().flatten().map(|count| count as f64 / calls as f64).collect();
+        let system_calls = each.get(2).map_or_else(|| "not counted".to_owned(), |count| format!("{count:.2}"));
+        println!("| {what} | {:.1} | {:.0} | {system_calls} |", each[0], each[1]);
+        self.lines.push((what, each));
+    }
+}
+
+/// Counts those of all threads of a process.
+fn system_calls(pid: u32) -> Option<Child> {
+    let mut perf = Command::new("perf");
+    perf.args(["stat", "-x", ",", "-e", "raw_syscalls:sys_enter", "-p", &pid.to_string()]).stderr(Stdio::piped());
+    perf.spawn().ok()
+}
+
+fn counted(perf: Child) -> Option<u64> {
+    process::signal(&perf, Signal::SIGINT);
+    let output = perf.wait_with_output().ok()?;
+    String::from_utf8_lossy(&output.stderr).split(',').next()?.parse().ok()
 }
 
 /// Allocations of the daemon so far, and their bytes.

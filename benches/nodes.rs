@@ -30,12 +30,8 @@ use crate::load::seed;
 
 const GATEWAYS: u64 = 16;
 const BATCH: u64 = 1_000;
-/// Those that other services read.
-const KEYS_OF_A_USER: i64 = 2;
 /// Users of a node that holds next to nothing.
 const FEW: &str = "50";
-/// The first node shows a new Redis everybody.
-const SHOWN_WITHIN: Duration = Duration::from_secs(600);
 /// What was told last is heard.
 const PAUSE: Duration = Duration::from_secs(1);
 
@@ -151,7 +147,7 @@ impl Field {
         let teller = queue.client().await;
         let mut field = Self { program: program.to_owned(), db, cache, queue, teller, nodes: Vec::new(), next: 1 };
         field.add_node(&[]).await; // raises the generation: it meets a new Redis
-        field.everybody_is_shown(users).await;
+        seed::everybody_is_shown(&field.db).await;
         field
     }
 
@@ -171,19 +167,6 @@ impl Field {
         let redis: f64 = memory.lines().find_map(|line| line.strip_prefix("used_memory:")?.parse().ok()).expect("a number");
         let (sql, redis) = (self.db.number(SQL).await as f64 / users as f64, redis / users as f64);
         json!({ "bench": "nodes", "users": users, "sql_bytes_per_user": sql, "redis_bytes_per_user": redis })
-    }
-
-    async fn everybody_is_shown(&self, users: u64) {
-        let (client, began, mut before) = (self.cache.client().await, Instant::now(), -1);
-        loop {
-            let keys: i64 = client.run(&["DBSIZE"]).await;
-            if keys == before && keys >= KEYS_OF_A_USER * users as i64 {
-                return;
-            }
-            assert!(began.elapsed() < SHOWN_WITHIN, "Redis is still being filled");
-            before = keys;
-            tokio::time::sleep(PAUSE).await;
-        }
     }
 
     /// What `time` costs in which these users change.

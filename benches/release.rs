@@ -1,6 +1,6 @@
-//! This build of the daemon against another one, as a rule the last release: ten rows, each measured on both in turn.
+//! This build of the daemon against another one, as a rule the last release: eleven rows, each measured on both in turn.
 //!
-//! `BASELINE=path/of/its/binary cargo bench --bench release` measures (about eight minutes); without it the daemon is compared
+//! `BASELINE=path/of/its/binary cargo bench --bench release` measures (about ten minutes); without it the daemon is compared
 //! with itself, which tells how far noise goes. With `GATE=1` it fails where this build has fallen behind: `benches/gate`.
 //! `cargo test` runs both for a moment.
 
@@ -30,6 +30,7 @@ use crate::load::report::Row;
 use crate::load::seed;
 use crate::load::stores;
 use crate::pair::Pair;
+use crate::pair::Speeds;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc; // the daemon's
@@ -39,6 +40,9 @@ const SERVER: usize = 0;
 const LOADER: usize = 1;
 const HOT_USERS: u64 = 10_000;
 const GATEWAYS: u64 = 16;
+/// Next to every user of a batch is a miss.
+const NO_L1: &str = "1000";
+const L1: &str = "1000000";
 
 fn main() -> ExitCode {
     contender::serve_if_asked();
@@ -86,16 +90,17 @@ struct Store {
 impl Store {
     async fn with(users: u64) -> Self {
         let this = Self { db: seed::users(users, GATEWAYS).await, redis: RedisServer::start() };
-        // The first node that meets a Redis raises the generation, which empties the memory of all that run.
-        drop(Node::start(this.settings("1")).await);
+        // The first node that meets a Redis raises the generation, which empties the memory of all that run, and shows everybody.
+        let _first = Node::start(this.settings("1", NO_L1)).await;
+        seed::everybody_is_shown(&this.db).await;
         this
     }
 
-    fn settings(&self, threads: &str) -> Settings {
+    fn settings(&self, threads: &str, l1: &str) -> Settings {
         let port = self.redis.port.to_string();
         let redis = [("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port)];
-        let more = [("ROUTE__L1_TTL", "3600"), ("PRESENCE_SERVICE__THREAD_COUNT", threads)];
-        self.db.settings(&[redis, more].concat())
+        let more = [("ROUTE__L1_TTL", "3600"), ("PRESENCE_SERVICE__THREAD_COUNT", threads), ("ROUTE__L1_CAPACITY", l1)];
+        self.db.settings(&[&redis[..], &more].concat())
     }
 }
 
@@ -105,35 +110,39 @@ struct Build {
     alone: Node,
     /// As it comes.
     node: Node,
+    /// With next to nobody in memory.
+    past_l1: Node,
     bytes_per_user: f64,
     pair: Pair,
 }
 
 impl Build {
     async fn start(program: &str, users: u64, (store, nobody): (&Store, &Store), time: Duration) -> Self {
-        let start =
-            async |store: &Store, core, threads| Node::start_as(contender::on_core(core, program), store.settings(threads)).await;
-        let empty = start(nobody, None, "0").await;
-        let (alone, node) = (start(store, Some(SERVER), "1").await, start(store, None, "0").await);
+        let start = async |store: &Store, core, threads, l1| {
+            Node::start_as(contender::on_core(core, program), store.settings(threads, l1)).await
+        };
+        let empty = start(nobody, None, "0", L1).await;
+        let (alone, node) = (start(store, Some(SERVER), "1", L1).await, start(store, None, "0", L1).await);
+        let past_l1 = start(store, None, "0", NO_L1).await;
         is_warm(&alone).await;
         is_warm(&node).await;
         let bytes_per_user = node.rss_bytes().saturating_sub(empty.rss_bytes()) as f64 / users as f64;
-        Self { alone, node, bytes_per_user, pair: Pair::start(program, time).await }
+        Self { alone, node, past_l1, bytes_per_user, pair: Pair::start(program, time).await }
     }
 
     /// In the order of the rows.
-    async fn figures(&mut self, time: Duration, users: u64) -> [f64; 10] {
+    async fn figures(&mut self, time: Duration, users: u64) -> [f64; 11] {
         let alone = async |users| query(&self.alone, Some(LOADER), (4, 32), users, time).await;
         let (hot, all) = (alone(HOT_USERS.min(users)).await, alone(users).await);
-        let batch = batch_query(&self.node, users, time).await;
-        let pair = self.pair.speeds(time).await;
-        let delivered = [pair.delivered_here, pair.delivered_elsewhere, pair.delivered_to_subscriber];
-        let [here, elsewhere, subscriber] = delivered;
-        [hot, all, batch, pair.binds, pair.frames, here, elsewhere, subscriber, pair.micros_per_telling, self.bytes_per_user]
+        let (batch, past_l1) = (batch_query(&self.node, users, time).await, batch_query(&self.past_l1, users, time).await);
+        let speeds = self.pair.speeds(time).await;
+        let Speeds { binds, frames, delivered_here: here, delivered_elsewhere: elsewhere, .. } = speeds;
+        let (subscriber, micros_per_telling) = (speeds.delivered_to_subscriber, speeds.micros_per_telling);
+        [hot, all, batch, past_l1, binds, frames, here, elsewhere, subscriber, micros_per_telling, self.bytes_per_user]
     }
 }
 
-fn rows() -> [Row; 10] {
+fn rows() -> [Row; 11] {
     let baseline = "the other build";
     let more = |key, what| Row::new(key, (what, baseline), (0.9, 1.0));
     let less = |key, what, unit| Row::new(key, (what, baseline), (1.11, 1.0)).less_is_better(unit);
@@ -141,6 +150,7 @@ fn rows() -> [Row; 10] {
         more("hot", "QueryRoute, 10,000 users, one thread on its own core"),
         more("all", "the same, all users uniformly"),
         more("batch", "BatchQueryRoute of 1,000, all users"),
+        more("batch_past_l1", "the same, from Redis"),
         more("bind", "BindRoute, MariaDB and Redis"),
         more("bind_stream", "the same, frames on one stream"),
         more("deliver", "Deliver to a gateway attached to this node"),
@@ -151,7 +161,7 @@ fn rows() -> [Row; 10] {
     ]
 }
 
-async fn measure(rounds: usize, time: Duration, users: u64) -> [Row; 10] {
+async fn measure(rounds: usize, time: Duration, users: u64) -> [Row; 11] {
     let baseline = std::env::var("BASELINE").unwrap_or_else(|_| PROGRAM.to_owned());
     let (store, nobody) = (Store::with(users).await, Store::with(1).await);
     let all_rounds = time * (1 + u32::try_from(rounds).expect("few rounds"));

@@ -9,8 +9,6 @@ use tokio::task::JoinSet;
 use crate::Plan;
 use crate::Table;
 use crate::harness::cluster::Cluster;
-use crate::harness::cluster::TestDb;
-use crate::harness::eventually;
 use crate::harness::node::Node;
 use crate::harness::redis::RedisServer;
 use crate::harness::stream::RawStream;
@@ -27,7 +25,6 @@ const BEAT: Duration = Duration::from_secs(5);
 const STREAMS: u64 = 100;
 /// What is done once after a start is over by then.
 const SETTLED: Duration = Duration::from_secs(10);
-const SHOWN_WITHIN: Duration = Duration::from_secs(900);
 
 pub async fn measure(plan: &Plan) {
     let mut table = Table::new("idle", &["nobody asks, and there are", "CPU, of a core (needed: 1 %)", "resident"]);
@@ -49,19 +46,13 @@ pub async fn measure(plan: &Plan) {
         let port = redis.port.to_string();
         let node = Node::start(db.settings(&[("REDIS_CACHE__PORT", &*port), ("REDIS_QUEUE__PORT", &*port)])).await;
         is_warm(&node).await;
-        everybody_is_shown(&db).await;
+        seed::everybody_is_shown(&db).await;
         look(format!("{} users in memory", plan.idle_users), &node).await;
     }
     let cluster = Cluster::with_redis(1, &[]).await;
     let _beating = attach(cluster.node(), plan.idle_gateways).await;
     look(format!("{} gateways, each beats every {} s", plan.idle_gateways, BEAT.as_secs()), cluster.node()).await;
     table.end();
-}
-
-/// In a Redis that is new, one node shows all users: that is work, and not idle.
-async fn everybody_is_shown(db: &TestDb) {
-    const DONE: &str = "SELECT COUNT(*) FROM jobs WHERE name LIKE 'show generation %' AND node_id = 'done'";
-    eventually("everybody is shown", SHOWN_WITHIN, async || db.number(DONE).await > 0).await;
 }
 
 /// Gateways on streams, which beat as they are told to by default.

@@ -1,5 +1,5 @@
-//! Users, on one node without Redis: what it takes to start with them, to keep a million of them in memory, to ask, bind, list and
-//! remove them.
+//! Users, on one node: what it takes to start with them, to keep a million of them in memory, to ask, bind, list and remove them.
+//! Beside MariaDB it has a Redis for hints, without which it would believe its memory for a second only; nothing is cached there.
 
 use std::time::Duration;
 use std::time::Instant;
@@ -16,6 +16,7 @@ use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
 use crate::harness::node::Node;
 use crate::harness::percentile;
+use crate::harness::redis::RedisServer;
 use crate::load::queries::is_warm;
 use crate::load::queries::query;
 use crate::load::seed;
@@ -26,6 +27,8 @@ const GATEWAYS: u64 = 16;
 const PAGE: u32 = 1_000;
 const PAGES: usize = 20;
 const SWEPT_WITHIN: Duration = Duration::from_secs(600);
+/// So that MariaDB has users and routes in memory, and need not write what it has just written: as it comes, it is made for less.
+const ROOM: [&str; 2] = ["innodb_buffer_pool_size = 8 << 30", "innodb_log_file_size = 4 << 30"];
 
 pub async fn measure(plan: &Plan) {
     let mut table = Table::new(
@@ -42,12 +45,21 @@ pub async fn measure(plan: &Plan) {
             "routes of a dead gateway removed a second",
         ],
     );
+    let redis = RedisServer::start();
+    let (port, none) = (redis.port.to_string(), &[][..]);
+    let hints = &[("REDIS_QUEUE__PORT", &*port)][..];
     for users in &plan.users {
         for is_sqlite in [true, false] {
             let db = if is_sqlite { TestDb::sqlite() } else { TestDb::mariadb(MariaDb::shared()).await };
+            for room in ROOM.iter().filter(|_| !is_sqlite) {
+                db.run(&format!("SET GLOBAL {room}")).await;
+            }
             seed::fill(&db, *users, GATEWAYS).await;
             let engine = if is_sqlite { "SQLite" } else { "MariaDB" };
-            table.line([vec![format!("{users}, {engine}")], cells(plan, &db, *users).await].concat());
+            table.line(
+                [vec![format!("{users}, {engine}")], cells(plan, &db, if is_sqlite { none } else { hints }, *users).await]
+                    .concat(),
+            );
             if !is_sqlite {
                 db.run(&format!("DROP DATABASE {}", db.name())).await; // the next one needs the room
             }
@@ -56,9 +68,9 @@ pub async fn measure(plan: &Plan) {
     table.end();
 }
 
-async fn cells(plan: &Plan, db: &TestDb, users: u64) -> Vec<String> {
+async fn cells(plan: &Plan, db: &TestDb, redis: &[(&str, &str)], users: u64) -> Vec<String> {
     let began = Instant::now();
-    let node = Node::start(db.settings(&[&[L1_TTL], &NO_END[..]].concat())).await;
+    let node = Node::start(db.settings(&[&[L1_TTL], &NO_END[..], redis].concat())).await;
     node.query(1).await;
     let answered = began.elapsed();
     is_warm(&node).await;

@@ -1,13 +1,17 @@
 //! Many users at once, written straight into the database: one device each, on gateways that never registered.
 
+use std::time::Duration;
+
 use im_presence::config::Config;
 use im_presence::store::database::Database;
 
 use crate::harness::cluster::TestDb;
+use crate::harness::eventually;
 use crate::harness::mariadb::MariaDb;
 
 /// Users of one statement: a transaction that is larger costs more than it saves.
 const AT_ONCE: u64 = 1_000_000;
+const SHOWN_WITHIN: Duration = Duration::from_secs(900);
 
 /// A database with users 1 to `users`, spread over `gateways`.
 pub async fn users(users: u64, gateways: u64) -> TestDb {
@@ -52,4 +56,11 @@ pub async fn fill(db: &TestDb, users: u64, gateways: u64) {
         .await;
         from = to + 1;
     }
+}
+
+/// In a Redis that is new, one node of a MariaDB shows all users, and is busy with that.
+pub async fn everybody_is_shown(db: &TestDb) {
+    const DONE: &str =
+        "SELECT COUNT(*) FROM jobs, cluster WHERE name = CONCAT('show generation ', generation) AND node_id = 'done'";
+    eventually("everybody is shown", SHOWN_WITHIN, async || db.number(DONE).await > 0).await;
 }

@@ -7,13 +7,6 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 use std::time::Instant;
 
-use im_presence::config::Config;
-use im_presence::domain::id::UserId;
-use im_presence::domain::status::Status;
-use im_presence::store::connection::Purpose;
-use im_presence::store::database::Database;
-use im_presence::store::shared::SharedCache;
-use im_presence::store::shared::Shown;
 use sqlx::AssertSqlSafe;
 
 use crate::harness::cluster::TestDb;
@@ -22,7 +15,6 @@ use crate::harness::redis::RedisServer;
 use crate::load::scatter;
 
 const SELECTERS: u64 = 4;
-const PAGE: i64 = 1_000;
 
 /// Redis as the only store: a user's route, status, device and address under a key each. Asked by redis-benchmark, whose one
 /// event loop costs less than any client that a service could use.
@@ -95,34 +87,6 @@ pub async fn select_in(db: &TestDb, batch: u64, users: u64, time: Duration) -> f
     }
     while clients.join_next().await.is_some() {}
     done.load(Ordering::Relaxed) as f64 / began.elapsed().as_secs_f64()
-}
-
-/// Puts the records of users 1 to `users` into the Redis that `settings` names, as if they had been bound lately.
-pub async fn fill_l2(db: &TestDb, settings: &[(&str, &str)], users: u64) {
-    let mut config = Config::load(None).expect("the defaults");
-    config.store.url = db.url.clone().into();
-    let (_, port) = settings.iter().find(|(key, _)| *key == "REDIS_CACHE__PORT").expect("a Redis");
-    let database = Database::open(&config.store).await.expect("open the database");
-    let redis = redis_at(port);
-    let shared = SharedCache::new(&redis, &config.route, &database.store_id).expect("a Redis");
-    let mut connection = database.connect(Purpose::General).await.expect("connect");
-    let generation = connection.read_cluster().await.expect("the cluster").generation;
-    let mut after = 0;
-    while after < i64::try_from(users).expect("not that many users") {
-        let page = connection.users_with_routes(after, PAGE).await.expect("a page of users");
-        after = page.last().map_or(i64::MAX, |user: &UserId| user.get());
-        let shown = Shown { gateway: Some("gw-1.example.net:7000".to_owned()), status: Some(Status::Online), unmanaged: true };
-        let loaded = connection.load_users(&page).await.expect("users").records;
-        let records: Vec<_> = loaded.into_iter().map(|(user, record)| (user, record, shown.clone())).collect();
-        shared.project(&records, generation).await.expect("show the records");
-    }
-}
-
-fn redis_at(port: &str) -> im_presence::config::RedisCache {
-    let directory = tempfile::tempdir().expect("a directory");
-    let file = directory.path().join("redis.toml");
-    std::fs::write(&file, format!("[redis_cache]\nport = {port}\n")).expect("write the settings");
-    Config::load(Some(&file)).expect("settings").redis_cache.expect("a Redis")
 }
 
 /// Which share of a metric's series has this label value.

@@ -1,7 +1,6 @@
 //! Two nodes on the same stores, and how they are asked.
 
 use std::time::Duration;
-use std::time::Instant;
 
 use crate::harness::cluster::TestDb;
 use crate::harness::eventually;
@@ -20,8 +19,6 @@ const GATEWAYS: u64 = 16;
 /// For what is measured here, and nothing that is refused.
 const SETTINGS: [(&str, &str); 3] =
     [("STATUS__RATE", "0"), ("WATCH__MAX_STREAMS", "100000"), ("PRESENCE_SERVICE__MAX_CONNECTIONS", "4000")];
-/// The nodes show a new Redis everybody.
-const SHOWN_WITHIN: Duration = Duration::from_secs(600);
 const FORGOTTEN_WITHIN: Duration = Duration::from_secs(60);
 /// Steady load of one who asks for random users.
 const QUERIES_PER_SECOND: f64 = 2_000.0;
@@ -47,7 +44,7 @@ impl Field {
         let field = Self { a, b, redis, db, more };
         is_warm(&field.a).await;
         is_warm(&field.b).await;
-        field.everybody_is_shown().await;
+        seed::everybody_is_shown(&field.db).await;
         field
     }
 
@@ -63,21 +60,6 @@ impl Field {
     pub async fn forgets(&self, node: &Node) {
         let forgotten = async || node.metric("im_presence_watch_pairs").await == 0.0;
         eventually("users are forgotten whose streams have ended", FORGOTTEN_WITHIN, forgotten).await;
-    }
-
-    /// One of the nodes writes keys of all users into a Redis that it does not know, and is busy with that.
-    async fn everybody_is_shown(&self) {
-        const PAUSE: Duration = Duration::from_secs(1);
-        let (client, began, mut before) = (self.redis.client().await, Instant::now(), -1);
-        loop {
-            let keys: i64 = client.run(&["DBSIZE"]).await;
-            if keys == before {
-                return;
-            }
-            assert!(began.elapsed() < SHOWN_WITHIN, "Redis is still being filled");
-            before = keys;
-            tokio::time::sleep(PAUSE).await;
-        }
     }
 }
 
