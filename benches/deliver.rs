@@ -34,6 +34,9 @@ use crate::load::delivering::delivered;
 use crate::load::delivering::subscribe;
 
 const BINDS_IN_FLIGHT: u64 = 64;
+/// With so many users each as many as a call may have, after those of the other ways.
+const GATEWAYS_OF_MANY: i64 = 10;
+const FIRST_OF_MANY: i64 = 3 * USERS + 1;
 /// Nobody beats here.
 const NO_END: [(&str, &str); 3] =
     [("GATEWAY__LEASE", "3600000"), ("GATEWAY__HEARTBEAT_INTERVAL", "1000000"), ("ROUTE__MAX_RETRIES", "0")];
@@ -88,6 +91,10 @@ async fn deliveries(plan: &Plan) -> serde_json::Value {
         attach(node, &format!("gw-{n}:7000"), n * USERS + 1, &receipts).await;
     }
     subscribe(cluster.node(), cluster.queue(), 2 * USERS + 1, &receipts).await;
+    for n in 0..GATEWAYS_OF_MANY {
+        let node = &cluster.nodes[n as usize % cluster.nodes.len()];
+        attach(node, &format!("gw-many-{n}:7000"), FIRST_OF_MANY + n * USERS, &receipts).await;
+    }
     let mut ways: [Way; 6] = Default::default();
     for round in 0..=plan.rounds {
         let port = cluster.queue().port;
@@ -119,7 +126,7 @@ fn report(ways: &[Way; 6]) -> serde_json::Value {
         "Deliver to a gateway attached to this node",
         "Deliver to a gateway attached to the other node",
         "Deliver to a Redis subscriber",
-        "BatchDeliver to 1,000 users on 2 gateways (users)",
+        "BatchDeliver to 10,000 users on 10 gateways of both nodes (users)",
     ];
     let baseline = median(&ways[0].per_second);
     println!("| {CLIENTS} at a time | a second | against redis-benchmark | call to receipt, p50 | p99 |\n|---|---|---|---|---|");
@@ -133,10 +140,8 @@ fn report(ways: &[Way; 6]) -> serde_json::Value {
 }
 
 async fn deliver_to_many(node: &Node, plan: &Plan, receipts: &Arc<Receipts>, way: &mut Way) {
-    const MANY: i64 = 1_000;
     let (server, time, stamps) = (node.data, plan.time, receipts.clone());
-    // Half of them on each of the two gateways.
-    let user_ids: Vec<i64> = (USERS - MANY / 2 + 1..=USERS + MANY / 2).collect();
+    let user_ids: Vec<i64> = (FIRST_OF_MANY..FIRST_OF_MANY + GATEWAYS_OF_MANY * USERS).collect();
     let request = move |_, _| pb::BatchDeliverReq { user_ids: user_ids.clone(), message: stamps.stamp(), ..Default::default() };
     let before = delivered(node).await;
     // One at a time: more would not fit into the streams' queues.
