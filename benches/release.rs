@@ -30,7 +30,6 @@ use crate::load::report::Row;
 use crate::load::seed;
 use crate::load::stores;
 use crate::pair::Pair;
-use crate::pair::Speeds;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc; // the daemon's
@@ -135,10 +134,10 @@ impl Build {
         let alone = async |users| query(&self.alone, Some(LOADER), (4, 32), users, time).await;
         let (hot, all) = (alone(HOT_USERS.min(users)).await, alone(users).await);
         let (batch, past_l1) = (batch_query(&self.node, users, time).await, batch_query(&self.past_l1, users, time).await);
-        let speeds = self.pair.speeds(time).await;
-        let Speeds { binds, frames, delivered_here: here, delivered_elsewhere: elsewhere, .. } = speeds;
-        let (subscriber, micros_per_telling) = (speeds.delivered_to_subscriber, speeds.micros_per_telling);
-        [hot, all, batch, past_l1, binds, frames, here, elsewhere, subscriber, micros_per_telling, self.bytes_per_user]
+        let pair = self.pair.speeds(time).await;
+        let [here, elsewhere, subscriber] = [pair.delivered_here, pair.delivered_elsewhere, pair.delivered_to_subscriber];
+        let [binds, frames, telling] = [pair.binds, pair.frames, pair.micros_per_telling];
+        [hot, all, batch, past_l1, binds, frames, here, elsewhere, subscriber, telling, self.bytes_per_user]
     }
 }
 

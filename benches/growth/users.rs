@@ -46,20 +46,15 @@ pub async fn measure(plan: &Plan) {
         ],
     );
     let redis = RedisServer::start();
-    let (port, none) = (redis.port.to_string(), &[][..]);
-    let hints = &[("REDIS_QUEUE__PORT", &*port)][..];
+    let port = redis.port.to_string();
     for users in &plan.users {
         for is_sqlite in [true, false] {
-            let db = if is_sqlite { TestDb::sqlite() } else { TestDb::mariadb(MariaDb::shared()).await };
-            for room in ROOM.iter().filter(|_| !is_sqlite) {
-                db.run(&format!("SET GLOBAL {room}")).await;
-            }
+            let (engine, db, hints) = match is_sqlite {
+                true => ("SQLite", TestDb::sqlite(), None),
+                false => ("MariaDB", roomy_mariadb().await, Some(("REDIS_QUEUE__PORT", &*port))),
+            };
             seed::fill(&db, *users, GATEWAYS).await;
-            let engine = if is_sqlite { "SQLite" } else { "MariaDB" };
-            table.line(
-                [vec![format!("{users}, {engine}")], cells(plan, &db, if is_sqlite { none } else { hints }, *users).await]
-                    .concat(),
-            );
+            table.line([vec![format!("{users}, {engine}")], cells(plan, &db, hints.as_slice(), *users).await].concat());
             if !is_sqlite {
                 db.run(&format!("DROP DATABASE {}", db.name())).await; // the next one needs the room
             }
@@ -68,9 +63,17 @@ pub async fn measure(plan: &Plan) {
     table.end();
 }
 
-async fn cells(plan: &Plan, db: &TestDb, redis: &[(&str, &str)], users: u64) -> Vec<String> {
+async fn roomy_mariadb() -> TestDb {
+    let db = TestDb::mariadb(MariaDb::shared()).await;
+    for room in ROOM {
+        db.run(&format!("SET GLOBAL {room}")).await;
+    }
+    db
+}
+
+async fn cells(plan: &Plan, db: &TestDb, hints: &[(&str, &str)], users: u64) -> Vec<String> {
     let began = Instant::now();
-    let node = Node::start(db.settings(&[&[L1_TTL], &NO_END[..], redis].concat())).await;
+    let node = Node::start(db.settings(&[&[L1_TTL], &NO_END[..], hints].concat())).await;
     node.query(1).await;
     let answered = began.elapsed();
     is_warm(&node).await;
