@@ -97,8 +97,9 @@ pub async fn accept(
             (newcomers.enter_in_turn().await, slots.clone(), entrance.clone(), serving.clone());
         waiting.spawn(async move {
             let entered = tokio::select! {
-                () = newcomer.closed() => return entrance.metrics.shed("connections"),
+                biased; // who has spoken is in
                 entered = entrance.enter(stream, addr) => entered,
+                () = newcomer.closed() => return entrance.metrics.shed("connections"),
             };
             drop(newcomer);
             if let Some(entered) = entered.ok().filter(|entered| entered.is_http2) {

@@ -1,5 +1,7 @@
 //! Room for so many connections: when one more comes, the one that has been there longest has had its chance, and makes room.
 //! So those who do nothing keep nobody out who does. Where many come at the same instant, each has its [`CHANCE`] nevertheless.
+//! It is counted in looks and not by the clock: on a busy machine the clock goes on while this thread stands still, and whoever
+//! has spoken long since would have to go because nobody has listened yet.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -7,15 +9,14 @@ use std::sync::Mutex;
 use std::sync::MutexGuard;
 use std::sync::PoisonError;
 use std::time::Duration;
-use std::time::Instant;
 
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-/// So long nobody has to make room for one who waits at the door: longer than a handshake takes.
-const CHANCE: Duration = Duration::from_millis(20);
-/// Between looks whether there is room.
+/// Between looks whether there is room. All that has come for this thread is worked off in the meantime.
 const LOOK_INTERVAL: Duration = Duration::from_millis(1);
+/// For so many looks nobody has to make room for one who waits at the door: longer than a handshake takes.
+const CHANCE: u64 = 20;
 
 pub struct Room {
     limit: usize,
@@ -25,7 +26,9 @@ pub struct Room {
 #[derive(Default)]
 struct Guests {
     last: u64,
-    by_arrival: BTreeMap<u64, (Instant, CancellationToken)>,
+    looks: u64,
+    /// With the looks there had been.
+    by_arrival: BTreeMap<u64, (u64, CancellationToken)>,
 }
 
 /// One of them, until it is dropped or has left.
@@ -43,8 +46,8 @@ impl Room {
     pub fn enter(self: &Arc<Self>) -> Guest {
         let (mut guests, closed) = (self.lock(), CancellationToken::new());
         guests.last += 1;
-        let number = guests.last;
-        guests.by_arrival.insert(number, (Instant::now(), closed.clone()));
+        let (number, looks) = (guests.last, guests.looks);
+        guests.by_arrival.insert(number, (looks, closed.clone()));
         if guests.by_arrival.len() > self.limit
             && let Some((_, (_, oldest))) = guests.by_arrival.pop_first()
         {
@@ -57,14 +60,15 @@ impl Room {
     pub async fn enter_in_turn(self: &Arc<Self>) -> Guest {
         while self.is_full_of_the_young() {
             sleep(LOOK_INTERVAL).await;
+            self.lock().looks += 1;
         }
         self.enter()
     }
 
     fn is_full_of_the_young(&self) -> bool {
         let guests = self.lock();
-        let oldest = guests.by_arrival.first_key_value().map(|(_, (since, _))| since.elapsed());
-        guests.by_arrival.len() >= self.limit && oldest.is_some_and(|age| age < CHANCE)
+        let oldest = guests.by_arrival.first_key_value().map(|(_, (before, _))| guests.looks - before);
+        guests.by_arrival.len() >= self.limit && oldest.is_some_and(|looks| looks < CHANCE)
     }
 
     fn lock(&self) -> MutexGuard<'_, Guests> {
@@ -92,6 +96,9 @@ impl Drop for Guest {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+    use std::time::Instant;
+
     use super::*;
 
     #[test]
@@ -110,10 +117,13 @@ mod tests {
 
     #[tokio::test]
     async fn of_many_that_come_at_once_each_has_its_chance() {
+        let chance = LOOK_INTERVAL * u32::try_from(CHANCE).unwrap();
         let room = Room::new(1);
-        let (first, began) = (room.enter(), Instant::now());
+        let first = room.enter();
+        thread::sleep(2 * chance); // which is no chance
+        let began = Instant::now();
         let second = room.enter_in_turn().await;
-        assert!(first.closed.is_cancelled() && began.elapsed() >= CHANCE);
+        assert!(first.closed.is_cancelled() && began.elapsed() >= chance);
         drop(second);
         let third = room.enter_in_turn().await;
         assert!(!third.closed.is_cancelled(), "there was room");

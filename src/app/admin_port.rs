@@ -85,7 +85,7 @@ pub async fn serve(
             sleep(ACCEPT_PAUSE).await;
             continue;
         };
-        let (newcomer, settled, router) = (newcomers.enter(), settled.clone(), router.clone());
+        let (newcomer, settled, router) = (newcomers.enter_in_turn().await, settled.clone(), router.clone());
         let entrance = entrance.clone();
         connections.spawn(async move {
             let newcomer = Arc::new(newcomer);

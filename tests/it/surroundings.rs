@@ -258,6 +258,31 @@ async fn clients_who_all_come_at_once_are_let_in_though_the_node_is_slow_to_acce
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_gets_little_of_its_processor_turns_nobody_away_who_has_spoken() {
+    const AT_ONCE: usize = 500;
+    let cluster = Cluster::sqlite(&[]).await;
+    let node = cluster.node();
+    node.stop();
+    let mut clients = Vec::new();
+    for _ in 0..AT_ONCE {
+        let mut client = TcpStream::connect(node.data).await.unwrap();
+        client.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        clients.push(client);
+    }
+    for _ in 0..40 {
+        node.cont();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        node.stop();
+        tokio::time::sleep(Duration::from_millis(25)).await;
+    }
+    node.cont();
+    for (n, client) in (1..).zip(&clients) {
+        let answered = timeout(SOON, client.peek(&mut [0])).await.expect("an answer in time");
+        assert_eq!(answered.unwrap_or_else(|error| panic!("client {n} was turned away: {error}")), 1);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_does_not_read_what_the_admin_port_says_keeps_nobody_else_out() {
     let cluster = Cluster::sqlite(&[]).await;
     let node = cluster.node();
