@@ -50,7 +50,7 @@ fn main() {
 async fn measure(rounds: usize, users: u64) {
     let redis = RedisServer::start();
     let (db, nobody) = (seed::users(users, GATEWAYS).await, seed::users(1, GATEWAYS).await);
-    let mut bytes = Row::absolute("bytes", "resident bytes per user in memory, one device each", "B", (550.0, 450.0));
+    let mut bytes = Row::absolute("bytes", "resident bytes per user in memory, one device each", "B", (450.0, 350.0));
     let mut start = Row::absolute("start", "start with these users until memory is warm", "s", (20.0, 10.0));
     let mut slowest = Row::absolute("slowest", "the slowest query meanwhile", "ms", (0.0, 0.0));
     let what = "share of hits, room for 10 % of the users, Zipf 0.99";

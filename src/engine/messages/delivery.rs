@@ -6,11 +6,14 @@
 //! are remembered, so a repeated message is never lost and seldom doubled; receivers drop what they have seen by its id. One
 //! user's messages wait for each other, so a retry keeps its place.
 
+use std::collections::BTreeMap;
 use std::collections::BTreeSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
 
+use futures_util::future::join_all;
 use tokio::sync::Semaphore;
 use tokio::time::sleep;
 use tokio::time::timeout;
@@ -21,6 +24,7 @@ use crate::domain::id::DeviceId;
 use crate::domain::id::UserId;
 use crate::domain::inbox::InboxChange;
 use crate::domain::inbox::InboxOutcome;
+use crate::domain::time::Timestamp;
 use crate::engine::messages::acks::Acks;
 use crate::engine::messages::dispatch::Dispatcher;
 use crate::engine::messages::dispatch::Format;
@@ -46,11 +50,14 @@ use crate::telemetry::spans::Kind;
 
 /// Deliveries, counted in users, that may be under way at a time.
 const UNDER_WAY: u32 = 50_000;
+/// A message to more users goes in parts of so many: while other nodes and Redis take one part, the next is looked up.
+const PART: usize = 1_000;
 /// Outcomes that are remembered for repeats, and for how long.
 const REMEMBERED: u64 = 200_000;
 const REMEMBERED_FOR: Duration = Duration::from_secs(300);
 /// How long devices have to acknowledge a message from the inbox.
 const STORED_ACK_TIMEOUT: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Debug)]
 pub struct Settings {
     pub format: Format,
@@ -146,11 +153,12 @@ impl Deliveries {
         let mut distinct = users.to_vec();
         distinct.sort_unstable();
         distinct.dedup();
-        let (mut done, _turns) = self.take_turns(&distinct, message, deadline).await?;
-        if !done.is_empty() {
+        let is_repeating = distinct.len() < users.len();
+        let (repeats, _turns) = self.take_turns(&distinct, message, deadline).await?;
+        if !repeats.is_empty() {
             message.note("repeat", began, |step| step.detail = "delivered or stored by an earlier call".to_owned());
         }
-        distinct.retain(|user| !done.contains_key(user));
+        distinct.retain(|user| !repeats.contains_key(user));
         if message.store.is_some() {
             self.let_drain(&distinct, deadline).await;
         }
@@ -158,18 +166,25 @@ impl Deliveries {
         if !distinct.is_empty() {
             message.note("turn", began, |_| {});
         }
-        done.extend(self.attempt(&distinct, &Arc::new(message.clone()), deadline).await);
+        let message = Arc::new(message.clone());
+        let mut done = match distinct.len() <= PART {
+            true => self.attempt(&distinct, &message, deadline).await,
+            false => self.in_parts(&distinct, &message, deadline).await,
+        };
         if !message.message_id.is_empty() {
-            for user in &distinct {
-                if let Some(Ok(report)) = done.get(user).filter(|report| report.as_ref().is_ok_and(Report::is_settled)) {
+            for (user, report) in distinct.iter().zip(&done) {
+                if let Some(Ok(report)) = report.as_ref().filter(|report| report.as_ref().is_ok_and(Report::is_settled)) {
                     self.outcomes.insert((*user, message.message_id.clone()), report.clone());
                 }
             }
         }
         self.metrics.delivery_stage("total", began.elapsed());
-        let answers =
-            users.iter().map(|user| done.get(user).cloned().unwrap_or_else(|| Err(Error::unavailable("not delivered"))));
-        Ok(answers.collect())
+        let answers = users.iter().map(|user| match distinct.binary_search(user) {
+            Ok(place) if is_repeating => done[place].clone(),
+            Ok(place) => done[place].take(),
+            Err(_) => repeats.get(user).cloned().map(Ok),
+        });
+        Ok(answers.map(|answer| answer.unwrap_or_else(|| Err(Error::unavailable("not delivered")))).collect())
     }
 
     /// Takes no more messages, and waits for those under way.
@@ -186,10 +201,10 @@ impl Deliveries {
         users: &[UserId],
         message: &Message,
         deadline: Instant,
-    ) -> Result<(Done, Vec<MessageTurn>), Error> {
-        let (mut done, mut turns) = (Done::new(), Vec::new());
+    ) -> Result<(HashMap<UserId, Report>, Vec<MessageTurn>), Error> {
+        let (mut repeats, mut turns) = (HashMap::new(), Vec::new());
         if message.message_id.is_empty() {
-            return Ok((done, turns));
+            return Ok((repeats, turns));
         }
         for user in users {
             let key = (*user, message.message_id.clone());
@@ -197,11 +212,11 @@ impl Deliveries {
             let turn =
                 turn.map_err(|_| Error::unavailable("the same message is still being delivered by a call before this one"))?;
             match self.outcomes.get(&key) {
-                Some(report) => drop(done.insert(*user, Ok(report))),
+                Some(report) => drop(repeats.insert(*user, report)),
                 None => turns.push(turn),
             }
         }
-        Ok((done, turns))
+        Ok((repeats, turns))
     }
 
     /// Waits for the messages before this one. A batch does not: one user whose message is being retried would hold up all.
@@ -221,27 +236,33 @@ impl Deliveries {
         }
     }
 
+    /// All parts are under way at the same time.
+    async fn in_parts(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
+        let parts = users.chunks(PART).map(|part| self.attempt(part, message, deadline));
+        join_all(parts).await.into_iter().flatten().collect()
+    }
+
     async fn attempt(&self, users: &[UserId], message: &Arc<Message>, deadline: Instant) -> Done {
-        let (mut done, mut to_store) = (Done::new(), Vec::new());
-        let mut parcels: Vec<Parcel<'_>> = users.iter().map(|user| self.parcel(*user, message.clone(), 0)).collect();
+        let (mut done, mut to_store): (Done, _) = (users.iter().map(|_| None).collect(), Vec::new());
+        let now = self.lives.clock.now();
+        let parcel = |(place, user): (usize, &UserId)| self.parcel((place, *user), message.clone(), now, 0);
+        let mut parcels: Vec<Parcel<'_>> = users.iter().enumerate().map(parcel).collect();
         let mut past_caches = false;
         // The second attempt follows at once, past every cache; only those after it are retries that wait.
         for attempts in 1..=self.settings.max_retries.max(1) + 1 {
             // Between two attempts devices may have answered the one before.
             for parcel in parcels.extract_if(.., Parcel::is_acknowledged) {
-                done.insert(parcel.user, Ok(Report { outcome: Outcome::Delivered, ..parcel.report }));
+                parcel.end(Ok(Outcome::Delivered), &mut done);
             }
             if parcels.is_empty() {
                 break;
             }
             parcels.iter_mut().for_each(|parcel| parcel.report.attempts = attempts);
-            let (live, queued): (Vec<_>, Vec<_>) = self
-                .live(parcels, past_caches, &mut done)
-                .await
-                .into_iter()
-                .partition(|(parcel, targets)| !targets.has_stored || parcel.message.store.is_none());
-            queued.iter().for_each(|(parcel, _)| parcel.message.note("behind", Instant::now(), |_| {}));
-            to_store.extend(queued.into_iter().map(|(parcel, _)| parcel));
+            let mut live = self.live(parcels, past_caches, &mut done).await;
+            for (parcel, _) in live.extract_if(.., |(parcel, targets)| targets.has_stored && parcel.message.store.is_some()) {
+                parcel.message.note("behind", Instant::now(), |_| {});
+                to_store.push(parcel);
+            }
             let tried = self.dispatcher.answers(self.dispatcher.hand_out(live, deadline).await, deadline).await;
             parcels = Vec::new();
             let pause = if past_caches { self.settings.retry_interval } else { Duration::ZERO };
@@ -269,19 +290,19 @@ impl Deliveries {
         if message.store.is_some() {
             let unreached =
                 |result: &Result<Report, Error>| !result.as_ref().is_ok_and(|report| report.outcome == Outcome::Delivered);
-            let again = users.iter().filter(|user| done.get(user).is_some_and(unreached));
-            to_store.extend(again.map(|user| self.parcel(*user, message.clone(), 0)));
+            let again = users.iter().enumerate().filter(|(place, _)| done[*place].as_ref().is_some_and(unreached));
+            to_store.extend(again.map(parcel));
             self.store(to_store, &mut done).await;
         }
-        done.values().for_each(|report| self.count(report));
+        self.count(&done);
         done
     }
 
-    fn parcel(&self, user: UserId, message: Arc<Message>, inbox_seq: u64) -> Parcel<'_> {
-        let (outcome, delivery_id, timestamp) = (Outcome::Undelivered, self.acks.next_id(), self.lives.clock.now());
+    fn parcel(&self, (place, user): (usize, UserId), message: Arc<Message>, timestamp: Timestamp, inbox_seq: u64) -> Parcel<'_> {
+        let (outcome, delivery_id) = (Outcome::Undelivered, self.acks.next_id());
         let report =
             Report { outcome, delivery_id, timestamp, attempts: 0, receivers: 0, uncounted: false, acked: BTreeSet::new() };
-        Parcel { user, message, inbox_seq, report, expected: None }
+        Parcel { place, user, message, inbox_seq, report, expected: None }
     }
 
     /// Stores what could not be delivered, each under its user's lock.
@@ -304,7 +325,7 @@ impl Deliveries {
                 Ok(_) => Err(Error::internal("storing a message had the outcome of another change")),
                 Err(error) => Err(error),
             };
-            let attempts = done.get(&parcel.user).and_then(|known| known.as_ref().ok()).map_or(0, |report| report.attempts);
+            let attempts = done[parcel.place].iter().flatten().next().map_or(0, |report| report.attempts);
             Parcel { report: Report { attempts, ..parcel.report.clone() }, ..parcel }.end(result, done);
         }
     }
@@ -321,8 +342,7 @@ impl Deliveries {
             let targets = Targets::of(answer, &message, &BTreeSet::new());
             let can_acknowledge = !targets.streams.is_empty() || self.settings.format == Format::Envelope;
             message.ack_timeout = can_acknowledge.then_some(STORED_ACK_TIMEOUT);
-            let mut parcel = self.parcel(user, Arc::new(message), stored.seq);
-            parcel.report.timestamp = stored.stored_at;
+            let parcel = self.parcel((0, user), Arc::new(message), stored.stored_at, stored.seq);
             if !targets.routes.is_empty() {
                 live.push((parcel, targets));
             }
@@ -341,7 +361,7 @@ impl Deliveries {
 
     /// Those who have a live route, looked up past every cache if need be, with where they are. The others are done.
     async fn live<'a>(&self, parcels: Vec<Parcel<'a>>, past_caches: bool, done: &mut Done) -> Vec<(Parcel<'a>, Targets)> {
-        let (mut live, mut doubted) = (Vec::new(), Vec::new());
+        let (mut live, mut doubted) = (Vec::with_capacity(parcels.len()), Vec::new());
         let first_look = if past_caches { Some(Duration::ZERO) } else { None };
         let (answers, began) = self.look_up(&parcels, first_look).await;
         for (parcel, answer) in parcels.into_iter().zip(answers) {
@@ -376,15 +396,21 @@ impl Deliveries {
         (answers, began)
     }
 
-    fn count(&self, report: &Result<Report, Error>) {
-        let outcome = match report.as_ref().map(|report| &report.outcome) {
-            Ok(Outcome::Delivered) => "delivered",
-            Ok(Outcome::Offline) => "offline",
-            Ok(Outcome::Undelivered | Outcome::NoWay) => "undelivered",
-            Ok(Outcome::Stored) => "stored",
-            Ok(Outcome::InboxFull) => "inbox_full",
-            Err(_) => "error",
-        };
-        self.metrics.deliveries.get_or_create(&ByOutcome { outcome }).inc();
+    fn count(&self, done: &Done) {
+        let mut counts = BTreeMap::<&str, u64>::new();
+        for report in done.iter().flatten() {
+            let outcome = match report.as_ref().map(|report| &report.outcome) {
+                Ok(Outcome::Delivered) => "delivered",
+                Ok(Outcome::Offline) => "offline",
+                Ok(Outcome::Undelivered | Outcome::NoWay) => "undelivered",
+                Ok(Outcome::Stored) => "stored",
+                Ok(Outcome::InboxFull) => "inbox_full",
+                Err(_) => "error",
+            };
+            *counts.entry(outcome).or_default() += 1;
+        }
+        for (outcome, count) in counts {
+            self.metrics.deliveries.get_or_create(&ByOutcome { outcome }).inc_by(count);
+        }
     }
 }

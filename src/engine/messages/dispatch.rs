@@ -71,7 +71,7 @@ impl Dispatcher {
     pub async fn hand_out<'a>(&'a self, mut live: Vec<(Parcel<'a>, Targets)>, deadline: Instant) -> HandedOut<'a> {
         let began = Instant::now();
         for (parcel, targets) in live.iter_mut().filter(|(parcel, _)| parcel.message.ack_timeout.is_some()) {
-            let devices = targets.routes.iter().map(|(device, target)| (device.clone(), target.gateway.clone())).collect();
+            let devices = targets.routes.iter().map(|target| (target.device.clone(), target.gateway.clone())).collect();
             match &parcel.expected {
                 Some(expected) => expected.again(devices),
                 None => {
@@ -110,7 +110,8 @@ impl Dispatcher {
 
     /// How many streams of each parcel's gateways took it.
     async fn down_streams(&self, live: &[(Parcel<'_>, Targets)], deadline: Instant) -> Vec<u64> {
-        let (mut owners, mut orders, began) = (Vec::new(), Vec::new(), Instant::now());
+        let (mut owners, mut orders) = (Vec::with_capacity(live.len()), Vec::with_capacity(live.len()));
+        let began = Instant::now();
         for (i, (parcel, targets)) in live.iter().enumerate().filter(|(_, (_, targets))| !targets.streams.is_empty()) {
             let envelope = Arc::new(parcel.envelope(None));
             for (epoch, node) in &targets.streams {
@@ -128,7 +129,7 @@ impl Dispatcher {
         for ((owner, epoch, span), (handed, at)) in owners.into_iter().zip(self.outlets.hand(orders, deadline).await) {
             taken[owner] += u64::from(handed == Handed::Taken);
             let (parcel, targets) = &live[owner];
-            let node = || targets.streams.get(&epoch).map(|node| node.to_string()).unwrap_or_default();
+            let node = || targets.node(epoch).unwrap_or_default().to_owned();
             let gateway = || targets.gateway(epoch).map(ToString::to_string).unwrap_or_default();
             parcel.message.note(what(handed), began, |step| {
                 step.took = at.saturating_duration_since(began);
@@ -203,10 +204,11 @@ impl Dispatcher {
                 span.fail("no device acknowledged it");
             }
         }
-        for target in not_here.iter().filter_map(|device| targets.routes.get(device)) {
+        for target in targets.routes.iter().filter(|target| not_here.contains(&target.device)) {
             self.note_refused(parcel.user, target.bound_version).await;
         }
-        for device in targets.routes.keys().filter(|device| !acked.contains(*device) && !not_here.contains(*device)) {
+        let devices = targets.routes.iter().map(|target| &target.device);
+        for device in devices.filter(|device| !acked.contains(*device) && !not_here.contains(*device)) {
             parcel.message.note("not_acked", handed, |step| step.device = device.to_string());
         }
         parcel.report.acked.extend(acked);

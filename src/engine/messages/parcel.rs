@@ -1,11 +1,11 @@
 //! One user's part of a delivery, and where it goes.
 
-use std::collections::BTreeMap;
 use std::collections::BTreeSet;
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use std::time::Instant;
+
+use smallvec::SmallVec;
 
 use crate::domain::id::DeviceId;
 use crate::domain::id::Epoch;
@@ -22,11 +22,13 @@ use crate::error::Error;
 use crate::store::codec::Envelope;
 use crate::telemetry::spans::Span;
 
-/// What came of a message, by user.
-pub(super) type Done = HashMap<UserId, Result<Report, Error>>;
+/// What came of a message, by the places of its parcels. None: not known yet.
+pub(super) type Done = Vec<Option<Result<Report, Error>>>;
 
 /// One user's part of a delivery, through all attempts.
 pub(super) struct Parcel<'a> {
+    /// Among those of one attempt.
+    pub place: usize,
     pub user: UserId,
     pub message: Arc<Message>,
     /// Its number in the user's inbox; 0: it does not come from there.
@@ -39,8 +41,9 @@ pub(super) struct Parcel<'a> {
 #[derive(Default)]
 pub(super) struct Targets {
     /// Live routes to the devices in question that have not acknowledged.
-    pub routes: BTreeMap<DeviceId, Target>,
-    pub streams: BTreeMap<Epoch, Arc<str>>,
+    pub routes: SmallVec<[Target; 1]>,
+    /// Lives that have a stream, each once, and on which node.
+    pub streams: SmallVec<[(Epoch, Arc<str>); 1]>,
     /// There are gateways without a stream among them.
     pub channel: bool,
     /// None of the gateways has ever had a stream.
@@ -53,6 +56,7 @@ pub(super) struct Targets {
 
 /// A route that a parcel takes.
 pub(super) struct Target {
+    pub device: DeviceId,
     pub bound_version: Version,
     pub epoch: Epoch,
     pub gateway: GatewayAddr,
@@ -60,7 +64,7 @@ pub(super) struct Target {
 
 impl Parcel<'_> {
     pub fn end(self, result: Result<Outcome, Error>, done: &mut Done) {
-        done.insert(self.user, result.map(|outcome| Report { outcome, ..self.report }));
+        done[self.place] = Some(result.map(|outcome| Report { outcome, ..self.report }));
     }
 
     /// As a gateway gets it, as a part of `span`.
@@ -116,13 +120,12 @@ impl Targets {
                 continue;
             }
             let (bound_version, epoch, gateway) = (live.route.bound_version, live.life.epoch, live.life.gateway.clone());
-            targets.routes.insert(device.clone(), Target { bound_version, epoch, gateway });
+            targets.routes.push(Target { device: device.clone(), bound_version, epoch, gateway });
             targets.all_suspect &= live.suspect;
             targets.none_attaches &= live.life.attach_no == 0;
             match Outlets::stream_of(live.life) {
-                Some((epoch, node)) => {
-                    targets.streams.insert(epoch, node);
-                }
+                Some(stream) if targets.streams.contains(&stream) => {}
+                Some(stream) => targets.streams.push(stream),
                 None => targets.channel = true,
             }
         }
@@ -138,11 +141,11 @@ impl Targets {
             let (tier, count) = (answer.source.name(), self.routes.len());
             step.detail = format!("version {} from {tier}, live routes: {count}", answer.version().0);
         });
-        for (device, Target { epoch, gateway, .. }) in &self.routes {
+        for Target { device, epoch, gateway, .. } in &self.routes {
             message.note("route", Instant::now(), |step| {
                 (step.device, step.gateway) = (device.to_string(), gateway.to_string());
-                match self.streams.get(epoch) {
-                    Some(node) => node.as_ref().clone_into(&mut step.node),
+                match self.node(*epoch) {
+                    Some(node) => node.clone_into(&mut step.node),
                     None => "without a stream: on its channel".clone_into(&mut step.detail),
                 }
             });
@@ -151,6 +154,11 @@ impl Targets {
 
     /// The gateway of one of the lives.
     pub fn gateway(&self, epoch: Epoch) -> Option<&GatewayAddr> {
-        self.routes.values().find(|target| target.epoch == epoch).map(|target| &target.gateway)
+        self.routes.iter().find(|target| target.epoch == epoch).map(|target| &target.gateway)
+    }
+
+    /// The node that has the stream of one of the lives.
+    pub fn node(&self, epoch: Epoch) -> Option<&str> {
+        self.streams.iter().find(|(life, _)| *life == epoch).map(|(_, node)| &**node)
     }
 }

@@ -6,6 +6,7 @@
 //! answered leaves its stream within a lease, so what was written earlier than that before its end has arrived. The kicks that
 //! were written later, or not at all, go to the stream that takes its place, or back to whoever ends it, to be told again.
 
+use std::cell::LazyCell;
 use std::collections::HashMap;
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -40,8 +41,8 @@ pub const ORDER_BYTES: usize = 1024;
 
 /// Between looks for bytes that have become free in a queue.
 const ROOM_LOOK_INTERVAL: Duration = Duration::from_millis(2);
-/// A call that has more orders for one gateway than this waits for it to read.
-const MANY: usize = 64;
+/// Whoever hands over more orders for one gateway together waits for it to read: they may be a part of many more.
+const MANY: usize = 16;
 
 /// What a gateway is told.
 #[derive(Clone, Debug, PartialEq)]
@@ -79,6 +80,9 @@ struct Stream {
     kicks: Arc<Mutex<TakenKicks>>,
     figures: Arc<Figures>,
 }
+
+/// Orders that did not fit, and their places among those of the call.
+type Waiting = Vec<(usize, Order)>;
 
 /// Where orders wait.
 #[derive(Clone)]
@@ -189,30 +193,39 @@ impl Streams {
     /// Hands orders to their streams, in their order per life. Where a call has many for one of them, more than its queue may
     /// hold, it waits for the gateway to read, until `until`; nobody else is kept waiting.
     pub async fn hand_all(&self, orders: &[(Epoch, Order)], until: Instant) -> Vec<Handed> {
+        let (mut outcomes, behind) = self.hand_what_fits(orders);
+        if !behind.is_empty() {
+            let waits = behind.into_iter().map(|(epoch, orders)| self.hand_behind(epoch, orders, until));
+            for (i, handed) in join_all(waits).await.into_iter().flatten() {
+                outcomes[i] = handed;
+            }
+        }
+        outcomes
+    }
+
+    /// What became of each, and those that have to wait, with their places.
+    fn hand_what_fits(&self, orders: &[(Epoch, Order)]) -> (Vec<Handed>, HashMap<Epoch, Waiting>) {
+        let counts = LazyCell::new(|| {
+            let mut counts = HashMap::<Epoch, usize>::new();
+            orders.iter().for_each(|(epoch, _)| *counts.entry(*epoch).or_default() += 1);
+            counts
+        });
         let mut outcomes = vec![Handed::NotHere; orders.len()];
-        let is_many = |epoch: Epoch| orders.iter().filter(|(other, _)| *other == epoch).count() > MANY;
-        let mut behind: HashMap<Epoch, Vec<(usize, Order)>> = HashMap::new();
+        let mut behind = HashMap::<Epoch, Waiting>::new();
         for (i, (epoch, order)) in orders.iter().enumerate() {
             if let Some(behind) = behind.get_mut(epoch) {
                 behind.push((i, order.clone()));
                 continue;
             }
             match self.hand(*epoch, order.clone()) {
-                Handed::Full if is_many(*epoch) => behind.entry(*epoch).or_default().push((i, order.clone())),
+                Handed::Full if counts[epoch] > MANY => behind.entry(*epoch).or_default().push((i, order.clone())),
                 handed => outcomes[i] = handed,
             }
         }
-        if behind.is_empty() {
-            return outcomes;
-        }
-        let waits = behind.into_iter().map(|(epoch, orders)| self.hand_behind(epoch, orders, until));
-        for (i, handed) in join_all(waits).await.into_iter().flatten() {
-            outcomes[i] = handed;
-        }
-        outcomes
+        (outcomes, behind)
     }
 
-    async fn hand_behind(&self, epoch: Epoch, orders: Vec<(usize, Order)>, until: Instant) -> Vec<(usize, Handed)> {
+    async fn hand_behind(&self, epoch: Epoch, orders: Waiting, until: Instant) -> Vec<(usize, Handed)> {
         let mut outcomes = Vec::with_capacity(orders.len());
         for (i, order) in orders {
             let mut handed = self.hand(epoch, order.clone());
