@@ -1,8 +1,10 @@
 //! Ports for servers that have to be told theirs.
 
-use std::fs::File;
 use std::net::TcpListener;
 use std::ops::Range;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::SocketAddr;
+use std::os::unix::net::UnixListener;
 use std::sync::LazyLock;
 use std::sync::atomic::AtomicU16;
 use std::sync::atomic::Ordering;
@@ -12,15 +14,15 @@ const PORTS: Range<u16> = 10_000..32_000;
 /// A process of tests has so many, which it hands out in turn.
 const OWN: u16 = 1_000;
 
-/// The first of this process's ports, and the lock that keeps others away from them: it goes with the process.
-static BLOCK: LazyLock<(u16, File)> = LazyLock::new(|| {
+/// The first of this process's ports, and the name that keeps others away from them: it goes with the process, and it is seen
+/// wherever the ports are, also by a run whose temporary directory is another.
+static BLOCK: LazyLock<(u16, UnixListener)> = LazyLock::new(|| {
     let blocks = PORTS.step_by(usize::from(OWN));
-    let mut locked = blocks.filter_map(|first| {
-        let file = std::env::temp_dir().join(format!("im-presence-ports-{first}"));
-        let file = File::options().create(true).append(true).open(file).expect("open a file for a lock");
-        file.try_lock().ok().map(|()| (first, file))
+    let mut taken = blocks.filter_map(|first| {
+        let name = SocketAddr::from_abstract_name(format!("im-presence-ports-{first}")).expect("a short name");
+        UnixListener::bind_addr(&name).ok().map(|listener| (first, listener))
     });
-    locked.next().expect("fewer processes than blocks of ports")
+    taken.next().expect("fewer processes than blocks of ports")
 });
 static NEXT: AtomicU16 = AtomicU16::new(0);
 
