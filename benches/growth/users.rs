@@ -27,8 +27,9 @@ const GATEWAYS: u64 = 16;
 const PAGE: u32 = 1_000;
 const PAGES: usize = 20;
 const SWEPT_WITHIN: Duration = Duration::from_secs(600);
-/// So that MariaDB has users and routes in memory, and need not write what it has just written: as it comes, it is made for less.
-const ROOM: [&str; 2] = ["innodb_buffer_pool_size = 8 << 30", "innodb_log_file_size = 4 << 30"];
+/// So that MariaDB has users and routes in memory, and need not write what it has just written: bytes for each user (8 and 4 GiB for
+/// ten million) and what it comes with, below which it is not made. The log is on disk at once, whether it is used or not.
+const ROOM: [(&str, u64, u64); 2] = [("innodb_buffer_pool_size", 860, 128 << 20), ("innodb_log_file_size", 430, 96 << 20)];
 
 pub async fn measure(plan: &Plan) {
     let mut table = Table::new(
@@ -51,7 +52,7 @@ pub async fn measure(plan: &Plan) {
         for is_sqlite in [true, false] {
             let (engine, db, hints) = match is_sqlite {
                 true => ("SQLite", TestDb::sqlite(), None),
-                false => ("MariaDB", roomy_mariadb().await, Some(("REDIS_QUEUE__PORT", &*port))),
+                false => ("MariaDB", roomy_mariadb(plan).await, Some(("REDIS_QUEUE__PORT", &*port))),
             };
             seed::fill(&db, *users, GATEWAYS).await;
             table.line([vec![format!("{users}, {engine}")], cells(plan, &db, hints.as_slice(), *users).await].concat());
@@ -63,10 +64,11 @@ pub async fn measure(plan: &Plan) {
     table.end();
 }
 
-async fn roomy_mariadb() -> TestDb {
+async fn roomy_mariadb(plan: &Plan) -> TestDb {
     let db = TestDb::mariadb(MariaDb::shared()).await;
-    for room in ROOM {
-        db.run(&format!("SET GLOBAL {room}")).await;
+    let most = plan.users.iter().max().expect("users are counted");
+    for (variable, bytes_per_user, least) in ROOM {
+        db.run(&format!("SET GLOBAL {variable} = {}", least.max(most * bytes_per_user))).await;
     }
     db
 }
