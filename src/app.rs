@@ -218,10 +218,10 @@ impl App {
         let services = engine.services(&config, &draining, &attached, Some(reporting.reporter.clone())).traced(spans);
         let rest = operators::start(&config, &engine, audit, services.presence.clone(), reporting, &mut tasks, &stop);
         let router = serve::admin_router(operator, rest);
-        if let Some(calls) = engine.peer_calls.take() {
+        if let Some(lines) = engine.peer_lines.take() {
             let (store_id, others, lives) = (engine.database.store_id.clone(), engine.peers.clone(), engine.lives.clone());
             let caller = Caller { store_id, peers: others, lives, security: peers.clone() };
-            tasks.spawn(Arc::new(caller).run(calls, stop.clone()));
+            tasks.spawn(Arc::new(caller).run(lines, stop.clone()));
         }
         let (memory, calls) = (engine.memory.clone(), engine.metrics.calls.clone());
         let (health, service) = serve::data_service(services, memory, calls, access.clone(), config.auth.reflection).await;

@@ -1,6 +1,5 @@
 //! `NodeService`: what other nodes hand to gateways that are attached here, and the client that hands to them.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering;
@@ -41,6 +40,7 @@ use crate::engine::messages::acks::Acks;
 use crate::engine::messages::dispatch::what;
 use crate::engine::messages::peers::Call;
 use crate::engine::messages::peers::FORWARD_LIMIT;
+use crate::engine::messages::peers::Line;
 use crate::engine::messages::peers::OLDER_RELEASE;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::peers::Question;
@@ -58,8 +58,6 @@ use crate::telemetry::spans::Spans;
 
 /// Calls under way to one node.
 const IN_FLIGHT: usize = 16;
-/// Calls for one node that wait; what comes then is not handed over.
-const QUEUE: usize = 1_024;
 /// Calls whose orders go together.
 const TOGETHER: usize = 256;
 /// A call waits for the one before it, so that what comes meanwhile goes together: a call costs more than its orders. It waits
@@ -250,27 +248,15 @@ pub async fn who_answers(addr: &str, store_id: &str, security: &Security) -> Res
 }
 
 impl Caller {
-    pub async fn run(self: Arc<Self>, mut calls: mpsc::Receiver<Call>, stop: CancellationToken) {
+    pub async fn run(self: Arc<Self>, mut lines: mpsc::Receiver<Line>, stop: CancellationToken) {
         let _stop_node_on_panic = stop.clone().drop_guard();
-        let mut nodes: HashMap<Arc<str>, mpsc::Sender<Call>> = HashMap::new();
         let mut tasks = JoinSet::new();
-        while let Some(Some(call)) = stop.run_until_cancelled(calls.recv()).await {
-            let addr = match &call {
-                Call::Forward { addr, .. } | Call::Acks { addr, .. } | Call::Hello { addr } => addr.clone(),
-                Call::Inspect { addr, .. } | Call::Ask { addr, .. } => addr.clone(),
-            };
-            if !nodes.contains_key(&addr) {
-                nodes.retain(|addr, _| self.peers.has(addr)); // whoever has gone ends when its queue is empty
-                while tasks.try_join_next().is_some() {}
-            }
-            let node = nodes.entry(addr).or_insert_with_key(|addr| {
-                let (sender, queue) = mpsc::channel(QUEUE);
-                tasks.spawn(self.clone().call_node(addr.clone(), queue));
-                sender
-            });
-            let _ = node.try_send(call); // full: dropped, which its sender takes for "not handed over"
+        while let Some(Some((addr, queue))) = stop.run_until_cancelled(lines.recv()).await {
+            tasks.spawn(self.clone().call_node(addr, queue));
+            while tasks.try_join_next().is_some() {}
         }
-        drop(nodes);
+        drop(lines);
+        self.peers.close();
         while tasks.join_next().await.is_some() {}
     }
 
@@ -400,14 +386,14 @@ impl Together {
         let mut together = Self::default();
         for call in calls {
             match call {
-                Call::Forward { orders, answer, .. } => {
+                Call::Forward { orders, answer } => {
                     together.answers.push((orders.len(), answer));
                     together.orders.extend(orders);
                 }
-                Call::Acks { acks, .. } => together.acks.extend(acks),
-                Call::Hello { .. } => together.hello = true,
-                Call::Inspect { user, answer, .. } => together.inspections.push((user, answer)),
-                Call::Ask { question, answer, .. } => together.questions.push((question, answer)),
+                Call::Acks(acks) => together.acks.extend(acks),
+                Call::Hello => together.hello = true,
+                Call::Inspect { user, answer } => together.inspections.push((user, answer)),
+                Call::Ask { question, answer } => together.questions.push((question, answer)),
             }
         }
         together

@@ -40,7 +40,7 @@ use crate::engine::messages::inbox::DRAINERS;
 use crate::engine::messages::inbox::Inboxes;
 use crate::engine::messages::kicks::Kicks;
 use crate::engine::messages::outlets::Outlets;
-use crate::engine::messages::peers::Call;
+use crate::engine::messages::peers::Line;
 use crate::engine::messages::peers::Peers;
 use crate::engine::messages::streams::Streams;
 use crate::engine::presence::explaining::Explaining;
@@ -96,7 +96,7 @@ pub struct Daemon {
     pub streams: Arc<Streams>,
     pub peers: Arc<Peers>,
     /// Calls to other nodes, for whoever speaks the protocol.
-    pub peer_calls: Option<mpsc::Receiver<Call>>,
+    pub peer_lines: Option<mpsc::Receiver<Line>>,
     pub acks: Arc<Acks>,
     pub inboxes: Arc<Inboxes>,
     pub lanes: Arc<Lanes>,
@@ -140,7 +140,7 @@ impl Daemon {
     ) -> Result<Self, StartError> {
         let mut base = Foundation::lay(config, database, data, metrics, tasks, stop).await?;
         base.listen().await;
-        let (outlets, peer_calls) = base.outlets();
+        let (outlets, peer_lines) = base.outlets();
         let kicks = base.kicks(&outlets);
         let publisher = base.publisher(&kicks);
         base.check_l2().await; // it may raise the generation; whoever has seen the one before trusts no memory then
@@ -181,7 +181,7 @@ impl Daemon {
             digests,
             streams,
             peers,
-            peer_calls: Some(peer_calls),
+            peer_lines: Some(peer_lines),
             acks,
             inboxes,
             lanes,
@@ -295,11 +295,11 @@ impl<'a> Foundation<'a> {
         }
     }
 
-    fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Call>) {
-        let (peers, calls) = Peers::new(self.own.clone());
+    fn outlets(&mut self) -> (Arc<Outlets>, mpsc::Receiver<Line>) {
+        let (peers, lines) = Peers::new(self.own.clone());
         let streams = Streams::new(self.config.gateway.lease, self.memory.clone(), self.metrics.clone());
         let posts = self.bus.clone().map(|bus| Posts::start(bus, self.tasks, self.stop));
-        (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone(), posts }), calls)
+        (Arc::new(Outlets { node_id: self.own.node_id.clone(), streams, peers, bus: self.bus.clone(), posts }), lines)
     }
 
     fn kicks(&mut self, outlets: &Arc<Outlets>) -> Arc<Kicks> {

@@ -1,6 +1,5 @@
 //! Ways to a gateway: its stream here, its stream on another node, or the channels it has subscribed to.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,7 +31,11 @@ pub struct Addressed {
 }
 
 /// Orders for one node, and their places among all.
-type ForNode = (Vec<usize>, Vec<(Epoch, Order)>);
+struct ForNode {
+    node: Arc<str>,
+    places: Vec<usize>,
+    orders: Vec<(Epoch, Order)>,
+}
 
 impl Outlets {
     /// Whether the gateway has a stream, as far as is known.
@@ -44,29 +47,25 @@ impl Outlets {
     /// the outcome was known.
     pub async fn hand(&self, orders: Vec<Addressed>, until: Instant) -> Vec<(Handed, Instant)> {
         let mut outcomes = vec![(Handed::NotHere, Instant::now()); orders.len()];
-        let mut elsewhere: HashMap<Arc<str>, ForNode> = HashMap::new();
-        let mut here = ForNode::default();
+        let mut nodes: Vec<ForNode> = Vec::new(); // a few: a map would cost more
         for (i, Addressed { epoch, node, order }) in orders.into_iter().enumerate() {
-            if *node == *self.node_id {
-                here.0.push(i);
-                here.1.push((epoch, order));
-            } else {
-                let (places, orders) = elsewhere.entry(node).or_default();
-                places.push(i);
-                orders.push((epoch, order));
+            match nodes.iter_mut().find(|known| known.node == node) {
+                Some(known) => {
+                    known.places.push(i);
+                    known.orders.push((epoch, order));
+                }
+                None => nodes.push(ForNode { node, places: vec![i], orders: vec![(epoch, order)] }),
             }
         }
-        let calls = elsewhere.into_iter().map(async |(node, (places, orders))| {
-            let handed = self.peers.forward(&node, orders).await;
+        nodes.sort_unstable_by_key(|known| *known.node == *self.node_id); // the others begin meanwhile
+        let calls = nodes.into_iter().map(async |ForNode { node, places, orders }| {
+            let handed = match *node == *self.node_id {
+                true => self.streams.hand_all(&orders, until).await,
+                false => self.peers.forward(&node, orders).await,
+            };
             (places, handed, Instant::now())
         });
-        let handed_here = async {
-            let (places, orders) = here;
-            let handed = self.streams.hand_all(&orders, until).await;
-            (places, handed, Instant::now())
-        };
-        let (handed_elsewhere, handed_here) = tokio::join!(join_all(calls), handed_here);
-        for (places, handed, at) in handed_elsewhere.into_iter().chain([handed_here]) {
+        for (places, handed, at) in join_all(calls).await {
             places.into_iter().zip(handed).for_each(|(i, handed)| outcomes[i] = (handed, at));
         }
         outcomes

@@ -3,6 +3,8 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::sync::Mutex;
+use std::sync::PoisonError;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -24,8 +26,10 @@ use crate::engine::messages::streams::Order;
 use crate::store::cluster::NodeName;
 use crate::store::cluster::NodeRow;
 
-/// Calls that may wait; what does not fit is not handed over, and tried again or given up by its sender.
+/// Calls for one node that may wait; what does not fit is not handed over, and tried again or given up by its sender.
 const QUEUE: usize = 4_096;
+/// Nodes that wait for somebody who calls them.
+const NEW_LINES: usize = 256;
 /// How long another node may take. An order that comes to it later is not handed over any more.
 pub const FORWARD_LIMIT: Duration = Duration::from_secs(1);
 
@@ -35,31 +39,26 @@ pub const OLDER_RELEASE: &str = "it runs an older release, which tells nothing o
 /// A call to another node, for whoever speaks the protocol.
 pub enum Call {
     Forward {
-        addr: Arc<str>,
         orders: Vec<(Epoch, Order)>,
         answer: Answer<Vec<Handed>>,
     },
-    Acks {
-        addr: Arc<str>,
-        acks: Vec<Ack>,
-    },
+    Acks(Vec<Ack>),
     /// Nothing but who this node is and where: whoever hears it can answer.
-    Hello {
-        addr: Arc<str>,
-    },
+    Hello,
     /// What the node holds of a user.
     Inspect {
-        addr: Arc<str>,
         user: UserId,
         answer: oneshot::Sender<Inspected>,
     },
     /// What the node says of itself.
     Ask {
-        addr: Arc<str>,
         question: Question,
         answer: oneshot::Sender<Result<Vec<u8>, String>>,
     },
 }
+
+/// Calls for the node at an address, in their order, until nobody can make another.
+pub type Line = (Arc<str>, mpsc::Receiver<Call>);
 
 /// What a node is asked about itself, and about whom besides.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -74,23 +73,27 @@ pub struct Peers {
     nodes: ArcSwap<HashMap<String, Arc<str>>>,
     /// As the database had them last.
     listed: ArcSwap<Vec<NodeRow>>,
-    calls: mpsc::Sender<Call>,
+    /// Where calls are handed in, by address.
+    lines: ArcSwap<HashMap<Arc<str>, mpsc::Sender<Call>>>,
+    /// Gives each new one to whoever calls nodes. Locked while one is opened: there is one for each address.
+    new_lines: Mutex<mpsc::Sender<Line>>,
 }
 
 impl Peers {
-    pub fn new(own: NodeName) -> (Arc<Self>, mpsc::Receiver<Call>) {
-        let (calls, queue) = mpsc::channel(QUEUE);
-        (Arc::new(Self { own, nodes: ArcSwap::default(), listed: ArcSwap::default(), calls }), queue)
+    pub fn new(own: NodeName) -> (Arc<Self>, mpsc::Receiver<Line>) {
+        let (new_lines, opened) = mpsc::channel(NEW_LINES);
+        let (nodes, listed, lines) = (ArcSwap::default(), ArcSwap::default(), ArcSwap::default());
+        (Arc::new(Self { own, nodes, listed, lines, new_lines: Mutex::new(new_lines) }), opened)
     }
 
     /// Takes over which nodes there are, and makes itself known to those that are new: they look for it once a second only.
     pub fn set_nodes(&self, nodes: &[NodeName]) {
         let nodes = nodes.iter().map(|node| (node.node_id.clone(), Arc::from(node.addr.as_str())));
-        let (nodes, known) = (Arc::new(nodes.collect::<HashMap<String, Arc<str>>>()), self.nodes.load());
+        let nodes = Arc::new(nodes.collect::<HashMap<String, Arc<str>>>());
+        let known = self.nodes.swap(nodes.clone());
         for (_, addr) in nodes.iter().filter(|(id, addr)| **id != self.own.node_id && known.get(*id) != Some(addr)) {
-            let _ = self.calls.try_send(Call::Hello { addr: addr.clone() }); // full: it will look
+            self.call(addr, Call::Hello); // full: it will look
         }
-        self.nodes.store(nodes);
     }
 
     /// Takes over what the database says of the nodes, for those who ask which there are.
@@ -130,7 +133,7 @@ impl Peers {
         let none = || vec![Handed::NotHere; count];
         let Some(addr) = self.nodes.load().get(node).cloned() else { return none() };
         let (answer, answered) = answers::channel();
-        if self.calls.try_send(Call::Forward { addr, orders, answer }).is_err() {
+        if !self.call(&addr, Call::Forward { orders, answer }) {
             return none();
         }
         match timeout(FORWARD_LIMIT, answered).await {
@@ -151,7 +154,7 @@ impl Peers {
 
     async fn inspect_at(&self, addr: Arc<str>, user: UserId) -> Option<Inspected> {
         let (answer, answered) = oneshot::channel();
-        self.calls.try_send(Call::Inspect { addr, user, answer }).ok()?;
+        self.call(&addr, Call::Inspect { user, answer }).then_some(())?;
         timeout(FORWARD_LIMIT, answered).await.ok()?.ok()
     }
 
@@ -161,7 +164,7 @@ impl Peers {
     /// Why it says nothing, for people.
     pub async fn ask(&self, addr: &str, question: Question, limit: Duration) -> Result<Vec<u8>, String> {
         let (answer, answered) = oneshot::channel();
-        if self.calls.try_send(Call::Ask { addr: addr.into(), question, answer }).is_err() {
+        if !self.call(&addr.into(), Call::Ask { question, answer }) {
             return Err("too many calls to other nodes wait".to_owned());
         }
         match timeout(limit, answered).await {
@@ -193,7 +196,101 @@ impl Peers {
     /// Passes acknowledgements to another node. If they are lost, the delivery is repeated.
     fn pass_acks(&self, node: &str, acks: Vec<Ack>) {
         if let Some(addr) = self.nodes.load().get(node).cloned() {
-            let _ = self.calls.try_send(Call::Acks { addr, acks }); // full: see above
+            self.call(&addr, Call::Acks(acks)); // full: see above
         }
+    }
+
+    /// Takes no more calls. Those that were taken are made.
+    pub fn close(&self) {
+        let _opening = self.new_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        self.lines.store(Arc::default());
+    }
+
+    /// False: too many wait for the node at `addr`, or no more are made.
+    fn call(&self, addr: &Arc<str>, call: Call) -> bool {
+        match self.lines.load().get(addr).filter(|line| !line.is_closed()) {
+            Some(line) => line.try_send(call).is_ok(),
+            None => self.open(addr).is_some_and(|line| line.try_send(call).is_ok()),
+        }
+    }
+
+    /// Has somebody call the node at `addr`, and those that are not there any more no longer.
+    fn open(&self, addr: &Arc<str>) -> Option<mpsc::Sender<Call>> {
+        let new_lines = self.new_lines.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = self.lines.load();
+        if let Some(line) = known.get(addr).filter(|line| !line.is_closed()) {
+            return Some(line.clone()); // another call was faster
+        }
+        let (line, calls) = mpsc::channel(QUEUE);
+        new_lines.try_send((addr.clone(), calls)).ok()?;
+        let others = known.iter().filter(|(known, _)| *known != addr && self.has(known));
+        let others = others.map(|(addr, line)| (addr.clone(), line.clone()));
+        self.lines.store(Arc::new(others.chain([(addr.clone(), line.clone())]).collect()));
+        Some(line)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn node(id: &str) -> NodeName {
+        NodeName { node_id: id.to_owned(), addr: format!("{id}:8081"), incarnation: "1".to_owned(), zone: String::new() }
+    }
+
+    /// Beside those that are there a node has met.
+    fn met(peers: &Peers, others: &[&str]) {
+        peers.set_nodes(&others.iter().copied().chain(["own"]).map(node).collect::<Vec<_>>());
+    }
+
+    fn orders(epoch: u64) -> Vec<(Epoch, Order)> {
+        vec![(Epoch(epoch), Order::Kick(Default::default()))]
+    }
+
+    /// What waits for a node, as a letter and the number of an order.
+    fn waiting(calls: &mut mpsc::Receiver<Call>) -> Vec<(char, u64)> {
+        let call = |call| match call {
+            Call::Forward { orders, .. } => ('f', orders[0].0.0),
+            Call::Hello => ('h', 0),
+            Call::Acks(_) | Call::Inspect { .. } | Call::Ask { .. } => ('?', 0),
+        };
+        std::iter::from_fn(|| calls.try_recv().ok().map(call)).collect()
+    }
+
+    #[tokio::test]
+    async fn each_node_has_one_line_in_which_calls_stand_in_their_order() {
+        let (peers, mut lines) = Peers::new(node("own"));
+        met(&peers, &["a", "b"]); // at once: neither takes the other's line
+        met(&peers, &["a", "b"]);
+        let calls = [("a", 1), ("b", 2), ("a", 3)].map(|(node, epoch)| peers.forward(node, orders(epoch)));
+        assert!(timeout(Duration::ZERO, join_all(calls)).await.is_err(), "nobody has made them");
+        let mut opened: Vec<_> = std::iter::from_fn(|| lines.try_recv().ok()).collect();
+        opened.sort_unstable_by_key(|(addr, _)| addr.clone());
+        let opened = opened.iter_mut().map(|(addr, calls)| (&**addr, waiting(calls)));
+        let want = [("a:8081", vec![('h', 0), ('f', 1), ('f', 3)]), ("b:8081", vec![('h', 0), ('f', 2)])];
+        assert_eq!(opened.collect::<Vec<_>>(), want);
+    }
+
+    #[tokio::test]
+    async fn what_was_taken_for_a_node_is_made_after_it_has_gone_and_after_the_end_and_nothing_is_taken_then() {
+        let (peers, mut lines) = Peers::new(node("own"));
+        met(&peers, &["a"]);
+        met(&peers, &["b"]);
+        let mut a = lines.recv().await.expect("a line").1;
+        assert_eq!((waiting(&mut a), a.is_closed()), (vec![('h', 0)], true), "it is not there any more");
+        let mut b = lines.recv().await.expect("a line").1;
+        drop(lines);
+        peers.close();
+        assert_eq!((waiting(&mut b), b.is_closed()), (vec![('h', 0)], true));
+        assert_eq!(peers.forward("b", orders(1)).await, [Handed::NotHere]);
+    }
+
+    #[tokio::test]
+    async fn a_node_that_nobody_calls_any_more_is_called_anew() {
+        let (peers, mut lines) = Peers::new(node("own"));
+        met(&peers, &["a"]);
+        drop(lines.recv().await.expect("a line"));
+        assert!(timeout(Duration::ZERO, peers.forward("a", orders(1))).await.is_err(), "it waits");
+        assert_eq!(waiting(&mut lines.recv().await.expect("a line").1), [('f', 1)]);
     }
 }
