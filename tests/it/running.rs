@@ -6,6 +6,7 @@ use std::process::ExitStatus;
 use std::time::Duration;
 use std::time::Instant;
 
+use im_presence::pb;
 use tokio::task::JoinSet;
 
 use crate::harness::allowed;
@@ -105,6 +106,22 @@ async fn an_idle_node_stops_at_once_even_with_clients_connected() {
     node.terminate();
     assert!(node.ended().await.success());
     assert!(began.elapsed() < allowed(Duration::from_secs(2)), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn a_node_that_has_called_another_waits_for_nothing_when_it_stops() {
+    let mut cluster = Cluster::mariadb(2, &[]).await;
+    let node = &mut cluster.nodes[0];
+    let hears_the_other = async || {
+        let request = pb::ExplainRouteReq { user_id: ALICE, this_node_only: false };
+        let it = node.operator().explain_route(request).await.expect("an explanation").into_inner();
+        it.tiers.iter().any(|tier| !tier.node_id.is_empty() && tier.node_id != it.node_id)
+    };
+    eventually("the other node is called", Duration::from_secs(5), hears_the_other).await;
+    node.terminate();
+    assert!(node.ended().await.success());
+    let waited_in_vain: Vec<String> = node.log().into_iter().filter(|line| line.contains("too long")).collect();
+    assert!(waited_in_vain.is_empty(), "{waited_in_vain:?}");
 }
 
 #[tokio::test]

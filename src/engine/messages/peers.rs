@@ -165,11 +165,11 @@ impl Peers {
     pub async fn ask(&self, addr: &str, question: Question, limit: Duration) -> Result<Vec<u8>, String> {
         let (answer, answered) = oneshot::channel();
         if !self.call(&addr.into(), Call::Ask { question, answer }) {
-            return Err("too many calls to other nodes wait".to_owned());
+            return Err("too many calls to it wait, or this node ends".to_owned());
         }
         match timeout(limit, answered).await {
             Ok(Ok(said)) => said,
-            Ok(Err(_)) => Err("it was not asked: too many calls to it wait, or its address makes no sense".to_owned()),
+            Ok(Err(_)) => Err("it was not asked: its address makes no sense, or this node ends".to_owned()),
             Err(_) => Err(format!("no answer within {} ms", limit.as_millis())),
         }
     }
@@ -200,7 +200,7 @@ impl Peers {
         }
     }
 
-    /// Takes no more calls. Those that were taken are made.
+    /// Takes no more calls. What already waits for a node that somebody calls is made.
     pub fn close(&self) {
         let _opening = self.new_lines.lock().unwrap_or_else(PoisonError::into_inner);
         self.lines.store(Arc::default());
